@@ -1,0 +1,30 @@
+# make train: an autoencoder on real images from a bare checkout. make test: everything that is tested. Each does its own set-up, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test test-long lint
+
+train: .venv/installed
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_ae train ae
+
+test: .venv/installed-for-test
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/installed-for-test
+	$(BIN)/python -m pytest -m long
+
+lint: .venv/installed-for-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/installed-for-test: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@ .venv/installed

@@ -1,0 +1,32 @@
+"""Trains autoencoders (plain, denoising, dropout, variational) the same way on one process or many.
+
+``train(config)`` trains, ``load(run_dir)`` brings a trained model back, ``PRESETS`` are the experiments to start from.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dist_ae.config import PRESETS, Config, InputError, load_config
+
+if TYPE_CHECKING:
+    from dist_ae import objectives
+    from dist_ae.apply import TrainedModel, load
+    from dist_ae.trainer import NonFinite, Report, Result, Stopped, train
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS", "Config", "InputError", "NonFinite", "Report", "Result", "Stopped", "TrainedModel", "load", "load_config", "objectives", "train",
+]  # fmt: skip
+
+# Imported at first use: torch and Accelerate take 3 s, which help and error messages need not wait for.
+_HOMES = {"load": "apply", "TrainedModel": "apply", "train": "trainer", "Result": "trainer", "Report": "trainer", "Stopped": "trainer", "NonFinite": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"dist_ae.{_HOMES[name]}"), name)
+    if name == "objectives":
+        return importlib.import_module("dist_ae.objectives")
+    raise AttributeError(f"module 'dist_ae' has no attribute {name!r}")

@@ -1,0 +1,149 @@
+"""The command line: tyro over the library's functions. Nothing here imports torch before it has something to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dist_ae.config import DESCRIPTIONS, PRESETS, Config, load_config
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
+
+RunDir = Annotated[Path, tyro.conf.Positional]
+
+
+def train(arguments: list[str]) -> None:
+    """Trains a preset (ae, denoising, dropout, vae, or each with -reference), or --config FILE; the same command again resumes."""
+    if arguments[:1] == ["--config"] and len(arguments) > 1:
+        config = tyro.cli(Config, default=load_config(Path(arguments[1])), args=arguments[2:], prog=f"dist-ae train --config {arguments[1]}")
+    else:
+        presets = {name: (DESCRIPTIONS[name], preset) for name, preset in PRESETS.items()}
+        config = tyro.extras.overridable_config_cli(presets, args=arguments, prog="dist-ae train")
+
+    from dist_ae.trainer import train
+
+    result = train(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        show({**result.metrics, "steps": result.steps, "processes": result.world_size, "images/s": round(result.images_per_second)}, result.run_dir)
+
+
+def evaluate(
+    run_dir: RunDir,
+    split: Literal["val", "train"] = "val",
+    which: Literal["last", "best"] = "last",
+    noise_std: float | None = None,
+    batch_size: int | None = None,
+    data_root: Path | None = None,
+) -> None:
+    """Exact metrics of a trained run, on any number of processes.
+
+    Args:
+        run_dir: the run.
+        split: the images to evaluate on.
+        which: the newest checkpoint, or the best by validation.
+        noise_std: noise of the fixed noisy copy; left out, the run's own setting.
+        batch_size: images at once over all processes; changes no figure.
+        data_root: where the run's data lies here, if elsewhere than where it was trained.
+    """
+    from dist_ae.apply import evaluate_run
+
+    metrics = evaluate_run(run_dir, split, which, noise_std, batch_size, data_root)
+    if int(os.environ.get("RANK", 0)) == 0:
+        show(dict(metrics))
+
+
+def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) -> None:
+    """Verifies a run directory and says what is wrong with it: exit status 1 where something is.
+
+    Args:
+        run_dir: the run.
+        replay: repeat, on one process, the step whose loss or gradient was not finite.
+        replay_wandb: rebuild an offline Weights & Biases run from metrics.jsonl.
+    """
+    from dist_ae import doctor
+
+    if replay:
+        found = doctor.replay(run_dir)
+        print("\n".join(found) or "that step is finite here")
+        sys.exit(0 if found else 1)
+    if replay_wandb:
+        print(f"offline run written; upload it with: wandb sync {doctor.rebuild_wandb(run_dir)}")
+        return
+    whole = True
+    for good, what in doctor.examine(run_dir):
+        whole &= good
+        print(f"{'ok     ' if good else 'DAMAGED'} {what}")
+    sys.exit(0 if whole else 1)
+
+
+def show(values: dict[str, float], run_dir: Path | None = None) -> None:
+    """A short table of results, and the pictures of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    units = {"mse": "per pixel, [0, 1]", "psnr": "dB", "noisy_psnr": "dB", "denoised_psnr": "dB"}
+    units |= dict.fromkeys(("neg_elbo", "rate", "distortion"), "nats per image")
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for name, value in values.items():
+        unit = units.get(name.rpartition(".")[2], "")
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}", f"[dim]{unit}")
+    console = Console()
+    console.print(table)
+    if run_dir is not None:
+        for path in sorted((run_dir / "figures").glob("*.png")):
+            console.print(f"picture: {path}", soft_wrap=True, highlight=False)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate, "doctor": doctor}
+
+
+def main() -> None:
+    """Entry point of ``dist-ae`` and ``python -m dist_ae``."""
+    arguments = sys.argv[1:]
+    try:
+        if arguments[:1] == ["train"]:
+            train(arguments[1:])
+        elif arguments and arguments[0] in COMMANDS:
+            tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"dist-ae {arguments[0]}")
+        elif arguments == ["--version"]:
+            from dist_ae import __version__
+
+            print(__version__)
+        else:
+            tyro.extras.subcommand_cli_from_dict(
+                {"train": _train_help, **COMMANDS}, args=arguments, prog="dist-ae", description="Trains and uses autoencoders."
+            )
+    except Exception as error:
+        status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person
+        if status is None:
+            raise
+        _fail(str(error), status)
+
+
+def _train_help() -> None: ...
+
+
+_train_help.__doc__ = train.__doc__
+
+
+def _fail(message: str, status: int) -> None:
+    """Prints one message for all processes and ends this one."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank != 0 and status == EXIT_STOPPED:
+        sys.exit(status)
+    if rank != 0:
+        # Rank 0 has most likely the same to say; the launcher ends this process in the meantime.
+        time.sleep(3)
+        message = f"rank {rank}: {message}"
+    print(f"{'' if status == EXIT_STOPPED else 'error: '}{message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

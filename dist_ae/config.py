@@ -1,0 +1,267 @@
+"""What an experiment is: frozen, checked values and the presets. Imports no torch, so that help and errors are instant."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class InputError(Exception):
+    """A mistake of the user's: the message says what is wrong, where, and the way out. The command line exits with status 2.
+
+    Not a ValueError, which tyro and pydantic would catch and wrap into words of their own.
+    """
+
+    exit_status = 2
+
+
+def trajectory(default: Any, description: str, **bounds: Any) -> Any:
+    """A field that decides what is computed: a run cannot be resumed with another value."""
+    return Field(default, description=description, json_schema_extra={"on_resume": "trajectory"}, **bounds)
+
+
+def free(default: Any, description: str, **bounds: Any) -> Any:
+    """A field that decides where or how often, never what: it may change when a run is resumed."""
+    return Field(default, description=description, json_schema_extra={"on_resume": "free"}, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        """Raises InputError in place of pydantic's report, naming every wrong key."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            section = type(self).__name__.removesuffix("Config").lower()
+            raise InputError(_explain(error, f"{section}." if section else "")) from None
+
+
+class DataConfig(Section):
+    name: str = trajectory("digits", "digits (embedded), fashion_mnist, mnist, kmnist, cifar10, or array:PATH to a .npy or .npz of images")
+    root: Path | None = free(None, "folder that holds the files of a named dataset; missing ones are downloaded into it")
+    val_fraction: float = trajectory(0.1, "share of array:PATH held out for validation, where the file has no split of its own", gt=0, lt=1)
+
+
+class ModelConfig(Section):
+    latent_dim: int = trajectory(32, "size of the code", gt=0)
+    hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory((512, 256), "hidden layers of the encoder; the decoder mirrors them")
+    activation: Literal["relu", "gelu", "silu"] = trajectory("relu", "non-linearity between the layers")
+    dropout: float = trajectory(0.0, "probability that a hidden unit of encoder or decoder is dropped", ge=0, lt=1)
+    variational: bool = trajectory(False, "predict mean and log-variance of a Gaussian over the code, and pay for its rate")
+    start: Literal["random", "pca"] = trajectory("random", "weights to begin with; pca: the best linear code, then trained on")
+    image_shape: tuple[int, int, int] | None = trajectory(None, "channels, height, width; left out, the data's own")
+
+
+class ObjectiveConfig(Section):
+    likelihood: Literal["gaussian", "bernoulli"] = trajectory("gaussian", "distribution of a pixel given the code")
+    # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a constant.
+    sigma: float | Literal["learned"] = trajectory(8**-0.5, "standard deviation of a Gaussian pixel on [0, 1], or 'learned' as one parameter")
+    noise_std: float = trajectory(0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0)
+    beta: float = trajectory(1.0, "weight of the rate (KL); 1 is the ELBO", ge=0)
+    beta_warmup_steps: int = trajectory(0, "steps over which the weight of the rate rises linearly to beta", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if isinstance(self.sigma, float) and self.sigma <= 0:
+            raise ValueError("sigma must be greater than 0, or 'learned'")
+        if self.likelihood == "bernoulli" and self.sigma == "learned":
+            raise ValueError("sigma='learned' needs likelihood='gaussian'; a Bernoulli pixel has no sigma")
+        return self
+
+
+class OptimConfig(Section):
+    name: Literal["adam", "adamw", "muon", "sgd"] = trajectory("adam", "muon: Muon on the hidden matrices, Adam with lr_adam on everything else")
+    lr: float = trajectory(1e-3, "peak learning rate", gt=0)
+    lr_adam: float = trajectory(1e-3, "peak learning rate of the Adam part of muon", gt=0)
+    betas: tuple[float, float] = trajectory((0.9, 0.99), "decay rates of Adam's moments")
+    eps: float = trajectory(1e-8, "added to the root of Adam's second moment", gt=0)
+    momentum: float = trajectory(0.95, "momentum of muon and sgd", ge=0, lt=1)
+    weight_decay: float = trajectory(0.0, "weight decay", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = trajectory("constant", "learning rate after the warm-up; linear and cosine end at 0")
+    warmup_steps: int = trajectory(0, "steps over which the learning rate rises linearly", ge=0)
+    clip_norm: float | None = trajectory(None, "largest norm of the gradient; larger ones are scaled down", gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+
+class TrainConfig(Section):
+    batch_size: int = trajectory(128, "images one optimizer step sees, over all processes", gt=0)
+    epochs: int = free(20, "passes over the training images", gt=0)
+    steps: int | None = free(None, "optimizer steps; overrides epochs", gt=0)
+    ema_decay: float | None = trajectory(None, "keep an exponential moving average of the weights and evaluate that", gt=0, lt=1)
+    max_per_process: int | None = free(None, "most images a process can hold at once; a larger share is accumulated", gt=0)
+    log_every: int = free(50, "steps between two lines of training metrics", gt=0)
+    eval_every: int | None = free(None, "steps between two evaluations; left out, once an epoch", gt=0)
+    save_every: int | None = free(None, "steps between two checkpoints; left out, at every evaluation", gt=0)
+    keep: int = free(2, "newest checkpoints to keep, beside the best", ge=2)
+    timeout: float = free(120.0, "seconds after which a process that does not answer is given up", gt=0)
+
+
+class EvaluationConfig(Section):
+    batch_size: int = free(1000, "images evaluated at once, over all processes; changes no figure", gt=0)
+    noise_std: float = free(0.3, "noise, on [0, 1] pixels, of the fixed noisy copy of the validation images", ge=0)
+
+
+class TrackingConfig(Section):
+    wandb: Literal["auto", "online", "offline", "off"] = free("auto", "auto: online where a key is configured, else offline")
+    project: str = free("dist-ae", "Weights & Biases project")
+    group: str | None = free(None, "Weights & Biases group")
+    tensorboard: bool = free(False, "also write TensorBoard event files into the run directory")
+
+
+class Config(Section):
+    """One experiment. The launcher says on what hardware; none of that is here."""
+
+    name: str = free("ae", "label of the run; part of the default run directory")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = trajectory("fp32", "arithmetic of the model; fp64 exists to verify exactness")
+    seed: int = trajectory(0, "start weights, data order and every random draw follow from it", ge=0, lt=2**63)
+    run_dir: Path | None = free(None, "where the run is kept; left out, runs/<name>-<data>-<fingerprint>. The same command again resumes it")
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.precision == "fp16" and self.optim.name == "muon":
+            raise ValueError("precision fp16 scales the gradient for one optimizer and muon has two; use bf16, or optim.name adam")
+        return self
+
+    def override(self, values: Mapping[str, Any]) -> Config:
+        """This configuration with dotted keys replaced, e.g. ``{"model.latent_dim": 20}``.
+
+        Raises:
+            InputError: an unknown key (with the nearest known ones) or a value out of range, naming the key.
+        """
+        known = dict(self.flat())
+        tree = self.model_dump()
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(near)}?" if near else f"; the keys are {', '.join(known)}"
+                raise InputError(f"unknown configuration key {key!r}{hint}")
+            *parents, leaf = key.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        return parse(tree)
+
+    def flat(self) -> Iterator[tuple[str, Any]]:
+        """Every field as (dotted key, value)."""
+        return ((key, value) for key, value, _ in _walk(self, ""))
+
+    def trajectory_values(self) -> dict[str, Any]:
+        """The fields that decide what is computed, JSON-ready: what a resumed run must have in common with its beginning."""
+        decisive = {key for key, _, on_resume in _walk(self, "") if on_resume == "trajectory"}
+        tree = self.model_dump(mode="json")
+        return {key: _at(tree, key) for key in sorted(decisive)}
+
+    def directory(self) -> Path:
+        """The run directory: the one given, else one that the same command always finds again."""
+        if self.run_dir is not None:
+            return self.run_dir
+        # The length of the run is part of the name (not of the trajectory): training longer by default starts a run of its own.
+        identity = json.dumps([self.trajectory_values(), self.train.epochs, self.train.steps], sort_keys=True)
+        data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name
+        return Path("runs") / f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str | None]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _walk(value, f"{prefix}{name}.")
+        else:
+            extra = field.json_schema_extra
+            yield f"{prefix}{name}", value, str(extra["on_resume"]) if isinstance(extra, dict) and "on_resume" in extra else None
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def parse(tree: Mapping[str, Any], source: str | None = None) -> Config:
+    """A configuration from plain values.
+
+    Raises:
+        InputError: naming every wrong key and, with ``source``, the file it came from.
+    """
+    try:
+        return Config.model_validate(tree)
+    except InputError as error:
+        raise InputError(f"{source}: {error}" if source else str(error)) from None
+    except ValidationError as error:
+        raise InputError(_explain(error, f"{source}: " if source else "")) from None
+
+
+def _explain(error: ValidationError, prefix: str) -> str:
+    lines = []
+    for e in error.errors():
+        key = ".".join(str(part) for part in e["loc"] if part not in ("float", "int", "literal['learned']"))
+        got = "" if isinstance(e["input"], dict) else f", got {e['input']!r}"
+        lines.append(f"{prefix}{key}: {e['msg'].removeprefix('Value error, ')}{got}".replace(".: ", ": "))
+    return "\n".join(lines)
+
+
+def load_config(path: Path) -> Config:
+    """A configuration from a JSON file: a run's ``config.json`` or a sweep's ``best.json``."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error})") from None
+    if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
+        tree = tree["config"]  # a run's config.json keeps the versions and the world size beside it
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a JSON object of configuration sections")
+    return parse(tree, str(path))
+
+
+# fmt: off
+_KINDS: dict[str, dict[str, Any]] = {
+    "ae":        {},
+    "denoising": {"objective.noise_std": 0.3},
+    "dropout":   {"model.dropout": 0.1},
+    "vae":       {"model.variational": True},
+}
+# The tutorial's recipe, and ours. The tutorial's loss is a mean over 784 pixels and ours their sum: the same step needs an eps 784 times as large.
+_REFERENCE: dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.betas": (0.5, 0.999), "optim.eps": 784e-8}
+_PLAIN:     dict[str, Any] = {"data.name": "digits",        "model.latent_dim": 32,  "optim.betas": (0.9, 0.99),  "optim.schedule": "linear"}
+_CARRIED:   dict[str, Any] = {"model.start": "pca", "model.activation": "gelu"}  # benchmarks/recipes.md: what each of them brings
+_OURS: dict[str, dict[str, Any]] = {
+    "ae":        _CARRIED,
+    "denoising": _CARRIED,
+    "dropout":   _CARRIED,
+    "vae":       {"objective.likelihood": "bernoulli", "model.latent_dim": 20},
+}
+# fmt: on
+PRESETS: dict[str, Config] = {
+    **{kind: Config(name=kind).override({**_PLAIN, **own, **_OURS[kind]}) for kind, own in _KINDS.items()},
+    **{f"{kind}-reference": Config(name=f"{kind}-reference").override({**_REFERENCE, **own}) for kind, own in _KINDS.items()},
+}
+DESCRIPTIONS = {
+    "ae": "autoencoder, best known recipe",
+    "denoising": "Gaussian noise on the input, the clean image as target",
+    "dropout": "dropout in the hidden layers of encoder and decoder",
+    "vae": "variational autoencoder: negative ELBO, new images by sampling",
+    **{f"{name}-reference": f"{name} by the tutorial's recipe, on Fashion-MNIST" for name in ("ae", "denoising", "dropout", "vae")},
+}

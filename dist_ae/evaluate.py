@@ -1,0 +1,99 @@
+"""Exact metrics over a whole split, on any number of processes and for any evaluation batch size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_ae.config import Config
+from dist_ae.data import Reader, share
+from dist_ae.draws import Draws, keyed
+from dist_ae.objectives import Model, terms
+from dist_ae.runtime import Runtime
+
+EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
+
+
+class Interrupted(Exception):
+    """A stop was asked for during an evaluation; every process raises it at the same batch."""
+
+
+@torch.no_grad()
+def evaluate(model: Model, reader: Reader, config: Config, runtime: Runtime, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    """Deterministic metrics of a split; each image counts once, whatever the number of processes.
+
+    ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code. ``denoised_psnr`` beside
+    ``noisy_psnr`` use one noisy copy, keyed by image index. A variational model adds ``neg_elbo``, ``rate`` and ``distortion``: nats
+    per image at β = 1, one ε keyed by image index.
+
+    Args:
+        model: the prepared module, in evaluation only through its ``forward``.
+        stop: asked before every batch, equally often on every process.
+
+    Raises:
+        Interrupted: ``stop`` answered yes.
+    """
+    count = len(reader.split)
+    # Batch i is rows [i·B, (i+1)·B), of which each process takes its part: all processes ask `stop` equally often.
+    batch = max(config.evaluation.batch_size, runtime.world)
+    sums: Tensor | None = None
+    for start in range(0, count, batch):
+        if stop():
+            raise Interrupted
+        rows = share(range(start, min(start + batch, count)), runtime.rank, runtime.world)
+        part = _sums(model, reader, rows, config, runtime)
+        sums = part if sums is None else sums + part
+    assert sums is not None
+    clean, noisy, denoised, neg_elbo, rate, distortion, num_images = runtime.sum(sums).tolist()
+    assert num_images == count, f"evaluated {num_images} images of {count}"
+    pixels = count * math.prod(reader.split.images.shape[1:])
+    metrics = {
+        "mse": clean / pixels,
+        "psnr": psnr(clean / pixels),
+        "noisy_psnr": psnr(noisy / pixels),
+        "denoised_psnr": psnr(denoised / pixels),
+    }
+    if config.model.variational:
+        metrics |= {"neg_elbo": neg_elbo / count, "rate": rate / count, "distortion": distortion / count}
+    return metrics
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
+    return -10 * math.log10(mse) if mse > 0 else math.inf
+
+
+def fixed_noise(config: Config, rows: range, image_shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W], standard deviation on [0, 1] pixels."""
+    return config.evaluation.noise_std * keyed("normal", (EVALUATION_SEED, "evaluation.noise", 0), rows, image_shape, device)
+
+
+def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> Tensor:
+    """Sums over ``rows``, float64 where the device has it, [7]: three squared errors, three ELBO terms, the number of images."""
+    images = reader.span(rows)
+    clean = model(images, None)
+    noise = fixed_noise(config, rows, images.shape[1:], images.device).to(images.dtype)
+    denoised = model(images, Draws(noise=noise)).reconstruction
+    zero = images.new_zeros(len(rows))
+    neg_elbo = rate = distortion = zero
+    if config.model.variational:
+        key = (EVALUATION_SEED, "evaluation.epsilon", 0)
+        epsilon = keyed("normal", key, rows, (config.model.latent_dim,), images.device).to(images.dtype)
+        neg_elbo, distortion, rate = terms(model(images, Draws(epsilon=epsilon)), images, config.objective, beta=1.0)
+
+    def squared(reconstruction: Tensor) -> Tensor:
+        assert reconstruction.shape == images.shape
+        return (reconstruction - images).square().flatten(1).sum(1)
+
+    columns = (squared(clean.reconstruction), noise.square().flatten(1).sum(1), squared(denoised), neg_elbo, rate, distortion, zero + 1)
+    return torch.stack([column.to(runtime.exact).sum() for column in columns])
+
+
+def selection(config: Config) -> tuple[str, int]:
+    """What 'best' means for a run: (metric, +1 if larger is better else -1). The task it trains for, never its own training loss."""
+    if config.model.variational:
+        return "neg_elbo", -1
+    return ("denoised_psnr", 1) if config.objective.noise_std else ("mse", -1)

@@ -1,0 +1,90 @@
+"""The one objective, per example: distortion + β · rate, in nats per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dist_ae.config import Config, ObjectiveConfig
+from dist_ae.draws import Draws
+from dist_ae.models import Output
+
+Model = Callable[[Tensor, Draws | None], Output]  # the prepared module: always called, never reached into
+
+
+class Terms(NamedTuple):
+    """Per-example terms, each [B], in nats per image."""
+
+    loss: Tensor
+    distortion: Tensor
+    rate: Tensor
+
+
+def gaussian_kl(mean: Tensor, logvar: Tensor, prior_mean: float | Tensor = 0.0, prior_logvar: float | Tensor = 0.0) -> Tensor:
+    """KL(N(mean, exp(logvar)) ‖ N(prior_mean, exp(prior_logvar))) summed over the code, [B, L] → [B], nats.
+
+    Per dimension ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma & Welling 2014, appendix B,
+    for any prior). Computed in at least float32.
+    """
+    mean, logvar = _at_least_float(mean), _at_least_float(logvar)
+    prior = torch.as_tensor(prior_logvar, dtype=logvar.dtype, device=logvar.device)
+    difference = logvar - prior
+    return 0.5 * (difference.exp() + (mean - prior_mean).square() * torch.exp(-prior) - 1 - difference).sum(1)
+
+
+def gaussian_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor) -> Tensor:
+    """-log N(images; reconstruction, σ²) summed over pixels on [0, 1], [B, C, H, W] → [B], nats."""
+    _same_shape(images, reconstruction)
+    log_sigma = torch.as_tensor(log_sigma, dtype=torch.float64 if images.dtype == torch.float64 else torch.float32, device=images.device)
+    squared = (_at_least_float(images) - _at_least_float(reconstruction)).square().flatten(1).sum(1)
+    pixels = math.prod(images.shape[1:])
+    return 0.5 * torch.exp(-2 * log_sigma) * squared + pixels * (log_sigma + 0.5 * math.log(2 * math.pi))
+
+
+def bernoulli_distortion(images: Tensor, logits: Tensor) -> Tensor:
+    """-log Bernoulli(images; sigmoid(logits)) summed over pixels on [0, 1], [B, C, H, W] → [B], nats."""
+    _same_shape(images, logits)
+    return F.binary_cross_entropy_with_logits(_at_least_float(logits), _at_least_float(images), reduction="none").flatten(1).sum(1)
+
+
+def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float | None = None) -> Terms:
+    """The terms of one forward pass against the clean images [B, C, H, W]; ``beta=None`` is the configured one.
+
+    Raises:
+        ValueError: images and reconstruction of different shapes (broadcasting them would train the mean image).
+    """
+    if output.logits is not None:
+        distortion = bernoulli_distortion(images, output.logits)
+    else:
+        log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
+        distortion = gaussian_distortion(images, output.reconstruction, log_sigma)
+    if output.logvar is None:
+        return Terms(distortion, distortion, torch.zeros_like(distortion))
+    rate = gaussian_kl(output.mean, output.logvar)
+    return Terms(distortion + (config.beta if beta is None else beta) * rate, distortion, rate)
+
+
+def objective(model: Model, images: Tensor, draws: Draws | None, config: Config, beta: float | None = None) -> Terms:
+    """Runs the prepared model on images [B, C, H, W] on [0, 1] and returns the per-example terms, [B] each."""
+    return terms(model(images, draws), images, config.objective, beta)
+
+
+def beta_at(step: int, config: ObjectiveConfig) -> float:
+    """Weight of the rate at a step: a linear warm-up to β."""
+    if step >= config.beta_warmup_steps:
+        return config.beta
+    return config.beta * (step + 1) / config.beta_warmup_steps
+
+
+def _at_least_float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _same_shape(images: Tensor, reconstruction: Tensor) -> None:
+    if images.shape != reconstruction.shape:
+        raise ValueError(f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} must have one and the same shape")

@@ -1,0 +1,120 @@
+"""Optimizers, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_ae.config import OptimConfig
+
+
+def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
+    """The optimizers of a model: one, or for muon two (Muon takes the matrices between hidden units, Adam the rest).
+
+    Learning rates are set before each step by ``set_learning_rate``. Adam is fused where torch has that kernel for the device:
+    one pass over the weights, and the only one that can be told on the device to skip a poisoned update.
+    """
+    parameters = list(model.parameters())
+    adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay, "fused": True}
+    if config.name == "adam":
+        return [torch.optim.Adam(parameters, lr=config.lr, **adam)]  # type: ignore[arg-type]
+    if config.name == "adamw":
+        return [torch.optim.AdamW(parameters, lr=config.lr, **adam)]  # type: ignore[arg-type]
+    if config.name == "sgd":
+        return [torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)]
+    matrices = [p for p in parameters if p.ndim == 2]
+    others = [p for p in parameters if p.ndim != 2]
+    return [
+        torch.optim.Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay),
+        torch.optim.Adam(others, lr=config.lr_adam, **adam),  # type: ignore[arg-type]
+    ]
+
+
+def materialize(optimizers: list[Optimizer]) -> None:
+    """Creates every state tensor as zeros, which is what the first step would do: a checkpoint then always holds the same tensors."""
+    for optimizer in optimizers:
+        adam = isinstance(optimizer, torch.optim.Adam)  # AdamW is one, too
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                moments = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+                optimizer.state[p] = {name: torch.zeros_like(p) for name in moments}
+                if adam:
+                    optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+
+
+def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state by name, ``<parameter>.<quantity>``: the tensors themselves, to be saved or copied into."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}.{quantity}": tensor
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for quantity, tensor in state.items()
+    }
+
+
+def factor_at(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The learning rate of a step as a share of its peak: linear warm-up, then constant, or falling to 0 at ``total_steps``."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizers: list[Optimizer], step: int, total_steps: int, config: OptimConfig) -> float:
+    """Sets every optimizer's learning rate for a step and returns the main one. By hand: a prepared scheduler steps once per process."""
+    factor = factor_at(step, total_steps, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            # Accelerate's wrapper shares the groups; the second optimizer of muon has a peak of its own.
+            group["lr"] = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)
+    return factor * config.lr
+
+
+class Guard:
+    """Keeps a non-finite gradient out of the weights without reading anything back to the host.
+
+    ``poisoned`` is a scalar on the device that turns 1 at the first non-finite gradient and stays so: from then on every update
+    is skipped, and whoever reads it (the logging steps, before a checkpoint) finds the weights of the last good step.
+    One pass over the gradients: 1 % of a step.
+    """
+
+    def __init__(self, optimizers: list[Optimizer], device: torch.device) -> None:
+        self.optimizers = optimizers
+        self.poisoned = torch.zeros((), device=device)
+        self.first_bad_step = torch.full((), -1.0, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
+        self._one = torch.ones((), device=device)
+
+    @torch.no_grad()
+    def check(self, step: int) -> None:
+        """Looks at every gradient, after they were averaged over the processes: all of them come to the same answer."""
+        gradients = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+        # What torch's own GradScaler calls; it sets `poisoned` to 1 and never back to 0.
+        for same_type in ([g for g in gradients if g.dtype == dtype] for dtype in {g.dtype for g in gradients}):
+            torch._amp_foreach_non_finite_check_and_unscale_(same_type, self.poisoned, self._one)
+        first = (self.poisoned > 0) & (self.first_bad_step < 0)
+        self.first_bad_step.masked_fill_(first, step)
+
+    def bad_step(self) -> int | None:
+        """The first step whose gradient was not finite, if any. Reads the device."""
+        step = int(self.first_bad_step.item())
+        return step if step >= 0 else None
+
+    @torch.no_grad()
+    def update(self, optimizer: Optimizer) -> None:
+        """``optimizer.step()`` unless poisoned."""
+        if optimizer.defaults.get("fused"):
+            optimizer.grad_scale, optimizer.found_inf = None, self.poisoned  # type: ignore[attr-defined]
+            optimizer.step()
+            return
+        # Other optimizers cannot skip on the device: step, then take the old weights back where poisoned. One copy of the weights.
+        parameters: list[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
+        before = [p.clone() for p in parameters]
+        optimizer.step()
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(torch.where(self.poisoned > 0, old, parameter))

@@ -1,0 +1,49 @@
+"""What a person at a terminal sees: a progress bar there, plain lines elsewhere, on rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Shows a run's progress. ``visible=False`` (other ranks) shows nothing."""
+
+    def __init__(self, visible: bool, step: int, total_steps: int) -> None:
+        self._visible, self._console, self._stack = visible, Console(), ExitStack()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if visible and self._console.is_terminal:
+            columns = (TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            self._bar = self._stack.enter_context(Progress(*columns, console=self._console, transient=True))
+            self._task = self._bar.add_task("train", total=total_steps, completed=step, note="")
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if self._visible:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            sys.stdout.flush()
+
+    def advance(self, step: int, loss: float, images_per_second: float) -> None:
+        """Moves the bar; called at logging steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=f"loss {loss:,.2f} · {images_per_second:,.0f} images/s")
+
+    def evaluated(self, step: int, total_steps: int, epoch: float, metrics: Mapping[str, float], images_per_second: float) -> None:
+        """One line per evaluation."""
+        shown = {"mse": f"{metrics['mse']:.5f}", "psnr": f"{metrics['psnr']:.2f} dB"}
+        if "neg_elbo" in metrics:
+            shown["-ELBO"] = f"{metrics['neg_elbo']:.2f} nats"
+        shown["denoised"] = f"{metrics['denoised_psnr']:.2f} dB"
+        text = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self.say(f"epoch {epoch:<5g} step {step}/{total_steps}  val {text}  {images_per_second:,.0f} images/s")
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()

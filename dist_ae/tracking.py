@@ -1,0 +1,197 @@
+"""Weights & Biases and TensorBoard, through Accelerate's trackers, on rank 0, in a thread of their own: they never stop or slow training.
+
+``metrics.jsonl`` is the record; what a tracker misses can be rebuilt from it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Mapping
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from dist_ae.config import TrackingConfig
+
+INIT_SECONDS = 20  # how long a server may take to accept a run before it is kept offline
+FINISH_SECONDS = 15  # how long the end of a run waits for trackers
+STOP_SECONDS = 4  # the same when a run is stopped, which must not take longer than 10 s in all
+
+
+def wandb_mode(config: TrackingConfig) -> tuple[str, str]:
+    """(mode, why): online, offline or off. ``WANDB_MODE`` has the last word over ``auto``."""
+    if config.wandb != "auto":
+        return config.wandb, "as configured"
+    wanted = os.environ.get("WANDB_MODE")
+    if wanted:
+        return {"disabled": "off", "dryrun": "offline"}.get(wanted, wanted), f"WANDB_MODE={wanted}"
+    if os.environ.get("WANDB_API_KEY"):
+        return "online", "WANDB_API_KEY is set"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        known = False
+    return ("online", f"a key for {host} is configured") if known else ("offline", "no key is configured")
+
+
+def server_answers(seconds: float = 5.0) -> str | None:
+    """Why the W&B server cannot be used now, or None: one request, since wandb itself retries for minutes."""
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        with urllib.request.urlopen(url, timeout=seconds):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"{url} answers {error.code}" if error.code >= 500 or error.code in (401, 403, 429) else None
+    except (OSError, ValueError) as error:
+        return f"{url} does not answer ({error})"
+
+
+class Tracking:
+    """The trackers of one run. Every method returns at once and never raises."""
+
+    def __init__(self, config: TrackingConfig, run_dir: Path, run_name: str, run_id: str, description: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        self._config, self._run_dir, self._name, self._id, self._description = config, run_dir, run_name, run_id, description
+        self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lost = False
+        mode, why = wandb_mode(config)
+        self._mode = mode
+        if mode != "off":
+            say(f"Weights & Biases: {mode} ({why}), run {run_id}")
+        if mode != "off" or config.tensorboard:
+            self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
+            self._thread.start()
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Scalars of one step."""
+        if self._thread is not None:
+            self._queue.put(("log", (dict(values), step)))
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """A picture that was drawn into the run directory."""
+        if self._thread is not None:
+            self._queue.put(("image", (name, path, step)))
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self.finish(FINISH_SECONDS if kind is None else STOP_SECONDS)
+
+    def finish(self, seconds: float = FINISH_SECONDS) -> None:
+        """Ends the trackers, waiting no longer than ``seconds`` for them."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive() or self._lost:
+            print(
+                "warning: not everything reached the trackers; metrics.jsonl is complete, and "
+                f"`dist-ae doctor {self._run_dir} --replay-wandb` rebuilds an offline run from it",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._thread.is_alive():
+            _forget_wandb()
+        self._thread = None
+
+    # -- in the thread
+
+    def _work(self) -> None:
+        trackers = self._start()
+        while (item := self._queue.get()) is not None:
+            kind, arguments = item
+            for tracker in list(trackers):
+                try:
+                    if kind == "log":
+                        values, step = arguments
+                        tracker.log(values, step=step)
+                    else:
+                        self._log_image(tracker, *arguments)
+                except BaseException as error:
+                    self._give_up(tracker.name, error)
+                    trackers.remove(tracker)
+        for tracker in trackers:
+            try:
+                tracker.finish()
+            except BaseException as error:
+                self._give_up(tracker.name, error)
+
+    def _start(self) -> list[Any]:
+        trackers: list[Any] = []
+        if self._config.tensorboard:
+            try:
+                from accelerate.tracking import TensorBoardTracker
+
+                board = TensorBoardTracker(run_name="tensorboard", logging_dir=self._run_dir)
+                board.start()
+                trackers.append(board)
+            except Exception as error:
+                self._give_up("TensorBoard", error)
+        if self._mode == "online" and (reason := server_answers()):
+            print(f"warning: Weights & Biases: {reason}; going on offline, `wandb sync` uploads the run later", file=sys.stderr, flush=True)
+            self._mode = "offline"
+        for mode in {"online": ("online", "offline"), "off": ()}.get(self._mode, ("offline",)):
+            try:
+                trackers.append(self._start_wandb(mode))
+                break
+            except Exception as error:
+                what = "Weights & Biases offline" if mode == "offline" else "Weights & Biases; going on offline"
+                self._give_up(what, error)
+        return trackers
+
+    def _start_wandb(self, mode: str) -> Any:
+        import wandb
+        from accelerate.tracking import WandBTracker
+
+        tracker = WandBTracker(
+            run_name=self._config.project,
+            id=self._id,
+            name=self._name,
+            group=self._config.group,
+            dir=self._run_dir,
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            # It must not redirect the terminal, print, or wait long: this is a side channel.
+            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 5),
+        )
+        tracker.start()
+        tracker.store_init_configuration(dict(self._description))
+        return tracker
+
+    def _log_image(self, tracker: Any, name: str, path: Path, step: int) -> None:
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.tracker.log({name: wandb.Image(str(path))}, step=step)
+        else:
+            from matplotlib.image import imread
+
+            tracker.writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+
+    def _give_up(self, what: str, error: BaseException) -> None:
+        reason = str(error).strip().splitlines()
+        print(f"warning: {what}: {type(error).__name__}: {reason[0] if reason else ''}; training goes on", file=sys.stderr, flush=True)
+        self._lost = True
+
+
+def _forget_wandb() -> None:
+    """Keeps wandb's exit hook from waiting without end for a server that does not answer; there is no public way to say so."""
+    setup = sys.modules.get("wandb.sdk.wandb_setup")
+    connection = getattr(getattr(setup, "_singleton", None), "_connection", None)
+    unregister = getattr(connection, "_cleanup", None)
+    if unregister is not None:
+        unregister()
+
+
+def new_run_id() -> str:
+    """An id for W&B that is the same after every resume, since the run directory keeps it."""
+    return uuid.uuid4().hex[:12]

@@ -1,0 +1,189 @@
+"""Named sources are read strictly, and every mistake names the file and the way out."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_ae import data
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data import Reader, epoch_order, load, read_idx, share
+
+
+def idx(images: np.ndarray) -> bytes:
+    return struct.pack(f">{images.ndim + 1}I", 0x0800 | images.ndim, *images.shape) + images.tobytes()
+
+
+def test_digits_are_real_and_the_split_is_fixed() -> None:
+    dataset = load(DataConfig())
+    assert (len(dataset.train), len(dataset.val), dataset.image_shape) == (1500, 297, (1, 8, 8))
+    assert dataset.train.images.dtype == np.uint8 and dataset.train.images.max() == 255
+    assert dataset.fingerprint == load(DataConfig()).fingerprint
+    assert dataset.train.labels is not None and set(dataset.train.labels) == set(range(10))
+
+
+def test_fashion_mnist_is_read_whole(fashion_mnist: Path) -> None:
+    dataset = load(DataConfig(name="fashion_mnist"))
+    assert (dataset.train.images.shape, dataset.val.images.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
+    assert float(dataset.train.images.mean()) / 255 == pytest.approx(0.2860, abs=1e-4)  # the dataset's published mean
+    assert dataset.train.labels is not None and np.bincount(dataset.train.labels).tolist() == [6000] * 10
+
+
+def test_an_idx_file_is_read_gzipped_or_not(tmp_path: Path) -> None:
+    images = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+    (tmp_path / "plain").write_bytes(idx(images))
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(idx(images)))
+    assert np.array_equal(read_idx(tmp_path / "plain", 3), images) and np.array_equal(read_idx(tmp_path / "packed.gz", 3), images)
+
+
+WHOLE = idx(np.ones((3, 4, 5), np.uint8))
+BAD_IDX = {
+    "empty": (b"", "header of 16 bytes"),
+    "wrong magic": (b"\0\0\x0d\x03" + WHOLE[4:], "0x00000803"),
+    "labels in place of images": (idx(np.ones(3, np.uint8)) + b"\0" * 20, "0x00000803"),
+    "truncated": (WHOLE[:-1], "3 × 4 × 5"),
+    "too long": (WHOLE + b"\0", "3 × 4 × 5"),
+    "no images": (idx(np.ones((0, 4, 5), np.uint8)), "at least one image"),
+    "truncated gzip": (gzip.compress(WHOLE)[:-6], "gzip"),
+    "flipped bit in gzip": (bytes(b ^ (i == 20) for i, b in enumerate(gzip.compress(WHOLE, mtime=0))), "gzip"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IDX)
+def test_a_bad_idx_file_is_refused_naming_file_and_expectation(tmp_path: Path, kind: str) -> None:
+    content, expected = BAD_IDX[kind]
+    path = tmp_path / f"train-images{'.gz' if 'gzip' in kind else ''}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=expected) as error:
+        read_idx(path, 3)
+    assert str(path) in str(error.value)
+
+
+def test_mnist_from_a_root_and_a_missing_source_names_every_place_and_way_out(tmp_path: Path) -> None:
+    for name, array in {
+        "train-images-idx3-ubyte": np.ones((6, 4, 5), np.uint8), "train-labels-idx1-ubyte": np.ones(6, np.uint8),
+        "t10k-images-idx3-ubyte": np.ones((2, 4, 5), np.uint8), "t10k-labels-idx1-ubyte": np.ones(2, np.uint8),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(idx(array))
+    assert load(DataConfig(name="mnist", root=tmp_path)).image_shape == (1, 4, 5)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.ones(3, np.uint8)))
+    with pytest.raises(InputError, match="3 labels for 2 images"):
+        load(DataConfig(name="mnist", root=tmp_path))
+
+
+def test_no_source_found_names_every_place_and_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", refuse)
+    with pytest.raises(InputError) as error:
+        load(DataConfig(name="fashion_mnist", root=tmp_path))
+    for part in (str(tmp_path), "no network", "apt-get install dataset-fashion-mnist", "--data.root", "--data.name digits"):
+        assert part in str(error.value)
+    with pytest.raises(InputError, match="does not exist"):
+        load(DataConfig(name="mnist", root=tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="expected digits"):
+        load(DataConfig(name="digit"))
+
+
+def test_cifar10_is_read_from_its_binary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_CIFAR_IMAGES", 4)
+    records = np.random.default_rng(0).integers(0, 10, (6, 4, 3073), dtype=np.uint8)
+    for name, record in zip(data._CIFAR_FILES, records, strict=True):
+        (tmp_path / name).write_bytes(record.tobytes())
+    dataset = load(DataConfig(name="cifar10", root=tmp_path))
+    assert dataset.train.images.shape == (20, 3, 32, 32) and len(dataset.val) == 4
+    assert np.array_equal(dataset.train.images[5].reshape(-1), records[1, 1, 1:])
+    (tmp_path / "test_batch.bin").write_bytes(b"short")
+    with pytest.raises(InputError, match=r"test_batch\.bin: expected 12292 bytes"):
+        load(DataConfig(name="cifar10", root=tmp_path))
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((20, 6, 5), (1, 6, 5)), ((20, 3, 6, 5), (3, 6, 5)), ((20, 6, 5, 3), (3, 6, 5)), ((20, 1, 6, 5), (1, 6, 5))])
+def test_own_arrays_in_any_usual_layout(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    np.save(tmp_path / "own.npy", np.zeros(shape, np.uint8))
+    dataset = load(DataConfig(name=f"array:{tmp_path / 'own.npy'}"))
+    assert dataset.image_shape == expected and (len(dataset.train), len(dataset.val)) == (18, 2)
+
+
+def test_own_npz_with_a_split_or_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", train=np.zeros((5, 4, 4), np.float64), val=np.ones((3, 4, 4), np.float32))
+    dataset = load(DataConfig(name=f"array:{tmp_path / 'a.npz'}"))
+    assert (len(dataset.train), len(dataset.val), dataset.train.images.dtype) == (5, 3, np.float32)
+    np.savez(tmp_path / "b.npz", images=np.zeros((10, 4, 4), np.uint8), labels=np.arange(10))
+    labelled = load(DataConfig(name=f"array:{tmp_path / 'b.npz'}"))
+    assert labelled.val.labels is not None and len(labelled.val.labels) == 1
+
+
+def test_a_memory_mapped_array_gives_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "own.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8))
+    whole = load(DataConfig(name=f"array:{path}"))
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 10)
+    mapped = load(DataConfig(name=f"array:{path}"))
+    assert isinstance(mapped.train.images, np.memmap) and len(mapped.train) == 45
+    rows = torch.tensor([3, 0, 44])
+    cpu = torch.device("cpu")
+    for split in ("train", "val"):
+        picked = rows if split == "train" else rows[:2].clamp(max=4)
+        assert torch.equal(Reader(getattr(mapped, split), cpu).take(picked), Reader(getattr(whole, split), cpu).take(picked))
+
+
+def _floats(value: float, at: tuple[int, ...]) -> np.ndarray:
+    images = np.full((10, 2, 2), 0.5)
+    images[at] = value
+    return images
+
+
+BAD_ARRAYS = {
+    "NaN": (_floats(float("nan"), (3, 1, 0)), r"value nan at image 3, index \(0, 1, 0\)"),
+    "out of range": (_floats(255.0, (2, 0, 1)), r"value 255.0 at image 2, index \(0, 0, 1\)"),
+    "negative": (_floats(-0.1, (0, 0, 0)), "image 0"),
+    "integers": (np.zeros((5, 2, 2), np.int64), "expected uint8"),
+    "one image": (np.zeros((1, 2, 2), np.uint8), "at least 2"),
+    "flat": (np.zeros((5, 4), np.uint8), r"got shape \(5, 4\)"),
+    "empty": (np.zeros((0, 4, 4), np.uint8), "at least one"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ARRAYS)
+def test_a_bad_array_is_refused_naming_the_first_bad_value(tmp_path: Path, kind: str) -> None:
+    array, expected = BAD_ARRAYS[kind]
+    np.save(tmp_path / "own.npy", array)
+    with pytest.raises(InputError, match=expected) as error:
+        load(DataConfig(name=f"array:{tmp_path / 'own.npy'}"))
+    assert "own.npy" in str(error.value)
+
+
+def test_bad_array_files_are_refused(tmp_path: Path) -> None:
+    ragged = np.empty(2, object)
+    ragged[:] = [np.zeros((2, 2)), np.zeros((3, 3))]
+    np.save(tmp_path / "ragged.npy", ragged, allow_pickle=True)
+    np.savez(tmp_path / "shapes.npz", train=np.zeros((5, 4, 4), np.uint8), val=np.zeros((5, 4, 5), np.uint8))
+    (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
+    for name, expected in {
+        "ragged.npy": "differing shapes", "shapes.npz": "differing shapes", "torn.npy": "not a readable", "empty.npy": "not a readable",
+        "torn.npz": "not a readable", "missing.npy": "no such file",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=expected):
+            load(DataConfig(name=f"array:{tmp_path / name}"))
+
+
+def test_an_epoch_takes_every_image_once_and_shares_cut_it_without_rest() -> None:
+    order = epoch_order(0, 3, 1003)
+    assert sorted(order.tolist()) == list(range(1003))
+    assert not torch.equal(order, epoch_order(0, 4, 1003)) and not torch.equal(order, epoch_order(1, 3, 1003))
+    for size in (0, 1, 2, 3, 7, 8, 9, 43, 96):
+        for world in (1, 2, 3, 4):
+            parts = [list(share(range(size), rank, world)) for rank in range(world)]
+            assert [row for part in parts for row in part] == list(range(size))
+            assert max(map(len, parts)) - min(map(len, parts)) <= max(1, -(-size // world))

@@ -1,0 +1,86 @@
+"""The same experiment gives the same training run on one process or many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, digits_file, metrics, relative_difference, train_jobs, weights
+
+LAYOUTS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))  # processes, accumulation steps
+PRESETS = ("ae", "denoising", "dropout", "vae")
+
+
+def job(preset: str, run_dir: Path, **overrides: object) -> dict[str, object]:
+    # 1,003 training images in batches of 96 leave 43 for the last batch of an epoch: the shares of it differ in size, and no block of draws is whole.
+    data = digits_file(run_dir.parent, 1115)
+    return {"preset": preset, "overrides": {**SMALL, "data.name": data, "precision": "fp64", "train.steps": 50, "run_dir": str(run_dir), **overrides}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every preset on 1, 2 and 4 processes and with 1, 2 and 4 accumulation steps, in float64; without accumulation in fp32, too."""
+    root = tmp_path_factory.mktemp("runs")
+    for world in (1, 2, 4):
+        jobs = []
+        for preset in PRESETS:
+            for parts in (parts for w, parts in LAYOUTS if w == world):
+                jobs.append(job(preset, root / f"{preset}-{world}-{parts}", **{"train.max_per_process": 96 // world // parts}))
+            jobs.append(job(preset, root / f"{preset}-{world}-fp32", precision="fp32"))
+        train_jobs(world, jobs, root)
+    return root
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_float64_weights_agree_on_any_number_of_processes_and_accumulation_steps(runs: Path, preset: str) -> None:
+    reference = weights(runs / f"{preset}-1-1")
+    differences = {layout: relative_difference(weights(runs / f"{preset}-{layout[0]}-{layout[1]}"), reference) for layout in LAYOUTS}
+    assert max(differences.values()) < 1e-10, differences
+    losses = [[line["loss"] for line in metrics(runs / f"{preset}-{world}-{parts}")] for world, parts in LAYOUTS]
+    assert all(loss == pytest.approx(losses[0], rel=1e-10) for loss in losses)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fp32_loss_curves_agree_on_any_number_of_processes(runs: Path, preset: str) -> None:
+    curves = [[line["loss"] for line in metrics(runs / f"{preset}-{world}-fp32")] for world in (1, 2, 4)]
+    assert len(curves[0]) == 50
+    scale = max(map(abs, curves[0]))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-4, abs=1e-4 * scale)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_evaluation_is_the_same_on_any_number_of_processes(runs: Path, preset: str) -> None:
+    results = [json.loads((runs / f"{preset}-{world}-1" / "result.json").read_text()) for world in (1, 2, 4)]
+    assert [result["world_size"] for result in results] == [1, 2, 4]
+    for result in results[1:]:
+        assert result["metrics"] == pytest.approx(results[0]["metrics"], rel=1e-9)
+
+
+def test_no_step_touches_torchs_global_generators(runs: Path) -> None:
+    assert not list(runs.rglob("global_generator_touched"))
+
+
+# Errors put in on purpose: what the tests above would say if the trainer made them.
+MUTATIONS = {"same noise on every process": "denoising", "averages per process": "ae", "drops what does not divide": "ae"}
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mutants")
+    train_jobs(4, [{**job(preset, root / name), "mutation": name} for name, preset in MUTATIONS.items()], root)
+    train_jobs(1, [job(preset, root / f"sound {preset}") for preset in ("ae", "denoising")], root)
+    return root
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_of_the_trainer_is_noticed(mutants: Path, mutation: str) -> None:
+    sound = weights(mutants / f"sound {MUTATIONS[mutation]}")
+    assert relative_difference(weights(mutants / mutation), sound) > 1e-6
+
+
+def test_a_draw_from_the_global_generator_is_noticed(tmp_path: Path) -> None:
+    mutated = {**job("ae", tmp_path / "run", **{"train.steps": 2}), "mutation": "draws from torch's global generator"}
+    train_jobs(1, [mutated], tmp_path)
+    assert (tmp_path / "run" / "global_generator_touched").exists()

@@ -1,0 +1,110 @@
+"""The equations, against torch.distributions and against themselves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import distributions as D
+
+from dist_ae.config import PRESETS, ObjectiveConfig
+from dist_ae.draws import Draws
+from dist_ae.models import LOGVAR_RANGE, Autoencoder, initialize
+from dist_ae.objectives import bernoulli_distortion, beta_at, gaussian_distortion, gaussian_kl, objective, terms
+
+G = torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=G, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prior", [(0.0, 0.0), (0.7, -1.3), (randn(1, 5), randn(1, 5))])
+def test_closed_form_kl_equals_torch_distributions_for_any_prior(prior: tuple[float | torch.Tensor, float | torch.Tensor]) -> None:
+    mean, logvar = randn(64, 5), randn(64, 5)
+    prior_mean, prior_logvar = (torch.as_tensor(p, dtype=torch.float64) for p in prior)
+    expected = D.kl_divergence(D.Normal(mean, (logvar / 2).exp()), D.Normal(prior_mean.expand(64, 5), (prior_logvar / 2).exp().expand(64, 5))).sum(1)
+    torch.testing.assert_close(gaussian_kl(mean, logvar, *prior), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_kl_is_zero_only_where_posterior_and_prior_are_equal() -> None:
+    mean, logvar = randn(64, 5), randn(64, 5)
+    assert (gaussian_kl(mean, logvar) > 0).all()
+    assert gaussian_kl(mean, logvar, mean, logvar).abs().max() < 1e-12
+
+
+def test_kl_equals_a_monte_carlo_estimate_within_its_error() -> None:
+    mean, logvar = randn(1, 3), randn(1, 3)
+    posterior, prior = D.Normal(mean, (logvar / 2).exp()), D.Normal(0.5, 2.0)
+    z = mean + (logvar / 2).exp() * randn(200_000, 3)
+    samples = (posterior.log_prob(z) - prior.log_prob(z)).sum(1)
+    error = float(samples.std()) / math.sqrt(len(samples))
+    assert float(gaussian_kl(mean, logvar, 0.5, math.log(4.0))) == pytest.approx(float(samples.mean()), abs=4 * error)
+
+
+def test_kl_is_computed_in_fp32_from_half_precision_and_finite_over_the_allowed_range() -> None:
+    for bound in LOGVAR_RANGE:
+        assert torch.tensor(bound, dtype=torch.float16).exp().isfinite() and torch.tensor(-bound, dtype=torch.float16).exp().isfinite()
+        kl = gaussian_kl(torch.zeros(1, 2, dtype=torch.float16), torch.full((1, 2), bound, dtype=torch.float16))
+        assert kl.dtype == torch.float32 and kl.isfinite().all()
+
+
+def test_likelihoods_equal_torch_distributions() -> None:
+    images, raw = torch.rand(8, 1, 4, 4, generator=G, dtype=torch.float64), randn(8, 1, 4, 4)
+    sigma = 0.3
+    gaussian = -D.Normal(raw, sigma).log_prob(images).flatten(1).sum(1)
+    torch.testing.assert_close(gaussian_distortion(images, raw, math.log(sigma)), gaussian)
+    bernoulli = -D.Bernoulli(logits=raw, validate_args=False).log_prob(images).flatten(1).sum(1)
+    torch.testing.assert_close(bernoulli_distortion(images, raw), bernoulli)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
+    config = PRESETS["vae"].override({"objective.likelihood": likelihood, "objective.sigma": 0.2, "model.hidden_dims": (16,), "model.latent_dim": 3})
+    model = initialize(Autoencoder(config, (1, 4, 4)), 0).double()
+    images, epsilon = torch.rand(16, 1, 4, 4, generator=G, dtype=torch.float64), randn(16, 3)
+    loss = objective(model, images, Draws(epsilon=epsilon), config).loss
+
+    mean, logvar = model.encode(images)
+    assert logvar is not None
+    posterior = D.Normal(mean, (logvar / 2).exp())
+    z = posterior.mean + posterior.stddev * epsilon
+    raw = model.decode_raw(z)
+    pixels = D.Bernoulli(logits=raw, validate_args=False) if likelihood == "bernoulli" else D.Normal((raw + 1) / 2, 0.2)
+    elbo = pixels.log_prob(images).flatten(1).sum(1) - D.kl_divergence(posterior, D.Normal(torch.zeros_like(mean), 1.0)).sum(1)
+    torch.testing.assert_close(loss, -elbo, rtol=1e-5, atol=0)
+
+
+def test_shapes_that_would_broadcast_raise() -> None:
+    images = torch.rand(4, 1, 8, 8)
+    with pytest.raises(ValueError, match="one and the same shape"):
+        gaussian_distortion(images, images[:, 0], 0.0)
+    with pytest.raises(ValueError, match="one and the same shape"):
+        bernoulli_distortion(images, images[:, 0])
+    with pytest.raises(ValueError, match="expected images of shape"):
+        initialize(Autoencoder(PRESETS["ae"], (1, 8, 8)), 0)(images[:, 0])
+
+
+def test_learned_sigma_settles_at_the_root_mean_squared_error() -> None:
+    images, reconstruction = torch.rand(32, 1, 4, 4), torch.rand(32, 1, 4, 4)
+    log_sigma = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_sigma], max_iter=50)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = gaussian_distortion(images, reconstruction, log_sigma).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert float(log_sigma.detach().exp()) == pytest.approx(float((images - reconstruction).square().mean().sqrt()), rel=1e-3)
+
+
+def test_beta_warms_up_linearly_and_weighs_the_rate() -> None:
+    config = ObjectiveConfig(beta=2.0, beta_warmup_steps=4)
+    assert [beta_at(step, config) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    preset = PRESETS["vae"].override({"model.hidden_dims": (8,), "objective.beta": 3.0})
+    model = initialize(Autoencoder(preset, (1, 4, 4)), 0)
+    found = terms(model(torch.rand(4, 1, 4, 4)), torch.rand(4, 1, 4, 4), preset.objective)
+    torch.testing.assert_close(found.loss, found.distortion + 3 * found.rate)

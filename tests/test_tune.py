@@ -1,0 +1,420 @@
+"""Sweeps without Ray: spaces, what the command line refuses, the ranking and the choice, the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, SMALL, digits_file
+
+import dist_ae
+from dist_ae import data
+from dist_ae.config import PRESETS, DataConfig, InputError
+from tune.plan import Settings, Sweep, append_report, new_sweep, only_driver, plan_trials, read_reports, read_sweep, write_json
+from tune.results import Selection, front, parse_selection, results, retrained, select, spread
+from tune.spaces import IMAGE_SHAPES, SPACES, check, distribution, load_space, parse_overrides, parse_space
+from tune.sweep import checked
+
+# --------------------------------------------------------------------------------------------------------------- spaces
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_shipped_space_gives_legal_configurations_over_what_matters_there(name: str) -> None:
+    space = load_space(name, None)
+    check(space, {}, workers=1)
+    for part in space.parts.values():
+        assert {"model.latent_dim", "optim.lr"} <= set(part)
+    assert ("objective.noise_std" in space.parts.get("denoising", {})) == (name in ("denoising", "all"))
+    assert ("model.dropout" in space.parts.get("dropout", {})) == (name in ("dropout", "all"))
+    seen = set()
+    for index in range(40):
+        preset, values = space.sample(0, index)
+        config = PRESETS[preset].override(values)
+        assert dict(config.flat())["optim.lr"] == values["optim.lr"]
+        seen.add((preset, values["optim.lr"]))
+    assert len(seen) == 40
+    assert {preset for preset, _ in seen} == set(space.parts)
+
+
+def test_each_shipped_space_is_judged_by_its_own_task() -> None:
+    metrics = {name: load_space(name, None).metric for name in SPACES}
+    assert metrics == {"ae": "val.mse", "denoising": "val.denoised_psnr", "dropout": "val.mse", "vae": "val.neg_elbo", "all": "val.mse"}
+
+
+def test_sampling_is_a_pure_function_of_seed_and_number() -> None:
+    space = load_space("all", None)
+    assert space.sample(3, 7) == space.sample(3, 7)
+    assert space.sample(3, 7) != space.sample(4, 7)
+    assert space.sample(3, 7) != space.sample(3, 11)  # the same preset
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("uniform", 0.0, 0.5), ("loguniform", 1e-4, 1e-1), ("randint", 2, 5), ("lograndint", 2, 64)]
+)  # fmt: skip
+def test_a_range_is_sampled_within_its_ends_and_over_all_of_it(kind: str, low: float, high: float) -> None:
+    import random
+
+    d, rng = distribution({kind: [low, high]}, "here"), random.Random(0)
+    values = [d.sample(rng) for _ in range(2000)]
+    assert low <= min(values) <= max(values) <= high
+    if "int" in kind:
+        assert set(values) == set(range(int(low), int(high) + 1)) or kind == "lograndint"
+        assert all(isinstance(v, int) for v in values)
+    middle = math.sqrt(low * high) if "log" in kind else (low + high) / 2
+    assert 0.4 < sum(v < middle for v in values) / len(values) < 0.62
+    grid = d.grid()
+    assert grid[0] == low and grid[-1] == high and len(grid) == 4
+
+
+def test_a_file_in_json_or_toml_is_a_space(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(
+        'metric = "val.mse"\n[presets.ae]\n"model.hidden_dims" = {choice = [[32, 16], [64]]}\n"optim.lr" = {loguniform = [1e-4, 1e-2]}\n'
+    )
+    (tmp_path / "a.json").write_text(
+        json.dumps({"presets": {"ae": {"model.hidden_dims": {"choice": [[32, 16], [64]]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}}})
+    )
+    toml, from_json = load_space(None, tmp_path / "a.toml"), load_space(None, tmp_path / "a.json")
+    assert toml == from_json
+    check(toml, {}, workers=1)
+    assert parse_space(toml.to_data(), "a") == toml
+    assert {PRESETS["ae"].override(values).model.hidden_dims for _, values in toml.grid()} == {(32, 16), (64,)}
+    assert len(list(toml.grid())) == 8
+
+
+def test_a_key_that_is_set_is_not_searched() -> None:
+    space = load_space("denoising", None).pinned(parse_overrides(["model.latent_dim=8"]))
+    assert space.searched() == ["optim.lr", "objective.noise_std"]
+
+
+def test_overrides_are_read_as_json_or_as_lists() -> None:
+    values = parse_overrides(["model.hidden_dims=64,32", "train.epochs=5", "data.name=digits", "optim.betas=[0.5,0.9]"])
+    config = PRESETS["ae"].override(values)
+    assert (config.model.hidden_dims, config.train.epochs, config.optim.betas) == ((64, 32), 5, (0.5, 0.9))
+
+
+def test_the_known_image_shapes_are_the_datas(fashion_mnist: Path) -> None:
+    for name in ("digits", "fashion_mnist"):
+        assert data.load(DataConfig(name=name)).image_shape == IMAGE_SHAPES[name]
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, float]:
+    """(exit status, stderr, seconds) of `python -m tune`; any import of ray makes it fail."""
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **more}
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "tune", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - began
+    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
+    assert not imported & {"ray", "torch"}, "help and refusals need neither"
+    return done.returncode, "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:")), seconds
+
+
+BAD_SPACES = {
+    "unknown key": ({"presets": {"ae": {"model.latent": {"choice": [2]}}}}, "model.latent_dim"),
+    "empty range": ({"presets": {"ae": {"optim.lr": {"loguniform": [0.1, 0.1]}}}}, "empty"),
+    "turned range": ({"presets": {"ae": {"optim.lr": {"uniform": [0.2, 0.1]}}}}, "empty"),
+    "no values": ({"presets": {"ae": {"optim.lr": {"choice": []}}}}, "list of values"),
+    "logarithm of 0": ({"presets": {"ae": {"model.dropout": {"loguniform": [0, 0.5]}}}}, "use uniform"),
+    "illegal value": ({"presets": {"ae": {"model.dropout": {"uniform": [0.5, 1.5]}}}}, "dropout"),
+    "fraction": ({"presets": {"ae": {"model.latent_dim": {"randint": [2, 8.5]}}}}, "whole numbers"),
+    "unknown kind": ({"presets": {"ae": {"optim.lr": {"normal": [0, 1]}}}}, "loguniform"),
+    "unknown preset": ({"presets": {"gan": {"optim.lr": {"choice": [1e-3]}}}}, "gan"),
+    "wrong metric": ({"metric": "val.loss", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "val.mse"),
+    "metric of another model": ({"metric": "val.neg_elbo", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "variational"),
+    "question searched": ({"presets": {"ae": {"evaluation.noise_std": {"uniform": [0.1, 0.3]}}}}, "same question"),
+    "likelihood by ELBO": ({"presets": {"vae": {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}}}}, "compare"),
+    "code larger than the image": ({"presets": {"ae": {"model.latent_dim": {"choice": [8, 65]}}}}, "64 values"),
+    "not a space": ({"optim.lr": [1, 2]}, "presets"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPACES)
+def test_a_bad_space_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    content, word = BAD_SPACES[case]
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=re.escape(word)):
+        check(load_space(None, tmp_path / "s.json"), {}, workers=1)
+
+
+REFUSED = {
+    "unknown space": (["aee"], "did you mean ae"),
+    "unknown flag": (["ae", "--num-trails", "3"], "num-trials"),
+    "unknown key": (["ae", "--set", "model.latent=3"], "model.latent_dim"),
+    "empty range": (["--space", "empty.toml"], "empty"),
+    "wrong metric": (["ae", "--metric", "val.neg_elbo"], "variational"),
+    "code larger than the image": (["ae", "--set", "model.latent_dim=65"], "64 values"),
+    "more workers than cores": (["ae", "--workers-per-trial", "512", "--set", "train.batch_size=512"], "this machine has"),
+    "batch that does not divide": (["ae", "--workers-per-trial", "3"], "multiple of 3"),
+    "unwritable storage": (["ae", "--storage", "/proc/sweeps"], "cannot be written"),
+    "storage that is a file": (["ae", "--storage", "empty.toml"], "cannot be written"),
+    "clones of another size": (["ae", "--scheduler", "pbt"], "model.latent_dim cannot change"),
+    "clones of several workers": (["ae", "--scheduler", "pbt", "--workers-per-trial", "2", "--set", "model.latent_dim=4"], "workers-per-trial 1 only"),
+    "clones of other models": (["all", "--scheduler", "pbt", "--set", "model.latent_dim=4"], "different models"),
+    "share of a GPU for several workers": (["ae", "--workers-per-trial", "2", "--gpus-per-worker", "0.5"], "whole GPUs"),
+    "grid of another size": (["ae", "--search", "grid", "--num-trials", "7"], "24 points"),
+    "no such sweep": (["--resume", "nothing"], "no sweep in"),
+    "choice unknown": (["ae", "--select", "smallest"], "smallest-within-PCT"),
+    "bad name": (["ae", "--name", "../x"], "--name"),
+    "address": (["ae", "--address", "somewhere"], "HOST:PORT"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_message_and_status_2_before_ray(case: str, tmp_path: Path) -> None:
+    arguments, word = REFUSED[case]
+    (tmp_path / "empty.toml").write_text('[presets.ae]\n"optim.lr" = {uniform = [2, 1]}\n')
+    status, err, seconds = command(*arguments, cwd=tmp_path)
+    assert status == 2, err
+    assert word in re.sub(r"[│\s]+", " ", err)
+    assert "Traceback" not in err
+    assert seconds < 3
+    assert not list(tmp_path.rglob("sweep.json"))
+
+
+def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
+    status, err, seconds = command("--help", cwd=tmp_path)
+    assert (status, err) == (0, "")
+    assert seconds < 3
+
+
+# ------------------------------------------------------------------------------------------------- folder and choice
+
+
+def sweep_with(folder: Path, outcomes: Iterable[tuple[str, dict[str, Any], dict[str, float] | None]], metric: str = "val.mse", preset: str = "ae") -> Sweep:
+    """A sweep of trials that went as told: (status, values, last metrics)."""
+    space = load_space(preset, None)
+    sweep = new_sweep(folder / "s", space, {}, metric, Settings())
+    for number, (status, values, metrics) in enumerate(outcomes):
+        trial = sweep.new_trial(number, preset, {"optim.lr": 1e-3, **values})
+        if metrics is not None:
+            progress = 100.0 if status == "finished" else 40.0
+            for part in (progress / 2, progress):
+                append_report(sweep.trial_dir(trial.id), {"step": int(part), "progress": part, **metrics, "seconds": part})
+        if status == "finished":
+            write_json(sweep.run_dir(trial) / "result.json", {"steps": 100})
+        elif status in ("stopped", "failed"):
+            sweep.end_trial(trial.id, status, "NonFinite: step 3" if status == "failed" else None)
+    sweep.write()
+    return sweep
+
+
+def mse(value: float) -> dict[str, float]:
+    return {"val.mse": value, "val.denoised_psnr": -10 * math.log10(value) if value > 0 else math.nan}
+
+
+def test_the_ranking_puts_nan_last_and_finished_first(tmp_path: Path) -> None:
+    sweep = sweep_with(
+        tmp_path,
+        [
+            ("failed", {"model.latent_dim": 2}, {"val.mse": math.nan}),
+            ("finished", {"model.latent_dim": 4}, mse(0.03)),
+            ("stopped", {"model.latent_dim": 8}, mse(0.001)),
+            ("finished", {"model.latent_dim": 8}, mse(0.02)),
+            ("pending", {"model.latent_dim": 8}, None),
+            ("failed", {"model.latent_dim": 8}, mse(0.5)),
+        ],
+    )
+    rows = results(sweep)
+    assert [row.trial.number for row in rows] == [3, 1, 2, 4, 5, 0]
+    assert [row.outcome.status for row in rows] == ["finished", "finished", "stopped", "pending", "failed", "failed"]
+
+
+def test_the_choice_is_the_best_the_smallest_nearly_best_or_the_best_small_one(tmp_path: Path) -> None:
+    sizes = {2: 0.2, 8: 0.105, 16: 0.102, 32: 0.1}
+    sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(value)) for size, value in sizes.items()])
+
+    def chosen(text: str) -> int | None:
+        row = select(results(sweep), parse_selection(text), sweep)
+        return row.latent_dim if row else None
+
+    assert chosen("best") == 32
+    assert [chosen(f"smallest-within-{percent}") for percent in ("1", "2.5", "6%", "150")] == [32, 16, 8, 2]
+    assert [chosen(f"best-under-{size}") for size in (40, 16, 9, 1)] == [32, 16, 8, None]
+
+
+def test_nearly_best_follows_the_direction_and_sign_of_the_metric(tmp_path: Path) -> None:
+    psnr = [("finished", {"model.latent_dim": size}, {"val.denoised_psnr": value, "val.mse": 0.1}) for size, value in ((2, 18.0), (4, 19.5), (8, 20.0))]
+    sweep = sweep_with(tmp_path / "a", psnr, "val.denoised_psnr", "denoising")
+    row = select(results(sweep), Selection("smallest-within", 3), sweep)
+    assert row is not None and row.latent_dim == 4
+    elbo = [("finished", {"model.latent_dim": size}, {"val.neg_elbo": value, "val.mse": 0.1}) for size, value in ((2, -90.0), (4, -98.0), (8, -100.0))]
+    sweep = sweep_with(tmp_path / "b", elbo, "val.neg_elbo", "vae")
+    row = select(results(sweep), Selection("smallest-within", 3), sweep)
+    assert row is not None and row.latent_dim == 4
+
+
+def test_only_a_finished_trial_is_the_answer(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, [("stopped", {"model.latent_dim": 4}, mse(0.001)), ("failed", {"model.latent_dim": 4}, {"val.mse": math.nan})])
+    assert select(results(sweep), Selection("best"), sweep) is None
+
+
+def test_the_front_holds_no_trial_that_another_beats_in_size_and_error(tmp_path: Path) -> None:
+    pairs = [(2, 0.2), (4, 0.3), (8, 0.1), (8, 0.09), (16, 0.09), (32, 0.05)]
+    sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(value)) for size, value in pairs])
+    rows = results(sweep)
+    best = front(rows, {row.trial.id: row.value for row in rows})
+    assert [(row.latent_dim, row.value) for row in best] == [(2, 0.2), (8, 0.09), (32, 0.05)]
+
+
+def test_reports_forget_what_a_retry_did_again_and_what_a_kill_tore(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        append_report(tmp_path, {"step": step, "progress": step, "from": "first"})
+    with open(tmp_path / "reports.jsonl", "a") as file:
+        file.write('{"step": 4, "progr')
+    for step in (2, 3, 4):
+        append_report(tmp_path, {"step": step, "progress": step, "from": "second"})
+    assert [(r["step"], r["from"]) for r in read_reports(tmp_path)] == [(1, "first"), (2, "second"), (3, "second"), (4, "second")]
+
+
+def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
+    sweep = checked(load_space("ae", None), {}, None, Settings(), 2, "mine", tmp_path)
+    with only_driver(sweep.path, new=True):
+        plan_trials(sweep)
+        with pytest.raises(InputError, match="is running"), only_driver(sweep.path, new=False):
+            pass
+    with pytest.raises(InputError, match="--resume mine"), only_driver(sweep.path, new=True):
+        pass
+    again = read_sweep(sweep.path)
+    assert again.trials() == sweep.trials() and len(again.trials()) == 2
+    assert again.space == sweep.space
+
+
+def test_a_plan_that_never_began_is_planned_anew(tmp_path: Path) -> None:
+    sweep = checked(load_space("ae", None), {}, None, Settings(), 2, "mine", tmp_path)
+    sweep.new_trial(5, "ae", {})  # what a driver leaves that dies before sweep.json is written
+    with only_driver(sweep.path, new=True):
+        plan_trials(sweep)
+    assert [trial.number for trial in sweep.trials()] == [0, 1]
+
+
+def test_a_trial_is_complete_only_with_its_last_report(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, [("stopped", {"model.latent_dim": 4}, mse(0.1))])
+    trial = sweep.trials()[0]
+    write_json(sweep.run_dir(trial) / "result.json", {"steps": 100})  # the kill came before the report
+    assert sweep.outcome(trial).status == "unfinished"
+
+
+def test_further_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": 4}, mse(0.1))])
+    winner = sweep.trials()[0]
+    again = retrained(sweep, winner)
+    for number, value in enumerate((0.1, 0.12, 0.14), 1):
+        trial = again.new_trial(number, "ae", {**winner.values, "seed": number})
+        append_report(again.trial_dir(trial.id), {"step": 9, "progress": 100.0, "val.mse": value, "seconds": 1})
+        write_json(again.run_dir(trial) / "result.json", {"steps": 9})
+    assert spread(sweep, winner) == (pytest.approx([0.1, 0.12, 0.14]), pytest.approx(0.12), pytest.approx(0.02))
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
+    from sklearn.decomposition import PCA
+
+    from tune.report import pca_errors
+
+    sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (2, 8, 64)])
+    found = pca_errors(sweep, results(sweep))
+    dataset = data.load(DataConfig(name="digits"))
+    train, val = (split.images.reshape(len(split), -1) / 255.0 for split in (dataset.train, dataset.val))
+    for size in (2, 8):
+        model = PCA(size).fit(train)
+        expected = float(np.square(model.inverse_transform(model.transform(val)) - val).mean())
+        assert found[size] == pytest.approx(expected, rel=1e-6)
+    assert found[64] < 1e-20
+    noisy = sweep_with(tmp_path / "noisy", [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (8, 64)], "val.denoised_psnr", "denoising")
+    found = pca_errors(noisy, results(noisy))
+    assert found[64] == pytest.approx(0.09, rel=0.02)  # all of the noise goes through: its variance
+    assert found[8] < found[64] / 2
+
+
+def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> None:
+    from tune.report import write_report
+
+    pairs = [(2, 0.05), (8, 0.02), (16, 0.012), (32, 0.02)]
+    trials = [("finished", {"model.latent_dim": size, "optim.lr": 10.0**-i}, mse(value)) for i, (size, value) in enumerate(pairs, 2)]
+    sweep = sweep_with(tmp_path, [*trials, ("failed", {"model.latent_dim": 64}, {"val.mse": math.nan})])
+    assert write_report(sweep, Selection("best"))
+    page = (sweep.path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)|url\(|@import|<script', page), "nothing is fetched"
+    for heading in ("The answer: best", "Code size against error", "Learning curves", "Parameters and result", "Ranking"):
+        assert heading in page
+    assert "PCA, code of 16" in page and "NonFinite: step 3" in page
+    rows = list(csv.DictReader((sweep.path / "trials.csv").read_text().splitlines()))
+    assert [int(row["model.latent_dim"]) for row in rows] == [16, 8, 32, 2, 64]
+    config = dist_ae.load_config(sweep.path / "best.json")
+    assert (config.model.latent_dim, config.optim.lr, config.run_dir) == (16, 1e-4, None)
+
+
+def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path) -> None:
+    from tune.report import write_report
+
+    sweep = sweep_with(tmp_path, [("failed", {"model.latent_dim": 4}, {"val.mse": math.nan}), ("failed", {"model.latent_dim": 4}, None)])
+    assert not write_report(sweep, Selection("best"))
+    assert "No trial finished" in (sweep.path / "report.html").read_text()
+
+
+# ------------------------------------------------------------------------------------------- the seams of the trainer
+
+
+def test_a_run_starts_from_another_runs_checkpoint_with_its_weights_and_optimizer(tmp_path: Path) -> None:
+    base = PRESETS["ae"].override({**SMALL, "data.name": digits_file(tmp_path, 300), "train.steps": 20, "train.eval_every": 5, "train.keep": 9})
+    dist_ae.train(base.override({"run_dir": tmp_path / "donor"}))
+    start = tmp_path / "donor/checkpoints/00000010"
+    reports: list[dist_ae.Report] = []
+    same = dist_ae.train(base.override({"run_dir": tmp_path / "same"}), report=reports.append, start_from=start)
+    assert [report.step for report in reports] == [10, 15, 20]
+    assert same.weights_sha256 == json.loads((tmp_path / "donor/result.json").read_text())["weights_sha256"]
+    other = dist_ae.train(base.override({"run_dir": tmp_path / "other", "optim.lr": 1e-2}), start_from=start)
+    assert other.weights_sha256 != same.weights_sha256
+    with pytest.raises(InputError, match="expected"):
+        dist_ae.train(base.override({"run_dir": tmp_path / "larger", "model.latent_dim": 9}), start_from=start)
+
+
+def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) -> None:
+    from sklearn.linear_model import RidgeClassifier
+
+    from tune.trial import probe_accuracy
+
+    result = dist_ae.train(PRESETS["ae"].override({**SMALL, "train.epochs": 5, "run_dir": tmp_path / "run"}))
+    dataset, model = data.load(DataConfig(name="digits")), dist_ae.load(result.run_dir)
+    codes = [model.embed(split.images).double().numpy() for split in (dataset.train, dataset.val)]
+    scale = codes[0].std(0)
+    expected = RidgeClassifier(alpha=1.0).fit(codes[0] / scale, dataset.train.labels).score(codes[1] / scale, dataset.val.labels)
+    found = probe_accuracy(result.run_dir)
+    assert found == pytest.approx(expected, abs=0.011)
+    assert found > 0.5
+
+
+def test_optuna_goes_on_from_what_the_folder_knows(tmp_path: Path) -> None:
+    schedule = pytest.importorskip("tune.schedule")
+    optuna = pytest.importorskip("optuna")
+    space = parse_space({"presets": {"ae": {"model.latent_dim": {"choice": [4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-1]}}}}, "s")
+    sweep = new_sweep(tmp_path / "s", space, {}, "val.mse", Settings(search="optuna", num_trials=40))
+    for number in range(30):
+        preset, values = schedule.Optimizer(sweep).ask()  # each time as after a restart
+        trial = sweep.new_trial(number, preset, values)
+        error = (math.log10(values["optim.lr"]) + 2.5) ** 2 + (values["model.latent_dim"] == 4)
+        if number == 3:
+            sweep.end_trial(trial.id, "failed", "NonFinite")
+            continue
+        append_report(sweep.trial_dir(trial.id), {"step": 1, "progress": 100.0, "val.mse": error, "seconds": 0})
+        write_json(sweep.run_dir(trial) / "result.json", {"steps": 1})
+    known = schedule.Optimizer(sweep)._study.trials
+    assert sum(t.state == optuna.trial.TrialState.FAIL for t in known) == 1 and len(known) == 30
+    late = [t.values for t in sweep.trials()[20:]]
+    assert sum(v["model.latent_dim"] == 8 for v in late) >= 8
+    assert np.median([abs(math.log10(v["optim.lr"]) + 2.5) for v in late]) < 0.4  # uniform sampling: 0.75

@@ -1,0 +1,405 @@
+"""Sweeps on real local Ray clusters: end to end, several workers, lost processes and nodes, a killed driver, cloning, early stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, free_port
+
+import dist_ae
+from dist_ae.checkpoint import OPTIMIZER, WEIGHTS, weights_sha256
+from dist_ae.config import InputError
+
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from tune.plan import Settings, Sweep, Trial, read_sweep  # noqa: E402
+from tune.results import Selection, results  # noqa: E402
+from tune.spaces import parse_space  # noqa: E402
+from tune.sweep import checked, start  # noqa: E402
+
+BEST = Selection("best")
+TINY = {"model.hidden_dims": (16,), "train.batch_size": 100, "tracking.wandb": "off", "train.log_every": 1000}
+LR = {"choice": [1e-3, 3e-3]}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head with two CPUs, which the tests of this module join one after the other."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+def sweep_of(
+    folder: Path, address: str, part: dict[str, Any], trials: int | None = None, preset: str = "ae", overrides: dict[str, Any] | None = None, **settings: Any
+) -> Sweep:
+    space = parse_space({"presets": {preset: part}}, "s")
+    return checked(space, {**TINY, **(overrides or {})}, None, Settings(address=address, **settings), trials, "s", folder)
+
+
+def run(sweep: Sweep) -> Sweep:
+    start(sweep, BEST, 0)
+    return read_sweep(sweep.path)
+
+
+def sha(sweep: Sweep, trial: Trial) -> str:
+    return str(json.loads((sweep.run_dir(trial) / "result.json").read_text())["weights_sha256"])
+
+
+def undisturbed(sweep: Sweep, trial: Trial, folder: Path) -> str:
+    """The weights' hash of the same experiment, trained here without Ray."""
+    return dist_ae.train(sweep.answer(trial).override({"run_dir": folder / f"undisturbed-{trial.id}"})).weights_sha256
+
+
+def wait(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.02)
+    return value
+
+
+def meanwhile(action: Callable[[], None]) -> threading.Thread:
+    """Does something while a sweep runs; an error in it fails the test in ``finish``."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    return thread
+
+
+def holder(folder: Path) -> int | None:
+    """The process that trains in a run directory."""
+    match = re.match(r"pid (\d+)", (folder / ".lock").read_text()) if (folder / ".lock").exists() else None
+    return int(match[1]) if match else None
+
+
+def reports(folder: Path) -> int:
+    path = folder / "reports.jsonl"
+    return path.read_text().count('"progress"') if path.exists() else 0
+
+
+def starts(folder: Path) -> int:
+    """How often training began in a trial's folder, from what it printed."""
+    return sum((folder / name).read_text().count(" parameters, ") for name in ("log.txt", "log-0.txt") if (folder / name).exists())
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": "/tmp"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune", *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- on one machine, from the command line
+
+
+def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
+    arguments = ["all", "--num-trials", "4", "--name", "first", "--retrain", "2", "--set", "train.epochs=2", "--set", "model.hidden_dims=16"]
+    process = command(*arguments, "--set", "tracking.wandb=offline", cwd=tmp_path)
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, out
+    assert "± " in out and out.count(" finished ") == 6
+    sweep = read_sweep(tmp_path / "runs/sweeps/first")
+    rows = results(sweep)
+    assert [row.outcome.status for row in rows] == ["finished"] * 4
+    assert {row.trial.preset for row in rows} == {"ae", "denoising", "dropout", "vae"}
+    # best.json is the whole experiment: trained by itself it ends with the winner's weights.
+    config = dist_ae.load_config(sweep.path / "best.json").override({"run_dir": tmp_path / "again", "tracking.wandb": "off"})
+    assert dist_ae.train(config).weights_sha256 == sha(sweep, rows[0].trial)
+    for row in rows:  # a W&B run for each trial, known by the trial's id, in the sweep's group
+        folder = sweep.run_dir(row.trial)
+        assert list(folder.glob(f"wandb/offline-run-*-{row.trial.id}"))
+        kept = json.loads((folder / "config.json").read_text())["config"]
+        assert kept["tracking"]["group"] == "first" and kept["name"] == f"first-{row.trial.number:04d}"
+    assert "<svg" in (sweep.path / "report.html").read_text() and (sweep.path / "trials.csv").exists()
+    second = command("ae", "--name", "first", cwd=tmp_path)
+    out, _ = second.communicate(timeout=30)
+    assert second.returncode == 2 and "--resume first" in out
+
+
+def test_a_killed_driver_is_resumed_without_rays_files(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text('[presets.ae]\n"train.steps" = {choice = [20, 1600]}\n"optim.lr" = {choice = [1e-3, 2e-3]}\n')
+    sets = [f"--set={key}" for key in ("model.hidden_dims=16", "train.eval_every=20", "optim.schedule=constant", "tracking.wandb=off")]
+    first = command("--space", "s.toml", "--search", "grid", "--name", "k", "--max-concurrent", "2", *sets, cwd=tmp_path)
+    folder = tmp_path / "runs/sweeps/k"
+    trials = folder / "trials"
+
+    def long_ones() -> list[Path]:
+        return [p.parent for p in trials.glob("*/reports.jsonl") if reports(p.parent) >= 4 and not (p.parent / "result.json").exists()]
+
+    try:
+        wait(lambda: len(list(trials.glob("*/result.json"))) == 2 and long_ones())
+        interrupted = long_ones()
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.communicate()
+    sweep = read_sweep(folder)
+    finished = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in trials.glob("*/result.json")}
+    for path in folder.glob("ray/**/*.pkl"):
+        path.write_bytes(b"")
+    for path in folder.glob("ray/**/*.json"):
+        path.unlink()
+    wait(lambda: all(holder(p) is None or not Path(f"/proc/{holder(p)}").exists() for p in interrupted), 30)  # Ray's processes end with the driver
+
+    second = command("--resume", "k", cwd=tmp_path)
+    out, _ = second.communicate(timeout=280)
+    assert second.returncode == 0, out
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished} == finished, "finished trials were run again"
+    outcomes = {trial.id: sweep.outcome(trial) for trial in sweep.trials()}
+    assert [o.status for o in outcomes.values()] == ["finished"] * 4
+    for path in interrupted:
+        trial = sweep.trial(path.name)
+        assert "resuming at step" in (path / "log.txt").read_text()
+        assert [r["step"] for r in outcomes[trial.id].reports] == list(range(20, 1601, 20))
+    assert sha(sweep, sweep.trial(interrupted[0].name)) == undisturbed(sweep, sweep.trial(interrupted[0].name), tmp_path)
+
+
+def test_an_interrupted_sweep_returns_in_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = command("ae", "--num-trials", "2", "--name", "i", "--set", "train.steps=1000000", "--set", "train.eval_every=50", cwd=tmp_path)
+    try:
+        wait(lambda: any(reports(p.parent) >= 2 for p in (tmp_path / "runs/sweeps/i/trials").glob("*/reports.jsonl")))
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, out
+    assert time.monotonic() - began < 15
+    assert "--resume i" in out
+
+
+# ---------------------------------------------------------------------------------------------------------- a cluster
+
+
+def test_one_and_two_workers_give_the_same_trials(cluster: Cluster, tmp_path: Path) -> None:
+    part = {"objective.noise_std": {"uniform": [0.1, 0.5]}}
+    found = {}
+    for workers in (1, 2):
+        made = {"precision": "fp64", "train.epochs": 2}
+        sweep = run(sweep_of(tmp_path / str(workers), cluster.address, part, 1, "denoising", made, workers_per_trial=workers))
+        found[workers] = [(t.values, sweep.outcome(t).reports) for t in sweep.trials()]
+        assert {json.loads((sweep.run_dir(t) / "result.json").read_text())["world_size"] for t in sweep.trials()} == {workers}
+    for (one, first), (two, second) in zip(found[1], found[2], strict=True):
+        assert one == two
+        assert [r["step"] for r in first] == [r["step"] for r in second] == [15, 30]
+        for a, b in zip(first, second, strict=True):
+            for name in ("val.mse", "val.denoised_psnr"):
+                assert a[name] == pytest.approx(b[name], rel=1e-9)
+
+
+def test_a_killed_actor_a_wrong_trial_and_a_diverging_one(cluster: Cluster, tmp_path: Path) -> None:
+    """The first goes on and ends as if nothing had been; the others are not tried again and do not stop the sweep."""
+    part = {"optim.lr": {"choice": [1e-3, 1e30]}}
+    sweep = sweep_of(tmp_path, cluster.address, part, None, overrides={"train.steps": 3000, "train.eval_every": 100}, search="grid")
+    killed: list[int] = []
+
+    def kill() -> None:
+        folder = wait(lambda: next((p.parent for p in (sweep.path / "trials").glob("*-0000/reports.jsonl") if reports(p.parent) >= 3), None))
+        killed.append(wait(lambda: holder(folder)))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = meanwhile(kill)
+    sweep = run(sweep)
+    thread.join()
+    good, bad = sweep.trials()
+    assert killed and starts(sweep.trial_dir(good.id)) == 2
+    assert sweep.outcome(good).status == "finished"
+    assert sha(sweep, good) == undisturbed(sweep, good, tmp_path)
+    # What the folder says the trial reported is what its run directory evaluated, each step once.
+    lines = [json.loads(line) for line in (sweep.run_dir(good) / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [(line["step"], line["mse"]) for line in lines if line["split"] == "val"]
+    assert [(r["step"], r["val.mse"]) for r in sweep.outcome(good).reports] == evaluated
+    failed = sweep.outcome(bad)
+    assert failed.status == "failed" and failed.error is not None and failed.error.startswith("NonFinite")
+    assert starts(sweep.trial_dir(bad.id)) == 1
+    assert [row.trial.id for row in results(sweep)] == [good.id, bad.id]
+
+
+def test_asha_stops_weak_trials_and_gives_their_place_to_the_next(cluster: Cluster, tmp_path: Path) -> None:
+    rates = [3e-3, 1e-3, *(10.0**-k for k in range(5, 12))]
+    made = {"train.steps": 540, "train.eval_every": 20, "optim.schedule": "constant"}
+    sweep = run(sweep_of(tmp_path, cluster.address, {"optim.lr": {"choice": rates}}, None, overrides=made, scheduler="asha", search="grid"))
+    outcomes = [sweep.outcome(trial) for trial in sweep.trials()]
+    stopped = [o for o in outcomes if o.status == "stopped"]
+    assert len(stopped) >= 5 and {o.status for o in outcomes} == {"finished", "stopped"}
+    # A stopped trial takes no step after the verdict: its training log ends at the last report.
+    for trial, outcome in zip(sweep.trials(), outcomes, strict=True):
+        if outcome.status == "stopped":
+            steps = [json.loads(line)["step"] for line in (sweep.run_dir(trial) / "metrics.jsonl").read_text().splitlines()]
+            assert max(steps) == outcome.reports[-1]["step"] < 540
+    assert results(sweep)[0].trial.values["optim.lr"] == 3e-3
+    assert sum(o.reports[-1]["step"] for o in outcomes) < 0.6 * 540 * len(rates)
+
+
+def test_population_based_training_clones_weights_and_optimizer(cluster: Cluster, tmp_path: Path) -> None:
+    part = {"optim.lr": {"choice": [3e-3, 1e-3, 1e-6, 1e-7]}, "objective.noise_std": {"uniform": [0.1, 0.5]}}
+    made = {"train.steps": 600, "train.eval_every": 60, "train.keep": 50}
+    sweep = run(sweep_of(tmp_path, cluster.address, part, 4, "denoising", made, scheduler="pbt"))
+    trials = sweep.trials()
+    assert [sweep.outcome(trial).status for trial in trials] == ["finished"] * 4
+    clones = [trial for trial in trials if trial.generation]
+    assert clones, "no trial was cloned"
+    for trial in clones:
+        folder = sweep.run_dir(trial)
+        (begin,) = (folder / "start").iterdir()
+        sources = list(sweep.trial_dir(trial.donors[-1]).glob(f"**/checkpoints/{begin.name}"))
+        for name in (WEIGHTS, OPTIMIZER):
+            copied = _hash(begin / name)
+            assert copied in {_hash(source / name) for source in sources}, f"{name} is not the donor's"
+            # It really went on from there: the first checkpoint of the new generation is the copy, before any step of its own.
+            assert _hash(folder / "checkpoints" / begin.name / name) == copied
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert lines[0]["step"] == int(begin.name)
+        kept = json.loads((folder / "config.json").read_text())["config"]
+        assert (kept["optim"]["lr"], kept["objective"]["noise_std"]) == (trial.values["optim.lr"], trial.values["objective.noise_std"])
+        assert 0.1 <= kept["objective"]["noise_std"] <= 0.5
+        # The trial's own weights at that step were others.
+        own = sweep.trial_dir(trial.id) / "checkpoints" / begin.name
+        assert trial.generation > 1 or not own.exists() or _hash(own / WEIGHTS) != _hash(begin / WEIGHTS)
+
+
+def _hash(path: Path) -> str:
+    import safetensors.torch
+
+    return weights_sha256(safetensors.torch.load_file(path))
+
+
+def test_a_lost_node_costs_no_trial(tmp_path: Path) -> None:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [made.add_node(num_cpus=1), made.add_node(num_cpus=1)]
+        sweep = sweep_of(tmp_path, made.address, {"optim.lr": LR}, None, overrides={"train.steps": 4000, "train.eval_every": 100}, search="grid")
+
+        def lose() -> None:
+            wait(lambda: sum(reports(p.parent) >= 3 for p in (sweep.path / "trials").glob("*/reports.jsonl")) == 2)
+            made.remove_node(nodes[1], allow_graceful=False)
+
+        thread = meanwhile(lose)
+        sweep = run(sweep)
+        thread.join()
+    finally:
+        made.shutdown()
+    trials = sweep.trials()
+    assert [sweep.outcome(trial).status for trial in trials] == ["finished"] * 2
+    assert sorted(starts(sweep.trial_dir(trial.id)) for trial in trials) == [1, 2]
+    lost = next(trial for trial in trials if starts(sweep.trial_dir(trial.id)) == 2)
+    assert sha(sweep, lost) == undisturbed(sweep, lost, tmp_path)
+
+
+def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_when_it_is_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    """Two at a time would not fit: each trial begins only when all workers of the one before it are gone."""
+    made = {"train.steps": 400, "train.eval_every": 10, "optim.schedule": "constant", "precision": "fp64"}
+    part = {"optim.lr": {"choice": [3e-3, 1e-9]}}
+    sweep = sweep_of(tmp_path, cluster.address, part, None, overrides=made, scheduler="asha", search="grid", workers_per_trial=2)
+
+    def kill() -> None:
+        folder = wait(lambda: next((p.parent for p in (sweep.path / "trials").glob("*-0000/reports.jsonl") if reports(p.parent) >= 3), None))
+        os.kill(wait(lambda: holder(folder)), signal.SIGKILL)
+
+    thread = meanwhile(kill)
+    sweep = run(sweep)
+    thread.join()
+    good, weak = sweep.trials()
+    assert starts(sweep.trial_dir(good.id)) == 2
+    assert sweep.outcome(good).status == "finished"
+    undisturbed_run = dist_ae.train(sweep.answer(good).override({"run_dir": tmp_path / "alone"}))
+    assert sweep.outcome(good).metric("val.mse") == pytest.approx(undisturbed_run.metrics["val.mse"], rel=1e-9)
+    assert sweep.outcome(weak).status == "stopped"
+    assert sweep.outcome(weak).reports[-1]["step"] < 400
+
+
+@pytest.mark.long
+@pytest.mark.timeout(420)
+def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
+    """As in launch/ray/README.md: a head and two workers by `ray start`, token authentication, the sweep submitted as a job, one worker killed."""
+    port, dashboard = free_port(), free_port()
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    common = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {
+        **os.environ,
+        **common,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def node(*arguments: str) -> subprocess.Popen[bytes]:
+        log = open(tmp_path / f"node-{len(nodes)}.log", "wb")  # noqa: SIM115 - open as long as the node runs
+        process = subprocess.Popen(
+            ["ray", "start", "--block", "--disable-usage-stats", *arguments], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        nodes.append(process)
+        return process
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    arguments = [
+        "ae",
+        "--name",
+        "first",
+        "--storage",
+        str(tmp_path / "sweeps"),
+        "--num-trials",
+        "2",
+        "--set",
+        "model.hidden_dims=16",
+        "--set",
+        "model.latent_dim=8",
+    ]
+    arguments += ["--set", "train.steps=3000", "--set", "train.eval_every=100", "--set", "tracking.wandb=off"]
+    try:
+        node("--head", "--port", str(port), "--num-cpus", "0", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard))
+        wait(lambda: _answers(dashboard), 90)
+        workers = [node("--address", f"127.0.0.1:{port}", "--num-cpus", "1") for _ in range(2)]
+        strangers = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_MODE": "disabled"}
+        refused = subprocess.run(["ray", "job", "list"], env=strangers, capture_output=True, text=True, timeout=60)
+        assert refused.returncode != 0, "a stranger without the token was let in"
+        job = subprocess.Popen(
+            [str(REPOSITORY / "launch/ray/submit.sh"), *arguments], env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        trials = tmp_path / "sweeps/first/trials"
+        wait(lambda: job.poll() is not None or sum(reports(p.parent) >= 3 for p in trials.glob("*/reports.jsonl")) == 2, 200)
+        assert job.poll() is None, job.communicate()[0]
+        kill(workers[1])
+        out, _ = job.communicate(timeout=280)
+        assert job.returncode == 0, out
+    finally:
+        for process in reversed(nodes):
+            if process.poll() is None:
+                kill(process)
+    sweep = read_sweep(tmp_path / "sweeps/first")
+    assert [sweep.outcome(trial).status for trial in sweep.trials()] == ["finished"] * 2
+    assert sorted(starts(sweep.trial_dir(trial.id)) for trial in sweep.trials()) == [1, 2]
+    for trial in sweep.trials():
+        assert sha(sweep, trial) == undisturbed(sweep, trial, tmp_path)
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_cluster_too_small_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, cluster.address, {"optim.lr": LR}, 2, workers_per_trial=4, overrides={"train.steps": 10})
+    with pytest.raises(InputError, match="the cluster has 2"):
+        run(sweep)
+    assert not (sweep.path / "sweep.json").exists()

@@ -1,0 +1,115 @@
+"""Weights & Biases may be down in any way: training ends with status 0, soon, and its own metrics are whole."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, environment, free_port, metrics
+
+from dist_ae import doctor
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    status = 500
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(self.status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def silence(self) -> None:
+        time.sleep(120)
+
+    do_GET = do_POST = do_PUT = answer
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class DyingAfterHello(Answering):
+    """Answers the first look, and nothing from then on."""
+
+    status = 200
+    do_POST = Answering.silence
+
+
+def serve(status: int) -> http.server.ThreadingHTTPServer:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Answering,), {"status": status}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def down(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, str, float, Path]]]:
+    """One short run against each way of being down, all at once: (status, stderr, seconds, run directory)."""
+    root = tmp_path_factory.mktemp("down")
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
+    servers = {f"answers {status}": serve(status) for status in (401, 429, 500)}
+    servers["dies after the first answer"] = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DyingAfterHello)
+    threading.Thread(target=servers["dies after the first answer"].serve_forever, daemon=True).start()
+    ports = {name: server.server_address[1] for name, server in servers.items()}
+    ports |= {"closed port": free_port(), "never answers": silent.getsockname()[1]}
+    started, start = {}, time.monotonic()
+    for name, port in ports.items():
+        variables = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
+        command = [
+            sys.executable,
+            "-m",
+            "dist_ae",
+            "train",
+            "ae",
+            "--run-dir",
+            str(root / name.replace(" ", "-")),
+            "--train.epochs",
+            "3",
+            "--train.log-every",
+            "1",
+        ]
+        process = subprocess.Popen(command, env=environment(**variables), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        started[name] = process
+    found = {}
+    while len(found) < len(started) and time.monotonic() - start < 150:
+        for name, process in started.items():
+            if name not in found and process.poll() is not None:
+                found[name] = (process.returncode, process.stderr.read(), time.monotonic() - start, root / name.replace(" ", "-"))
+        time.sleep(0.1)
+    for process in started.values():
+        process.kill()
+    yield found
+    for server in servers.values():
+        server.shutdown()
+    silent.close()
+
+
+@pytest.mark.parametrize("kind", ["closed port", "never answers", "answers 401", "answers 429", "answers 500", "dies after the first answer"])
+def test_a_server_that_is_down_costs_nothing_but_a_warning(down: dict[str, tuple[int, str, float, Path]], kind: str) -> None:
+    status, err, seconds, run_dir = down[kind]
+    assert status == 0, err
+    assert "Traceback" not in err and "warning: " in err
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 37))
+    print(kind, seconds)
+    assert seconds < 75  # six of them beside each other on two cores; INIT_SECONDS and FINISH_SECONDS bound the wait
+
+
+def test_an_offline_run_can_be_rebuilt_from_the_metrics(down: dict[str, tuple[int, str, float, Path]]) -> None:
+    from test_tracking import history
+
+    run_dir = down["never answers"][3]
+    for path in run_dir.glob("wandb/*run-*"):
+        path.rename(run_dir / f"set-aside-{path.name}")
+    folder = doctor.rebuild_wandb(run_dir)
+    kept = json.loads((run_dir / "tracking.json").read_text())["wandb_id"]
+    assert kept in folder.name
+    rows = {row["_step"]: row for row in history(run_dir)}
+    for line in metrics(run_dir):
+        assert rows[line["step"]]["train/loss"] == pytest.approx(line["loss"], rel=1e-12)

@@ -1,0 +1,56 @@
+"""Training jobs for the tests, and errors put into the trainer on purpose.
+
+A job is {"preset", "overrides", "mutation"}; a mutation is an error put into the trainer on purpose, to see the tests notice it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+
+import dist_ae
+from dist_ae import data, draws, step
+from dist_ae.config import Config
+
+
+def mutated(name: str) -> Any:
+    """The trainer with one error in it."""
+    draw, share, backward = draws.draw, data.share, step.Learner._backward
+
+    def draw_globally(*arguments: Any) -> draws.Draws:
+        torch.rand(1)
+        return draw(*arguments)
+
+    def draw_alike(config: Config, shape: Any, at: int, rows: range, *rest: Any) -> draws.Draws:
+        return draw(config, shape, at, range(len(rows)), *rest)
+
+    def average_per_process(self: Any, mine: range, batch: torch.Tensor, *, step: int, batch_size: int) -> None:
+        backward(self, mine, batch, step=step, batch_size=max(1, len(mine) * self.runtime.world))
+
+    def drop(rows: range, rank: int, world: int) -> range:
+        return share(range(rows.start, rows.start + len(rows) // world * world), rank, world)
+
+    return {
+        "none": contextlib.nullcontext(),
+        "same noise on every process": mock.patch.object(step, "draw", draw_alike),
+        "averages per process": mock.patch.object(step.Learner, "_backward", average_per_process),
+        "draws from torch's global generator": mock.patch.object(step, "draw", draw_globally),
+        "drops what does not divide": mock.patch.object(step, "share", drop),
+    }[name]
+
+
+def run(jobs: list[dict[str, Any]]) -> None:
+    """The jobs, one after the other, in this process's group: one for all of them, as Ray Train makes it, which the trainer joins."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+    for job in jobs:
+        config = dist_ae.PRESETS[job["preset"]].override(job["overrides"])
+        before = torch.get_rng_state()
+        with mutated(job.get("mutation", "none")):
+            result = dist_ae.train(config)
+        if not torch.equal(before, torch.get_rng_state()):
+            (result.run_dir / "global_generator_touched").touch()

@@ -1,0 +1,271 @@
+"""The sweep's folder: what was planned and what became of it. Ray's own files are not needed to go on; these are.
+
+sweep.json                     the space, the settings, the metric; written once, after the first trials are planned
+trials/<id>/trial.json         preset and sampled values, written before the trial starts
+trials/<id>/                   the trial's run directory (dist_ae's): checkpoints, metrics, result.json once it is finished
+trials/<id>/reports.jsonl      what the trial reported, one line an evaluation
+trials/<id>/outcome.json       only if it was stopped early or failed for good
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dist_ae.config import PRESETS, Config, InputError
+from tune.spaces import METRICS, Space, Values, parse_space
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a sweep is run. What is searched stands in the space."""
+
+    num_trials: int = 16
+    scheduler: str = "none"
+    search: str = "random"
+    workers_per_trial: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    max_concurrent: int | None = None
+    address: str = "local"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as planned. Population-based training changes values on the way; each clone is a new generation with a run directory of its own."""
+
+    id: str
+    preset: str
+    values: Values
+    generation: int = 0
+    clone: str | None = None  # the stamp of the clone that this generation began with
+    donors: tuple[str, ...] = ()
+
+    @property
+    def number(self) -> int:
+        return int(self.id.rpartition("-")[2])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial has come to: ``pending``, ``unfinished``, ``finished``, ``stopped`` by the scheduler, or ``failed`` for good."""
+
+    status: str
+    error: str | None = None
+    reports: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    def metric(self, name: str) -> float | None:
+        """The last value of a metric."""
+        return next((float(r[name]) for r in reversed(self.reports) if name in r), None)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's folder and what stands in its sweep.json."""
+
+    path: Path
+    name: str
+    space: Space
+    overrides: Values
+    metric: str
+    settings: Settings
+    key: str  # makes trial ids unique among all sweeps, since W&B keeps one list of runs
+
+    @property
+    def sign(self) -> int:
+        """+1 if a larger metric is better, else -1."""
+        return METRICS[self.metric]
+
+    # -- trials
+
+    def trial_dir(self, trial_id: str) -> Path:
+        return self.path / "trials" / trial_id
+
+    def trials(self) -> list[Trial]:
+        """All planned trials, in order."""
+        found = [self.trial(path.parent.name) for path in (self.path / "trials").glob("*/trial.json")]
+        return sorted(found, key=lambda t: t.number)
+
+    def trial(self, trial_id: str) -> Trial:
+        data = read_json(self.trial_dir(trial_id) / "trial.json")
+        if data is None:
+            raise FileNotFoundError(f"{self.trial_dir(trial_id)}/trial.json is missing or damaged; is {self.path} on storage that every node sees?")
+        return Trial(**{**data, "donors": tuple(data["donors"]), "values": {k: tuple(v) if isinstance(v, list) else v for k, v in data["values"].items()}})
+
+    def new_trial(self, number: int, preset: str, values: Values) -> Trial:
+        """Plans a trial: from here on it is never forgotten."""
+        trial = Trial(f"{self.key}-{number:04d}", preset, values)
+        self.write_trial(trial)
+        return trial
+
+    def write_trial(self, trial: Trial) -> None:
+        write_json(self.trial_dir(trial.id) / "trial.json", asdict(trial))
+
+    def run_dir(self, trial: Trial) -> Path:
+        """Where dist_ae keeps the trial's run."""
+        folder = self.trial_dir(trial.id)
+        return folder / f"generation-{trial.generation}" if trial.generation else folder
+
+    def config(self, trial: Trial) -> Config:
+        """The complete configuration of a trial."""
+        values = {**self.overrides, **trial.values, "name": f"{self.name}-{trial.number:04d}", "tracking.group": self.name, "run_dir": self.run_dir(trial)}
+        if self.settings.scheduler == "pbt":
+            values["train.save_every"] = None  # whatever is reported can be cloned
+        return PRESETS[trial.preset].override(values)
+
+    def answer(self, trial: Trial) -> Config:
+        """The trial's configuration as an experiment of its own: what best.json holds."""
+        return PRESETS[trial.preset].override({**self.overrides, **trial.values})
+
+    def outcome(self, trial: Trial) -> Outcome:
+        """What has become of a trial, read from its folder alone."""
+        reports = tuple(read_reports(self.trial_dir(trial.id)))
+        said = read_json(self.trial_dir(trial.id) / "outcome.json") or {}
+        if read_json(self.run_dir(trial) / "result.json") is not None:
+            # A linear probe comes after the result: without its figure the trial is not done.
+            status = "finished" if reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100 else "unfinished"
+        elif said.get("status") in ("stopped", "failed"):
+            status = str(said["status"])
+        else:
+            status = "unfinished" if reports or (self.run_dir(trial) / "checkpoints").exists() else "pending"
+        return Outcome(status, said.get("error"), reports)
+
+    def end_trial(self, trial_id: str, status: str, error: str | None = None) -> None:
+        """Notes that a trial will not be continued, and why."""
+        write_json(self.trial_dir(trial_id) / "outcome.json", {"status": status, "error": error})
+
+    # -- sweep.json
+
+    def write(self) -> None:
+        """Writes sweep.json: from here on the sweep exists."""
+        data = {"format": FORMAT, "name": self.name, "key": self.key, "space": self.space.to_data(), "overrides": self.overrides}
+        write_json(
+            self.path / "sweep.json", {**data, "metric": self.metric, "settings": asdict(self.settings), "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        )
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep kept in a folder.
+
+    Raises:
+        InputError: there is none, or its sweep.json cannot be read.
+    """
+    data = read_json(path / "sweep.json")
+    if data is None or data.get("format") != FORMAT:
+        others = ", ".join(sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))) or "none"
+        raise InputError(f"no sweep in {path}; the sweeps in {path.parent} are: {others}")
+    space = parse_space(data["space"], data["space"]["name"])
+    known = {f.name for f in fields(Settings)}
+    settings = Settings(**{k: v for k, v in data["settings"].items() if k in known})
+    return Sweep(path, data["name"], space, data["overrides"], data["metric"], settings, data["key"])
+
+
+def new_sweep(path: Path, space: Space, overrides: Values, metric: str, settings: Settings) -> Sweep:
+    """A sweep that is not on the disk yet."""
+    return Sweep(path, path.name, space, overrides, metric, settings, uuid.uuid4().hex[:6])
+
+
+def plan_trials(sweep: Sweep) -> None:
+    """Plans what can be planned ahead (all of a random search or grid), then writes sweep.json."""
+    shutil.rmtree(sweep.path / "trials", ignore_errors=True)  # of a driver that died before it wrote sweep.json
+    if sweep.settings.search != "optuna":
+        chosen = (
+            list(sweep.space.grid())
+            if sweep.settings.search == "grid"
+            else [sweep.space.sample(sweep.settings.seed, i) for i in range(sweep.settings.num_trials)]
+        )
+        for number, (preset, values) in enumerate(chosen):
+            sweep.new_trial(number, preset, values)
+    sweep.write()
+
+
+def check_name(name: str) -> None:
+    """Raises InputError unless a name can be a folder's and a W&B group's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
+
+
+@contextmanager
+def only_driver(path: Path, new: bool) -> Iterator[None]:
+    """Locks a sweep's folder for one driver; a dead driver's lock is gone with it.
+
+    Raises:
+        InputError: the folder cannot be written, is in use, or (for a new sweep) holds one already.
+    """
+    try:
+        if new:
+            path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        yield  # no such sweep: reading it says so
+        return
+    except OSError as error:
+        raise InputError(f"the sweep's folder {path} cannot be written: {error.strerror}; choose another --storage") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"the sweep {path.name} is running: another process holds {path}; wait for it or stop it") from None
+        if new and (path / "sweep.json").exists():
+            raise InputError(f"there is a sweep {path.name} in {path.parent} already; --resume {path.name} goes on with it, another --name begins a new one")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------- small files
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file: the old content or the new is there, whole, whenever the machine stops."""
+    from dist_ae.checkpoint import to_json, write_atomically  # torch: only where there is something to write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, to_json(value))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none that can be read."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def append_report(trial_dir: Path, report: Mapping[str, Any]) -> None:
+    """Adds a line to reports.jsonl."""
+    with open(trial_dir / "reports.jsonl", "a") as file:
+        file.write(f"\n{json.dumps(report)}\n")  # the first newline ends a line that a kill tore
+
+
+def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
+    """What a trial reported, by rising step. A retry or a clone goes on from an earlier step: what it reports then holds."""
+    kept: list[dict[str, Any]] = []
+    try:
+        lines = (trial_dir / "reports.jsonl").read_text().splitlines()
+    except OSError:
+        return kept
+    for line in lines:
+        try:
+            report = json.loads(line)
+            step = report["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # an empty line, or one torn by a kill
+        while kept and kept[-1]["step"] >= step:
+            kept.pop()
+        kept.append(report)
+    return kept

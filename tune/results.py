@@ -1,0 +1,125 @@
+"""What a sweep found: the ranking, the choice, trials.csv and best.json. Reads the sweep's folder; needs neither torch nor ray."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from dist_ae.config import InputError
+from tune.plan import Outcome, Sweep, Trial, write_json
+
+ORDER = ("finished", "stopped", "unfinished", "pending", "failed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial and what has become of it. ``value`` is its last value of the sweep's metric, NaN if it has none."""
+
+    trial: Trial
+    outcome: Outcome
+    value: float
+    latent_dim: int
+
+
+def results(sweep: Sweep) -> list[Row]:
+    """All trials, best first: finished ones by the metric, then those stopped early by theirs (at fewer steps), then the others; NaN last of all."""
+    rows = []
+    for trial in sweep.trials():
+        outcome = sweep.outcome(trial)
+        value = outcome.metric(sweep.metric)
+        rows.append(Row(trial, outcome, math.nan if value is None else value, sweep.answer(trial).model.latent_dim))
+    return sorted(
+        rows, key=lambda r: (ORDER.index(r.outcome.status), not math.isfinite(r.value), -sweep.sign * r.value if math.isfinite(r.value) else 0, r.trial.number)
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the answer is chosen from the finished trials."""
+
+    kind: str
+    number: float = 0.0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "best" else f"{self.kind}-{self.number:g}"
+
+
+def parse_selection(text: str) -> Selection:
+    """``best``, ``smallest-within-PCT`` or ``best-under-SIZE``.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text == "best":
+        return Selection("best")
+    match = re.fullmatch(r"(smallest-within|best-under)-([0-9]+(?:\.[0-9]+)?)%?", text)
+    if match is None:
+        raise InputError(f"--select {text}: expected best, smallest-within-PCT (such as smallest-within-3) or best-under-SIZE (such as best-under-32)")
+    return Selection(match[1], float(match[2]))
+
+
+def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
+    """The answer among the finished trials, or None where there is none."""
+    good = [row for row in rows if row.outcome.status == "finished" and math.isfinite(row.value)]
+    if selection.kind == "best-under":
+        good = [row for row in good if row.latent_dim <= selection.number]
+    if not good:
+        return None
+    best = good[0]
+    if selection.kind == "smallest-within":
+        # Of the size of the best value, which may be negative (a log-likelihood of densities) or in dB.
+        margin = selection.number / 100 * abs(best.value)
+        near = [row for row in good if sweep.sign * row.value >= sweep.sign * best.value - margin]
+        return min(near, key=lambda row: (row.latent_dim, good.index(row)))
+    return best
+
+
+def retrained(sweep: Sweep, winner: Trial) -> Sweep:
+    """The folder in which a winner is trained again, as a sweep of its own without a scheduler."""
+    settings = dataclasses.replace(sweep.settings, scheduler="none", search="random", num_trials=0)
+    return dataclasses.replace(sweep, path=sweep.path / f"retrain-{winner.id}", name=f"{sweep.name}-retrain", settings=settings, key=f"{winner.id}s")
+
+
+def spread(sweep: Sweep, winner: Trial) -> tuple[list[float], float, float] | None:
+    """(values, mean, standard deviation) of the winner over the seeds it was trained with again, if two or more finished."""
+    again = retrained(sweep, winner)
+    values = [row.value for row in results(again) if row.outcome.status == "finished" and math.isfinite(row.value)]
+    return (values, statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
+
+
+def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
+    """The Pareto front of code size against error: trials than which none is both no larger and better. ``error`` by trial id, smaller is better."""
+    best: list[Row] = []
+    for row in sorted((r for r in rows if r.trial.id in error), key=lambda r: (r.latent_dim, error[r.trial.id])):
+        if not best or error[row.trial.id] < error[best[-1].trial.id]:
+            best.append(row)
+    return best
+
+
+def write_table(sweep: Sweep, rows: list[Row]) -> None:
+    """trials.csv: a line per trial in the order of the ranking, with its values, last metrics, steps and seconds."""
+    keys = [key for key in sweep.space.searched() if key != "model.latent_dim"]
+    names = sorted({name for row in rows for report in row.outcome.reports for name in report if name.startswith("val.")})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["rank", "trial", "status", "preset", "model.latent_dim", *keys, *names, "steps", "seconds", "cloned_from", "error"])
+    for rank, row in enumerate(rows, 1):
+        last: dict[str, Any] = row.outcome.reports[-1] if row.outcome.reports else {}
+        values = [row.trial.values.get(key, "") for key in keys]
+        metrics = [last.get(name, "") for name in names]
+        tail = [last.get("step", 0), round(last.get("seconds", 0.0), 3), " ".join(row.trial.donors), row.outcome.error or ""]
+        table.writerow([rank, row.trial.id, row.outcome.status, row.trial.preset, row.latent_dim, *values, *metrics, *tail])
+    from dist_ae.checkpoint import write_atomically
+
+    write_atomically(sweep.path / "trials.csv", text.getvalue().encode())
+
+
+def write_best(sweep: Sweep, winner: Row) -> None:
+    """best.json: a complete configuration; ``dist-ae train --config best.json`` trains the winner again."""
+    write_json(sweep.path / "best.json", sweep.answer(winner.trial).model_dump(mode="json"))

@@ -1,0 +1,221 @@
+"""One trial. It trains in its own run directory, so a retry anywhere is the same call again: dist_ae goes on from the last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tune.plan import Sweep, Trial, append_report, read_json, read_reports, read_sweep, write_json
+
+RETRIES = 5  # how often a trial goes on after losing its process, before it is left for --resume
+LOCK_SECONDS = 120  # how long the run directory may still be held by the process that a retry replaces
+Send = Callable[[dict[str, Any]], None]
+
+
+def run_trial(assignment: dict[str, Any]) -> None:
+    """A trial with one worker, in a Ray Tune actor."""
+    import ray.tune
+
+    sweep = read_sweep(Path(assignment["sweep_dir"]))
+    trial = sweep.trial(ray.tune.get_context().get_trial_name())
+    checkpoint = ray.tune.get_checkpoint()
+    if checkpoint is not None and assignment.get("clone") not in (None, trial.clone):
+        trial = adopt(sweep, trial, assignment, Path(checkpoint.path))
+    with _own_log(sweep.trial_dir(trial.id)):
+        train_trial(sweep, trial, lambda report: _report_to_tune(sweep, trial, report))
+
+
+def _report_to_tune(sweep: Sweep, trial: Trial, report: dict[str, Any]) -> None:
+    import ray.tune
+
+    checkpoint = sweep.run_dir(trial) / "checkpoints" / f"{report['step']:08d}"
+    if sweep.settings.scheduler == "pbt" and checkpoint.is_dir():
+        ray.tune.report(report, checkpoint=ray.tune.Checkpoint.from_directory(str(checkpoint)))
+    else:
+        ray.tune.report(report)
+
+
+def run_distributed_trial(assignment: dict[str, Any]) -> None:
+    """A trial with several workers: this actor only drives Ray Train, whose workers train together under Accelerate."""
+    import ray.train
+    import ray.tune
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    sweep = read_sweep(Path(assignment["sweep_dir"]))
+    trial = sweep.trial(ray.tune.get_context().get_trial_name())
+    settings = sweep.settings
+    resources = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {})
+    TorchTrainer(
+        run_worker,
+        train_loop_config={"sweep_dir": assignment["sweep_dir"], "id": trial.id},
+        torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo", timeout_s=int(sweep.config(trial).train.timeout)),
+        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers_per_trial, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            # Of this attempt alone: the state of an earlier one is in the run directory, Ray Train's idea of it is not wanted.
+            name=f"{trial.id}-{uuid.uuid4().hex[:6]}",
+            storage_path=str(sweep.path / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=RETRIES),
+            callbacks=[TuneReportCallback()],
+        ),
+    ).fit()
+
+
+def run_worker(loop: dict[str, Any]) -> None:
+    """One worker of a trial with several."""
+    import ray.train
+
+    sweep = read_sweep(Path(loop["sweep_dir"]))
+    trial = sweep.trial(loop["id"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report
+    with _own_log(sweep.trial_dir(trial.id), name=f"log-{ray.train.get_context().get_world_rank()}.txt"):
+        train_trial(sweep, trial, ray.train.report)
+
+
+def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
+    """Trains, or goes on training, and reports each evaluation; what every form of a trial calls, on each of its workers.
+
+    Returns normally after an error of the code, the data or the arithmetic, noting it: Ray would only repeat it. What a retry can
+    mend (memory, storage, a lost peer) is raised.
+    """
+    folder = sweep.trial_dir(trial.id)
+    if (read_json(folder / "outcome.json") or {}).get("status") == "failed":
+        return  # another worker noted it, and this one was only waiting for that worker
+    import torch
+
+    import dist_ae
+
+    settings = sweep.settings
+    if not settings.gpus_per_worker:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # Ray hides a machine's GPUs from an actor without any, not in every version
+    torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+    main = int(os.environ.get("RANK", 0)) == 0
+    run_dir, started = sweep.run_dir(trial), time.monotonic()
+    before = sum(r["seconds"] for r in read_reports(folder)[-1:])
+    last = {"step": 0, "progress": 0.0}
+
+    def announce(step: int, progress: float, metrics: dict[str, float]) -> None:
+        if sweep.metric == "val.probe_accuracy":
+            metrics = {**metrics, "val.probe_accuracy": probe_accuracy(run_dir) if main else math.nan}  # rank 0 speaks for the trial
+        report = {"step": step, "progress": progress, **metrics, "seconds": before + time.monotonic() - started}
+        last.update(step=step, progress=progress)
+        if main:
+            append_report(folder, report)
+        send(report)
+
+    def on_evaluation(report: dist_ae.Report) -> None:
+        if report.step < report.total_steps:  # the last one follows result.json: a scheduler's stop could come between
+            announce(report.step, 100 * report.step / report.total_steps, report.metrics)
+
+    try:
+        if main:
+            _wait_for_lock(run_dir)
+            _fix_tracking_id(run_dir, trial.id)
+        start = next((run_dir / "start").glob("[0-9]*"), None)
+        result = dist_ae.train(sweep.config(trial), report=on_evaluation, start_from=start)
+        announce(result.steps, 100.0, result.metrics)
+    except Exception as error:
+        if _can_be_mended(error):
+            raise
+        if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):  # those two are raised by all workers at once
+            sweep.end_trial(trial.id, "failed", f"{type(error).__name__}: {error}")
+            import traceback
+
+            (folder / "error.txt").write_text(traceback.format_exc())
+        send({**last, sweep.metric: math.nan, "failed": True})
+
+
+def _can_be_mended(error: Exception) -> bool:
+    """Whether the same call could go well on another try: the process was out of memory or storage, or lost a peer."""
+    import torch
+
+    kinds = (MemoryError, OSError, torch.OutOfMemoryError, torch.distributed.DistError)
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error)))
+    )
+
+
+def _wait_for_lock(run_dir: Path) -> None:
+    """Waits for the process that this one replaces (stopped, paused, or cut off on a node given up) to let go of the run directory."""
+    import fcntl
+
+    deadline = time.monotonic() + LOCK_SECONDS
+    while (run_dir / ".lock").exists():
+        with open(run_dir / ".lock", "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{run_dir} has been held by another process for {LOCK_SECONDS} s") from None
+        time.sleep(0.1)
+
+
+def _fix_tracking_id(run_dir: Path, trial_id: str) -> None:
+    """W&B knows the trial by its id, in every generation and after every retry."""
+    if read_json(run_dir / "tracking.json") is None:
+        write_json(run_dir / "tracking.json", {"wandb_id": trial_id})
+
+
+@contextlib.contextmanager
+def _own_log(folder: Path, name: str = "log.txt") -> Iterator[None]:
+    """What training prints goes into the trial's folder; the terminal shows the sweep."""
+    with open(folder / name, "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
+
+
+def adopt(sweep: Sweep, trial: Trial, assignment: dict[str, Any], checkpoint: Path) -> Trial:
+    """Begins a trial's next generation with a better trial's weights, optimizer state and step, and with mutated values.
+
+    The copy is complete before trial.json names the generation, so a crash leaves the old generation or the new one.
+    """
+    values = {key: assignment[key] for key in trial.values}
+    donor = str(assignment["donor"])
+    clone = replace(trial, values=values, generation=trial.generation + 1, clone=assignment["clone"], donors=(*trial.donors, donor))
+    start = sweep.run_dir(clone) / "start"
+    shutil.rmtree(sweep.run_dir(clone), ignore_errors=True)
+    start.mkdir(parents=True)
+    step = int(json.loads((checkpoint / "state.json").read_text())["step"])
+    shutil.copytree(checkpoint, start / f"{step:08d}", ignore=shutil.ignore_patterns(".*"))
+    sweep.write_trial(clone)
+    return clone
+
+
+def probe_accuracy(run_dir: Path) -> float:
+    """Share of validation images whose label a linear map of the code tells: ridge regression on one-hot labels, fitted on training codes."""
+    import numpy as np
+    import torch
+
+    import dist_ae
+    from dist_ae import data
+
+    model = dist_ae.load(run_dir)
+    dataset = data.load(model.config.data)
+    codes, labels = [], []
+    for split in (dataset.train, dataset.val):
+        if split.labels is None:
+            raise dist_ae.InputError(f"val.probe_accuracy needs labels, and {dataset.name} has none; use another --metric")
+        images = split.images if split.rows is None else split.images[split.rows]
+        codes.append(model.embed(np.ascontiguousarray(images)).double())
+        labels.append(torch.from_numpy(split.labels))
+    mean, deviation = codes[0].mean(0), codes[0].std(0) + 1e-6
+    train, val = (torch.cat([(c - mean) / deviation, torch.ones(len(c), 1, dtype=c.dtype)], dim=1) for c in codes)
+    one_hot = torch.nn.functional.one_hot(labels[0]).double()
+    weights = torch.linalg.solve(train.T @ train + torch.eye(train.shape[1], dtype=train.dtype), train.T @ one_hot)
+    return float(((val @ weights).argmax(1) == labels[1]).double().mean())
+
+
+def sees(path: str) -> bool:
+    """Whether this node sees a file that the driver wrote."""
+    return Path(path).exists()
