@@ -90,7 +90,7 @@ class Runtime:
         _, launched = launched_world()
         # A second run in one process (a sweep's reused actor, a notebook) may want another precision: Accelerate's state is process-wide.
         self._owns_group = not dist.is_initialized()
-        AcceleratorState._reset_state(reset_partial_state=self._owns_group)
+        AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         _, accumulate = plan_batch(config.train.batch_size, launched, config.train.max_per_process)
         self.accelerator = Accelerator(
