@@ -300,8 +300,8 @@ def test_a_lost_node_costs_no_trial(tmp_path: Path) -> None:
 
 def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_when_it_is_stopped(cluster: Cluster, tmp_path: Path) -> None:
     """Two at a time would not fit: each trial begins only when all workers of the one before it are gone."""
-    made = {"train.steps": 400, "train.eval_every": 10, "optim.schedule": "constant", "precision": "fp64"}
-    part = {"optim.lr": {"choice": [3e-3, 1e-9]}}
+    made = {"train.steps": 120, "train.eval_every": 10, "optim.schedule": "constant", "precision": "fp64"}
+    part = {"optim.lr": {"choice": [3e-3, 1e-9, 2e-3]}}
     sweep = sweep_of(tmp_path, cluster.address, part, None, overrides=made, scheduler="asha", search="grid", workers_per_trial=2)
 
     def kill() -> None:
@@ -311,13 +311,14 @@ def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_whe
     thread = meanwhile(kill)
     sweep = run(sweep)
     thread.join()
-    good, weak = sweep.trials()
-    assert starts(sweep.trial_dir(good.id)) == 2
+    good, weak, last = sweep.trials()
+    assert [starts(sweep.trial_dir(trial.id)) for trial in (good, weak, last)] == [2, 1, 1]
     assert sweep.outcome(good).status == "finished"
     undisturbed_run = dist_ae.train(sweep.answer(good).override({"run_dir": tmp_path / "alone"}))
     assert sweep.outcome(good).metric("val.mse") == pytest.approx(undisturbed_run.metrics["val.mse"], rel=1e-9)
     assert sweep.outcome(weak).status == "stopped"
-    assert sweep.outcome(weak).reports[-1]["step"] < 400
+    assert sweep.outcome(weak).reports[-1]["step"] < 120
+    assert sweep.outcome(last).status in ("finished", "stopped")
 
 
 @pytest.mark.long

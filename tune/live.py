@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from tune.plan import Sweep
+from tune.trial import free_workers
 
 ROWS = 12  # trials shown at once: the best, and those that run
 
@@ -49,6 +50,7 @@ class Progress(Callback):  # type: ignore[misc]
             self._last[self._id(trial)] = result
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        free_workers(self._sweep.trial_dir(self._id(trial)))
         self._console.print(f"trial {self._id(trial)} lost its process; it goes on from its last checkpoint", highlight=False)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -63,6 +65,7 @@ class Progress(Callback):  # type: ignore[misc]
         return str(trial.config["id"])
 
     def _finished(self, trial_id: str) -> None:
+        free_workers(self._sweep.trial_dir(trial_id))
         planned = self._sweep.trial(trial_id)
         outcome = self._sweep.outcome(planned)
         self._state[trial_id] = outcome.status

@@ -20,6 +20,7 @@ from tune.plan import Sweep, Trial, append_report, read_json, read_reports, read
 
 RETRIES = 5  # how often a trial goes on after losing its process, before it is left for --resume
 LOCK_SECONDS = 120  # how long the run directory may still be held by the process that a retry replaces
+WORKERS = "workers.json"  # which of Ray's placement groups the workers of a trial hold, while they do
 Send = Callable[[dict[str, Any]], None]
 
 
@@ -66,7 +67,8 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
             # Of this attempt alone: the state of an earlier one is in the run directory, Ray Train's idea of it is not wanted.
             name=f"{trial.id}-{uuid.uuid4().hex[:6]}",
             storage_path=str(sweep.path / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=RETRIES),
+            # Tune tries the whole trial again. Were Ray Train to do so as well, it would begin anew when a stopped trial's workers are ended.
+            failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=[TuneReportCallback()],
         ),
     ).fit()
@@ -75,12 +77,31 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
 def run_worker(loop: dict[str, Any]) -> None:
     """One worker of a trial with several."""
     import ray.train
+    import ray.util
 
     sweep = read_sweep(Path(loop["sweep_dir"]))
     trial = sweep.trial(loop["id"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report
+    group = ray.util.get_current_placement_group()
+    if group is not None and ray.train.get_context().get_world_rank() == 0:
+        write_json(sweep.trial_dir(trial.id) / WORKERS, {"placement_group": group.id.hex()})
     with _own_log(sweep.trial_dir(trial.id), name=f"log-{ray.train.get_context().get_world_rank()}.txt"):
         train_trial(sweep, trial, ray.train.report)
+
+
+def free_workers(trial_dir: Path) -> None:
+    """Gives back what the workers of a trial held, and ends them, whatever became of their driver.
+
+    Ray keeps the resources reserved by a Ray Train run that was cut off until the whole job ends, unless the dashboard runs: the
+    next trial would wait for them for ever.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    held = read_json(trial_dir / WORKERS)
+    if held is not None:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(held["placement_group"])))
+        (trial_dir / WORKERS).unlink(missing_ok=True)
 
 
 def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
