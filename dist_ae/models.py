@@ -21,11 +21,26 @@ LOGVAR_RANGE = (-9.0, 11.0)
 class Output(NamedTuple):
     """What a forward pass gives for B images. ``None`` means that this model has no such thing."""
 
-    reconstruction: Tensor  # [B, C, H, W] on [0, 1]; a Gaussian model may leave that range
+    raw: Tensor  # [B, C, H, W], what the last layer gives: logits of a Bernoulli model, pixels on [-1, 1] of a Gaussian one
     mean: Tensor  # [B, latent_dim], the code
     logvar: Tensor | None  # [B, latent_dim], of a variational model
-    logits: Tensor | None  # [B, C, H, W], of a Bernoulli model: reconstruction = sigmoid(logits)
     log_sigma: Tensor | None  # [], of a Gaussian model that learns its σ
+    bernoulli: bool
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """[B, C, H, W] on [0, 1]; a Gaussian model may leave that range."""
+        return pixels(self.raw, self.bernoulli)
+
+
+def pixels(raw: Tensor, bernoulli: bool) -> Tensor:
+    """The last layer's output as pixels on [0, 1]."""
+    return torch.sigmoid(raw) if bernoulli else (raw + 1) / 2
+
+
+def centred(images: Tensor) -> Tensor:
+    """Images on [0, 1] → on [-1, 1], where the model works."""
+    return images.mul(2).sub_(1)
 
 
 class Autoencoder(nn.Module):
@@ -40,14 +55,14 @@ class Autoencoder(nn.Module):
         self.bernoulli = config.objective.likelihood == "bernoulli"
         activations: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
         self.activation = activations[model.activation]
-        pixels = math.prod(image_shape)
-        down = (pixels, *model.hidden_dims)
+        num_pixels = math.prod(image_shape)
+        down = (num_pixels, *model.hidden_dims)
         with torch.device("meta"):
             self.encoder = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(down))
             self.to_code = nn.Linear(down[-1], model.latent_dim * (2 if model.variational else 1))
             up = (model.latent_dim, *reversed(model.hidden_dims))
             self.decoder = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(up))
-            self.to_pixels = nn.Linear(up[-1], pixels)
+            self.to_pixels = nn.Linear(up[-1], num_pixels)
             learned = config.objective.sigma == "learned"
             self.log_sigma = nn.Parameter(torch.empty(())) if learned else None
 
@@ -59,7 +74,7 @@ class Autoencoder(nn.Module):
         """
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"expected images of shape [B, {', '.join(map(str, self.image_shape))}], got {list(images.shape)}")
-        hidden = self._hidden(images.flatten(1) * 2 - 1, self.encoder, masks[: len(self.encoder)])
+        hidden = self._hidden(centred(images.flatten(1)), self.encoder, masks[: len(self.encoder)])
         code = self.to_code(hidden)
         if not self.variational:
             return code, None
@@ -73,7 +88,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, code: Tensor) -> Tensor:
         """code [B, latent_dim] → reconstruction [B, C, H, W] on [0, 1]."""
-        return self._pixels(self.decode_raw(code))
+        return pixels(self.decode_raw(code), self.bernoulli)
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> Output:
         """Reconstructs images [B, C, H, W] on [0, 1]; a pure function of its arguments. ``draws=None`` is the deterministic model (mean code)."""
@@ -84,10 +99,7 @@ class Autoencoder(nn.Module):
         if logvar is not None and draws.epsilon is not None:
             code = mean + torch.exp(0.5 * logvar) * draws.epsilon  # z = μ + σ·ε ~ N(μ, σ²) (Kingma & Welling 2014, eq. 10)
         raw = self.decode_raw(code, draws.masks[len(self.encoder) :])
-        return Output(self._pixels(raw), mean, logvar, raw if self.bernoulli else None, self.log_sigma)
-
-    def _pixels(self, raw: Tensor) -> Tensor:
-        return torch.sigmoid(raw) if self.bernoulli else (raw + 1) / 2
+        return Output(raw, mean, logvar, self.log_sigma, self.bernoulli)
 
     def _hidden(self, hidden: Tensor, layers: nn.ModuleList, masks: Sequence[Tensor]) -> Tensor:
         for index, layer in enumerate(layers):

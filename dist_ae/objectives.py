@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dist_ae.config import Config, ObjectiveConfig
 from dist_ae.draws import Draws
-from dist_ae.models import Output
+from dist_ae.models import Output, centred
 
 Model = Callable[[Tensor, Draws | None], Output]  # the prepared module: always called, never reached into
 
@@ -38,12 +38,11 @@ def gaussian_kl(mean: Tensor, logvar: Tensor, prior_mean: float | Tensor = 0.0, 
 
 
 def gaussian_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor) -> Tensor:
-    """-log N(images; reconstruction, σ²) summed over pixels on [0, 1], [B, C, H, W] → [B], nats."""
+    """-log N(images; reconstruction, σ²) summed over pixels, [B, C, H, W] → [B], nats. All three on the same scale."""
     _same_shape(images, reconstruction)
-    log_sigma = torch.as_tensor(log_sigma, dtype=torch.float64 if images.dtype == torch.float64 else torch.float32, device=images.device)
-    squared = (_at_least_float(images) - _at_least_float(reconstruction)).square().flatten(1).sum(1)
-    pixels = math.prod(images.shape[1:])
-    return 0.5 * torch.exp(-2 * log_sigma) * squared + pixels * (log_sigma + 0.5 * math.log(2 * math.pi))
+    squared = F.mse_loss(_at_least_float(reconstruction), _at_least_float(images), reduction="none").flatten(1).sum(1)
+    weight = 0.5 * (torch.exp(-2 * log_sigma) if isinstance(log_sigma, Tensor) else math.exp(-2 * log_sigma))
+    return weight * squared + math.prod(images.shape[1:]) * (log_sigma + 0.5 * math.log(2 * math.pi))
 
 
 def bernoulli_distortion(images: Tensor, logits: Tensor) -> Tensor:
@@ -58,11 +57,12 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
     Raises:
         ValueError: images and reconstruction of different shapes (broadcasting them would train the mean image).
     """
-    if output.logits is not None:
-        distortion = bernoulli_distortion(images, output.logits)
+    if output.bernoulli:
+        distortion = bernoulli_distortion(images, output.raw)
     else:
         log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
-        distortion = gaussian_distortion(images, output.reconstruction, log_sigma)
+        # On [-1, 1], where the model works, with twice the σ: the density there is half as high. It saves three passes over the pixels.
+        distortion = gaussian_distortion(centred(images), output.raw, log_sigma + math.log(2)) - math.prod(images.shape[1:]) * math.log(2)
     if output.logvar is None:
         return Terms(distortion, distortion, torch.zeros_like(distortion))
     rate = gaussian_kl(output.mean, output.logvar)

@@ -67,7 +67,7 @@ def test_figures_are_what_their_names_say(tmp_path: Path) -> None:
     output = model(x, Draws(epsilon=epsilon))
     posterior = torch.distributions.Normal(output.mean, (output.logvar / 2).exp())
     rate = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
-    distortion = -torch.distributions.Bernoulli(logits=output.logits, validate_args=False).log_prob(x).flatten(1).sum(1)
+    distortion = -torch.distributions.Bernoulli(logits=output.raw, validate_args=False).log_prob(x).flatten(1).sum(1)
     assert found["rate"] == pytest.approx(float(rate.mean()), rel=1e-5)
     assert found["neg_elbo"] == pytest.approx(float((rate + distortion).mean()), rel=1e-5)
 
