@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-long lint
+.PHONY: train test test-long lint bench
 
 train: .venv/installed
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_ae train ae
@@ -18,6 +18,9 @@ lint: .venv/installed-for-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: .venv/installed-for-bench
+	$(BIN)/python -m benchmarks.speed
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -28,3 +31,7 @@ lint: .venv/installed-for-test
 .venv/installed-for-test: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@ .venv/installed
+
+.venv/installed-for-bench: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	touch $@ .venv/installed .venv/installed-for-test

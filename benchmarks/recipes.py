@@ -1,6 +1,6 @@
 """Trains recipes side by side and prints one line of figures each: what `benchmarks/recipes.md` was made from.
 
-    python benchmarks/recipes.py ae "optim.name=muon optim.lr=0.02 train.batch_size=512" "train.batch_size=256" [--seeds 3] [--set train.epochs=20]
+    python -m benchmarks.recipes ae "optim.name=muon optim.lr=0.02 train.batch_size=512" "train.batch_size=256" [--seeds 3] [--set train.epochs=20]
 
 A recipe is a preset with `key=value` pairs over it, as in `python -m tune --set`. Runs stay in `--storage` and are not trained twice.
 """

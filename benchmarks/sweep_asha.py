@@ -1,6 +1,6 @@
 """ASHA against full random search on the same configurations: the best value of each and the training steps each took.
 
-    python benchmarks/sweep_asha.py [--trials 27] [--epochs 9] [--seed 0]
+    python -m benchmarks.sweep_asha [--trials 27] [--epochs 9] [--seed 0]
 
 Prints one JSON line. The figure to reach: within 3 % of the best, with at most a third of the steps.
 """

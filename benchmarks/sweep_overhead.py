@@ -1,6 +1,6 @@
 """Overhead of a sweep: wall time beyond Ray's start over the trials' own training time divided by the concurrency.
 
-    python benchmarks/sweep_overhead.py [--trials 16] [--concurrency 2] [--epochs 30]
+    python -m benchmarks.sweep_overhead [--trials 16] [--concurrency 2] [--epochs 30]
 
 Prints one JSON line. The figure to reach is at most 1.15.
 """

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dist_ae.config import Config, InputError
 
-PRECISIONS = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
+PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def plan_batch(global_size: int, world: int, max_per_process: int | None = None) -> tuple[int, int]:
@@ -68,6 +68,8 @@ def check_device(config: Config) -> None:
     on_cpu = _use_cpu()
     if config.precision == "fp16" and on_cpu:
         raise InputError("precision fp16 needs a GPU: torch has no gradient scaling for it on a CPU; use bf16 or fp32")
+    if config.precision == "tf32" and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
+        raise InputError("precision tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 or bf16")
     if config.precision == "bf16" and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError(f"precision bf16 is not supported by {torch.cuda.get_device_name()}; use fp16 or fp32")
     if config.precision == "fp64" and not on_cpu and not torch.cuda.is_available():
@@ -93,13 +95,14 @@ class Runtime:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         _, accumulate = plan_batch(config.train.batch_size, launched, config.train.max_per_process)
+        hook = DDPCommunicationHookType.BF16 if config.train.gradient_type == "bf16" else DDPCommunicationHookType.NO
         self.accelerator = Accelerator(
             cpu=_use_cpu(),
             mixed_precision=PRECISIONS[config.precision],  # explicit: None would fall back to what `accelerate launch` exports
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout)),
                 # static_graph does not go with no_sync, which accumulation needs.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=accumulate == 1),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=accumulate == 1, comm_hook=hook),
             ],
         )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -109,6 +112,8 @@ class Runtime:
                 f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
                 f"they would train apart in one folder. {_HOW_TO_START}"
             )
+        if self.device.type == "cuda":  # process-wide, so said either way: a run before this one may have wanted the other
+            torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.exact = torch.float32 if self.device.type == "mps" else torch.float64  # type of sums over many images
         # Host-side agreement does not wait for the device's queue.

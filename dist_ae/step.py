@@ -44,6 +44,8 @@ class Learner:
     def prepare(self) -> None:
         """Hands the model to Accelerate: DDP takes rank 0's weights to all; the optimizer's state follows, then one step that changes nothing."""
         accelerator = self.runtime.accelerator
+        if self.config.train.compile:
+            self.raw_model.compile()
         self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
         if self.runtime.world > 1:
             for tensor in [*self.tensors()[OPTIMIZER].values(), *self.ema]:

@@ -25,7 +25,8 @@ def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_presets_are_the_four_systems_and_the_tutorials() -> None:
-    assert list(PRESETS) == ["ae", "denoising", "dropout", "vae", "ae-reference", "denoising-reference", "dropout-reference", "vae-reference"]
+    kinds = ("ae", "denoising", "dropout", "vae")
+    assert list(PRESETS) == [*kinds, *(f"{kind}-fast" for kind in kinds), *(f"{kind}-reference" for kind in kinds)]
     reference = PRESETS["ae-reference"]
     assert (reference.optim.lr, reference.optim.betas, reference.optim.schedule) == (1e-3, (0.5, 0.999), "constant")
     assert (reference.model.hidden_dims, reference.model.latent_dim, reference.train.batch_size, reference.train.epochs) == ((512, 256), 128, 128, 20)
@@ -92,6 +93,7 @@ BAD_INPUT = {
     "batch larger than the dataset": (["--train.batch-size", "9999"], "1500 training images"),
     "data root that does not exist": (["--data.name", "mnist", "--data.root", "/nowhere"], "/nowhere"),
     "precision the device lacks": (["--precision", "fp16"], "use bf16 or fp32"),
+    "tf32 without the GPU it needs": (["--precision", "tf32"], "needs an NVIDIA GPU"),
     "another image shape": (["--model.image-shape", "1", "9", "9"], "(1, 9, 9)"),
     "unknown dataset": (["--data.name", "digit"], "expected digits"),
     "run directory that cannot be written": (["--run-dir", "/proc/nowhere"], "/proc/nowhere"),

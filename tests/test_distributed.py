@@ -28,6 +28,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for parts in (parts for w, parts in LAYOUTS if w == world):
                 jobs.append(job(preset, root / f"{preset}-{world}-{parts}", **{"train.max_per_process": 96 // world // parts}))
             jobs.append(job(preset, root / f"{preset}-{world}-fp32", precision="fp32"))
+        jobs.append(job("vae", root / f"muon-{world}", **{"optim.name": "muon", "optim.lr": 0.02, "optim.weight_decay": 0.1}))
+        if world == 2:
+            jobs.append(job("ae", root / "ae-2-bf16-gradients", precision="fp32", **{"train.gradient_type": "bf16"}))
         train_jobs(world, jobs, root)
     return root
 
@@ -39,6 +42,11 @@ def test_float64_weights_agree_on_any_number_of_processes_and_accumulation_steps
     assert max(differences.values()) < 1e-10, differences
     losses = [[line["loss"] for line in metrics(runs / f"{preset}-{world}-{parts}")] for world, parts in LAYOUTS]
     assert all(loss == pytest.approx(losses[0], rel=1e-10) for loss in losses)
+
+
+def test_float64_weights_agree_with_muon_too(runs: Path) -> None:
+    differences = [relative_difference(weights(runs / f"muon-{world}"), weights(runs / "muon-1")) for world in (2, 4)]
+    assert max(differences) < 1e-10, differences
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -56,6 +64,13 @@ def test_evaluation_is_the_same_on_any_number_of_processes(runs: Path, preset: s
     assert [result["world_size"] for result in results] == [1, 2, 4]
     for result in results[1:]:
         assert result["metrics"] == pytest.approx(results[0]["metrics"], rel=1e-9)
+
+
+def test_bf16_gradients_change_the_run_by_their_rounding_and_no_more(runs: Path) -> None:
+    exact, rounded = weights(runs / "ae-2-fp32"), weights(runs / "ae-2-bf16-gradients")
+    assert 1e-5 < relative_difference(rounded, exact) < 0.1
+    curves = [[line["loss"] for line in metrics(runs / name)] for name in ("ae-2-fp32", "ae-2-bf16-gradients")]
+    assert curves[1] == pytest.approx(curves[0], abs=5e-3 * max(map(abs, curves[0])))
 
 
 def test_no_step_touches_torchs_global_generators(runs: Path) -> None:

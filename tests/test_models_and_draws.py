@@ -55,7 +55,7 @@ def test_forward_is_a_pure_function_of_images_and_draws() -> None:
     assert plain.reconstruction.shape == images.shape and plain.reconstruction.min() >= 0 and plain.reconstruction.max() <= 1
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.endswith("reference")])
+@pytest.mark.parametrize("preset", ["ae", "denoising", "dropout", "vae"])
 def test_a_batch_gives_each_image_what_it_gets_alone(preset: str) -> None:
     config = PRESETS[preset].override({"model.hidden_dims": (16, 12)})
     model = initialize(Autoencoder(config, (3, 5, 4)), 0).double()
