@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import BaseConfig, ClusterConfig
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY, environment, metrics
 
 FILES = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
 
@@ -40,3 +42,40 @@ def test_a_file_starts_the_processes_it_promises(name: str, processes: int, tmp_
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == processes
     assert done.stdout.count("val.mse") == 1  # rank 0 only
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Every process whose command names a run directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue  # ended meanwhile
+        if str(run_dir).encode() in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_processes"])
+def test_a_signal_to_the_launcher_saves_at_the_current_step_and_leaves_no_process(name: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{name}.yaml", "-m", "dist_ae", "train", "ae"]
+    command += ["--train.steps", "1000000", "--train.log-every", "1", "--train.eval-every", "100000", "--tracking.wandb", "off", "--run-dir", str(run_dir)]
+    launcher = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while not ((run_dir / "metrics.jsonl").exists() and metrics(run_dir)) and time.monotonic() < end:
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        struck = time.monotonic()
+        while processes_of(run_dir) and time.monotonic() - struck < 10:
+            time.sleep(0.05)
+            launcher.poll()
+        assert processes_of(run_dir) == []
+    finally:
+        launcher.kill()
+        launcher.wait()
+    trained = [line["step"] for line in metrics(run_dir)]
+    assert trained == list(range(1, trained[-1] + 1))
+    assert max(int(path.name) for path in (run_dir / "checkpoints").iterdir()) == trained[-1]
