@@ -16,6 +16,7 @@ from dist_ae.config import DESCRIPTIONS, PRESETS, Config, load_config
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 
 RunDir = Annotated[Path, tyro.conf.Positional]
+Which = Literal["last", "best"]
 
 
 def train(arguments: list[str]) -> None:
@@ -36,7 +37,7 @@ def train(arguments: list[str]) -> None:
 def evaluate(
     run_dir: RunDir,
     split: Literal["val", "train"] = "val",
-    which: Literal["last", "best"] = "last",
+    which: Which = "last",
     noise_std: float | None = None,
     batch_size: int | None = None,
     data_root: Path | None = None,
@@ -56,6 +57,112 @@ def evaluate(
     metrics = evaluate_run(run_dir, split, which, noise_std, batch_size, data_root)
     if int(os.environ.get("RANK", 0)) == 0:
         show(dict(metrics))
+
+
+def reconstruct(
+    run_dir: RunDir, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None
+) -> None:  # fmt: skip
+    """Writes what the model makes of images; noisy images come out denoised.
+
+    Args:
+        run_dir: the run.
+        images: .npy or .npz, uint8 or floats on [0, 1] (noise may leave it); left out, the run's validation images.
+        out: .npy, float32 [N, C, H, W] on [0, 1], or .png, the first 12 originals over their reconstructions; left out, RUN_DIR/reconstructions.npy.
+        which: the newest checkpoint, or the best by validation.
+        data_root: where the run's data lies here, if elsewhere than where it was trained.
+    """
+    from dist_ae import apply
+
+    _written(apply.reconstruct_run(run_dir, images, out, which, data_root))
+
+
+def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "last") -> None:
+    """Writes new images from a variational run, decoded from z ~ N(0, I).
+
+    Args:
+        run_dir: the run.
+        num: how many.
+        seed: the same seed gives the same images.
+        out: .png, or .npy, float32 [num, C, H, W] on [0, 1]; left out, RUN_DIR/samples.png.
+        which: the newest checkpoint, or the best by validation.
+    """
+    from dist_ae import apply
+
+    _written(apply.sample_run(run_dir, num, seed, out, which))
+
+
+def interpolate(
+    run_dir: RunDir, pairs: int = 8, steps: int = 10, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None
+) -> None:  # fmt: skip
+    """Writes what lies between images: straight lines between the codes of images 0 and 1, 2 and 3, …, decoded.
+
+    Args:
+        run_dir: the run.
+        pairs: how many pairs of images.
+        steps: images from one reconstruction to the other, both counted.
+        images: .npy or .npz, uint8 or floats on [0, 1]; left out, the run's validation images.
+        out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out, RUN_DIR/interpolation.png.
+        which: the newest checkpoint, or the best by validation.
+        data_root: where the run's data lies here, if elsewhere than where it was trained.
+    """
+    from dist_ae import apply
+
+    _written(apply.interpolate_run(run_dir, pairs, steps, images, out, which, data_root))
+
+
+def embed(run_dir: RunDir, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None) -> None:
+    """Writes the codes of images; of a variational run, their means.
+
+    Args:
+        run_dir: the run.
+        images: .npy or .npz, uint8 or floats on [0, 1]; left out, the run's validation images.
+        out: .npy, float32 [N, latent_dim]; left out, RUN_DIR/codes.npy.
+        which: the newest checkpoint, or the best by validation.
+        data_root: where the run's data lies here, if elsewhere than where it was trained.
+    """
+    from dist_ae import apply
+
+    _written(apply.embed_run(run_dir, images, out, which, data_root))
+
+
+def score(run_dir: RunDir, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None) -> None:
+    """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative ELBO in nats.
+
+    Args:
+        run_dir: the run.
+        images: .npy or .npz, uint8 or floats on [0, 1]; left out, the run's validation images.
+        out: .npy, float32 [N]; left out, RUN_DIR/scores.npy.
+        which: the newest checkpoint, or the best by validation.
+        data_root: where the run's data lies here, if elsewhere than where it was trained.
+    """
+    import numpy as np
+
+    from dist_ae import apply
+
+    path, scores, figure = apply.score_run(run_dir, images, out, which, data_root)
+    show({f"min.{figure}": float(scores.min()), f"median.{figure}": float(np.median(scores)), f"max.{figure}": float(scores.max())})
+    highest = scores.argsort(descending=True, stable=True)[:10].tolist()
+    print(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
+    _written(path)
+
+
+def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> None:
+    """Writes the deterministic model as a program that needs torch and nothing else: images on [0, 1] to reconstruction and code.
+
+    Args:
+        run_dir: the run.
+        out: .pt2; left out, RUN_DIR/model.pt2.
+        which: the newest checkpoint, or the best by validation.
+    """
+    from dist_ae import apply
+
+    path = apply.export_run(run_dir, out, which)
+    _written(path)
+    print(f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] on [0, 1], any N")
+
+
+def _written(path: Path) -> None:
+    print(f"written: {path}")
 
 
 def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) -> None:
@@ -100,7 +207,10 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
             console.print(f"picture: {path}", soft_wrap=True, highlight=False)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate, "doctor": doctor}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate": evaluate, "reconstruct": reconstruct, "sample": sample, "interpolate": interpolate, "embed": embed, "score": score, "export": export,
+    "doctor": doctor,
+}  # fmt: skip
 
 
 def main() -> None:

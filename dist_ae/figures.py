@@ -65,8 +65,10 @@ def image_rows(rows: dict[str, Tensor], figure_path: Path) -> Path:
 
 
 def image_grid(images: Tensor, figure_path: Path, columns: int = 8) -> Path:
-    """A grid of images [N, C, H, W] on [0, 1], N a multiple of ``columns``."""
-    return _tiles(images.view(-1, columns, *images.shape[1:]), [], figure_path)
+    """A grid of images [N, C, H, W] on [0, 1], row by row; where N is no multiple of ``columns`` the last row ends in white."""
+    columns = min(columns, len(images))
+    white = images.new_ones(-len(images) % columns, *images.shape[1:])
+    return _tiles(torch.cat([images, white]).view(-1, columns, *images.shape[1:]), [], figure_path)
 
 
 def _tiles(images: Tensor, labels: list[str], figure_path: Path) -> Path:
@@ -91,5 +93,6 @@ def _tiles(images: Tensor, labels: list[str], figure_path: Path) -> Path:
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    # matplotlib refuses more than 65,535 pixels a side, which very tall images would reach.
+    figure.savefig(path, dpi=min(150, 2**14 / max(figure.get_size_inches())))
     return path
