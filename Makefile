@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: train test test-long lint bench
 
 train: .venv/installed
-	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m dist_ae train ae
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml --num_cpu_threads_per_process 1 -m dist_ae train ae
 
 test: .venv/installed-for-test
 	$(BIN)/python -m pytest -m "not long"

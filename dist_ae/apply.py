@@ -246,7 +246,9 @@ def interpolate_run(
     out = _destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
     given = _given(trained, images, data_root)
     if not 1 <= pairs <= len(given) // 2:
-        raise InputError(f"{images or 'the validation set'}: {len(given)} images make {len(given) // 2} pairs; --pairs must lie in that, got {pairs}")
+        where = images or "the run's validation images"
+        way_out = f"ask for 1 to {len(given) // 2}" if len(given) > 1 else "at least two images are needed"
+        raise InputError(f"{where}: number of images {len(given)}, which make {len(given) // 2} pairs, but --pairs asks for {pairs}; {way_out}")
     if out.suffix == ".png" and max(pairs, steps) > TILES:
         raise InputError(f"a picture holds at most {TILES} pairs of {TILES} steps, not {pairs} of {steps}; --out {out.with_suffix('.npy')} takes any number")
     return _write_images(out, trained.interpolate(given[: 2 * pairs : 2], given[1 : 2 * pairs : 2], steps), steps)

@@ -279,7 +279,9 @@ def _arrays(path: Path) -> dict[str, Array]:
     except (OSError, ValueError, EOFError, zlib.error, KeyError) as error:
         if "Object arrays" in str(error):
             raise InputError(f"{path}: holds objects, not one array of numbers; images of differing shapes? Bring them to one shape first") from None
-        raise InputError(f"{path}: not a readable .npy or .npz file ({error})") from None
+        # What is neither format numpy takes for a pickle, and its advice is to load it unsafely.
+        reason = "it is in neither format" if "pickle" in str(error) else error
+        raise InputError(f"{path}: not a readable .npy or .npz file ({reason})") from None
     except Exception as error:  # zipfile.BadZipFile and what else a damaged archive raises
         raise InputError(f"{path}: not a readable .npy or .npz file ({error})") from None
 
