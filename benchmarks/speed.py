@@ -210,7 +210,19 @@ def ours(batch: int, *more: str, world: int = 1) -> float:
         steps = 2 * max(STEPS * 128 // batch, 40)
         command = ["-m", "dist_ae", "train", "ae", "--data.name", "fashion_mnist", "--model.latent-dim", str(LATENT), "--train.batch-size", str(batch)]
         command += ["--model.start", "random", "--optim.name", "adam", "--precision", "fp32", "--model.activation", "relu"]
-        command += ["--train.steps", str(steps), "--train.log-every", str(min(50, steps // 2)), "--train.save-every", "200", "--tracking.wandb", "offline", "--run-dir", f"{folder}/run", *more]
+        command += [
+            "--train.steps",
+            str(steps),
+            "--train.log-every",
+            str(min(50, steps // 2)),
+            "--train.save-every",
+            "200",
+            "--tracking.wandb",
+            "offline",
+            "--run-dir",
+            f"{folder}/run",
+            *more,
+        ]
         launcher = [] if world == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(world), "--num_machines", "1",
                                           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
         subprocess.run([sys.executable, *launcher, *command], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(2 // world)})
