@@ -232,9 +232,12 @@ def read_idx(path: Path, dims: int) -> Array:
         InputError: naming the file and what was expected: magic, dimensions, exact length, gzip checksum.
     """
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b" or path.suffix == ".gz":
-            data = gzip.decompress(data)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+        data = bytearray()  # grown in place: one copy in memory, and an array over it can be written to
+        with gzip.open(path) if packed else path.open("rb") as file:
+            while block := file.read(2**20):
+                data += block
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a readable gzip file ({error})") from None
     header = 4 + 4 * dims
@@ -247,7 +250,7 @@ def read_idx(path: Path, dims: int) -> Array:
     expected = header + int(np.prod(shape, dtype=object))
     if len(data) != expected or 0 in shape:
         raise InputError(f"{path}: the header says {' × '.join(map(str, shape))}, so {expected} bytes with at least one image, got {len(data)}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------------ the user's own

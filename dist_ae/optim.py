@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -10,6 +11,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_ae.config import OptimConfig
+
+
+class Uncompiled(Optimizer):
+    """Without torch's compiler: on its first call each of these methods imports it, only to say that it is not to be compiled.
+
+    That is 1.2 s of a run's start and 150 MB of every process.
+    """
+
+    add_param_group, zero_grad = unwrap(Optimizer.add_param_group), unwrap(Optimizer.zero_grad)
+    state_dict, load_state_dict = unwrap(Optimizer.state_dict), unwrap(Optimizer.load_state_dict)
+
+
+class Adam(Uncompiled, torch.optim.Adam):
+    """torch's Adam; AdamW, too, with ``decoupled_weight_decay``."""
+
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))
+
+
+class SGD(Uncompiled, torch.optim.SGD):
+    """torch's SGD."""
+
+    step = torch.no_grad()(unwrap(torch.optim.SGD.step))
 
 
 def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
@@ -20,21 +43,19 @@ def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     """
     parameters = list(model.parameters())
     adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay, "fused": True}
-    if config.name == "adam":
-        return [torch.optim.Adam(parameters, lr=config.lr, **adam)]  # type: ignore[arg-type]
-    if config.name == "adamw":
-        return [torch.optim.AdamW(parameters, lr=config.lr, **adam)]  # type: ignore[arg-type]
+    if config.name in ("adam", "adamw"):
+        return [Adam(parameters, lr=config.lr, decoupled_weight_decay=config.name == "adamw", **adam)]  # type: ignore[arg-type]
     if config.name == "sgd":
-        return [torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)]
+        return [SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)]
     matrices = [p for p in parameters if p.ndim == 2]
     others = [p for p in parameters if p.ndim != 2]
     return [
         Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay),
-        torch.optim.Adam(others, lr=config.lr_adam, **{**adam, "weight_decay": 0.0}),  # type: ignore[arg-type]
+        Adam(others, lr=config.lr_adam, **{**adam, "weight_decay": 0.0}),  # type: ignore[arg-type]
     ]
 
 
-class Muon(torch.optim.Muon):
+class Muon(Uncompiled, torch.optim.Muon):
     """torch's Muon (Jordan 2024), but for float64 weights, whose updates it would orthogonalize in bfloat16 all the same.
 
     Rounding to 8 bits makes of a difference in the 16th digit one in the third, so a run in fp64 could not show that it is exact.
@@ -45,7 +66,7 @@ class Muon(torch.optim.Muon):
         """One update, as torch's, in float64 where the weights are."""
         for group in self.param_groups:
             if group["params"][0].dtype != torch.float64:
-                return super().step(closure)  # type: ignore[no-untyped-call]
+                return unwrap(torch.optim.Muon.step)(self, closure)
             for p in group["params"]:
                 momentum, lr = self.state[p]["momentum_buffer"], group["lr"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
@@ -67,7 +88,7 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 def materialize(optimizers: list[Optimizer]) -> None:
     """Creates every state tensor as zeros, which is what the first step would do: a checkpoint then always holds the same tensors."""
     for optimizer in optimizers:
-        adam = isinstance(optimizer, torch.optim.Adam)  # AdamW is one, too
+        adam = isinstance(optimizer, Adam)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 moments = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
