@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -95,14 +95,14 @@ class Runtime:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         _, accumulate = plan_batch(config.train.batch_size, launched, config.train.max_per_process)
-        hook = DDPCommunicationHookType.BF16 if config.train.gradient_type == "bf16" else DDPCommunicationHookType.NO
         self.accelerator = Accelerator(
             cpu=_use_cpu(),
             mixed_precision=PRECISIONS[config.precision],  # explicit: None would fall back to what `accelerate launch` exports
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout)),
                 # static_graph does not go with no_sync, which accumulation needs.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=accumulate == 1, comm_hook=hook),
+                # On a CPU nothing overlaps, the cores are busy with the backward: one bucket, one exchange a step.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=accumulate == 1, bucket_cap_mb=100 if _use_cpu() else 25),
             ],
         )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index

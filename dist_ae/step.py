@@ -17,6 +17,7 @@ from dist_ae.models import Autoencoder, initialize
 from dist_ae.objectives import Terms, beta_at, objective
 from dist_ae.optim import Guard, build, materialize, set_learning_rate, state_tensors
 from dist_ae.runtime import Runtime, plan_batch
+from dist_ae.shared import SharedMean, share_memory
 
 
 class Learner:
@@ -48,6 +49,7 @@ class Learner:
             self.raw_model.compile()
         self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
         if self.runtime.world > 1:
+            self._choose_reduction()
             for tensor in [*self.tensors()[OPTIMIZER].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes the order in
@@ -55,6 +57,18 @@ class Learner:
         for _ in range(3 if self.runtime.world > 1 else 1):
             self._backward(range(0), torch.empty(0, dtype=torch.int64), step=0, batch_size=1)
             self._zero_grad()
+
+    def _choose_reduction(self) -> None:
+        """How DDP averages gradients where its own all-reduce is not wanted."""
+        dtype = torch.bfloat16 if self.config.train.gradient_type == "bf16" else self.runtime.dtype
+        num_bytes = sum(p.numel() for p in self.parameters) * dtype.itemsize
+        slots = share_memory(self.runtime, num_bytes) if self.runtime.device.type == "cpu" else None
+        if slots is not None:
+            self.model.register_comm_hook(None, SharedMean(slots, self.runtime, dtype).hook)
+        elif dtype == torch.bfloat16:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            self.model.register_comm_hook(None, bf16_compress_hook)
 
     def tensors(self) -> dict[str, Tensors]:
         """All that a checkpoint holds, by file: the live tensors, to be saved or copied into."""

@@ -29,6 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 jobs.append(job(preset, root / f"{preset}-{world}-{parts}", **{"train.max_per_process": 96 // world // parts}))
             jobs.append(job(preset, root / f"{preset}-{world}-fp32", precision="fp32"))
         jobs.append(job("vae", root / f"muon-{world}", **{"optim.name": "muon", "optim.lr": 0.02, "optim.weight_decay": 0.1}))
+        if world > 1:
+            jobs.append({**job("ae", root / f"ae-{world}-through-gloo", precision="fp32"), "mutation": "no shared memory"})
         if world == 2:
             jobs.append(job("ae", root / "ae-2-bf16-gradients", precision="fp32", **{"train.gradient_type": "bf16"}))
         train_jobs(world, jobs, root)
@@ -64,6 +66,12 @@ def test_evaluation_is_the_same_on_any_number_of_processes(runs: Path, preset: s
     assert [result["world_size"] for result in results] == [1, 2, 4]
     for result in results[1:]:
         assert result["metrics"] == pytest.approx(results[0]["metrics"], rel=1e-9)
+
+
+def test_gradients_through_shared_memory_are_those_through_gloo(runs: Path) -> None:
+    assert relative_difference(weights(runs / "ae-2-through-gloo"), weights(runs / "ae-2-fp32")) == 0  # of two, every order of adding is the same
+    assert 0 < relative_difference(weights(runs / "ae-4-through-gloo"), weights(runs / "ae-4-fp32")) < 1e-3  # of four, it is not
+    assert not list(Path("/dev/shm").glob("dist_ae-*"))
 
 
 def test_bf16_gradients_change_the_run_by_their_rounding_and_no_more(runs: Path) -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 import dist_ae
-from dist_ae import data, draws, step
+from dist_ae import data, draws, shared, step
 from dist_ae.config import Config
 
 
@@ -39,6 +39,7 @@ def mutated(name: str) -> Any:
         "same noise on every process": mock.patch.object(step, "draw", draw_alike),
         "averages per process": mock.patch.object(step.Learner, "_backward", average_per_process),
         "draws from torch's global generator": mock.patch.object(step, "draw", draw_globally),
+        "no shared memory": mock.patch.object(shared, "FOLDER", "/nonexistent"),  # no error: what a machine without it does
         "drops what does not divide": mock.patch.object(step, "share", drop),
     }[name]
 
