@@ -201,8 +201,9 @@ class Watch:
         self._answered = now  # when the store, which rank 0 keeps, last answered
         self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(range(runtime.world), (b"", now))  # last heartbeat, since when
         # Two threads: an exchange with a frozen store does not come back, and somebody must notice.
-        for work in (self._exchange, self._guard):
-            threading.Thread(target=work, name="watch", daemon=True).start()
+        self._threads = [threading.Thread(target=work, name="watch", daemon=True) for work in (self._exchange, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def _beat(self) -> None:
         self._store.set(str(self._runtime.rank), f"{time.monotonic()} {self.step}")
@@ -249,6 +250,9 @@ class Watch:
         """Ends watching, together with the others: none takes the first to leave for lost."""
         self._done.set()
         if self._watching:
+            # A thread that still talks to the store while the interpreter ends can abort the process after all its work is done.
+            for thread in self._threads:
+                thread.join(10 * self.INTERVAL)
             self._runtime.wait()
 
 

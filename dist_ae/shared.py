@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_ae.runtime import Runtime
 
 FOLDER = Path("/dev/shm")
+MAX_BYTES = 2**30  # what all slots may take of the machine's memory: gradients that large are not what limits a CPU
 TOKEN_BYTES = 64  # at the head of the file: proof that it is one and the same for all, and a cache line
 
 
@@ -46,12 +47,14 @@ class SharedMean:
 
 
 def share_memory(runtime: Runtime, num_bytes: int) -> Tensor | None:
-    """Memory [2, world, at least num_bytes], uint8, of all processes; None where they have none: on several machines, without room.
+    """Memory [2, world, at least num_bytes], uint8, of all processes; None where there is none: on several machines, without room, beyond MAX_BYTES.
 
     Its file has no name any more when this returns: nothing is left behind, however the processes end.
     """
     num_bytes = -(-num_bytes // 64) * 64
     size = TOKEN_BYTES + 2 * runtime.world * num_bytes
+    if size > MAX_BYTES:
+        return None
     token = secrets.token_bytes(TOKEN_BYTES)
     path = _create(size, token) if runtime.is_main else None
     try:
