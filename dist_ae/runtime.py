@@ -230,7 +230,8 @@ class Watch:
         now = time.monotonic()
         if now - self._answered > seconds:
             return [0]  # without the store nothing is known of the others
-        return [rank for rank, (_, since) in self._seen.items() if now - since > seconds and rank != self._runtime.rank]
+        # Up to the last answer, not to now: of the time since then nothing is known, and a store that just froze is no one else's silence.
+        return [rank for rank, (_, since) in self._seen.items() if self._answered - since > seconds and rank != self._runtime.rank]
 
     def _describe(self, lost: list[int]) -> str:
         steps = {rank: self._seen[rank][0].decode().partition(" ")[2] or "?" for rank in lost}

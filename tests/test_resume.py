@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ import dist_ae
 from dist_ae import checkpoint, doctor, step, trainer
 from dist_ae.config import PRESETS, Config, InputError
 from dist_ae.evaluate import evaluate
+from dist_ae.runtime import Watch
 
 PRESET_NAMES = ("ae", "denoising", "dropout", "vae")
 KILLED = -signal.SIGKILL
@@ -297,6 +299,16 @@ def test_a_dead_or_frozen_process_is_named_and_the_others_end(victim: int, numbe
     for rank in others:
         assert f"lost rank {victim} (last known at step" in group.output(rank), group.output(rank)
     assert dist_ae.checkpoint.RunDirectory(tmp_path / "run").path.exists()  # the lock is free
+
+
+def test_silence_of_the_store_is_blamed_on_rank_0_alone() -> None:
+    now = time.monotonic()
+    watch = Watch.__new__(Watch)
+    watch._runtime = SimpleNamespace(rank=1)  # type: ignore[assignment]
+    watch._seen = dict.fromkeys(range(3), (b"1.0 5", now - 6.5))
+    for answered, lost in ((now - 5.5, []), (now - 7.0, [0]), (now, [0, 2])):  # just frozen; frozen for long; alive, and the others silent
+        watch._answered = answered
+        assert watch._lost(6.0) == lost
 
 
 # ------------------------------------------------------------------------------------------------------------ non-finite
