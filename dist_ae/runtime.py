@@ -95,14 +95,15 @@ class Runtime:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         _, accumulate = plan_batch(config.train.batch_size, launched, config.train.max_per_process)
+        on_cpu = _use_cpu()
         self.accelerator = Accelerator(
-            cpu=_use_cpu(),
+            cpu=on_cpu,
             mixed_precision=PRECISIONS[config.precision],  # explicit: None would fall back to what `accelerate launch` exports
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout)),
                 # static_graph does not go with no_sync, which accumulation needs.
                 # On a CPU nothing overlaps, the cores are busy with the backward: one bucket, one exchange a step.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=accumulate == 1, bucket_cap_mb=100 if _use_cpu() else 25),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=accumulate == 1, bucket_cap_mb=100 if on_cpu else 25),
             ],
         )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index

@@ -86,10 +86,10 @@ def _create(size: int, token: bytes) -> str | None:
 
 def _map(path: str | None, size: int, token: bytes) -> Tensor | None:
     """The file in this process's memory, if it is there and the same one."""
-    if path is None or not os.path.exists(path):
+    if path is None or not os.path.exists(path):  # torch would make a file of that name
         return None
     try:
         memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     except RuntimeError:
         return None
-    return memory if bytes(memory[:TOKEN_BYTES].tolist()) == token else None
+    return memory if memory[:TOKEN_BYTES].numpy().tobytes() == token else None
