@@ -228,11 +228,10 @@ class Watch:
 
     def _lost(self, seconds: float) -> list[int]:
         """The processes that were not heard of for so long."""
-        now = time.monotonic()
-        if now - self._answered > seconds:
-            return [0]  # without the store nothing is known of the others
-        # Up to the last answer, not to now: of the time since then nothing is known, and a store that just froze is no one else's silence.
-        return [rank for rank, (_, since) in self._seen.items() if self._answered - since > seconds and rank != self._runtime.rank]
+        # Up to the store's last answer, since of the time after it nothing is known: who was silent by then went first, and a store
+        # that just froze is no one else's silence. Only when all others were well by then is it rank 0, which keeps the store.
+        silent = [rank for rank, (_, since) in self._seen.items() if self._answered - since > seconds and rank != self._runtime.rank]
+        return silent or ([0] if time.monotonic() - self._answered > seconds else [])
 
     def _describe(self, lost: list[int]) -> str:
         steps = {rank: self._seen[rank][0].decode().partition(" ")[2] or "?" for rank in lost}
@@ -243,7 +242,9 @@ class Watch:
         """What a failed collective was: the processes that no longer answer, or the error itself where all do."""
         if not self._watching:
             return error
-        time.sleep(4 * self.INTERVAL)  # the living are heard of at least once in that time
+        # The living are heard of at least once in that time. Rank 0 stays longer: some wait for it and not for the one that died, and
+        # find out when it leaves; by then they must have heard who was silent.
+        time.sleep((7 if self._runtime.is_main else 4) * self.INTERVAL)
         lost = self._lost(3 * self.INTERVAL)
         self._done.set()
         return LostProcess(self._describe(lost)) if lost else error

@@ -309,6 +309,9 @@ def test_silence_of_the_store_is_blamed_on_rank_0_alone() -> None:
     for answered, lost in ((now - 5.5, []), (now - 7.0, [0]), (now, [0, 2])):  # just frozen; frozen for long; alive, and the others silent
         watch._answered = answered
         assert watch._lost(6.0) == lost
+    watch._seen[2] = (b"1.0 5", now - 14.0)  # silent for long when the store went, which left because of it
+    watch._answered = now - 7.0
+    assert watch._lost(6.0) == [2]
 
 
 # ------------------------------------------------------------------------------------------------------------ non-finite
