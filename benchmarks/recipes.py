@@ -24,7 +24,11 @@ def figures(config: dist_ae.Config) -> dict[str, float]:
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["split"] == "val")
     images = result.steps * config.train.batch_size
-    return {**{name: result.metrics[name] for name in METRICS if name in result.metrics}, "first mse": first["mse"], "s": images / result.images_per_second}
+    return {
+        **{name: result.metrics[name] for name in METRICS if name in result.metrics},
+        "first mse": first["mse"],
+        "s": images / result.images_per_second,
+    }
 
 
 def main() -> None:
@@ -45,7 +49,11 @@ def main() -> None:
         cells = []
         for name in found[0]:
             values = [f[name] for f in found]
-            cells.append(f"{name} {statistics.mean(values):.5g} ({min(values):.5g} – {max(values):.5g})" if len(values) > 1 else f"{name} {values[0]:.5g}")
+            cells.append(
+                f"{name} {statistics.mean(values):.5g} ({min(values):.5g} – {max(values):.5g})"
+                if len(values) > 1
+                else f"{name} {values[0]:.5g}"
+            )
         print(f"| {arguments.preset} {recipe} | {' | '.join(cells)} |", flush=True)
 
 

@@ -24,7 +24,9 @@ import time
 from pathlib import Path
 
 STEPS, HIDDEN, LATENT = 800, (512, 256), 128
-FLOPS_PER_IMAGE = 12 * sum(a * b for a, b in zip((784, *HIDDEN), (*HIDDEN, LATENT), strict=True)) - 2 * 784 * HIDDEN[0]  # no gradient for the images
+FLOPS_PER_IMAGE = (
+    12 * sum(a * b for a, b in zip((784, *HIDDEN), (*HIDDEN, LATENT), strict=True)) - 2 * 784 * HIDDEN[0]
+)  # no gradient for the images
 
 
 def net():  # type: ignore[no-untyped-def]
@@ -41,10 +43,10 @@ def bare(batch: int, bf16: bool = False) -> float:
     """What a careful person writes by hand for one machine."""
     import torch
 
-    from dist_ae import data
     from dist_ae.config import DataConfig
+    from dist_ae.data import sources
 
-    images = torch.from_numpy(data.load(DataConfig(name="fashion_mnist")).train.images).flatten(1)
+    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images).flatten(1)
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
@@ -72,10 +74,10 @@ def loader(batch: int, workers: int, accelerate: bool) -> float:
     from torch.utils.data import DataLoader, Dataset, TensorDataset
     from torchvision import transforms
 
-    from dist_ae import data
     from dist_ae.config import DataConfig
+    from dist_ae.data import sources
 
-    images = torch.from_numpy(data.load(DataConfig(name="fashion_mnist")).train.images)
+    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images)
     convert = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
 
     class Images(Dataset[torch.Tensor]):
@@ -117,8 +119,8 @@ def lightning(batch: int) -> float:
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
-    from dist_ae import data
     from dist_ae.config import DataConfig
+    from dist_ae.data import sources
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
@@ -134,7 +136,7 @@ def lightning(batch: int) -> float:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters())
 
-    images = torch.from_numpy(data.load(DataConfig(name="fashion_mnist")).train.images).float().div(127.5).sub(1)
+    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images).float().div(127.5).sub(1)
     module = Module()
     settings = {
         "max_steps": 320,
@@ -157,8 +159,8 @@ def pythae(batch: int) -> float:
     from pythae.models.nn import BaseDecoder, BaseEncoder
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
-    from dist_ae import data
     from dist_ae.config import DataConfig
+    from dist_ae.data import sources
 
     layers = net()
     middle = 2 * len(HIDDEN) + 1
@@ -179,11 +181,15 @@ def pythae(batch: int) -> float:
         def forward(self, z: torch.Tensor) -> ModelOutput:
             return ModelOutput(reconstruction=self.layers(z).view(-1, 1, 28, 28))
 
-    images = torch.from_numpy(data.load(DataConfig(name="fashion_mnist")).train.images).float().div(255)
+    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images).float().div(255)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        settings = BaseTrainerConfig(output_dir=folder, num_epochs=1, learning_rate=1e-3, per_device_train_batch_size=batch, no_cuda=True)
+        settings = BaseTrainerConfig(
+            output_dir=folder, num_epochs=1, learning_rate=1e-3, per_device_train_batch_size=batch, no_cuda=True
+        )
         model = AE(AEConfig(input_dim=(1, 28, 28), latent_dim=LATENT), encoder=Encoder(), decoder=Decoder())
-        trainer = BaseTrainer(model=model, train_dataset=BaseDataset(images, torch.zeros(len(images))), training_config=settings)
+        trainer = BaseTrainer(
+            model=model, train_dataset=BaseDataset(images, torch.zeros(len(images))), training_config=settings
+        )
         trainer.prepare_training()
         start = time.perf_counter()
         trainer.train_step(epoch=1)
@@ -208,8 +214,28 @@ def ours(batch: int, *more: str, world: int = 1) -> float:
     rivals, too, are timed after their start."""
     with tempfile.TemporaryDirectory() as folder:
         steps = 2 * max(STEPS * 128 // batch, 40)
-        command = ["-m", "dist_ae", "train", "ae", "--data.name", "fashion_mnist", "--model.latent-dim", str(LATENT), "--train.batch-size", str(batch)]
-        command += ["--model.start", "random", "--optim.name", "adam", "--precision", "fp32", "--model.activation", "relu"]
+        command = [
+            "-m",
+            "dist_ae",
+            "train",
+            "ae",
+            "--data.name",
+            "fashion_mnist",
+            "--model.latent-dim",
+            str(LATENT),
+            "--train.batch-size",
+            str(batch),
+        ]
+        command += [
+            "--model.start",
+            "random",
+            "--optim.name",
+            "adam",
+            "--precision",
+            "fp32",
+            "--model.activation",
+            "relu",
+        ]
         command += [
             "--train.steps",
             str(steps),
@@ -225,10 +251,17 @@ def ours(batch: int, *more: str, world: int = 1) -> float:
         ]
         launcher = [] if world == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(world), "--num_machines", "1",
                                           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-        subprocess.run([sys.executable, *launcher, *command], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(2 // world)})
+        subprocess.run(
+            [sys.executable, *launcher, *command],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(2 // world)},
+        )
         lines = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
         # A line's rate is of all images since the start: so many seconds.
-        times = {line["step"]: line["step"] * batch / line["images_per_second"] for line in lines if line["split"] == "train"}
+        times = {
+            line["step"]: line["step"] * batch / line["images_per_second"] for line in lines if line["split"] == "train"
+        }
         half = min(times, key=lambda step: abs(step - steps // 2))
         return (steps - half) * batch / (times[steps] - times[half])
 
@@ -239,14 +272,14 @@ def ours(batch: int, *more: str, world: int = 1) -> float:
 def evaluation() -> float:
     """Seconds to evaluate the 10,000 validation images of the plain `ae`: clean and noisy, once more after a first time."""
     import dist_ae
-    from dist_ae import data
-    from dist_ae.data import Reader
+    from dist_ae.data import sources
+    from dist_ae.data.reader import Reader
     from dist_ae.evaluate import evaluate
     from dist_ae.models import Autoencoder, initialize
-    from dist_ae.runtime import Runtime
+    from dist_ae.processes.runtime import Runtime
 
     config = dist_ae.PRESETS["ae-reference"]
-    dataset, runtime = data.load(config.data), Runtime(config)
+    dataset, runtime = sources.load(config.data), Runtime(config)
     model, reader = initialize(Autoencoder(config, dataset.image_shape), 0), Reader(dataset.val, runtime.device)
     evaluate(model, reader, config, runtime)
     start = time.perf_counter()
@@ -257,7 +290,7 @@ def evaluation() -> float:
 def saving() -> float:
     """Percent of a run's time that goes into checkpoints every 200 steps and into metrics."""
     import dist_ae
-    from dist_ae.checkpoint import RunDirectory
+    from dist_ae.run.directory import RunDirectory
 
     spent = 0.0
 
@@ -296,7 +329,16 @@ def first_step() -> float:
         __main__.main()
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = ["train", "ae", "--data.name", "fashion_mnist", "--model.latent-dim", "128", "--run-dir", f"{folder}/run"]
+        command = [
+            "train",
+            "ae",
+            "--data.name",
+            "fashion_mnist",
+            "--model.latent-dim",
+            "128",
+            "--run-dir",
+            f"{folder}/run",
+        ]
         start = time.time()
         done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
         return float(done.stdout.split()[-1]) - start
@@ -319,7 +361,18 @@ def memory() -> float:
         return usage.ru_maxrss * 1024
 
     with tempfile.TemporaryDirectory() as folder:
-        command = ["-m", "dist_ae", "train", "ae-reference", "--train.steps", "400", "--tracking.wandb", "offline", "--run-dir", f"{folder}/run"]
+        command = [
+            "-m",
+            "dist_ae",
+            "train",
+            "ae-reference",
+            "--train.steps",
+            "400",
+            "--tracking.wandb",
+            "offline",
+            "--run-dir",
+            f"{folder}/run",
+        ]
         above = peak(*command) - peak("-c", "import torch")
     weights = 4 * sum(a * b + b for a, b in itertools.pairwise((784, *HIDDEN, LATENT, *reversed(HIDDEN), 784)))
     return (above - 70_000 * 784 - 4 * weights) / 1e6
@@ -381,13 +434,20 @@ def spread(values: list[float]) -> str:
 
 def tables(found: dict[str, list[float]], machine: str, rounds: int) -> str:
     """The Markdown of one measurement."""
-    lines = [f"{machine}; {rounds} rounds; {time.strftime('%Y-%m-%d')}", "", "| ratio, round by round | median | range | target |", "|---|---|---|---|"]
+    lines = [
+        f"{machine}; {rounds} rounds; {time.strftime('%Y-%m-%d')}",
+        "",
+        "| ratio, round by round | median | range | target |",
+        "|---|---|---|---|",
+    ]
     for what, of, target in RATIOS:
         pairs = [a / b for a, b in zip(found.get(what, []), found.get(of, []), strict=False)]
         if pairs:
             lines.append(f"| {what} : {of} | {spread(pairs)} | {'' if target is None else f'≥ {target}'} |")
     lines += ["", "| beside training | median | range | target |", "|---|---|---|---|"]
-    lines += [f"| {name} | {spread(found[name])} | {target} |" for name, (_, target) in COSTS.items() if found.get(name)]
+    lines += [
+        f"| {name} | {spread(found[name])} | {target} |" for name, (_, target) in COSTS.items() if found.get(name)
+    ]
     lines += ["", "| images per second in training | median | range |", "|---|---|---|"]
     lines += [f"| {name} | {spread(found[name])} |" for name in CONTESTANTS if found.get(name)]
     return "\n".join(lines)
@@ -407,17 +467,28 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(arguments.rounds):
         for name, call in calls.items():
-            done = subprocess.run([sys.executable, "-m", "benchmarks.speed", "--run", call], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.speed", "--run", call], capture_output=True, text=True
+            )
             if done.returncode == 0:
                 found[name].append(float(done.stdout.split()[-1]))
             elif round_number == 0:
                 print(f"left out: {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     machine = f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}"
     text = tables(found, machine, arguments.rounds)
     print(text)
     if not arguments.only:
-        (HERE / "speed.json").write_text(json.dumps({"machine": machine, "rounds": arguments.rounds, "found": found}, indent=2) + "\n")
+        (HERE / "speed.json").write_text(
+            json.dumps({"machine": machine, "rounds": arguments.rounds, "found": found}, indent=2) + "\n"
+        )
         readme = (HERE / "README.md").read_text()
         before, _, rest = readme.partition(BEGIN)
         (HERE / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")

@@ -33,15 +33,32 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--train-images", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--storage", type=Path, default=Path("runs/benchmarks"), help="sweeps that are there already are gone on with")
+    parser.add_argument(
+        "--storage", type=Path, default=Path("runs/benchmarks"), help="sweeps that are there already are gone on with"
+    )
     arguments = parser.parse_args()
-    every = math.ceil(arguments.epochs * math.ceil(arguments.train_images / arguments.batch_size) / arguments.evaluations)
-    overrides = {"data.name": arguments.data, "train.epochs": arguments.epochs, "train.batch_size": arguments.batch_size, "train.eval_every": every}
+    every = math.ceil(
+        arguments.epochs * math.ceil(arguments.train_images / arguments.batch_size) / arguments.evaluations
+    )
+    overrides = {
+        "data.name": arguments.data,
+        "train.epochs": arguments.epochs,
+        "train.batch_size": arguments.batch_size,
+        "train.eval_every": every,
+    }
     found = {}
     for scheduler in ("none", "asha"):
         name = f"{arguments.space}-{scheduler}-{arguments.trials}-{arguments.epochs}-{arguments.seed}"
         settings = Settings(scheduler=scheduler, seed=arguments.seed)
-        sweep = checked(load_space(arguments.space, None), {**overrides, "tracking.wandb": "off"}, None, settings, arguments.trials, name, arguments.storage)
+        sweep = checked(
+            load_space(arguments.space, None),
+            {**overrides, "tracking.wandb": "off"},
+            None,
+            settings,
+            arguments.trials,
+            name,
+            arguments.storage,
+        )
         if (sweep.path / "sweep.json").exists():
             sweep = resume(sweep.path, None, None, Selection("best"), 0)
         else:
@@ -51,7 +68,16 @@ def main() -> None:
         found[scheduler] = {"best": best.value, "values": best.trial.values, "steps": steps(sweep)}
     full, early = found["none"], found["asha"]
     worse = (early["best"] - full["best"]) / abs(full["best"]) * -sweep.sign
-    print(json.dumps({"random": full, "asha": early, "worse_percent": round(100 * worse, 2), "share_of_steps": round(early["steps"] / full["steps"], 4)}))
+    print(
+        json.dumps(
+            {
+                "random": full,
+                "asha": early,
+                "worse_percent": round(100 * worse, 2),
+                "share_of_steps": round(early["steps"] / full["steps"], 4),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

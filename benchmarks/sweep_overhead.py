@@ -27,7 +27,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {"data.name": arguments.data, "train.epochs": arguments.epochs, "train.eval_every": 100, "tracking.wandb": "off"}
+        overrides = {
+            "data.name": arguments.data,
+            "train.epochs": arguments.epochs,
+            "train.eval_every": 100,
+            "tracking.wandb": "off",
+        }
         settings = Settings(max_concurrent=arguments.concurrency)
         sweep = checked(load_space("ae", None), overrides, None, settings, arguments.trials, "overhead", Path(folder))
         check_data(sweep)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dist_ae.config import PRESETS, Config, InputError, load_config
+from dist_ae.config import Config, InputError, load_config
+from dist_ae.presets import PRESETS
 
 if TYPE_CHECKING:
     from dist_ae import objectives
-    from dist_ae.apply import TrainedModel, load
     from dist_ae.trainer import NonFinite, Report, Result, Stopped, train
+    from dist_ae.use.trained import TrainedModel, load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,7 +22,15 @@ __all__ = [
 ]  # fmt: skip
 
 # Imported at first use: torch and Accelerate take 3 s, which help and error messages need not wait for.
-_HOMES = {"load": "apply", "TrainedModel": "apply", "train": "trainer", "Result": "trainer", "Report": "trainer", "Stopped": "trainer", "NonFinite": "trainer"}
+_HOMES = {
+    "load": "use.trained",
+    "TrainedModel": "use.trained",
+    "train": "trainer",
+    "Result": "trainer",
+    "Report": "trainer",
+    "Stopped": "trainer",
+    "NonFinite": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

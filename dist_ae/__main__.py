@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dist_ae.config import DESCRIPTIONS, PRESETS, Config, load_config
+from dist_ae.config import Config, load_config
+from dist_ae.presets import DESCRIPTIONS, PRESETS
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 
@@ -22,7 +23,12 @@ Which = Literal["last", "best"]
 def train(arguments: list[str]) -> None:
     """Trains a preset (ae, denoising, dropout, vae, or each with -reference), or --config FILE; the same command again resumes."""
     if arguments[:1] == ["--config"] and len(arguments) > 1:
-        config = tyro.cli(Config, default=load_config(Path(arguments[1])), args=arguments[2:], prog=f"dist-ae train --config {arguments[1]}")
+        config = tyro.cli(
+            Config,
+            default=load_config(Path(arguments[1])),
+            args=arguments[2:],
+            prog=f"dist-ae train --config {arguments[1]}",
+        )
     else:
         presets = {name: (DESCRIPTIONS[name], preset) for name, preset in PRESETS.items()}
         config = tyro.extras.overridable_config_cli(presets, args=arguments, prog="dist-ae train")
@@ -31,7 +37,15 @@ def train(arguments: list[str]) -> None:
 
     result = train(config)
     if int(os.environ.get("RANK", 0)) == 0:
-        show({**result.metrics, "steps": result.steps, "processes": result.world_size, "images/s": round(result.images_per_second)}, result.run_dir)
+        show(
+            {
+                **result.metrics,
+                "steps": result.steps,
+                "processes": result.world_size,
+                "images/s": round(result.images_per_second),
+            },
+            result.run_dir,
+        )
 
 
 def evaluate(
@@ -52,7 +66,7 @@ def evaluate(
         batch_size: images at once over all processes; changes no figure.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
-    from dist_ae.apply import evaluate_run
+    from dist_ae.use.commands import evaluate_run
 
     metrics = evaluate_run(run_dir, split, which, noise_std, batch_size, data_root)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -71,9 +85,9 @@ def reconstruct(
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
-    from dist_ae import apply
+    from dist_ae.use import commands
 
-    _written(apply.reconstruct_run(run_dir, images, out, which, data_root))
+    _written(commands.reconstruct_run(run_dir, images, out, which, data_root))
 
 
 def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "last") -> None:
@@ -86,9 +100,9 @@ def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = Non
         out: .png, or .npy, float32 [num, C, H, W] on [0, 1]; left out, RUN_DIR/samples.png.
         which: the newest checkpoint, or the best by validation.
     """
-    from dist_ae import apply
+    from dist_ae.use import commands
 
-    _written(apply.sample_run(run_dir, num, seed, out, which))
+    _written(commands.sample_run(run_dir, num, seed, out, which))
 
 
 def interpolate(
@@ -105,12 +119,18 @@ def interpolate(
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
-    from dist_ae import apply
+    from dist_ae.use import commands
 
-    _written(apply.interpolate_run(run_dir, pairs, steps, images, out, which, data_root))
+    _written(commands.interpolate_run(run_dir, pairs, steps, images, out, which, data_root))
 
 
-def embed(run_dir: RunDir, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None) -> None:
+def embed(
+    run_dir: RunDir,
+    images: Path | None = None,
+    out: Path | None = None,
+    which: Which = "last",
+    data_root: Path | None = None,
+) -> None:
     """Writes the codes of images; of a variational run, their means.
 
     Args:
@@ -120,12 +140,18 @@ def embed(run_dir: RunDir, images: Path | None = None, out: Path | None = None, 
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
-    from dist_ae import apply
+    from dist_ae.use import commands
 
-    _written(apply.embed_run(run_dir, images, out, which, data_root))
+    _written(commands.embed_run(run_dir, images, out, which, data_root))
 
 
-def score(run_dir: RunDir, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None) -> None:
+def score(
+    run_dir: RunDir,
+    images: Path | None = None,
+    out: Path | None = None,
+    which: Which = "last",
+    data_root: Path | None = None,
+) -> None:
     """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative ELBO in nats.
 
     Args:
@@ -137,10 +163,16 @@ def score(run_dir: RunDir, images: Path | None = None, out: Path | None = None, 
     """
     import numpy as np
 
-    from dist_ae import apply
+    from dist_ae.use import commands
 
-    path, scores, figure = apply.score_run(run_dir, images, out, which, data_root)
-    show({f"min.{figure}": float(scores.min()), f"median.{figure}": float(np.median(scores)), f"max.{figure}": float(scores.max())})
+    path, scores, figure = commands.score_run(run_dir, images, out, which, data_root)
+    show(
+        {
+            f"min.{figure}": float(scores.min()),
+            f"median.{figure}": float(np.median(scores)),
+            f"max.{figure}": float(scores.max()),
+        }
+    )
     highest = scores.argsort(descending=True, stable=True)[:10].tolist()
     print(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
     _written(path)
@@ -154,11 +186,13 @@ def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> N
         out: .pt2; left out, RUN_DIR/model.pt2.
         which: the newest checkpoint, or the best by validation.
     """
-    from dist_ae import apply
+    from dist_ae.use import commands
 
-    path = apply.export_run(run_dir, out, which)
+    path = commands.export_run(run_dir, out, which)
     _written(path)
-    print(f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] on [0, 1], any N")
+    print(
+        f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] on [0, 1], any N"
+    )
 
 
 def _written(path: Path) -> None:
@@ -173,7 +207,7 @@ def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) ->
         replay: repeat, on one process, the step whose loss or gradient was not finite.
         replay_wandb: rebuild an offline Weights & Biases run from metrics.jsonl.
     """
-    from dist_ae import doctor
+    from dist_ae.use import doctor
 
     if replay:
         found = doctor.replay(run_dir)
@@ -227,7 +261,10 @@ def main() -> None:
             print(__version__)
         else:
             tyro.extras.subcommand_cli_from_dict(
-                {"train": _train_help, **COMMANDS}, args=arguments, prog="dist-ae", description="Trains and uses autoencoders."
+                {"train": _train_help, **COMMANDS},
+                args=arguments,
+                prog="dist-ae",
+                description="Trains and uses autoencoders.",
             )
     except Exception as error:
         status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person

@@ -45,26 +45,42 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    name: str = trajectory("digits", "digits (embedded), fashion_mnist, mnist, kmnist, cifar10, or array:PATH to a .npy or .npz of images")
-    root: Path | None = free(None, "folder that holds the files of a named dataset; missing ones are downloaded into it")
-    val_fraction: float = trajectory(0.1, "share of array:PATH held out for validation, where the file has no split of its own", gt=0, lt=1)
+    name: str = trajectory(
+        "digits", "digits (embedded), fashion_mnist, mnist, kmnist, cifar10, or array:PATH to a .npy or .npz of images"
+    )
+    root: Path | None = free(
+        None, "folder that holds the files of a named dataset; missing ones are downloaded into it"
+    )
+    val_fraction: float = trajectory(
+        0.1, "share of array:PATH held out for validation, where the file has no split of its own", gt=0, lt=1
+    )
 
 
 class ModelConfig(Section):
     latent_dim: int = trajectory(32, "size of the code", gt=0)
-    hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory((512, 256), "hidden layers of the encoder; the decoder mirrors them")
+    hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
+        (512, 256), "hidden layers of the encoder; the decoder mirrors them"
+    )
     activation: Literal["relu", "gelu", "silu"] = trajectory("relu", "non-linearity between the layers")
     dropout: float = trajectory(0.0, "probability that a hidden unit of encoder or decoder is dropped", ge=0, lt=1)
-    variational: bool = trajectory(False, "predict mean and log-variance of a Gaussian over the code, and pay for its rate")
-    start: Literal["random", "pca"] = trajectory("random", "weights to begin with; pca: the best linear code, then trained on")
+    variational: bool = trajectory(
+        False, "predict mean and log-variance of a Gaussian over the code, and pay for its rate"
+    )
+    start: Literal["random", "pca"] = trajectory(
+        "random", "weights to begin with; pca: the best linear code, then trained on"
+    )
     image_shape: tuple[int, int, int] | None = trajectory(None, "channels, height, width; left out, the data's own")
 
 
 class ObjectiveConfig(Section):
     likelihood: Literal["gaussian", "bernoulli"] = trajectory("gaussian", "distribution of a pixel given the code")
     # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a constant.
-    sigma: float | Literal["learned"] = trajectory(8**-0.5, "standard deviation of a Gaussian pixel on [0, 1], or 'learned' as one parameter")
-    noise_std: float = trajectory(0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0)
+    sigma: float | Literal["learned"] = trajectory(
+        8**-0.5, "standard deviation of a Gaussian pixel on [0, 1], or 'learned' as one parameter"
+    )
+    noise_std: float = trajectory(
+        0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0
+    )
     beta: float = trajectory(1.0, "weight of the rate (KL); 1 is the ELBO", ge=0)
     beta_warmup_steps: int = trajectory(0, "steps over which the weight of the rate rises linearly to beta", ge=0)
 
@@ -78,14 +94,18 @@ class ObjectiveConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adam", "adamw", "muon", "sgd"] = trajectory("adam", "muon: Muon on the matrices, Adam with lr_adam on everything else")
+    name: Literal["adam", "adamw", "muon", "sgd"] = trajectory(
+        "adam", "muon: Muon on the matrices, Adam with lr_adam on everything else"
+    )
     lr: float = trajectory(1e-3, "peak learning rate", gt=0)
     lr_adam: float = trajectory(1e-3, "peak learning rate of the Adam part of muon", gt=0)
     betas: tuple[float, float] = trajectory((0.9, 0.99), "decay rates of Adam's moments")
     eps: float = trajectory(1e-8, "added to the root of Adam's second moment", gt=0)
     momentum: float = trajectory(0.95, "momentum of muon and sgd", ge=0, lt=1)
     weight_decay: float = trajectory(0.0, "weight decay; of muon, that of its matrices", ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = trajectory("constant", "learning rate after the warm-up; linear and cosine end at 0")
+    schedule: Literal["constant", "linear", "cosine"] = trajectory(
+        "constant", "learning rate after the warm-up; linear and cosine end at 0"
+    )
     warmup_steps: int = trajectory(0, "steps over which the learning rate rises linearly", ge=0)
     clip_norm: float | None = trajectory(None, "largest norm of the gradient; larger ones are scaled down", gt=0)
 
@@ -100,10 +120,18 @@ class TrainConfig(Section):
     batch_size: int = trajectory(128, "images one optimizer step sees, over all processes", gt=0)
     epochs: int = free(20, "passes over the training images", gt=0)
     steps: int | None = free(None, "optimizer steps; overrides epochs", gt=0)
-    ema_decay: float | None = trajectory(None, "keep an exponential moving average of the weights and evaluate that", gt=0, lt=1)
-    gradient_type: Literal["exact", "bf16"] = trajectory("exact", "how gradients travel between processes; bf16 halves the bytes and rounds them")
-    compile: bool = trajectory(False, "compile the model with torch.compile: worth its 10 to 30 s on a GPU, not on a CPU")
-    max_per_process: int | None = free(None, "most images a process can hold at once; a larger share is accumulated", gt=0)
+    ema_decay: float | None = trajectory(
+        None, "keep an exponential moving average of the weights and evaluate that", gt=0, lt=1
+    )
+    gradient_type: Literal["exact", "bf16"] = trajectory(
+        "exact", "how gradients travel between processes; bf16 halves the bytes and rounds them"
+    )
+    compile: bool = trajectory(
+        False, "compile the model with torch.compile: worth its 10 to 30 s on a GPU, not on a CPU"
+    )
+    max_per_process: int | None = free(
+        None, "most images a process can hold at once; a larger share is accumulated", gt=0
+    )
     log_every: int = free(50, "steps between two lines of training metrics", gt=0)
     eval_every: int | None = free(None, "steps between two evaluations; left out, once an epoch", gt=0)
     save_every: int | None = free(None, "steps between two checkpoints; left out, at every evaluation", gt=0)
@@ -117,7 +145,9 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    wandb: Literal["auto", "online", "offline", "off"] = free("auto", "auto: online where a key is configured, else offline")
+    wandb: Literal["auto", "online", "offline", "off"] = free(
+        "auto", "auto: online where a key is configured, else offline"
+    )
     project: str = free("dist-ae", "Weights & Biases project")
     group: str | None = free(None, "Weights & Biases group")
     tensorboard: bool = free(False, "also write TensorBoard event files into the run directory")
@@ -134,16 +164,24 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
-    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = trajectory("fp32", "arithmetic of the model; fp64 exists to verify exactness")
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = trajectory(
+        "fp32", "arithmetic of the model; fp64 exists to verify exactness"
+    )
     seed: int = trajectory(0, "start weights, data order and every random draw follow from it", ge=0, lt=2**63)
-    run_dir: Path | None = free(None, "where the run is kept; left out, runs/<name>-<data>-<fingerprint>. The same command again resumes it")
+    run_dir: Path | None = free(
+        None, "where the run is kept; left out, runs/<name>-<data>-<fingerprint>. The same command again resumes it"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.precision == "fp16" and self.optim.name == "muon":
-            raise ValueError("precision fp16 scales the gradient for one optimizer and muon has two; use bf16, or optim.name adam")
+            raise ValueError(
+                "precision fp16 scales the gradient for one optimizer and muon has two; use bf16, or optim.name adam"
+            )
         if self.precision == "fp64" and self.train.gradient_type == "bf16":
-            raise ValueError("precision fp64 exists to verify exactness, and train.gradient_type bf16 rounds; use one of the two")
+            raise ValueError(
+                "precision fp64 exists to verify exactness, and train.gradient_type bf16 rounds; use one of the two"
+            )
         return self
 
     def override(self, values: Mapping[str, Any]) -> Config:
@@ -193,7 +231,11 @@ def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str | Non
             yield from _walk(value, f"{prefix}{name}.")
         else:
             extra = field.json_schema_extra
-            yield f"{prefix}{name}", value, str(extra["on_resume"]) if isinstance(extra, dict) and "on_resume" in extra else None
+            yield (
+                f"{prefix}{name}",
+                value,
+                str(extra["on_resume"]) if isinstance(extra, dict) and "on_resume" in extra else None,
+            )
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -238,38 +280,3 @@ def load_config(path: Path) -> Config:
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a JSON object of configuration sections")
     return parse(tree, str(path))
-
-
-# fmt: off
-_KINDS: dict[str, dict[str, Any]] = {
-    "ae":        {},
-    "denoising": {"objective.noise_std": 0.3},
-    "dropout":   {"model.dropout": 0.1},
-    "vae":       {"model.variational": True},
-}
-_START: dict[str, Any] = {"model.start": "pca", "model.activation": "gelu"}
-_STARTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("ae", "denoising", "dropout"), _START),
-    "vae": {"objective.likelihood": "bernoulli", "model.activation": "gelu", "model.latent_dim": 20},
-}
-# The tutorial's recipe. Its loss is a mean over 784 pixels and ours their sum: the same step needs an eps 784 times as large.
-_REFERENCE: dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.betas": (0.5, 0.999), "optim.eps": 784e-8}
-# Ours. benchmarks/recipes.md: what each part brings; and muon on large batches, which ends lower and costs more.
-_PLAIN:     dict[str, Any] = {"data.name": "digits",        "model.latent_dim": 32,  "optim.schedule": "linear"}
-_FAST:      dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.schedule": "linear", "train.batch_size": 256,
-                              "optim.betas": (0.9, 0.95), "precision": "bf16", "train.epochs": 2, "train.log_every": 10}
-_FASTER: dict[str, dict[str, Any]] = {"ae": {}, "denoising": {}, "dropout": {}, "vae": {"optim.lr": 2e-3, "train.batch_size": 128}}
-# fmt: on
-PRESETS: dict[str, Config] = {
-    **{kind: Config(name=kind).override({**_PLAIN, **own, **_STARTS[kind]}) for kind, own in _KINDS.items()},
-    **{f"{kind}-fast": Config(name=f"{kind}-fast").override({**_FAST, **own, **_STARTS[kind], **_FASTER[kind]}) for kind, own in _KINDS.items()},
-    **{f"{kind}-reference": Config(name=f"{kind}-reference").override({**_REFERENCE, **own}) for kind, own in _KINDS.items()},
-}
-DESCRIPTIONS = {
-    "ae": "autoencoder, best known recipe",
-    "denoising": "Gaussian noise on the input, the clean image as target",
-    "dropout": "dropout in the hidden layers of encoder and decoder",
-    "vae": "variational autoencoder: negative ELBO, new images by sampling",
-    **{f"{name}-fast": f"{name} on Fashion-MNIST in seconds: two epochs in bf16" for name in ("ae", "denoising", "dropout", "vae")},
-    **{f"{name}-reference": f"{name} by the tutorial's recipe, on Fashion-MNIST" for name in ("ae", "denoising", "dropout", "vae")},
-}

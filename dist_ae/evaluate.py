@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dist_ae.config import Config
-from dist_ae.data import Reader, share
+from dist_ae.data.order import share
+from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, keyed
 from dist_ae.objectives import Model, terms
-from dist_ae.runtime import Runtime
+from dist_ae.processes.runtime import Runtime
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
 
@@ -22,7 +23,9 @@ class Interrupted(Exception):
 
 
 @torch.no_grad()
-def evaluate(model: Model, reader: Reader, config: Config, runtime: Runtime, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def evaluate(
+    model: Model, reader: Reader, config: Config, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """Deterministic metrics of a split; each image counts once, whatever the number of processes.
 
     ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code. ``denoised_psnr`` beside
@@ -68,7 +71,9 @@ def psnr(mse: float) -> float:
 
 def fixed_noise(config: Config, rows: range, image_shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W], standard deviation on [0, 1] pixels."""
-    return config.evaluation.noise_std * keyed("normal", (EVALUATION_SEED, "evaluation.noise", 0), rows, image_shape, device)
+    return config.evaluation.noise_std * keyed(
+        "normal", (EVALUATION_SEED, "evaluation.noise", 0), rows, image_shape, device
+    )
 
 
 def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> Tensor:
@@ -88,7 +93,15 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
         assert reconstruction.shape == images.shape
         return (reconstruction - images).square().flatten(1).sum(1)
 
-    columns = (squared(clean.reconstruction), noise.square().flatten(1).sum(1), squared(denoised), neg_elbo, rate, distortion, zero + 1)
+    columns = (
+        squared(clean.reconstruction),
+        noise.square().flatten(1).sum(1),
+        squared(denoised),
+        neg_elbo,
+        rate,
+        distortion,
+        zero + 1,
+    )
     return torch.stack([column.to(runtime.exact).sum() for column in columns])
 
 

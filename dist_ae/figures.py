@@ -10,14 +10,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dist_ae.config import Config
-from dist_ae.data import Reader
+from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, keyed
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise
 from dist_ae.models import Autoencoder
 
 
 @torch.no_grad()
-def run_pictures(model: Autoencoder, config: Config, validation: Reader, run_dir: Path, columns: int = 12) -> dict[str, Path]:
+def run_pictures(
+    model: Autoencoder, config: Config, validation: Reader, run_dir: Path, columns: int = 12
+) -> dict[str, Path]:
     """Draws a run's pictures into ``figures/``: the loss curve, originals over reconstructions (noisy, reconstruction and clean where
     noise is trained against), and samples of a variational model. Returns them by name."""
     folder = run_dir / "figures"
@@ -34,7 +36,9 @@ def run_pictures(model: Autoencoder, config: Config, validation: Reader, run_dir
         "reconstructions": image_rows(shown, folder / "reconstructions.png"),
     }
     if config.model.variational:
-        code = keyed("normal", (EVALUATION_SEED, "figures.samples", 0), range(64), (config.model.latent_dim,), clean.device)
+        code = keyed(
+            "normal", (EVALUATION_SEED, "figures.samples", 0), range(64), (config.model.latent_dim,), clean.device
+        )
         pictures["samples"] = image_grid(model.decode(code.to(clean.dtype)), folder / "samples.png")
     return pictures
 
@@ -45,12 +49,23 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([line["step"] for line in train], [line["loss"] for line in train], label="training loss", color="#1f6fb4")
+    left.plot(
+        [line["step"] for line in train], [line["loss"] for line in train], label="training loss", color="#1f6fb4"
+    )
     if any("neg_elbo" in line for line in val):
-        left.plot([line["step"] for line in val], [line["neg_elbo"] for line in val], "o-", ms=3, label="validation −ELBO (β = 1)", color="#d1602c")
+        left.plot(
+            [line["step"] for line in val],
+            [line["neg_elbo"] for line in val],
+            "o-",
+            ms=3,
+            label="validation −ELBO (β = 1)",
+            color="#d1602c",
+        )
     left.set(xlabel="step", ylabel="nats per image", title="objective")
     left.legend(frameon=False)
-    right.plot([line["step"] for line in val], [line["mse"] for line in val], "o-", ms=3, color="#d1602c", label="validation")
+    right.plot(
+        [line["step"] for line in val], [line["mse"] for line in val], "o-", ms=3, color="#d1602c", label="validation"
+    )
     right.set(xlabel="step", ylabel="squared error per pixel, [0, 1]", title="reconstruction error", yscale="log")
     right.legend(frameon=False)
     for axis in (left, right):
@@ -78,13 +93,22 @@ def _tiles(images: Tensor, labels: list[str], figure_path: Path) -> Path:
     tiles = images.new_ones(rows, columns, channels, height + gap_y, width + gap_x)
     tiles[..., :height, :width] = images.clamp(0, 1)
     tall, wide = rows * (height + gap_y), columns * (width + gap_x)
-    picture = tiles.float().cpu().permute(0, 3, 1, 4, 2).reshape(tall, wide, channels)[: tall - gap_y, : wide - gap_x].numpy()
+    picture = (
+        tiles.float().cpu().permute(0, 3, 1, 4, 2).reshape(tall, wide, channels)[: tall - gap_y, : wide - gap_x].numpy()
+    )
     margin = 1.3 if labels else 0.0  # inches
     inches_wide, inches_tall = columns * 0.62, columns * 0.62 * tall / wide
     figure = Figure(figsize=(inches_wide + margin, inches_tall))
     axis = figure.add_axes((margin / (inches_wide + margin), 0, inches_wide / (inches_wide + margin), 1))
     axis.axis("off")
-    axis.imshow(picture if channels in (3, 4) else picture[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axis.imshow(
+        picture if channels in (3, 4) else picture[..., 0],
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        aspect="auto",
+    )
     for row, label in enumerate(labels):
         y = row * (height + gap_y) + height / 2
         axis.text(-wide * 0.01, y, label, ha="right", va="center", fontsize=9, color="#333333")

@@ -25,7 +25,9 @@ class Terms(NamedTuple):
     rate: Tensor
 
 
-def gaussian_kl(mean: Tensor, logvar: Tensor, prior_mean: float | Tensor = 0.0, prior_logvar: float | Tensor = 0.0) -> Tensor:
+def gaussian_kl(
+    mean: Tensor, logvar: Tensor, prior_mean: float | Tensor = 0.0, prior_logvar: float | Tensor = 0.0
+) -> Tensor:
     """KL(N(mean, exp(logvar)) ‖ N(prior_mean, exp(prior_logvar))) summed over the code, [B, L] → [B], nats.
 
     Per dimension ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma & Welling 2014, appendix B,
@@ -48,7 +50,11 @@ def gaussian_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float
 def bernoulli_distortion(images: Tensor, logits: Tensor) -> Tensor:
     """-log Bernoulli(images; sigmoid(logits)) summed over pixels on [0, 1], [B, C, H, W] → [B], nats."""
     _same_shape(images, logits)
-    return F.binary_cross_entropy_with_logits(_at_least_float(logits), _at_least_float(images), reduction="none").flatten(1).sum(1)
+    return (
+        F.binary_cross_entropy_with_logits(_at_least_float(logits), _at_least_float(images), reduction="none")
+        .flatten(1)
+        .sum(1)
+    )
 
 
 def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float | None = None) -> Terms:
@@ -62,7 +68,9 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
     else:
         log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
         # On [-1, 1], where the model works, with twice the σ: the density there is half as high. It saves three passes over the pixels.
-        distortion = gaussian_distortion(centred(images), output.raw, log_sigma + math.log(2)) - math.prod(images.shape[1:]) * math.log(2)
+        distortion = gaussian_distortion(centred(images), output.raw, log_sigma + math.log(2)) - math.prod(
+            images.shape[1:]
+        ) * math.log(2)
     if output.logvar is None:
         return Terms(distortion, distortion, torch.zeros_like(distortion))
     rate = gaussian_kl(output.mean, output.logvar)
@@ -87,4 +95,6 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 
 def _same_shape(images: Tensor, reconstruction: Tensor) -> None:
     if images.shape != reconstruction.shape:
-        raise ValueError(f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} must have one and the same shape")
+        raise ValueError(
+            f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} must have one and the same shape"
+        )

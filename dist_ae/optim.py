@@ -70,7 +70,9 @@ class Muon(Uncompiled, torch.optim.Muon):
             for p in group["params"]:
                 momentum, lr = self.state[p]["momentum_buffer"], group["lr"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"])
+                update = orthogonalize(
+                    p.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"]
+                )
                 p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
         return None
 
@@ -126,47 +128,3 @@ def set_learning_rate(optimizers: list[Optimizer], step: int, total_steps: int, 
             # Accelerate's wrapper shares the groups; the second optimizer of muon has a peak of its own.
             group["lr"] = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)
     return factor * config.lr
-
-
-class Guard:
-    """Keeps a non-finite gradient out of the weights without reading anything back to the host.
-
-    ``poisoned`` is a scalar on the device that turns 1 at the first non-finite gradient and stays so: from then on every update
-    is skipped, and whoever reads it (the logging steps, before a checkpoint) finds the weights of the last good step.
-    One pass over the gradients: 1 % of a step.
-    """
-
-    def __init__(self, optimizers: list[Optimizer], device: torch.device) -> None:
-        self.optimizers = optimizers
-        self.poisoned = torch.zeros((), device=device)
-        self.first_bad_step = torch.full((), -1.0, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
-        self._one = torch.ones((), device=device)
-
-    @torch.no_grad()
-    def check(self, step: int) -> None:
-        """Looks at every gradient, after they were averaged over the processes: all of them come to the same answer."""
-        gradients = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
-        # What torch's own GradScaler calls; it sets `poisoned` to 1 and never back to 0.
-        for same_type in ([g for g in gradients if g.dtype == dtype] for dtype in {g.dtype for g in gradients}):
-            torch._amp_foreach_non_finite_check_and_unscale_(same_type, self.poisoned, self._one)
-        first = (self.poisoned > 0) & (self.first_bad_step < 0)
-        self.first_bad_step.masked_fill_(first, step)
-
-    def bad_step(self) -> int | None:
-        """The first step whose gradient was not finite, if any. Reads the device."""
-        step = int(self.first_bad_step.item())
-        return step if step >= 0 else None
-
-    @torch.no_grad()
-    def update(self, optimizer: Optimizer) -> None:
-        """``optimizer.step()`` unless poisoned."""
-        if optimizer.defaults.get("fused"):
-            optimizer.grad_scale, optimizer.found_inf = None, self.poisoned  # type: ignore[attr-defined]
-            optimizer.step()
-            return
-        # Other optimizers cannot skip on the device: step, then take the old weights back where poisoned. One copy of the weights.
-        parameters: list[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
-        before = [p.clone() for p in parameters]
-        optimizer.step()
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(torch.where(self.poisoned > 0, old, parameter))

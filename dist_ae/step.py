@@ -9,15 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ae.checkpoint import EMA, OPTIMIZER, WEIGHTS, Tensors, weights_sha256
 from dist_ae.config import Config
-from dist_ae.data import Dataset, Reader, epoch_order, share
+from dist_ae.data.order import epoch_order, share
+from dist_ae.data.reader import Reader
+from dist_ae.data.records import Dataset
 from dist_ae.draws import draw
+from dist_ae.guard import Guard
 from dist_ae.models import Autoencoder, initialize
+from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, beta_at, objective
-from dist_ae.optim import Guard, build, materialize, set_learning_rate, state_tensors
-from dist_ae.runtime import Runtime, plan_batch
-from dist_ae.shared import SharedMean, share_memory
+from dist_ae.optim import build, materialize, set_learning_rate, state_tensors
+from dist_ae.processes.host_memory import SharedMean, share_memory
+from dist_ae.processes.runtime import Runtime, plan_batch
 
 
 class Learner:
@@ -31,7 +34,9 @@ class Learner:
         self.image_shape, self.num_images = dataset.image_shape, len(dataset.train)
         self.steps_per_epoch = -(-self.num_images // config.train.batch_size)
         self.accumulate = plan_batch(config.train.batch_size, runtime.world, config.train.max_per_process)[1]
-        self.raw_model = initialize(Autoencoder(config, dataset.image_shape), config.seed).to(runtime.device, runtime.dtype)
+        self.raw_model = initialize(Autoencoder(config, dataset.image_shape), config.seed).to(
+            runtime.device, runtime.dtype
+        )
         self.optimizers = build(self.raw_model, config.optim)
         materialize(self.optimizers)
         self.parameters = list(self.raw_model.parameters())
@@ -50,7 +55,7 @@ class Learner:
         self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
         if self.runtime.world > 1:
             self._choose_reduction()
-            for tensor in [*self.tensors()[OPTIMIZER].values(), *self.ema]:
+            for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes the order in
         # which gradients are added up. Empty batches get that over with, so a resumed run adds as the uninterrupted one does.
@@ -70,17 +75,22 @@ class Learner:
 
             self.model.register_comm_hook(None, bf16_compress_hook)
 
-    def tensors(self) -> dict[str, Tensors]:
-        """All that a checkpoint holds, by file: the live tensors, to be saved or copied into."""
-        files = {WEIGHTS: dict(self.raw_model.state_dict()), OPTIMIZER: state_tensors(self.raw_model, self.optimizers)}
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds: the live tensors, to be saved or copied into."""
+        parts = {
+            "weights": dict(self.raw_model.state_dict()),
+            "optimizer": state_tensors(self.raw_model, self.optimizers),
+        }
         if self.ema:
-            files[EMA] = dict(zip((name for name, _ in self.raw_model.named_parameters()), self.ema, strict=True))
-        return files
+            parts["ema"] = dict(zip((name for name, _ in self.raw_model.named_parameters()), self.ema, strict=True))
+        return parts
 
     def step(self, step: int) -> None:
         """Takes step ``step`` of the run; the same arithmetic on any number of processes."""
         batch = self._batch(step)
-        self._backward(share(range(len(batch)), self.runtime.rank, self.runtime.world), batch, step=step, batch_size=len(batch))
+        self._backward(
+            share(range(len(batch)), self.runtime.rank, self.runtime.world), batch, step=step, batch_size=len(batch)
+        )
         set_learning_rate(self.optimizers, step, self.total_steps, self.config.optim)
         if self.runtime.accelerator.scaler is None:
             self.guard.check(step)
@@ -102,7 +112,9 @@ class Learner:
 
     def batch_size(self, step: int) -> int:
         """Images of a step over all processes: the last batch of an epoch takes what is left."""
-        return min(self.config.train.batch_size, self.num_images - step % self.steps_per_epoch * self.config.train.batch_size)
+        return min(
+            self.config.train.batch_size, self.num_images - step % self.steps_per_epoch * self.config.train.batch_size
+        )
 
     def images_seen(self, step: int) -> int:
         """Images seen before a step, over all processes."""
@@ -118,10 +130,12 @@ class Learner:
 
     def refuse_divergence(self) -> None:
         """Raises RuntimeError unless the weights are the same to the bit on every process."""
-        digest = int(weights_sha256(self.tensors()[WEIGHTS])[:13], 16)  # 52 bits: exact in a float64
+        digest = int(weights_sha256(self.tensors()["weights"])[:13], 16)  # 52 bits: exact in a float64
         largest, smallest = self.runtime.largest(digest, -digest)
         if largest != -smallest:
-            raise RuntimeError("the weights differ between processes; please report this: it cannot happen while the gradient is averaged exactly")
+            raise RuntimeError(
+                "the weights differ between processes; please report this: it cannot happen while the gradient is averaged exactly"
+            )
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:

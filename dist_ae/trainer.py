@@ -14,17 +14,22 @@ from typing import Any, NoReturn
 import safetensors.torch
 import torch
 
-from dist_ae import data as datasets
-from dist_ae import initialize
-from dist_ae.checkpoint import EMA, WEIGHTS, Checkpoint, Damaged, RunDirectory, read_checkpoint, weights_sha256, write_atomically
+from dist_ae import pca
 from dist_ae.config import Config, InputError
-from dist_ae.data import Dataset, Reader
+from dist_ae.data import sources
+from dist_ae.data.reader import Reader
+from dist_ae.data.records import Dataset
 from dist_ae.evaluate import Interrupted, evaluate, selection
+from dist_ae.models.weights import weights_sha256
 from dist_ae.optim import factor_at
-from dist_ae.progress import Display
-from dist_ae.runtime import Agreement, Runtime, Signals, Watch, check_device, launched_world, plan_batch
+from dist_ae.processes.runtime import Runtime, check_device, launched_world, plan_batch
+from dist_ae.processes.stop import Agreement, Signals
+from dist_ae.processes.watch import Watch
+from dist_ae.run.checkpoint import Checkpoint, Damaged, Tensors, read_checkpoint, write_atomically
+from dist_ae.run.directory import RunDirectory
+from dist_ae.run.progress import Display
+from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.step import Learner
-from dist_ae.tracking import Tracking, new_run_id
 
 
 class Stopped(Exception):
@@ -126,12 +131,16 @@ def prepare(config: Config) -> tuple[Config, Dataset]:
     """Finds everything that can be wrong with the input, before any process group starts, and fills in the image shape."""
     check_device(config)
     plan_batch(config.train.batch_size, launched_world()[1], config.train.max_per_process)
-    dataset = datasets.load(config.data)
+    dataset = sources.load(config.data)
     if config.model.image_shape not in (None, dataset.image_shape):
-        raise InputError(f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are {dataset.image_shape}")
-    initialize.check(config, math.prod(dataset.image_shape))
+        raise InputError(
+            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are {dataset.image_shape}"
+        )
+    pca.check(config, math.prod(dataset.image_shape))
     if config.train.batch_size > len(dataset.train):
-        raise InputError(f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has {len(dataset.train)} training images")
+        raise InputError(
+            f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has {len(dataset.train)} training images"
+        )
     return config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()}), dataset
 
 
@@ -144,7 +153,9 @@ def _run_directory(config: Config, dataset: Dataset) -> Iterator[RunDirectory | 
     folder = RunDirectory(config.directory())
     try:
         trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
-        if config.optim.schedule != "constant":  # it ends at the last step: another length is another learning rate from the start
+        if (
+            config.optim.schedule != "constant"
+        ):  # it ends at the last step: another length is another learning rate from the start
             trajectory["total_steps"] = _total_steps(config, dataset)
         folder.claim(trajectory, describe(config))
         yield folder
@@ -174,7 +185,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     learner = Learner(config, dataset, runtime, total_steps)
     state = _resume(learner, folder, job.start_from)
     if config.model.start == "pca" and state.step == 0:
-        initialize.pca_start(learner.raw_model, config, learner.images, runtime)
+        pca.pca_start(learner.raw_model, config, learner.images, runtime)
     learner.prepare()
     validation = Reader(dataset.val, runtime.device, runtime.dtype)
     display = Display(runtime.is_main, state.step, total_steps)
@@ -214,7 +225,9 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                         metrics = evaluate(learner.model, validation, config, runtime, batches.stop)
                 except Interrupted:
                     stop()
-                if not state.evaluated:  # else resumed from a checkpoint after its evaluation: only the figures were missing
+                if (
+                    not state.evaluated
+                ):  # else resumed from a checkpoint after its evaluation: only the figures were missing
                     state.evaluated = True
                     state.best = _best(state, config, metrics)
                     record("val", metrics)
@@ -244,11 +257,13 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
 
 def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | None) -> State:
     """Fills the learner from the newest good checkpoint, else from ``start_from``; rank 0 reads it, ``Learner.prepare`` hands the tensors on."""
-    live = learner.tensors()
+    live = _files(learner)
 
     def read() -> dict[str, Any] | None:
         assert folder is not None
-        templates = {name: {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} for name, tensors in live.items()}
+        templates = {
+            name: {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} for name, tensors in live.items()
+        }
         checkpoint = folder.latest(templates)
         if checkpoint is None and start_from is not None:
             try:
@@ -295,7 +310,16 @@ def _save(learner: Learner, state: State, folder: RunDirectory | None) -> None:
         "window_images": learner.window_images,
         "scaler": scaler.state_dict() if scaler else None,
     }
-    folder.save(Checkpoint(state.step, learner.tensors(), rest), learner.config.train.keep, state.best["step"] if state.best else None)
+    folder.save(
+        Checkpoint(state.step, _files(learner), rest),
+        learner.config.train.keep,
+        state.best["step"] if state.best else None,
+    )
+
+
+def _files(learner: Learner) -> dict[str, Tensors]:
+    """The learner's live tensors by the checkpoint file that holds them."""
+    return {f"{name}.safetensors": tensors for name, tensors in learner.tensors().items()}
 
 
 def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
@@ -308,9 +332,14 @@ def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
     if step is None:
         return
     if folder is not None:
-        bundle = {"step": step, "seed": learner.config.seed, "rows": learner.rows(step).tolist(), "config": learner.config.model_dump(mode="json")}
+        bundle = {
+            "step": step,
+            "seed": learner.config.seed,
+            "rows": learner.rows(step).tolist(),
+            "config": learner.config.model_dump(mode="json"),
+        }
         folder.write("nonfinite.json", bundle)
-        write_atomically(folder.path / "nonfinite.safetensors", safetensors.torch.save(learner.tensors()[WEIGHTS]))
+        write_atomically(folder.path / "nonfinite.safetensors", safetensors.torch.save(learner.tensors()["weights"]))
     raise NonFinite(
         f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is from before it. "
         f"`dist-ae doctor {learner.config.directory()} --replay` repeats that step on one process; a lower optim.lr or optim.clip_norm may help"
@@ -325,17 +354,25 @@ def _best(state: State, config: Config, metrics: dict[str, float]) -> dict[str, 
 
 
 def _finish(
-    learner: Learner, state: State, metrics: dict[str, float], validation: Reader, clock: Clock, folder: RunDirectory | None, tracking: Tracking | None
+    learner: Learner,
+    state: State,
+    metrics: dict[str, float],
+    validation: Reader,
+    clock: Clock,
+    folder: RunDirectory | None,
+    tracking: Tracking | None,
 ) -> Result:
     """The pictures and ``result.json``, on rank 0; the same result on every process."""
 
     learner.refuse_divergence()
 
     def write() -> dict[str, Any]:
-        from dist_ae.figures import run_pictures  # matplotlib takes 0.5 s to import, which the first step need not wait for
+        from dist_ae.figures import (
+            run_pictures,  # matplotlib takes 0.5 s to import, which the first step need not wait for
+        )
 
         assert folder is not None
-        weights = learner.tensors()[EMA if learner.ema else WEIGHTS]
+        weights = learner.tensors()["ema" if learner.ema else "weights"]
         with learner.evaluation_weights():
             pictures = run_pictures(learner.raw_model, learner.config, validation, folder.path)
         for name, path in pictures.items():

@@ -60,7 +60,12 @@ def start(world: int, *command: str, **more: str) -> list[subprocess.Popen[str]]
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, *command], env=environment(rank, world, port, **more), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY
+            [sys.executable, *command],
+            env=environment(rank, world, port, **more),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=REPOSITORY,
         )
         for rank in range(world)
     ]

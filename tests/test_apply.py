@@ -14,17 +14,21 @@ import torch
 from conftest import SMALL, run
 
 import dist_ae
-from dist_ae import apply, data
-from dist_ae.config import PRESETS, InputError
+from dist_ae.config import InputError
+from dist_ae.data import arrays, sources
+from dist_ae.presets import PRESETS
+from dist_ae.use import commands
 
-IMAGES = data.load(PRESETS["ae"].data).val.images
+IMAGES = sources.load(PRESETS["ae"].data).val.images
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     for preset in ("ae", "vae"):
-        dist_ae.train(PRESETS[preset].override({**SMALL, "train.steps": 100, "optim.lr": 0.01, "run_dir": str(root / preset)}))
+        dist_ae.train(
+            PRESETS[preset].override({**SMALL, "train.steps": 100, "optim.lr": 0.01, "run_dir": str(root / preset)})
+        )
     return root
 
 
@@ -85,12 +89,25 @@ def test_wrong_images_are_refused(trained: Path) -> None:
 
 def test_best_is_the_checkpoint_with_the_best_validation(tmp_path: Path) -> None:
     # A learning rate that spoils the model in the end: constant and far too large after a good start.
-    overrides = {**SMALL, "train.steps": 60, "train.eval_every": 5, "optim.lr": 1.0, "run_dir": str(tmp_path / "run"), "optim.schedule": "constant"}
+    overrides = {
+        **SMALL,
+        "train.steps": 60,
+        "train.eval_every": 5,
+        "optim.lr": 1.0,
+        "run_dir": str(tmp_path / "run"),
+        "optim.schedule": "constant",
+    }
     result = dist_ae.train(PRESETS["ae"].override(overrides))
     best, last = (float(dist_ae.load(tmp_path / "run", which=which).score(IMAGES).mean()) for which in ("best", "last"))
-    values = {line["step"]: line["mse"] for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if line["split"] == "val"}
+    values = {
+        line["step"]: line["mse"]
+        for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        if line["split"] == "val"
+    }
     assert result.best_step == min(values, key=values.__getitem__) < 60
-    assert best == pytest.approx(min(values.values()), rel=1e-5) and last == pytest.approx(result.metrics["val.mse"], rel=1e-5)
+    assert best == pytest.approx(min(values.values()), rel=1e-5) and last == pytest.approx(
+        result.metrics["val.mse"], rel=1e-5
+    )
     status, out, err = dist_ae_command("embed", tmp_path / "run", "--which", "best")
     assert status == 0 and "codes.npy" in out, err
     codes = np.load(tmp_path / "run" / "codes.npy", allow_pickle=False)
@@ -120,7 +137,9 @@ def test_what_is_not_a_run_is_refused(trained: Path, tmp_path: Path) -> None:
     assert "is not a run directory" in err and "Traceback" not in err
 
 
-def test_reconstruct_writes_the_model_s_reconstructions_of_the_validation_or_the_user_s_images(trained: Path, tmp_path: Path) -> None:
+def test_reconstruct_writes_the_model_s_reconstructions_of_the_validation_or_the_user_s_images(
+    trained: Path, tmp_path: Path
+) -> None:
     model = dist_ae.load(trained / "ae")
     status, out, err = dist_ae_command("reconstruct", trained / "ae")
     assert status == 0 and str(trained / "ae" / "reconstructions.npy") in out, err
@@ -128,19 +147,27 @@ def test_reconstruct_writes_the_model_s_reconstructions_of_the_validation_or_the
     assert written.dtype == np.float32 and written.min() >= 0 and written.max() <= 1
     assert np.array_equal(written, model.reconstruct(IMAGES))
     np.savez(tmp_path / "own.npz", images=IMAGES[:5, 0], labels=np.arange(5))  # [N, H, W], beside something else
-    path = apply.reconstruct_run(trained / "ae", tmp_path / "own.npz", tmp_path / "own.npy")
+    path = commands.reconstruct_run(trained / "ae", tmp_path / "own.npz", tmp_path / "own.npy")
     torch.testing.assert_close(torch.from_numpy(np.load(path, allow_pickle=False)), model.reconstruct(IMAGES[:5]))
 
 
 def test_noisy_images_may_leave_the_range_and_come_out_denoised(tmp_path: Path) -> None:
-    overrides = {**SMALL, "train.steps": 150, "model.latent_dim": 16, "model.hidden_dims": (64,), "run_dir": str(tmp_path / "run")}
+    overrides = {
+        **SMALL,
+        "train.steps": 150,
+        "model.latent_dim": 16,
+        "model.hidden_dims": (64,),
+        "run_dir": str(tmp_path / "run"),
+    }
     dist_ae.train(PRESETS["denoising"].override(overrides))
     clean = (IMAGES / 255).astype(np.float32)
     noisy = clean + np.random.default_rng(0).normal(0, 0.3, clean.shape).astype(np.float32)
     np.save(tmp_path / "noisy.npy", noisy)
-    denoised = np.load(apply.reconstruct_run(tmp_path / "run", tmp_path / "noisy.npy"), allow_pickle=False)
+    denoised = np.load(commands.reconstruct_run(tmp_path / "run", tmp_path / "noisy.npy"), allow_pickle=False)
     assert np.square(denoised - clean).mean() < 0.5 * np.square(noisy.clip(0, 1) - clean).mean()
-    assert pixels(apply.reconstruct_run(tmp_path / "run", tmp_path / "noisy.npy", tmp_path / "noisy.png")).std() > 0.1
+    assert (
+        pixels(commands.reconstruct_run(tmp_path / "run", tmp_path / "noisy.npy", tmp_path / "noisy.png")).std() > 0.1
+    )
 
 
 def test_samples_are_written_as_a_picture_or_an_array_of_any_number(trained: Path, tmp_path: Path) -> None:
@@ -148,12 +175,14 @@ def test_samples_are_written_as_a_picture_or_an_array_of_any_number(trained: Pat
     assert status == 0 and "samples.png" in out, err
     picture = pixels(trained / "vae" / "samples.png")
     height, width = picture.shape[:2]
-    assert (picture[-height // 4 :, -width // 4 :] == 1).all() and picture[: height // 4, : width // 4].min() < 0.2  # 20 of three rows of 8
-    written = np.load(apply.sample_run(trained / "vae", 20, 3, tmp_path / "samples.npy"), allow_pickle=False)
+    assert (picture[-height // 4 :, -width // 4 :] == 1).all() and picture[
+        : height // 4, : width // 4
+    ].min() < 0.2  # 20 of three rows of 8
+    written = np.load(commands.sample_run(trained / "vae", 20, 3, tmp_path / "samples.npy"), allow_pickle=False)
     assert np.array_equal(written, dist_ae.load(trained / "vae").sample(20, seed=3))
     for num, seed, expected in ((0, 0, "at least 1"), (801, 0, "at most 800"), (1, 2**64, "64-bit")):
         with pytest.raises(InputError, match=expected):
-            apply.sample_run(trained / "vae", num, seed)
+            commands.sample_run(trained / "vae", num, seed)
 
 
 def test_an_interpolation_is_the_straight_line_between_two_codes(trained: Path, tmp_path: Path) -> None:
@@ -164,41 +193,49 @@ def test_an_interpolation_is_the_straight_line_between_two_codes(trained: Path, 
     torch.testing.assert_close(lines[:, 0], model.reconstruct(first))
     torch.testing.assert_close(lines[:, -1], model.reconstruct(second))
     torch.testing.assert_close(lines[:, 1], model.decode(0.75 * model.embed(first) + 0.25 * model.embed(second)))
-    path = apply.interpolate_run(trained / "ae", 3, 5, out=tmp_path / "lines.npy")
+    path = commands.interpolate_run(trained / "ae", 3, 5, out=tmp_path / "lines.npy")
     torch.testing.assert_close(torch.from_numpy(np.load(path, allow_pickle=False)), lines)
     status, out, err = dist_ae_command("interpolate", trained / "ae", "--pairs", 2, "--steps", 4)
     assert status == 0 and "interpolation.png" in out, err
     height, width = pixels(trained / "ae" / "interpolation.png").shape[:2]
-    assert width / height == pytest.approx((4 * 9 - 1) / (2 * 9 - 1), rel=0.1)  # two rows of four, 8 pixels and a gap each
+    assert width / height == pytest.approx(
+        (4 * 9 - 1) / (2 * 9 - 1), rel=0.1
+    )  # two rows of four, 8 pixels and a gap each
     with pytest.raises(InputError, match="at least 2"):
         model.interpolate(first, second, 1)
     with pytest.raises(InputError, match="3 and 2"):
         model.interpolate(first, second[:2], 5)
     with pytest.raises(InputError, match="which make 148 pairs, but --pairs asks for 149"):
-        apply.interpolate_run(trained / "ae", 149)
+        commands.interpolate_run(trained / "ae", 149)
 
 
 def test_codes_and_scores_are_written_and_the_least_expected_images_named(trained: Path, tmp_path: Path) -> None:
     model = dist_ae.load(trained / "vae")
-    assert np.array_equal(np.load(apply.embed_run(trained / "vae"), allow_pickle=False), model.embed(IMAGES))
+    assert np.array_equal(np.load(commands.embed_run(trained / "vae"), allow_pickle=False), model.embed(IMAGES))
     odd = IMAGES[:40].copy()
     odd[17] = 255 - odd[17]
     np.save(tmp_path / "odd.npy", odd)
-    status, out, err = dist_ae_command("score", trained / "vae", "--images", tmp_path / "odd.npy", "--out", tmp_path / "scores.npy")
+    status, out, err = dist_ae_command(
+        "score", trained / "vae", "--images", tmp_path / "odd.npy", "--out", tmp_path / "scores.npy"
+    )
     assert status == 0 and "highest at images 17, " in out and str(tmp_path / "scores.npy") in out, err
     scores = np.load(tmp_path / "scores.npy", allow_pickle=False)
     assert np.array_equal(scores, model.score(odd))
     table = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if ".neg_elbo" in line}
-    assert table == pytest.approx({f"{name}.neg_elbo": getattr(np, name)(scores) for name in ("min", "median", "max")}, rel=1e-5)
+    assert table == pytest.approx(
+        {f"{name}.neg_elbo": getattr(np, name)(scores) for name in ("min", "median", "max")}, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("preset", ["ae", "vae"])
-def test_an_exported_model_gives_the_model_s_results_for_any_number_of_images(trained: Path, tmp_path: Path, preset: str) -> None:
+def test_an_exported_model_gives_the_model_s_results_for_any_number_of_images(
+    trained: Path, tmp_path: Path, preset: str
+) -> None:
     if preset == "ae":
         status, out, err = dist_ae_command("export", trained / preset, "--out", tmp_path / "model.pt2")
         assert status == 0 and f"torch.export.load('{tmp_path / 'model.pt2'}').module()(images)" in out, err
     else:
-        apply.export_run(trained / preset, tmp_path / "model.pt2")
+        commands.export_run(trained / preset, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
     model = dist_ae.load(trained / preset)
     for num in (1, 2, 297):
@@ -207,13 +244,23 @@ def test_an_exported_model_gives_the_model_s_results_for_any_number_of_images(tr
         torch.testing.assert_close(code, model.embed(IMAGES[:num]))
     archive = zipfile.ZipFile(tmp_path / "model.pt2")
     # torch.export.save writes what it pickles as zip archives (PK) or pickles (\x80) of their own.
-    assert not [name for name in archive.namelist() if archive.read(name)[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")]
+    assert not [
+        name for name in archive.namelist() if archive.read(name)[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+    ]
 
 
-def test_images_that_do_not_fit_are_refused_naming_the_file_and_nothing_is_written(trained: Path, tmp_path: Path) -> None:
+def test_images_that_do_not_fit_are_refused_naming_the_file_and_nothing_is_written(
+    trained: Path, tmp_path: Path
+) -> None:
     shapes, nan, scale = np.zeros((3, 9, 9), np.uint8), np.zeros((3, 8, 8), np.float32), IMAGES.astype(np.float32)
     nan[1, 2, 3] = np.nan
-    for name, array in {"shapes": shapes, "nan": nan, "scale": scale, "integers": IMAGES.astype(np.int64), "flat": IMAGES[:, 0, 0]}.items():
+    for name, array in {
+        "shapes": shapes,
+        "nan": nan,
+        "scale": scale,
+        "integers": IMAGES.astype(np.int64),
+        "flat": IMAGES[:, 0, 0],
+    }.items():
         np.save(tmp_path / f"{name}.npy", array)
     np.savez(tmp_path / "two.npz", a=nan, b=nan)
     (tmp_path / "text.npy").write_text("not an array")
@@ -224,14 +271,18 @@ def test_images_that_do_not_fit_are_refused_naming_the_file_and_nothing_is_writt
         "missing.npy": "no such file",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=rf"{name}.*{expected}") as error:
-            apply.reconstruct_run(trained / "ae", tmp_path / name, tmp_path / "out.npy")
+            commands.reconstruct_run(trained / "ae", tmp_path / name, tmp_path / "out.npy")
         assert "pickle" not in str(error.value)
-    status, out, err = dist_ae_command("score", trained / "ae", "--images", tmp_path / "nan.npy", "--out", tmp_path / "out.npy")
+    status, out, err = dist_ae_command(
+        "score", trained / "ae", "--images", tmp_path / "nan.npy", "--out", tmp_path / "out.npy"
+    )
     assert status == 2 and "image 1" in err and "Traceback" not in err and not out
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "folder.npy").mkdir()
     np.save(tmp_path / "own.npy", IMAGES)
     with monkeypatch.context() as patch:
@@ -243,15 +294,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(t
             "own.npy": "would replace",
         }.items():
             with pytest.raises(InputError, match=expected):
-                apply.reconstruct_run(trained / "ae", tmp_path / "own.npy", tmp_path / out)
+                commands.reconstruct_run(trained / "ae", tmp_path / "own.npy", tmp_path / out)
     for command, name in (("embed", "codes.npy"), ("export", "model.pt2"), ("sample", "samples.png")):
-        status, _, err = dist_ae_command(command, trained / "vae", "--out", f"/proc/nowhere-{name}")  # a folder in which nobody can make files
+        status, _, err = dist_ae_command(
+            command, trained / "vae", "--out", f"/proc/nowhere-{name}"
+        )  # a folder in which nobody can make files
         assert status == 2 and f"/proc/nowhere-{name} cannot be written" in err and "Traceback" not in err, err
     status, _, err = dist_ae_command("sample", trained / "ae")
     assert status == 2 and "only a variational model can sample" in err and "Traceback" not in err
 
 
-def test_a_write_that_fails_leaves_the_file_that_was_there(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_file_that_was_there(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "codes.npy").write_bytes(b"before")
 
     def full(path: Path, *arguments: object, **more: object) -> None:
@@ -260,16 +315,20 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(trained: Path, tmp_pa
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(InputError, match=r"codes\.npy cannot be written \(No space left on device\)"):
-        apply.embed_run(trained / "ae", out=tmp_path / "codes.npy")
-    assert [path.name for path in tmp_path.iterdir()] == ["codes.npy"] and (tmp_path / "codes.npy").read_bytes() == b"before"
+        commands.embed_run(trained / "ae", out=tmp_path / "codes.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["codes.npy"] and (
+        tmp_path / "codes.npy"
+    ).read_bytes() == b"before"
 
 
 def test_images_too_many_for_memory_are_read_from_the_file(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     np.save(tmp_path / "own.npy", IMAGES)
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 10)
-    assert isinstance(data.read_images(tmp_path / "own.npy"), np.memmap)
-    codes = np.load(apply.embed_run(trained / "ae", tmp_path / "own.npy", tmp_path / "codes.npy"), allow_pickle=False)
+    monkeypatch.setattr(arrays, "IN_MEMORY_BYTES", 10)
+    assert isinstance(arrays.read_images(tmp_path / "own.npy"), np.memmap)
+    codes = np.load(
+        commands.embed_run(trained / "ae", tmp_path / "own.npy", tmp_path / "codes.npy"), allow_pickle=False
+    )
     assert np.array_equal(codes, dist_ae.load(trained / "ae").embed(IMAGES))
     assert not [warning for warning in recwarn if "writable" in str(warning.message)]

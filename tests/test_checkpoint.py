@@ -20,9 +20,10 @@ import safetensors.torch
 import torch
 from conftest import forked
 
-from dist_ae import checkpoint
-from dist_ae.checkpoint import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoint, Damaged, RunDirectory, SaveError, read_checkpoint
 from dist_ae.config import InputError
+from dist_ae.run import checkpoint
+from dist_ae.run.checkpoint import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Checkpoint, Damaged, read_checkpoint
+from dist_ae.run.directory import RunDirectory, SaveError
 
 TEMPLATES = {WEIGHTS: {"w": ((4, 3), torch.float32)}, OPTIMIZER: {"w.exp_avg": ((4, 3), torch.float32)}}
 OPERATIONS = ("open", "write", "fsync", "close", "mkdir", "rmdir", "rename", "replace", "unlink")
@@ -54,14 +55,19 @@ def save_next(root: Path) -> None:
     folder = RunDirectory(root)
     folder.append_metrics({"step": 4, "split": "train"})
     folder.save(example(4), keep=2, best_step=1)
-    folder.save(example(4), keep=2, best_step=1)  # again, as after an evaluation that was interrupted: replaces the first
+    folder.save(
+        example(4), keep=2, best_step=1
+    )  # again, as after an evaluation that was interrupted: replaces the first
     folder.write("result.json", {"steps": 4})
     folder.rewind_metrics(4, evaluated=True)
     folder.close()
 
 
 @contextlib.contextmanager
-def watched(before: Callable[[int, str, tuple[Any, ...]], None], after: Callable[[str, tuple[Any, ...], Any], None] = lambda *_: None) -> Iterator[None]:
+def watched(
+    before: Callable[[int, str, tuple[Any, ...]], None],
+    after: Callable[[str, tuple[Any, ...], Any], None] = lambda *_: None,
+) -> Iterator[None]:
     """Calls ``before`` with the number and name of every file operation the checkpoint writer does, and ``after`` with its result."""
     count = 0
 
@@ -103,7 +109,9 @@ def goes_on(root: Path) -> int:
     return step
 
 
-def test_sigkill_at_every_file_operation_loses_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigkill_at_every_file_operation_loses_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before_saving(tmp_path / "start")
     shutil.copytree(tmp_path / "start", tmp_path / "counted")
     total, survived = count_operations(tmp_path / "counted"), 0
@@ -192,7 +200,9 @@ class Disk:
 
 
 @pytest.mark.parametrize("names_persist", [False, True])
-def test_a_power_cut_at_every_file_operation_loses_no_checkpoint(tmp_path: Path, names_persist: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_power_cut_at_every_file_operation_loses_no_checkpoint(
+    tmp_path: Path, names_persist: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     before_saving(tmp_path / "start")
     (tmp_path / "start" / ".lock").unlink()
     shutil.copytree(tmp_path / "start", tmp_path / "run")
@@ -206,7 +216,9 @@ def test_a_power_cut_at_every_file_operation_loses_no_checkpoint(tmp_path: Path,
         assert goes_on(tmp_path / f"cut-{point}") in (3, 4), disk.journal[:point][-1]
         survived += 1
     with capsys.disabled():
-        print(f"\n{survived} of {len(disk.journal) + 1} power cuts survived (unsynced names {'kept' if names_persist else 'dropped'})")
+        print(
+            f"\n{survived} of {len(disk.journal) + 1} power cuts survived (unsynced names {'kept' if names_persist else 'dropped'})"
+        )
     assert survived > 50
 
 
@@ -218,7 +230,9 @@ def test_the_power_cut_test_notices_a_missing_fsync(tmp_path: Path) -> None:
     with watched(lambda *_: None, disk.record):
         save_next(tmp_path / "run")
     unsynced = Disk(tmp_path / "run")  # the same writer, had it not synced its files
-    unsynced.journal = [entry for entry in disk.journal if not (entry[0] == "fsync" and entry[1].suffix) and entry[1].name != ".lock"]
+    unsynced.journal = [
+        entry for entry in disk.journal if not (entry[0] == "fsync" and entry[1].suffix) and entry[1].name != ".lock"
+    ]
     last = len(unsynced.journal)
     unsynced.cut(last, tmp_path / "start", tmp_path / "cut", names_persist=True)
     folder = RunDirectory(tmp_path / "cut")
@@ -253,7 +267,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, STATE, MANIFEST])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     before_saving(tmp_path)
     DAMAGE[kind](tmp_path / "checkpoints" / "00000003" / name)
     folder = RunDirectory(tmp_path)
@@ -308,10 +324,15 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "pickle as weights": lambda f: reseal(f, weights__safetensors=pickle.dumps(Payload())),
     "pickle as state": lambda f: reseal(f, state__json=pickle.dumps(Payload())),
     "pickle as manifest": lambda f: (f / MANIFEST).write_bytes(pickle.dumps(Payload())),
-    "torch archive as weights": lambda f: (torch.save({"w": torch.zeros(4, 3)}, f / "t"), reseal(f, weights__safetensors=(f / "t").read_bytes())),
+    "torch archive as weights": lambda f: (
+        torch.save({"w": torch.zeros(4, 3)}, f / "t"),
+        reseal(f, weights__safetensors=(f / "t").read_bytes()),
+    ),
     "huge header": lambda f: reseal(f, weights__safetensors=struct.pack("<Q", 1 << 62) + b"{}"),
     "header beyond the file": lambda f: reseal(f, weights__safetensors=struct.pack("<Q", 500) + b"{}"),
-    "huge tensor": lambda f: reseal(f, weights__safetensors=header('{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}')),
+    "huge tensor": lambda f: reseal(
+        f, weights__safetensors=header('{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}')
+    ),
     "duplicate tensors": lambda f: reseal(f, weights__safetensors=header(f'{{"w":{W},"w":{W}}}', b"\0" * 48)),
     "overlapping tensors": lambda f: reseal(f, weights__safetensors=header(f'{{"w":{W},"v":{W}}}', b"\0" * 48)),
     "other tensors": lambda f: reseal(f, weights__safetensors=tensors(v=torch.zeros(4, 3))),
@@ -324,9 +345,14 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "deep JSON": lambda f: reseal(f, state__json=b"[" * 100_000),
     "huge JSON": lambda f: reseal(f, state__json=b" " * (2 << 20)),
     "symlink out of the run": lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to("/etc/passwd")),
-    "symlink to a good file": lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to(f.parent / "00000002" / WEIGHTS)),
+    "symlink to a good file": lambda f: (
+        (f / WEIGHTS).unlink(),
+        (f / WEIGHTS).symlink_to(f.parent / "00000002" / WEIGHTS),
+    ),
     "pipe that never ends": lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)),
-    "name out of the folder": lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace(OPTIMIZER, "../00000002/" + OPTIMIZER)),
+    "name out of the folder": lambda f: (f / MANIFEST).write_text(
+        (f / MANIFEST).read_text().replace(OPTIMIZER, "../00000002/" + OPTIMIZER)
+    ),
     "the folder is a symlink": lambda f: (shutil.rmtree(f), f.symlink_to(f.parent / "00000002")),
 }
 
@@ -364,7 +390,9 @@ def full_disk(after: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("space", [0, 10, 200, 400, 600])
-def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path, space: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_one_checkpoint_and_nothing_else(
+    tmp_path: Path, space: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     before_saving(tmp_path)
     folder = RunDirectory(tmp_path)
     with full_disk(space):

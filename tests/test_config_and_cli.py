@@ -15,8 +15,9 @@ import pytest
 from accelerate import Accelerator
 from conftest import SMALL, environment, run
 
-from dist_ae import runtime
-from dist_ae.config import PRESETS, Config, InputError, _walk, load_config
+from dist_ae.config import Config, InputError, _walk, load_config
+from dist_ae.presets import PRESETS
+from dist_ae.processes import runtime
 
 
 def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -29,8 +30,18 @@ def test_presets_are_the_four_systems_and_the_tutorials() -> None:
     assert list(PRESETS) == [*kinds, *(f"{kind}-fast" for kind in kinds), *(f"{kind}-reference" for kind in kinds)]
     reference = PRESETS["ae-reference"]
     assert (reference.optim.lr, reference.optim.betas, reference.optim.schedule) == (1e-3, (0.5, 0.999), "constant")
-    assert (reference.model.hidden_dims, reference.model.latent_dim, reference.train.batch_size, reference.train.epochs) == ((512, 256), 128, 128, 20)
-    assert [PRESETS[f"{name}-reference"].objective.noise_std > 0 for name in ("ae", "denoising", "dropout", "vae")] == [False, True, False, False]
+    assert (
+        reference.model.hidden_dims,
+        reference.model.latent_dim,
+        reference.train.batch_size,
+        reference.train.epochs,
+    ) == ((512, 256), 128, 128, 20)
+    assert [PRESETS[f"{name}-reference"].objective.noise_std > 0 for name in ("ae", "denoising", "dropout", "vae")] == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +116,9 @@ def test_bad_input_is_one_message_and_status_2(kind: str, tmp_path: Path) -> Non
     arguments, expected = BAD_INPUT[kind] or ([], "unknown")
     preset = "aee" if BAD_INPUT[kind] is None else "ae"
     expected = "aee" if BAD_INPUT[kind] is None else expected
-    done = cli("train", preset, *(["--run-dir", str(tmp_path / "run")] if "--run-dir" not in arguments else []), *arguments)
+    done = cli(
+        "train", preset, *(["--run-dir", str(tmp_path / "run")] if "--run-dir" not in arguments else []), *arguments
+    )
     assert done.returncode == 2
     assert expected in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -118,7 +131,16 @@ def test_bad_pixels_are_refused_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_of_another_experiment_is_refused_showing_old_and_new(tmp_path: Path) -> None:
-    arguments = ["--run-dir", str(tmp_path / "run"), "--tracking.wandb", "off", "--train.steps", "2", "--model.hidden-dims", "8"]
+    arguments = [
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--tracking.wandb",
+        "off",
+        "--train.steps",
+        "2",
+        "--model.hidden-dims",
+        "8",
+    ]
     assert cli("train", "ae", *arguments).returncode == 0
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*.json*"))
     done = cli("train", "ae", *arguments, "--model.latent-dim", "5", "--optim.lr", "0.01")
@@ -132,14 +154,21 @@ def test_a_batch_that_does_not_divide_names_the_nearest_sizes_on_every_process()
         assert status == 2 and "the nearest that do are 98 or 100" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}])
-def test_a_launch_without_what_processes_need_to_find_each_other_is_refused(tmp_path: Path, variables: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "variables",
+    [{"WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}],
+)
+def test_a_launch_without_what_processes_need_to_find_each_other_is_refused(
+    tmp_path: Path, variables: dict[str, str]
+) -> None:
     done = cli("train", "ae", "--run-dir", str(tmp_path / "run"), "--tracking.wandb", "off", **variables)
     assert done.returncode == 2 and "MASTER_PORT is not set" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_launch_whose_world_is_not_what_accelerate_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Alone(Accelerator):  # what Accelerate does with settings it does not take for distributed: trains alone, once a process
+    class Alone(
+        Accelerator
+    ):  # what Accelerate does with settings it does not take for distributed: trains alone, once a process
         def __init__(self, **settings: Any) -> None:
             with mock.patch.dict(os.environ, {"LOCAL_RANK": "-1", "WORLD_SIZE": "1"}):
                 super().__init__(**settings)
@@ -155,6 +184,8 @@ def test_config_file_reproduces_a_run(tmp_path: Path) -> None:
     config = PRESETS["dropout"].override({**SMALL, "train.steps": 3, "run_dir": str(tmp_path / "a")})
     (tmp_path / "best.json").write_text(config.model_dump_json())
     assert cli("train", "--config", str(tmp_path / "best.json")).returncode == 0
-    assert cli("train", "--config", str(tmp_path / "a" / "config.json"), "--run-dir", str(tmp_path / "b")).returncode == 0
+    assert (
+        cli("train", "--config", str(tmp_path / "a" / "config.json"), "--run-dir", str(tmp_path / "b")).returncode == 0
+    )
     hashes = [json.loads((tmp_path / run / "result.json").read_text())["weights_sha256"] for run in ("a", "b")]
     assert hashes[0] == hashes[1]

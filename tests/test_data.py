@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_ae import data
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data import Reader, epoch_order, load, read_idx, share
+from dist_ae.data import arrays, named
+from dist_ae.data.named import read_idx
+from dist_ae.data.order import epoch_order, share
+from dist_ae.data.reader import Reader
+from dist_ae.data.sources import load
 
 
 def idx(images: np.ndarray) -> bytes:
@@ -38,7 +41,9 @@ def test_an_idx_file_is_read_gzipped_or_not(tmp_path: Path) -> None:
     images = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
     (tmp_path / "plain").write_bytes(idx(images))
     (tmp_path / "packed.gz").write_bytes(gzip.compress(idx(images)))
-    assert np.array_equal(read_idx(tmp_path / "plain", 3), images) and np.array_equal(read_idx(tmp_path / "packed.gz", 3), images)
+    assert np.array_equal(read_idx(tmp_path / "plain", 3), images) and np.array_equal(
+        read_idx(tmp_path / "packed.gz", 3), images
+    )
 
 
 WHOLE = idx(np.ones((3, 4, 5), np.uint8))
@@ -85,7 +90,13 @@ def test_no_source_found_names_every_place_and_way_out(tmp_path: Path, monkeypat
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", refuse)
     with pytest.raises(InputError) as error:
         load(DataConfig(name="fashion_mnist", root=tmp_path))
-    for part in (str(tmp_path), "no network", "apt-get install dataset-fashion-mnist", "--data.root", "--data.name digits"):
+    for part in (
+        str(tmp_path),
+        "no network",
+        "apt-get install dataset-fashion-mnist",
+        "--data.root",
+        "--data.name digits",
+    ):
         assert part in str(error.value)
     with pytest.raises(InputError, match="does not exist"):
         load(DataConfig(name="mnist", root=tmp_path / "nowhere"))
@@ -94,9 +105,9 @@ def test_no_source_found_names_every_place_and_way_out(tmp_path: Path, monkeypat
 
 
 def test_cifar10_is_read_from_its_binary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_CIFAR_IMAGES", 4)
+    monkeypatch.setattr(named, "_CIFAR_IMAGES", 4)
     records = np.random.default_rng(0).integers(0, 10, (6, 4, 3073), dtype=np.uint8)
-    for name, record in zip(data._CIFAR_FILES, records, strict=True):
+    for name, record in zip(named._CIFAR_FILES, records, strict=True):
         (tmp_path / name).write_bytes(record.tobytes())
     dataset = load(DataConfig(name="cifar10", root=tmp_path))
     assert dataset.train.images.shape == (20, 3, 32, 32) and len(dataset.val) == 4
@@ -106,7 +117,10 @@ def test_cifar10_is_read_from_its_binary_files(tmp_path: Path, monkeypatch: pyte
         load(DataConfig(name="cifar10", root=tmp_path))
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((20, 6, 5), (1, 6, 5)), ((20, 3, 6, 5), (3, 6, 5)), ((20, 6, 5, 3), (3, 6, 5)), ((20, 1, 6, 5), (1, 6, 5))])
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((20, 6, 5), (1, 6, 5)), ((20, 3, 6, 5), (3, 6, 5)), ((20, 6, 5, 3), (3, 6, 5)), ((20, 1, 6, 5), (1, 6, 5))],
+)
 def test_own_arrays_in_any_usual_layout(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     np.save(tmp_path / "own.npy", np.zeros(shape, np.uint8))
     dataset = load(DataConfig(name=f"array:{tmp_path / 'own.npy'}"))
@@ -126,14 +140,16 @@ def test_a_memory_mapped_array_gives_the_same_images(tmp_path: Path, monkeypatch
     path = tmp_path / "own.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8))
     whole = load(DataConfig(name=f"array:{path}"))
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(arrays, "IN_MEMORY_BYTES", 10)
     mapped = load(DataConfig(name=f"array:{path}"))
     assert isinstance(mapped.train.images, np.memmap) and len(mapped.train) == 45
     rows = torch.tensor([3, 0, 44])
     cpu = torch.device("cpu")
     for split in ("train", "val"):
         picked = rows if split == "train" else rows[:2].clamp(max=4)
-        assert torch.equal(Reader(getattr(mapped, split), cpu).take(picked), Reader(getattr(whole, split), cpu).take(picked))
+        assert torch.equal(
+            Reader(getattr(mapped, split), cpu).take(picked), Reader(getattr(whole, split), cpu).take(picked)
+        )
 
 
 def _floats(value: float, at: tuple[int, ...]) -> np.ndarray:

@@ -15,7 +15,17 @@ PRESETS = ("ae", "denoising", "dropout", "vae")
 def job(preset: str, run_dir: Path, **overrides: object) -> dict[str, object]:
     # 1,003 training images in batches of 96 leave 43 for the last batch of an epoch: the shares of it differ in size, and no block of draws is whole.
     data = digits_file(run_dir.parent, 1115)
-    return {"preset": preset, "overrides": {**SMALL, "data.name": data, "precision": "fp64", "train.steps": 50, "run_dir": str(run_dir), **overrides}}
+    return {
+        "preset": preset,
+        "overrides": {
+            **SMALL,
+            "data.name": data,
+            "precision": "fp64",
+            "train.steps": 50,
+            "run_dir": str(run_dir),
+            **overrides,
+        },
+    }
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +36,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs = []
         for preset in PRESETS:
             for parts in (parts for w, parts in LAYOUTS if w == world):
-                jobs.append(job(preset, root / f"{preset}-{world}-{parts}", **{"train.max_per_process": 96 // world // parts}))
+                jobs.append(
+                    job(preset, root / f"{preset}-{world}-{parts}", **{"train.max_per_process": 96 // world // parts})
+                )
             jobs.append(job(preset, root / f"{preset}-{world}-fp32", precision="fp32"))
-        jobs.append(job("vae", root / f"muon-{world}", **{"optim.name": "muon", "optim.lr": 0.02, "optim.weight_decay": 0.1}))
+        jobs.append(
+            job("vae", root / f"muon-{world}", **{"optim.name": "muon", "optim.lr": 0.02, "optim.weight_decay": 0.1})
+        )
         if world > 1:
-            jobs.append({**job("ae", root / f"ae-{world}-through-gloo", precision="fp32"), "mutation": "no shared memory"})
+            jobs.append(
+                {**job("ae", root / f"ae-{world}-through-gloo", precision="fp32"), "mutation": "no shared memory"}
+            )
         if world == 2:
             jobs.append(job("ae", root / "ae-2-bf16-gradients", precision="fp32", **{"train.gradient_type": "bf16"}))
         train_jobs(world, jobs, root)
@@ -40,7 +56,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_float64_weights_agree_on_any_number_of_processes_and_accumulation_steps(runs: Path, preset: str) -> None:
     reference = weights(runs / f"{preset}-1-1")
-    differences = {layout: relative_difference(weights(runs / f"{preset}-{layout[0]}-{layout[1]}"), reference) for layout in LAYOUTS}
+    differences = {
+        layout: relative_difference(weights(runs / f"{preset}-{layout[0]}-{layout[1]}"), reference)
+        for layout in LAYOUTS
+    }
     assert max(differences.values()) < 1e-10, differences
     losses = [[line["loss"] for line in metrics(runs / f"{preset}-{world}-{parts}")] for world, parts in LAYOUTS]
     assert all(loss == pytest.approx(losses[0], rel=1e-10) for loss in losses)
@@ -69,8 +88,12 @@ def test_evaluation_is_the_same_on_any_number_of_processes(runs: Path, preset: s
 
 
 def test_gradients_through_shared_memory_are_those_through_gloo(runs: Path) -> None:
-    assert relative_difference(weights(runs / "ae-2-through-gloo"), weights(runs / "ae-2-fp32")) == 0  # of two, every order of adding is the same
-    assert 0 < relative_difference(weights(runs / "ae-4-through-gloo"), weights(runs / "ae-4-fp32")) < 1e-3  # of four, it is not
+    assert (
+        relative_difference(weights(runs / "ae-2-through-gloo"), weights(runs / "ae-2-fp32")) == 0
+    )  # of two, every order of adding is the same
+    assert (
+        0 < relative_difference(weights(runs / "ae-4-through-gloo"), weights(runs / "ae-4-fp32")) < 1e-3
+    )  # of four, it is not
     assert not list(Path("/dev/shm").glob("dist_ae-*"))
 
 
@@ -86,7 +109,11 @@ def test_no_step_touches_torchs_global_generators(runs: Path) -> None:
 
 
 # Errors put in on purpose: what the tests above would say if the trainer made them.
-MUTATIONS = {"same noise on every process": "denoising", "averages per process": "ae", "drops what does not divide": "ae"}
+MUTATIONS = {
+    "same noise on every process": "denoising",
+    "averages per process": "ae",
+    "drops what does not divide": "ae",
+}
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import HERE, run
 
-from dist_ae import data
-from dist_ae.config import PRESETS
-from dist_ae.data import Reader
+from dist_ae.data import sources
+from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, keyed
 from dist_ae.evaluate import EVALUATION_SEED, evaluate, fixed_noise
 from dist_ae.models import Autoencoder, initialize
-from dist_ae.runtime import Runtime
+from dist_ae.presets import PRESETS
+from dist_ae.processes.runtime import Runtime
 
 VAE = PRESETS["vae"].override({"model.hidden_dims": (16,), "model.latent_dim": 3, "train.batch_size": 12})
 
@@ -25,7 +25,7 @@ VAE = PRESETS["vae"].override({"model.hidden_dims": (16,), "model.latent_dim": 3
 def main(path: str) -> None:
     """What each process of the test below runs: a validation set that divides by nothing, three evaluation batch sizes."""
     found = {}
-    dataset = data.load(VAE.data.model_copy(update={"name": f"array:{path}"}))
+    dataset = sources.load(VAE.data.model_copy(update={"name": f"array:{path}"}))
     runtime = Runtime(VAE)
     model = runtime.accelerator.prepare(initialize(Autoencoder(VAE, dataset.image_shape), 0))
     for size in (64, 1000, 20_000):
@@ -38,10 +38,18 @@ def main(path: str) -> None:
 
 def test_10007_images_give_the_same_figures_on_1_2_and_3_processes_and_any_batch_size(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "odd.npz", train=rng.integers(0, 256, (20, 4, 4), dtype=np.uint8), val=rng.integers(0, 256, (10_007, 4, 4), dtype=np.uint8))
+    np.savez(
+        tmp_path / "odd.npz",
+        train=rng.integers(0, 256, (20, 4, 4), dtype=np.uint8),
+        val=rng.integers(0, 256, (10_007, 4, 4), dtype=np.uint8),
+    )
     figures = []
     for world in (1, 2, 3):
-        outputs = run(world, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_evaluate; test_evaluate.main({str(tmp_path / 'odd.npz')!r})")
+        outputs = run(
+            world,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_evaluate; test_evaluate.main({str(tmp_path / 'odd.npz')!r})",
+        )
         assert all(status == 0 for status, _, _ in outputs), outputs
         figures += json.loads(outputs[0][1].splitlines()[-1])
     assert len(figures) == 9 and "neg_elbo" in figures[0]
@@ -52,7 +60,7 @@ def test_10007_images_give_the_same_figures_on_1_2_and_3_processes_and_any_batch
 def test_figures_are_what_their_names_say(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (333, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", train=images, val=images)
-    dataset = data.load(VAE.data.model_copy(update={"name": f"array:{tmp_path / 'a.npz'}"}))
+    dataset = sources.load(VAE.data.model_copy(update={"name": f"array:{tmp_path / 'a.npz'}"}))
     model, runtime = initialize(Autoencoder(VAE, (1, 4, 4)), 0), Runtime(VAE)
     found = evaluate(model, Reader(dataset.val, runtime.device), VAE, runtime)
 
@@ -61,7 +69,9 @@ def test_figures_are_what_their_names_say(tmp_path: Path) -> None:
     noise = fixed_noise(VAE, rows, (1, 4, 4), runtime.device)
     denoised = float((model(x, Draws(noise=noise)).reconstruction - x).square().mean())
     assert float(noise.std()) == pytest.approx(0.3, rel=0.03)
-    assert found["mse"] == pytest.approx(mse, rel=1e-6) and found["psnr"] == pytest.approx(-10 * np.log10(mse), rel=1e-6)
+    assert found["mse"] == pytest.approx(mse, rel=1e-6) and found["psnr"] == pytest.approx(
+        -10 * np.log10(mse), rel=1e-6
+    )
     assert found["denoised_psnr"] == pytest.approx(-10 * np.log10(denoised), rel=1e-6)
     epsilon = keyed("normal", (EVALUATION_SEED, "evaluation.epsilon", 0), rows, (3,), runtime.device)
     output = model(x, Draws(epsilon=epsilon))
@@ -73,7 +83,7 @@ def test_figures_are_what_their_names_say(tmp_path: Path) -> None:
 
 
 def test_evaluation_does_not_depend_on_what_was_trained_with(tmp_path: Path) -> None:
-    dataset = data.load(VAE.data)
+    dataset = sources.load(VAE.data)
     runtime = Runtime(VAE)
     reader = Reader(dataset.val, runtime.device)
     model = initialize(Autoencoder(VAE, dataset.image_shape), 0)

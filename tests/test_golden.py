@@ -19,7 +19,7 @@ STEPS = 10
 os.environ.update({"WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"})
 
 import dist_ae  # noqa: E402
-from dist_ae.config import PRESETS  # noqa: E402
+from dist_ae.presets import PRESETS  # noqa: E402
 
 
 def losses(preset: str, folder: Path) -> list[float]:

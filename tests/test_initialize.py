@@ -12,15 +12,16 @@ from conftest import SMALL, forked, metrics, relative_difference, weights
 from sklearn.decomposition import PCA
 
 import dist_ae
-from dist_ae import data, initialize
-from dist_ae.config import PRESETS, Config, InputError
-from dist_ae.data import Reader
-from dist_ae.initialize import pca_start
+from dist_ae.config import Config, InputError
+from dist_ae.data import sources
+from dist_ae.data.reader import Reader
 from dist_ae.models import Autoencoder
 from dist_ae.models import initialize as randomize
-from dist_ae.runtime import Runtime
+from dist_ae.pca import check, components, pca_start
+from dist_ae.presets import PRESETS
+from dist_ae.processes.runtime import Runtime
 
-DIGITS = data.load(PRESETS["ae"].data)
+DIGITS = sources.load(PRESETS["ae"].data)
 TRAIN, VAL = (split.images.reshape(len(split.images), -1) / 255 for split in (DIGITS.train, DIGITS.val))
 
 
@@ -42,29 +43,56 @@ def started(config: Config) -> Autoencoder:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"model.activation": "gelu"}, {"model.activation": "silu"}, {"model.hidden_dims": ()}, {"model.hidden_dims": (40,)}, {"model.dropout": 0.5}],
+    [
+        {},
+        {"model.activation": "gelu"},
+        {"model.activation": "silu"},
+        {"model.hidden_dims": ()},
+        {"model.hidden_dims": (40,)},
+        {"model.dropout": 0.5},
+    ],
 )
 @pytest.mark.parametrize("latent", [2, 8, 16])
 def test_before_the_first_step_it_reconstructs_as_scikit_learns_pca(latent: int, overrides: dict[str, Any]) -> None:
-    config = PRESETS["ae"].override({"model.latent_dim": latent, "model.hidden_dims": (48, 32), "precision": "fp64", "model.start": "pca", **overrides})
+    config = PRESETS["ae"].override(
+        {
+            "model.latent_dim": latent,
+            "model.hidden_dims": (48, 32),
+            "precision": "fp64",
+            "model.start": "pca",
+            **overrides,
+        }
+    )
     pca = PCA(latent, svd_solver="full").fit(TRAIN)
     expected = pca.inverse_transform(pca.transform(VAL))
-    found = started(config)(torch.from_numpy(VAL).view(-1, 1, 8, 8)).reconstruction.detach().numpy().reshape(len(VAL), -1)
+    found = (
+        started(config)(torch.from_numpy(VAL).view(-1, 1, 8, 8)).reconstruction.detach().numpy().reshape(len(VAL), -1)
+    )
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
 def test_a_code_that_does_not_fit_carries_the_leading_components() -> None:
-    config = PRESETS["ae"].override({"model.latent_dim": 30, "model.hidden_dims": (40, 20), "model.start": "pca", "precision": "fp64"})
-    assert initialize.components(config, 64) == 10
+    config = PRESETS["ae"].override(
+        {"model.latent_dim": 30, "model.hidden_dims": (40, 20), "model.start": "pca", "precision": "fp64"}
+    )
+    assert components(config, 64) == 10
     pca = PCA(10, svd_solver="full").fit(TRAIN)
-    found = started(config)(torch.from_numpy(VAL).view(-1, 1, 8, 8)).reconstruction.detach().numpy().reshape(len(VAL), -1)
+    found = (
+        started(config)(torch.from_numpy(VAL).view(-1, 1, 8, 8)).reconstruction.detach().numpy().reshape(len(VAL), -1)
+    )
     np.testing.assert_allclose(found, pca.inverse_transform(pca.transform(VAL)), atol=1e-9)
 
 
 @pytest.mark.parametrize("sigma", [0.1, "learned"])
 def test_a_vae_starts_as_probabilistic_pca(sigma: float | str) -> None:
     config = PRESETS["vae"].override(
-        {"objective.likelihood": "gaussian", "objective.sigma": sigma, "model.latent_dim": 6, "model.start": "pca", "precision": "fp64"}
+        {
+            "objective.likelihood": "gaussian",
+            "objective.sigma": sigma,
+            "model.latent_dim": 6,
+            "model.start": "pca",
+            "precision": "fp64",
+        }
     )
     model = started(config)
     output = model(torch.from_numpy(VAL).view(-1, 1, 8, 8))
@@ -85,9 +113,9 @@ def test_a_vae_starts_as_probabilistic_pca(sigma: float | str) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match=r"needs objective\.likelihood gaussian"):
-        initialize.check(PRESETS["vae"].override({"model.start": "pca", "objective.likelihood": "bernoulli"}), 64)
+        check(PRESETS["vae"].override({"model.start": "pca", "objective.likelihood": "bernoulli"}), 64)
     with pytest.raises(InputError, match="at most 8192 values, got 9000"):
-        initialize.check(PRESETS["ae"].override({"model.start": "pca", "objective.likelihood": "gaussian"}), 9000)
+        check(PRESETS["ae"].override({"model.start": "pca", "objective.likelihood": "gaussian"}), 9000)
 
 
 def test_training_from_pca_beats_pca_and_is_the_same_on_1_and_3_processes(tmp_path: Path) -> None:
@@ -101,5 +129,7 @@ def test_training_from_pca_beats_pca_and_is_the_same_on_1_and_3_processes(tmp_pa
     assert relative_difference(weights(tmp_path / "3"), weights(tmp_path / "1")) < 1e-6
     pca = PCA(8, svd_solver="full").fit(TRAIN)
     linear = float(((pca.inverse_transform(pca.transform(VAL)) - VAL) ** 2).mean())
-    longer = dist_ae.train(PRESETS["ae"].override({**overrides, "train.steps": 150, "run_dir": str(tmp_path / "longer")}))
+    longer = dist_ae.train(
+        PRESETS["ae"].override({**overrides, "train.steps": 150, "run_dir": str(tmp_path / "longer")})
+    )
     assert longer.metrics["val.mse"] < 0.9 * linear

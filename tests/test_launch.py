@@ -37,7 +37,18 @@ def test_keys_are_those_of_the_installed_accelerate(path: Path) -> None:
 def test_a_file_starts_the_processes_it_promises(name: str, processes: int, tmp_path: Path) -> None:
     # gpu.yaml on a machine without one: one process, on the CPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{name}.yaml"]
-    command += ["-m", "dist_ae", "train", "ae", "--train.steps", "2", "--tracking.wandb", "off", "--run-dir", str(tmp_path / "run")]
+    command += [
+        "-m",
+        "dist_ae",
+        "train",
+        "ae",
+        "--train.steps",
+        "2",
+        "--tracking.wandb",
+        "off",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == processes
@@ -60,9 +71,32 @@ def processes_of(run_dir: Path) -> list[int]:
 @pytest.mark.parametrize("name", ["cpu", "cpu_processes"])
 def test_a_signal_to_the_launcher_saves_at_the_current_step_and_leaves_no_process(name: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{name}.yaml", "-m", "dist_ae", "train", "ae"]
-    command += ["--train.steps", "1000000", "--train.log-every", "1", "--train.eval-every", "100000", "--tracking.wandb", "off", "--run-dir", str(run_dir)]
-    launcher = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"launch/accelerate/{name}.yaml",
+        "-m",
+        "dist_ae",
+        "train",
+        "ae",
+    ]
+    command += [
+        "--train.steps",
+        "1000000",
+        "--train.log-every",
+        "1",
+        "--train.eval-every",
+        "100000",
+        "--tracking.wandb",
+        "off",
+        "--run-dir",
+        str(run_dir),
+    ]
+    launcher = subprocess.Popen(
+        command, env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         end = time.monotonic() + 60
         while not ((run_dir / "metrics.jsonl").exists() and metrics(run_dir)) and time.monotonic() < end:

@@ -7,19 +7,23 @@ import itertools
 import pytest
 import torch
 
-from dist_ae.config import PRESETS
 from dist_ae.draws import BLOCK, draw, keyed, keyed_seed
 from dist_ae.models import Autoencoder, initialize
+from dist_ae.presets import PRESETS
 
 CPU = torch.device("cpu")
-EVERYTHING = PRESETS["vae"].override({"objective.noise_std": 0.2, "model.dropout": 0.3, "model.hidden_dims": (16, 12), "model.latent_dim": 5})
+EVERYTHING = PRESETS["vae"].override(
+    {"objective.noise_std": 0.2, "model.dropout": 0.3, "model.hidden_dims": (16, 12), "model.latent_dim": 5}
+)
 
 
 def test_draws_of_rows_are_the_rows_of_the_whole_batch() -> None:
     whole = draw(EVERYTHING, (1, 4, 4), step=7, rows=range(100), device=CPU)
     for rows in (range(32), range(32, 64), range(5, 9), range(31, 65), range(90, 100), range(10, 10)):
         part = draw(EVERYTHING, (1, 4, 4), step=7, rows=rows, device=CPU)
-        for a, b in zip([part.noise, part.epsilon, *part.masks], [whole.noise, whole.epsilon, *whole.masks], strict=True):
+        for a, b in zip(
+            [part.noise, part.epsilon, *part.masks], [whole.noise, whole.epsilon, *whole.masks], strict=True
+        ):
             assert a is not None and b is not None
             assert torch.equal(a, b[rows.start : rows.stop])
 
@@ -29,7 +33,17 @@ def test_draws_differ_between_steps_streams_seeds_and_blocks() -> None:
     tables = [keyed("normal", key, range(2 * BLOCK), (8,), CPU) for key in keys]
     blocks = [part for table in tables for part in table.split(BLOCK)]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(blocks, 2))
-    assert len({keyed_seed(seed, stream, step) & 0xFFFFFFFF for seed in range(10) for stream in ("a", "b") for step in range(500)}) == 10_000
+    assert (
+        len(
+            {
+                keyed_seed(seed, stream, step) & 0xFFFFFFFF
+                for seed in range(10)
+                for stream in ("a", "b")
+                for step in range(500)
+            }
+        )
+        == 10_000
+    )
 
 
 def test_draws_have_the_distributions_they_are_named_for() -> None:
@@ -52,7 +66,11 @@ def test_forward_is_a_pure_function_of_images_and_draws() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.reconstruction, again.reconstruction)
     assert not torch.equal(first.reconstruction, plain.reconstruction)
-    assert plain.reconstruction.shape == images.shape and plain.reconstruction.min() >= 0 and plain.reconstruction.max() <= 1
+    assert (
+        plain.reconstruction.shape == images.shape
+        and plain.reconstruction.min() >= 0
+        and plain.reconstruction.max() <= 1
+    )
 
 
 @pytest.mark.parametrize("preset", ["ae", "denoising", "dropout", "vae"])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import distributions as D
 
-from dist_ae.config import PRESETS, ObjectiveConfig
+from dist_ae.config import ObjectiveConfig
 from dist_ae.draws import Draws
 from dist_ae.models import LOGVAR_RANGE, Autoencoder, initialize
 from dist_ae.objectives import bernoulli_distortion, beta_at, gaussian_distortion, gaussian_kl, objective, terms
+from dist_ae.presets import PRESETS
 
 G = torch.Generator().manual_seed(0)
 
@@ -21,10 +22,14 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prior", [(0.0, 0.0), (0.7, -1.3), (randn(1, 5), randn(1, 5))])
-def test_closed_form_kl_equals_torch_distributions_for_any_prior(prior: tuple[float | torch.Tensor, float | torch.Tensor]) -> None:
+def test_closed_form_kl_equals_torch_distributions_for_any_prior(
+    prior: tuple[float | torch.Tensor, float | torch.Tensor],
+) -> None:
     mean, logvar = randn(64, 5), randn(64, 5)
     prior_mean, prior_logvar = (torch.as_tensor(p, dtype=torch.float64) for p in prior)
-    expected = D.kl_divergence(D.Normal(mean, (logvar / 2).exp()), D.Normal(prior_mean.expand(64, 5), (prior_logvar / 2).exp().expand(64, 5))).sum(1)
+    expected = D.kl_divergence(
+        D.Normal(mean, (logvar / 2).exp()), D.Normal(prior_mean.expand(64, 5), (prior_logvar / 2).exp().expand(64, 5))
+    ).sum(1)
     torch.testing.assert_close(gaussian_kl(mean, logvar, *prior), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -45,7 +50,10 @@ def test_kl_equals_a_monte_carlo_estimate_within_its_error() -> None:
 
 def test_kl_is_computed_in_fp32_from_half_precision_and_finite_over_the_allowed_range() -> None:
     for bound in LOGVAR_RANGE:
-        assert torch.tensor(bound, dtype=torch.float16).exp().isfinite() and torch.tensor(-bound, dtype=torch.float16).exp().isfinite()
+        assert (
+            torch.tensor(bound, dtype=torch.float16).exp().isfinite()
+            and torch.tensor(-bound, dtype=torch.float16).exp().isfinite()
+        )
         kl = gaussian_kl(torch.zeros(1, 2, dtype=torch.float16), torch.full((1, 2), bound, dtype=torch.float16))
         assert kl.dtype == torch.float32 and kl.isfinite().all()
 
@@ -61,7 +69,9 @@ def test_likelihoods_equal_torch_distributions() -> None:
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
-    config = PRESETS["vae"].override({"objective.likelihood": likelihood, "objective.sigma": 0.2, "model.hidden_dims": (16,), "model.latent_dim": 3})
+    config = PRESETS["vae"].override(
+        {"objective.likelihood": likelihood, "objective.sigma": 0.2, "model.hidden_dims": (16,), "model.latent_dim": 3}
+    )
     model = initialize(Autoencoder(config, (1, 4, 4)), 0).double()
     images, epsilon = torch.rand(16, 1, 4, 4, generator=G, dtype=torch.float64), randn(16, 3)
     loss = objective(model, images, Draws(epsilon=epsilon), config).loss
@@ -72,7 +82,9 @@ def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
     z = posterior.mean + posterior.stddev * epsilon
     raw = model.decode_raw(z)
     pixels = D.Bernoulli(logits=raw, validate_args=False) if likelihood == "bernoulli" else D.Normal((raw + 1) / 2, 0.2)
-    elbo = pixels.log_prob(images).flatten(1).sum(1) - D.kl_divergence(posterior, D.Normal(torch.zeros_like(mean), 1.0)).sum(1)
+    elbo = pixels.log_prob(images).flatten(1).sum(1) - D.kl_divergence(
+        posterior, D.Normal(torch.zeros_like(mean), 1.0)
+    ).sum(1)
     torch.testing.assert_close(loss, -elbo, rtol=1e-5, atol=0)
 
 
@@ -98,7 +110,9 @@ def test_learned_sigma_settles_at_the_root_mean_squared_error() -> None:
         return loss
 
     optimizer.step(closure)
-    assert float(log_sigma.detach().exp()) == pytest.approx(float((images - reconstruction).square().mean().sqrt()), rel=1e-3)
+    assert float(log_sigma.detach().exp()) == pytest.approx(
+        float((images - reconstruction).square().mean().sqrt()), rel=1e-3
+    )
 
 
 def test_beta_warms_up_linearly_and_weighs_the_rate() -> None:

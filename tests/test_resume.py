@@ -18,10 +18,14 @@ import torch
 from conftest import SMALL, Forked, digits_file, forked, metrics, relative_difference, weights
 
 import dist_ae
-from dist_ae import checkpoint, doctor, step, trainer
-from dist_ae.config import PRESETS, Config, InputError
+from dist_ae import step, trainer
+from dist_ae.config import Config, InputError
 from dist_ae.evaluate import evaluate
-from dist_ae.runtime import Watch
+from dist_ae.presets import PRESETS
+from dist_ae.processes.watch import Watch
+from dist_ae.run import checkpoint
+from dist_ae.run.directory import RunDirectory
+from dist_ae.use import doctor
 
 PRESET_NAMES = ("ae", "denoising", "dropout", "vae")
 KILLED = -signal.SIGKILL
@@ -56,7 +60,10 @@ def train_and_die(config: Config, at_step: int | None = None, in_save: int | Non
                 die()
             real_write(path, data)
 
-        with mock.patch.object(step.Learner, "step", step_or_die), mock.patch.object(checkpoint, "_write_new", write_or_die):
+        with (
+            mock.patch.object(step.Learner, "step", step_or_die),
+            mock.patch.object(checkpoint, "_write_new", write_or_die),
+        ):
             dist_ae.train(config)
 
     return work
@@ -77,7 +84,10 @@ def curve(run_dir: Path) -> list[tuple[int, float]]:
 def same_records(a: Path, b: Path) -> None:
     """Every step once, with the same values but for the speed."""
     for split in ("train", "val"):
-        lines = [[{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(path, split)] for path in (a, b)]
+        lines = [
+            [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(path, split)]
+            for path in (a, b)
+        ]
         assert lines[0] == lines[1]
 
 
@@ -117,7 +127,9 @@ def test_several_processes_killed_end_bit_equal_on_the_same_number(world: int, t
     assert run(world, train(plain), tmp_path / "plain") == [0] * world
     assert run(world, train_and_die(broken, at_step=13), tmp_path / "broken") == [KILLED] * world
     assert run(world, train(broken), tmp_path / "broken") == [0] * world
-    hashes = [json.loads((tmp_path / name / "result.json").read_text())["weights_sha256"] for name in ("plain", "broken")]
+    hashes = [
+        json.loads((tmp_path / name / "result.json").read_text())["weights_sha256"] for name in ("plain", "broken")
+    ]
     assert hashes[0] == hashes[1]
 
 
@@ -127,7 +139,10 @@ def test_every_optimizer_resumes_bit_equal(optimizer: str, tmp_path: Path) -> No
     assert run(1, train(plain), tmp_path / "plain") == [0]
     assert run(1, train_and_die(broken, at_step=18), tmp_path / "broken") == [KILLED]
     assert run(1, train(broken), tmp_path / "broken") == [0]
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "plain").values(), weights(tmp_path / "broken").values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "plain").values(), weights(tmp_path / "broken").values(), strict=True)
+    )
 
 
 def test_a_mutation_that_forgets_the_optimizer_is_noticed(tmp_path: Path) -> None:
@@ -140,7 +155,7 @@ def test_a_mutation_that_forgets_the_optimizer_is_noticed(tmp_path: Path) -> Non
 
         def resume(learner: step.Learner, *arguments: Any) -> Any:
             state = real(learner, *arguments)
-            for tensor in learner.tensors()[checkpoint.OPTIMIZER].values():
+            for tensor in learner.tensors()["optimizer"].values():
                 tensor.zero_()
             return state
 
@@ -160,9 +175,20 @@ def test_free_fields_may_change_on_resume_and_a_constant_schedule_may_be_prolong
     assert run(1, train(long), tmp_path / "long") == [0]
     short = experiment("ae", tmp_path / "short", **constant, **{"train.steps": 14, "train.log_every": 7})
     assert run(1, train(short), tmp_path / "short") == [0]
-    prolonged = short.override({"train.steps": 30, "train.save_every": 9, "train.log_every": 1, "evaluation.batch_size": 17, "train.max_per_process": 1000})
+    prolonged = short.override(
+        {
+            "train.steps": 30,
+            "train.save_every": 9,
+            "train.log_every": 1,
+            "evaluation.batch_size": 17,
+            "train.max_per_process": 1000,
+        }
+    )
     assert run(1, train(prolonged), tmp_path / "short") == [0]
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "long").values(), weights(tmp_path / "short").values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "long").values(), weights(tmp_path / "short").values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +220,10 @@ def test_changed_data_is_refused(tmp_path: Path) -> None:
     images = np.load(tmp_path / "digits-1115.npy")
     images[5, 3, 3] ^= 1
     np.save(tmp_path / "digits-1115.npy", images)
-    with mock.patch("test_resume.digits_file", return_value=f"array:{tmp_path / 'digits-1115.npy'}"), pytest.raises(InputError, match=r"data\.fingerprint"):
+    with (
+        mock.patch("test_resume.digits_file", return_value=f"array:{tmp_path / 'digits-1115.npy'}"),
+        pytest.raises(InputError, match=r"data\.fingerprint"),
+    ):
         dist_ae.train(experiment("ae", tmp_path / "run", **{"train.steps": 4}))
 
 
@@ -204,11 +233,20 @@ def test_changed_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 9])
 def test_small_data_takes_each_image_once_an_epoch_or_is_refused(count: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "small.npz", train=rng.integers(0, 256, (count, 4, 4), dtype=np.uint8), val=rng.integers(0, 256, (5, 4, 4), dtype=np.uint8))
+    np.savez(
+        tmp_path / "small.npz",
+        train=rng.integers(0, 256, (count, 4, 4), dtype=np.uint8),
+        val=rng.integers(0, 256, (5, 4, 4), dtype=np.uint8),
+    )
     losses = {}
     for world in (1, 2, 4):
         size = {0: 4, 1: 1, 2: 2, 3: 2}.get(count, 4)
-        settings = {"data.name": f"array:{tmp_path / 'small.npz'}", "train.batch_size": size, "train.epochs": 3, "precision": "fp64"}
+        settings = {
+            "data.name": f"array:{tmp_path / 'small.npz'}",
+            "train.batch_size": size,
+            "train.epochs": 3,
+            "precision": "fp64",
+        }
         run_dir = tmp_path / f"run-{world}"
         config = PRESETS["vae"].override({**SMALL, "model.latent_dim": 2, **settings, "run_dir": str(run_dir)})
         statuses = run(world, train(config), run_dir)
@@ -226,7 +264,10 @@ def test_small_data_takes_each_image_once_an_epoch_or_is_refused(count: int, tmp
 
 
 def stop_and_resume(tmp_path: Path, world: int, where: str, victim: int, number: signal.Signals) -> None:
-    plain, broken = (experiment("ae", tmp_path / name, **{"train.save_every": 4 if where == "checkpoint write" else 1000}) for name in ("plain", "broken"))
+    plain, broken = (
+        experiment("ae", tmp_path / name, **{"train.save_every": 4 if where == "checkpoint write" else 1000})
+        for name in ("plain", "broken")
+    )
 
     def work(rank: int) -> None:
         real_step, real_write, here = step.Learner.step, checkpoint._write_new, rank == victim
@@ -247,7 +288,11 @@ def stop_and_resume(tmp_path: Path, world: int, where: str, victim: int, number:
                 os.kill(os.getpid(), number)
             real_write(path, data)
 
-        patches = [(step.Learner, "step", signal_in_step), (trainer, "evaluate", signal_in_evaluation), (checkpoint, "_write_new", signal_in_write)]
+        patches = [
+            (step.Learner, "step", signal_in_step),
+            (trainer, "evaluate", signal_in_evaluation),
+            (checkpoint, "_write_new", signal_in_write),
+        ]
         with mock.patch.object(*patches[0]), mock.patch.object(*patches[1]), mock.patch.object(*patches[2]):
             dist_ae.train(broken)
 
@@ -260,13 +305,18 @@ def stop_and_resume(tmp_path: Path, world: int, where: str, victim: int, number:
     assert trained == list(range(1, newest + 1))  # no step lost: what was trained was saved
     assert run(world, train(broken), tmp_path / "broken") == [0] * world
     assert run(world, train(plain), tmp_path / "plain") == [0] * world
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "plain").values(), weights(tmp_path / "broken").values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "plain").values(), weights(tmp_path / "broken").values(), strict=True)
+    )
     same_records(tmp_path / "plain", tmp_path / "broken")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", ["first batch", "training", "evaluation", "checkpoint write"])
-def test_a_signal_anywhere_saves_at_the_current_step_and_ends_with_75(where: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_anywhere_saves_at_the_current_step_and_ends_with_75(
+    where: str, number: signal.Signals, tmp_path: Path
+) -> None:
     stop_and_resume(tmp_path, 1, where, 0, number)
 
 
@@ -278,9 +328,15 @@ def test_a_signal_to_any_one_process_stops_all_at_the_same_step(victim: int, tmp
 # ---------------------------------------------------------------------------------------------- a process dead or frozen
 
 
-@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)])
-def test_a_dead_or_frozen_process_is_named_and_the_others_end(victim: int, number: signal.Signals, tmp_path: Path) -> None:
-    config = experiment("ae", tmp_path / "run", **{"train.steps": 100_000, "train.timeout": 6.0, "train.log_every": 1000})
+@pytest.mark.parametrize(
+    ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
+)
+def test_a_dead_or_frozen_process_is_named_and_the_others_end(
+    victim: int, number: signal.Signals, tmp_path: Path
+) -> None:
+    config = experiment(
+        "ae", tmp_path / "run", **{"train.steps": 100_000, "train.timeout": 6.0, "train.log_every": 1000}
+    )
     group = Forked(3, train(config), tmp_path / "log")
     end = time.monotonic() + 30
     while not list((tmp_path / "run").glob("checkpoints/0*")) and time.monotonic() < end:
@@ -298,7 +354,7 @@ def test_a_dead_or_frozen_process_is_named_and_the_others_end(victim: int, numbe
     assert [group.statuses[rank] for rank in others] == [1, 1]
     for rank in others:
         assert f"lost rank {victim} (last known at step" in group.output(rank), group.output(rank)
-    assert dist_ae.checkpoint.RunDirectory(tmp_path / "run").path.exists()  # the lock is free
+    RunDirectory(tmp_path / "run").close()  # the lock is free: opening a held one raises
 
 
 def test_silence_of_the_store_is_blamed_on_rank_0_alone() -> None:
@@ -306,7 +362,11 @@ def test_silence_of_the_store_is_blamed_on_rank_0_alone() -> None:
     watch = Watch.__new__(Watch)
     watch._runtime = SimpleNamespace(rank=1)  # type: ignore[assignment]
     watch._seen = dict.fromkeys(range(3), (b"1.0 5", now - 6.5))
-    for answered, lost in ((now - 5.5, []), (now - 7.0, [0]), (now, [0, 2])):  # just frozen; frozen for long; alive, and the others silent
+    for answered, lost in (
+        (now - 5.5, []),
+        (now - 7.0, [0]),
+        (now, [0, 2]),
+    ):  # just frozen; frozen for long; alive, and the others silent
         watch._answered = answered
         assert watch._lost(6.0) == lost
     watch._seen[2] = (b"1.0 5", now - 14.0)  # silent for long when the store went, which left because of it
@@ -340,7 +400,10 @@ def test_a_non_finite_loss_on_one_process_stops_all_before_the_update(victim: in
     assert run(2, train(config), tmp_path / "run") == [0, 0]
     plain = experiment("denoising", tmp_path / "plain", **{"train.log_every": 6})
     assert run(2, train(plain), tmp_path / "plain") == [0, 0]
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "plain").values(), weights(tmp_path / "run").values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "plain").values(), weights(tmp_path / "run").values(), strict=True)
+    )
 
 
 def test_a_non_finite_step_can_be_replayed_on_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ import pytest
 from conftest import SMALL, metrics
 
 import dist_ae
-from dist_ae.config import PRESETS, TrackingConfig
-from dist_ae.tracking import wandb_mode
+from dist_ae.config import TrackingConfig
+from dist_ae.presets import PRESETS
+from dist_ae.run.tracking import wandb_mode
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
@@ -42,13 +43,19 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     for path in sorted(run_dir.glob("wandb/*run-*/*.wandb")):
         for record in wandb_records(path):
             if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                rows.append(
+                    {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                )
     return rows
 
 
-def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = PRESETS["vae"].override({**SMALL, "train.steps": 40, "train.log_every": 10, "tracking.wandb": "auto", "run_dir": str(tmp_path / "run")})
+    config = PRESETS["vae"].override(
+        {**SMALL, "train.steps": 40, "train.log_every": 10, "tracking.wandb": "auto", "run_dir": str(tmp_path / "run")}
+    )
     dist_ae.train(config)
     rows = history(tmp_path / "run")
     for split in ("train", "val"):
@@ -62,7 +69,12 @@ def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_conf
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     kept = json.loads((tmp_path / "run" / "tracking.json").read_text())["wandb_id"]
     assert run.run_id == kept and run.project == "dist-ae" and run.display_name == "vae"
-    logged = {item.key: json.loads(item.value_json) for r in records if r.WhichOneof("record_type") == "config" for item in r.config.update}
+    logged = {
+        item.key: json.loads(item.value_json)
+        for r in records
+        if r.WhichOneof("record_type") == "config"
+        for item in r.config.update
+    }
     logged |= {item.key: json.loads(item.value_json) for item in run.config.update}
     assert logged["config"]["model"]["latent_dim"] == 8
 
@@ -70,11 +82,15 @@ def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_conf
 def test_tensorboard_by_the_same_option(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = PRESETS["ae"].override({**SMALL, "train.steps": 10, "tracking.tensorboard": True, "run_dir": str(tmp_path / "run")})
+    config = PRESETS["ae"].override(
+        {**SMALL, "train.steps": 10, "tracking.tensorboard": True, "run_dir": str(tmp_path / "run")}
+    )
     dist_ae.train(config)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        [line["loss"] for line in metrics(tmp_path / "run")]
+    )
     assert "reconstructions" in events.Tags()["images"]
 
 

@@ -17,10 +17,12 @@ from conftest import SMALL, metrics, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_ae
-from dist_ae import data
-from dist_ae.config import PRESETS, Config, InputError, OptimConfig
-from dist_ae.optim import Guard, Muon, build, factor_at
-from dist_ae.runtime import Runtime, plan_batch
+from dist_ae.config import Config, InputError, OptimConfig
+from dist_ae.data import sources
+from dist_ae.guard import Guard
+from dist_ae.optim import Muon, build, factor_at
+from dist_ae.presets import PRESETS
+from dist_ae.processes.runtime import Runtime, plan_batch
 from dist_ae.step import Learner
 
 
@@ -30,39 +32,66 @@ def small(preset: str, run_dir: Path, **overrides: Any) -> Config:
 
 @pytest.mark.parametrize("preset", ["ae", "denoising", "dropout", "vae"])
 def test_each_preset_learns_the_digits_and_leaves_a_whole_run_directory(preset: str, tmp_path: Path) -> None:
-    config = small(preset, tmp_path / "run", **{"train.steps": 150, "optim.lr": 0.01, "model.hidden_dims": (64,), "train.log_every": 10})
+    config = small(
+        preset,
+        tmp_path / "run",
+        **{"train.steps": 150, "optim.lr": 0.01, "model.hidden_dims": (64,), "train.log_every": 10},
+    )
     result = dist_ae.train(config)
-    dataset = data.load(config.data)
+    dataset = sources.load(config.data)
     mean_image = dataset.train.images.mean(0) / 255
     blind = float(((dataset.val.images / 255 - mean_image) ** 2).mean())
     assert result.metrics["val.mse"] < 0.65 * blind
     assert result.metrics["val.denoised_psnr"] > result.metrics["val.noisy_psnr"] + 2
 
     written = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert written["metrics"] == result.metrics and written["steps"] == 150 and written["world_size"] == 1 and written["images_per_second"] > 0
+    assert (
+        written["metrics"] == result.metrics
+        and written["steps"] == 150
+        and written["world_size"] == 1
+        and written["images_per_second"] > 0
+    )
     assert ({"val.neg_elbo", "val.rate", "val.distortion"} <= set(result.metrics)) == (preset == "vae")
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert kept["config"]["model"]["image_shape"] == [1, 8, 8] and kept["versions"]["torch"] == torch.__version__
     assert [line["step"] for line in metrics(result.run_dir)] == list(range(10, 151, 10))
-    assert all({"step", "epoch", "split", "loss", "distortion", "rate", "lr"} <= set(line) for line in metrics(result.run_dir))
+    assert all(
+        {"step", "epoch", "split", "loss", "distortion", "rate", "lr"} <= set(line) for line in metrics(result.run_dir)
+    )
     pictures = {path.stem: matplotlib.image.imread(path) for path in (tmp_path / "run" / "figures").glob("*.png")}
     assert set(pictures) == {"loss", "reconstructions"} | ({"samples"} if preset == "vae" else set())
     rows = 3 if preset == "denoising" else 2
     height, width = pictures["reconstructions"].shape[:2]
-    assert height / (width - 195) == pytest.approx(rows / 12, rel=0.05)  # 12 columns beside a margin of 1.3 inches at 150 dpi
+    assert height / (width - 195) == pytest.approx(
+        rows / 12, rel=0.05
+    )  # 12 columns beside a margin of 1.3 inches at 150 dpi
     assert pictures["reconstructions"].std() > 0.2
 
 
 def test_a_finished_run_prints_its_result_again_and_does_no_work(tmp_path: Path) -> None:
     first = dist_ae.train(small("ae", tmp_path / "run"))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name not in ("config.json", ".lock") and path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "run").rglob("*")
+        if path.name not in ("config.json", ".lock") and path.is_file()
+    }
     assert dist_ae.train(small("ae", tmp_path / "run")) == first
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name not in ("config.json", ".lock") and path.is_file()}
+    after = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "run").rglob("*")
+        if path.name not in ("config.json", ".lock") and path.is_file()
+    }
     assert before == after
 
 
 def test_settings_compose_into_a_denoising_vae_with_dropout_and_learned_sigma(tmp_path: Path) -> None:
-    composed = {"objective.noise_std": 0.2, "model.dropout": 0.1, "objective.likelihood": "gaussian", "objective.sigma": "learned", "train.steps": 60}
+    composed = {
+        "objective.noise_std": 0.2,
+        "model.dropout": 0.1,
+        "objective.likelihood": "gaussian",
+        "objective.sigma": "learned",
+        "train.steps": 60,
+    }
     result = dist_ae.train(small("vae", tmp_path / "run", **composed))
     assert {"val.neg_elbo", "val.denoised_psnr"} <= set(result.metrics)
     assert float(weights(result.run_dir)["log_sigma"]) != pytest.approx(np.log(0.25), abs=1e-3)
@@ -78,9 +107,11 @@ def test_report_is_called_after_each_evaluation(tmp_path: Path) -> None:
 def test_a_moving_average_is_evaluated_kept_and_loaded(tmp_path: Path) -> None:
     plain = dist_ae.train(small("ae", tmp_path / "plain"))
     ema = dist_ae.train(small("ae", tmp_path / "ema", **{"train.ema_decay": 0.9}))
-    assert all(torch.equal(a, b) for a, b in zip(weights(plain.run_dir).values(), weights(ema.run_dir).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(plain.run_dir).values(), weights(ema.run_dir).values(), strict=True)
+    )
     assert plain.metrics["val.mse"] != ema.metrics["val.mse"]
-    images = data.load(PRESETS["ae"].data).val.images
+    images = sources.load(PRESETS["ae"].data).val.images
     assert float(dist_ae.load(ema.run_dir).score(images).mean()) == pytest.approx(ema.metrics["val.mse"], rel=1e-5)
 
 
@@ -102,9 +133,15 @@ def test_every_optimizer_and_precision_trains(tmp_path: Path, overrides: dict[st
 
 @pytest.mark.long
 def test_a_compiled_model_trains_as_the_eager_one(tmp_path: Path) -> None:
-    eager, compiled = (dist_ae.train(small("vae", tmp_path / str(c), **{"train.compile": c, "precision": "fp64"})) for c in (False, True))
+    eager, compiled = (
+        dist_ae.train(small("vae", tmp_path / str(c), **{"train.compile": c, "precision": "fp64"}))
+        for c in (False, True)
+    )
     assert compiled.metrics == pytest.approx(eager.metrics, rel=1e-9)
-    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(weights(eager.run_dir).values(), weights(compiled.run_dir).values(), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-9)
+        for a, b in zip(weights(eager.run_dir).values(), weights(compiled.run_dir).values(), strict=True)
+    )
 
 
 def test_bf16_computes_in_bf16_and_scores_in_fp32(tmp_path: Path) -> None:
@@ -125,8 +162,12 @@ def test_schedules_are_pure_functions_of_the_step() -> None:
 def test_the_optimizers_are_torchs_to_the_bit(name: str) -> None:
     config = OptimConfig(name=name, lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
     torchs = {
-        "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=config.betas, eps=config.eps, weight_decay=0.1, fused=True),
-        "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, betas=config.betas, eps=config.eps, weight_decay=0.1, fused=True),
+        "adam": lambda p: torch.optim.Adam(
+            p, lr=0.01, betas=config.betas, eps=config.eps, weight_decay=0.1, fused=True
+        ),
+        "adamw": lambda p: torch.optim.AdamW(
+            p, lr=0.01, betas=config.betas, eps=config.eps, weight_decay=0.1, fused=True
+        ),
         "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=config.momentum, weight_decay=0.1),
     }
     found = []
@@ -179,16 +220,23 @@ class HostReads(TorchDispatchMode):
         self.reads: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+        if function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        ):
             self.reads.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("overrides", [{}, {"optim.clip_norm": 1.0}, {"train.ema_decay": 0.99}, {"precision": "bf16"}, {"train.max_per_process": 20}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"optim.clip_norm": 1.0}, {"train.ema_decay": 0.99}, {"precision": "bf16"}, {"train.max_per_process": 20}],
+)
 @pytest.mark.parametrize("preset", ["ae", "denoising", "dropout", "vae"])
 def test_a_steady_step_reads_nothing_back_to_the_host(preset: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     config = small(preset, tmp_path, **overrides)
-    learner = Learner(config, data.load(config.data), Runtime(config), total_steps=20)
+    learner = Learner(config, sources.load(config.data), Runtime(config), total_steps=20)
     learner.prepare()
     learner.step(0)
     with HostReads() as counter:
@@ -210,7 +258,9 @@ def test_a_run_of_one_process_never_imports_torchs_compiler(tmp_path: Path) -> N
 
 def test_no_global_generator_is_touched_by_a_whole_run(tmp_path: Path) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index, union-attr]
-    dist_ae.train(small("vae", tmp_path / "run", **{"model.dropout": 0.1, "objective.noise_std": 0.1, "train.steps": 3}))
+    dist_ae.train(
+        small("vae", tmp_path / "run", **{"model.dropout": 0.1, "objective.noise_std": 0.1, "train.steps": 3})
+    )
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index, union-attr]
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
@@ -239,12 +289,18 @@ def test_a_poisoned_gradient_changes_no_weight_from_then_on(name: str) -> None:
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(good, poisoned, later, strict=True))
 
 
-def test_reference_on_fashion_mnist_beats_a_broadcasting_loss_after_one_epoch(fashion_mnist: Path, tmp_path: Path) -> None:
+def test_reference_on_fashion_mnist_beats_a_broadcasting_loss_after_one_epoch(
+    fashion_mnist: Path, tmp_path: Path
+) -> None:
     # Erratum 1 of the tutorial learns the mean image: 0.347 on [-1, 1], 0.087 on [0, 1]. One epoch of the fixed recipe is at about 0.02.
-    config = PRESETS["ae-reference"].override({"train.epochs": 1, "tracking.wandb": "off", "run_dir": str(tmp_path / "run")})
+    config = PRESETS["ae-reference"].override(
+        {"train.epochs": 1, "tracking.wandb": "off", "run_dir": str(tmp_path / "run")}
+    )
     assert dist_ae.train(config).metrics["val.mse"] < 0.03
 
 
-def test_the_fast_autoencoder_ends_below_pca_after_two_epochs_of_fashion_mnist(fashion_mnist: Path, tmp_path: Path) -> None:
+def test_the_fast_autoencoder_ends_below_pca_after_two_epochs_of_fashion_mnist(
+    fashion_mnist: Path, tmp_path: Path
+) -> None:
     result = dist_ae.train(PRESETS["ae-fast"].override({"tracking.wandb": "off", "run_dir": str(tmp_path / "run")}))
     assert result.metrics["val.mse"] < 0.00631  # PCA with 128 components on the same images

@@ -19,9 +19,20 @@ import pytest
 from conftest import REPOSITORY, SMALL, digits_file
 
 import dist_ae
-from dist_ae import data
-from dist_ae.config import PRESETS, DataConfig, InputError
-from tune.plan import Settings, Sweep, append_report, new_sweep, only_driver, plan_trials, read_reports, read_sweep, write_json
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data import sources
+from dist_ae.presets import PRESETS
+from tune.plan import (
+    Settings,
+    Sweep,
+    append_report,
+    new_sweep,
+    only_driver,
+    plan_trials,
+    read_reports,
+    read_sweep,
+    write_json,
+)
 from tune.results import Selection, front, parse_selection, results, retrained, select, spread
 from tune.spaces import IMAGE_SHAPES, SPACES, check, distribution, load_space, parse_overrides, parse_space
 from tune.sweep import checked
@@ -49,7 +60,13 @@ def test_a_shipped_space_gives_legal_configurations_over_what_matters_there(name
 
 def test_each_shipped_space_is_judged_by_its_own_task() -> None:
     metrics = {name: load_space(name, None).metric for name in SPACES}
-    assert metrics == {"ae": "val.mse", "denoising": "val.denoised_psnr", "dropout": "val.mse", "vae": "val.neg_elbo", "all": "val.mse"}
+    assert metrics == {
+        "ae": "val.mse",
+        "denoising": "val.denoised_psnr",
+        "dropout": "val.mse",
+        "vae": "val.neg_elbo",
+        "all": "val.mse",
+    }
 
 
 def test_sampling_is_a_pure_function_of_seed_and_number() -> None:
@@ -82,7 +99,13 @@ def test_a_file_in_json_or_toml_is_a_space(tmp_path: Path) -> None:
         'metric = "val.mse"\n[presets.ae]\n"model.hidden_dims" = {choice = [[32, 16], [64]]}\n"optim.lr" = {loguniform = [1e-4, 1e-2]}\n'
     )
     (tmp_path / "a.json").write_text(
-        json.dumps({"presets": {"ae": {"model.hidden_dims": {"choice": [[32, 16], [64]]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}}})
+        json.dumps(
+            {
+                "presets": {
+                    "ae": {"model.hidden_dims": {"choice": [[32, 16], [64]]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}
+                }
+            }
+        )
     )
     toml, from_json = load_space(None, tmp_path / "a.toml"), load_space(None, tmp_path / "a.json")
     assert toml == from_json
@@ -105,7 +128,7 @@ def test_overrides_are_read_as_json_or_as_lists() -> None:
 
 def test_the_known_image_shapes_are_the_datas(fashion_mnist: Path) -> None:
     for name in ("digits", "fashion_mnist"):
-        assert data.load(DataConfig(name=name)).image_shape == IMAGE_SHAPES[name]
+        assert sources.load(DataConfig(name=name)).image_shape == IMAGE_SHAPES[name]
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -115,11 +138,22 @@ def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, float]:
     """(exit status, stderr, seconds) of `python -m tune`; any import of ray makes it fail."""
     began = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **more}
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "tune", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tune", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     seconds = time.monotonic() - began
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
     assert not imported & {"ray", "torch"}, "help and refusals need neither"
-    return done.returncode, "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:")), seconds
+    return (
+        done.returncode,
+        "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:")),
+        seconds,
+    )
 
 
 BAD_SPACES = {
@@ -133,9 +167,15 @@ BAD_SPACES = {
     "unknown kind": ({"presets": {"ae": {"optim.lr": {"normal": [0, 1]}}}}, "loguniform"),
     "unknown preset": ({"presets": {"gan": {"optim.lr": {"choice": [1e-3]}}}}, "gan"),
     "wrong metric": ({"metric": "val.loss", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "val.mse"),
-    "metric of another model": ({"metric": "val.neg_elbo", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "variational"),
+    "metric of another model": (
+        {"metric": "val.neg_elbo", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}},
+        "variational",
+    ),
     "question searched": ({"presets": {"ae": {"evaluation.noise_std": {"uniform": [0.1, 0.3]}}}}, "same question"),
-    "likelihood by ELBO": ({"presets": {"vae": {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}}}}, "compare"),
+    "likelihood by ELBO": (
+        {"presets": {"vae": {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}}}},
+        "compare",
+    ),
     "code larger than the image": ({"presets": {"ae": {"model.latent_dim": {"choice": [8, 65]}}}}, "64 values"),
     "not a space": ({"optim.lr": [1, 2]}, "presets"),
 }
@@ -156,14 +196,23 @@ REFUSED = {
     "empty range": (["--space", "empty.toml"], "empty"),
     "wrong metric": (["ae", "--metric", "val.neg_elbo"], "variational"),
     "code larger than the image": (["ae", "--set", "model.latent_dim=65"], "64 values"),
-    "more workers than cores": (["ae", "--workers-per-trial", "512", "--set", "train.batch_size=512"], "this machine has"),
+    "more workers than cores": (
+        ["ae", "--workers-per-trial", "512", "--set", "train.batch_size=512"],
+        "this machine has",
+    ),
     "batch that does not divide": (["ae", "--workers-per-trial", "3"], "multiple of 3"),
     "unwritable storage": (["ae", "--storage", "/proc/sweeps"], "cannot be written"),
     "storage that is a file": (["ae", "--storage", "empty.toml"], "cannot be written"),
     "clones of another size": (["ae", "--scheduler", "pbt"], "model.latent_dim cannot change"),
-    "clones of several workers": (["ae", "--scheduler", "pbt", "--workers-per-trial", "2", "--set", "model.latent_dim=4"], "workers-per-trial 1 only"),
+    "clones of several workers": (
+        ["ae", "--scheduler", "pbt", "--workers-per-trial", "2", "--set", "model.latent_dim=4"],
+        "workers-per-trial 1 only",
+    ),
     "clones of other models": (["all", "--scheduler", "pbt", "--set", "model.latent_dim=4"], "different models"),
-    "share of a GPU for several workers": (["ae", "--workers-per-trial", "2", "--gpus-per-worker", "0.5"], "whole GPUs"),
+    "share of a GPU for several workers": (
+        ["ae", "--workers-per-trial", "2", "--gpus-per-worker", "0.5"],
+        "whole GPUs",
+    ),
     "grid of another size": (["ae", "--search", "grid", "--num-trials", "7"], "24 points"),
     "no such sweep": (["--resume", "nothing"], "no sweep in"),
     "choice unknown": (["ae", "--select", "smallest"], "smallest-within-PCT"),
@@ -193,7 +242,12 @@ def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- folder and choice
 
 
-def sweep_with(folder: Path, outcomes: Iterable[tuple[str, dict[str, Any], dict[str, float] | None]], metric: str = "val.mse", preset: str = "ae") -> Sweep:
+def sweep_with(
+    folder: Path,
+    outcomes: Iterable[tuple[str, dict[str, Any], dict[str, float] | None]],
+    metric: str = "val.mse",
+    preset: str = "ae",
+) -> Sweep:
     """A sweep of trials that went as told: (status, values, last metrics)."""
     space = load_space(preset, None)
     sweep = new_sweep(folder / "s", space, {}, metric, Settings())
@@ -202,7 +256,9 @@ def sweep_with(folder: Path, outcomes: Iterable[tuple[str, dict[str, Any], dict[
         if metrics is not None:
             progress = 100.0 if status == "finished" else 40.0
             for part in (progress / 2, progress):
-                append_report(sweep.trial_dir(trial.id), {"step": int(part), "progress": part, **metrics, "seconds": part})
+                append_report(
+                    sweep.trial_dir(trial.id), {"step": int(part), "progress": part, **metrics, "seconds": part}
+                )
         if status == "finished":
             write_json(sweep.run_dir(trial) / "result.json", {"steps": 100})
         elif status in ("stopped", "failed"):
@@ -234,7 +290,9 @@ def test_the_ranking_puts_nan_last_and_finished_first(tmp_path: Path) -> None:
 
 def test_the_choice_is_the_best_the_smallest_nearly_best_or_the_best_small_one(tmp_path: Path) -> None:
     sizes = {2: 0.2, 8: 0.105, 16: 0.102, 32: 0.1}
-    sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(value)) for size, value in sizes.items()])
+    sweep = sweep_with(
+        tmp_path, [("finished", {"model.latent_dim": size}, mse(value)) for size, value in sizes.items()]
+    )
 
     def chosen(text: str) -> int | None:
         row = select(results(sweep), parse_selection(text), sweep)
@@ -246,18 +304,27 @@ def test_the_choice_is_the_best_the_smallest_nearly_best_or_the_best_small_one(t
 
 
 def test_nearly_best_follows_the_direction_and_sign_of_the_metric(tmp_path: Path) -> None:
-    psnr = [("finished", {"model.latent_dim": size}, {"val.denoised_psnr": value, "val.mse": 0.1}) for size, value in ((2, 18.0), (4, 19.5), (8, 20.0))]
+    psnr = [
+        ("finished", {"model.latent_dim": size}, {"val.denoised_psnr": value, "val.mse": 0.1})
+        for size, value in ((2, 18.0), (4, 19.5), (8, 20.0))
+    ]
     sweep = sweep_with(tmp_path / "a", psnr, "val.denoised_psnr", "denoising")
     row = select(results(sweep), Selection("smallest-within", 3), sweep)
     assert row is not None and row.latent_dim == 4
-    elbo = [("finished", {"model.latent_dim": size}, {"val.neg_elbo": value, "val.mse": 0.1}) for size, value in ((2, -90.0), (4, -98.0), (8, -100.0))]
+    elbo = [
+        ("finished", {"model.latent_dim": size}, {"val.neg_elbo": value, "val.mse": 0.1})
+        for size, value in ((2, -90.0), (4, -98.0), (8, -100.0))
+    ]
     sweep = sweep_with(tmp_path / "b", elbo, "val.neg_elbo", "vae")
     row = select(results(sweep), Selection("smallest-within", 3), sweep)
     assert row is not None and row.latent_dim == 4
 
 
 def test_only_a_finished_trial_is_the_answer(tmp_path: Path) -> None:
-    sweep = sweep_with(tmp_path, [("stopped", {"model.latent_dim": 4}, mse(0.001)), ("failed", {"model.latent_dim": 4}, {"val.mse": math.nan})])
+    sweep = sweep_with(
+        tmp_path,
+        [("stopped", {"model.latent_dim": 4}, mse(0.001)), ("failed", {"model.latent_dim": 4}, {"val.mse": math.nan})],
+    )
     assert select(results(sweep), Selection("best"), sweep) is None
 
 
@@ -276,7 +343,12 @@ def test_reports_forget_what_a_retry_did_again_and_what_a_kill_tore(tmp_path: Pa
         file.write('{"step": 4, "progr')
     for step in (2, 3, 4):
         append_report(tmp_path, {"step": step, "progress": step, "from": "second"})
-    assert [(r["step"], r["from"]) for r in read_reports(tmp_path)] == [(1, "first"), (2, "second"), (3, "second"), (4, "second")]
+    assert [(r["step"], r["from"]) for r in read_reports(tmp_path)] == [
+        (1, "first"),
+        (2, "second"),
+        (3, "second"),
+        (4, "second"),
+    ]
 
 
 def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
@@ -328,14 +400,19 @@ def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
 
     sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (2, 8, 64)])
     found = pca_errors(sweep, results(sweep))
-    dataset = data.load(DataConfig(name="digits"))
+    dataset = sources.load(DataConfig(name="digits"))
     train, val = (split.images.reshape(len(split), -1) / 255.0 for split in (dataset.train, dataset.val))
     for size in (2, 8):
         model = PCA(size).fit(train)
         expected = float(np.square(model.inverse_transform(model.transform(val)) - val).mean())
         assert found[size] == pytest.approx(expected, rel=1e-6)
     assert found[64] < 1e-20
-    noisy = sweep_with(tmp_path / "noisy", [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (8, 64)], "val.denoised_psnr", "denoising")
+    noisy = sweep_with(
+        tmp_path / "noisy",
+        [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (8, 64)],
+        "val.denoised_psnr",
+        "denoising",
+    )
     found = pca_errors(noisy, results(noisy))
     assert found[64] == pytest.approx(0.09, rel=0.02)  # all of the noise goes through: its variance
     assert found[8] < found[64] / 2
@@ -345,12 +422,21 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
     from tune.report import write_report
 
     pairs = [(2, 0.05), (8, 0.02), (16, 0.012), (32, 0.02)]
-    trials = [("finished", {"model.latent_dim": size, "optim.lr": 10.0**-i}, mse(value)) for i, (size, value) in enumerate(pairs, 2)]
+    trials = [
+        ("finished", {"model.latent_dim": size, "optim.lr": 10.0**-i}, mse(value))
+        for i, (size, value) in enumerate(pairs, 2)
+    ]
     sweep = sweep_with(tmp_path, [*trials, ("failed", {"model.latent_dim": 64}, {"val.mse": math.nan})])
     assert write_report(sweep, Selection("best"))
     page = (sweep.path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|<script', page), "nothing is fetched"
-    for heading in ("The answer: best", "Code size against error", "Learning curves", "Parameters and result", "Ranking"):
+    for heading in (
+        "The answer: best",
+        "Code size against error",
+        "Learning curves",
+        "Parameters and result",
+        "Ranking",
+    ):
         assert heading in page
     assert "PCA, code of 16" in page and "NonFinite: step 3" in page
     rows = list(csv.DictReader((sweep.path / "trials.csv").read_text().splitlines()))
@@ -362,7 +448,10 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
 def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path) -> None:
     from tune.report import write_report
 
-    sweep = sweep_with(tmp_path, [("failed", {"model.latent_dim": 4}, {"val.mse": math.nan}), ("failed", {"model.latent_dim": 4}, None)])
+    sweep = sweep_with(
+        tmp_path,
+        [("failed", {"model.latent_dim": 4}, {"val.mse": math.nan}), ("failed", {"model.latent_dim": 4}, None)],
+    )
     assert not write_report(sweep, Selection("best"))
     assert "No trial finished" in (sweep.path / "report.html").read_text()
 
@@ -371,7 +460,9 @@ def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path)
 
 
 def test_a_run_starts_from_another_runs_checkpoint_with_its_weights_and_optimizer(tmp_path: Path) -> None:
-    base = PRESETS["ae"].override({**SMALL, "data.name": digits_file(tmp_path, 300), "train.steps": 20, "train.eval_every": 5, "train.keep": 9})
+    base = PRESETS["ae"].override(
+        {**SMALL, "data.name": digits_file(tmp_path, 300), "train.steps": 20, "train.eval_every": 5, "train.keep": 9}
+    )
     dist_ae.train(base.override({"run_dir": tmp_path / "donor"}))
     start = tmp_path / "donor/checkpoints/00000010"
     reports: list[dist_ae.Report] = []
@@ -390,10 +481,14 @@ def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) ->
     from tune.trial import probe_accuracy
 
     result = dist_ae.train(PRESETS["ae"].override({**SMALL, "train.epochs": 5, "run_dir": tmp_path / "run"}))
-    dataset, model = data.load(DataConfig(name="digits")), dist_ae.load(result.run_dir)
+    dataset, model = sources.load(DataConfig(name="digits")), dist_ae.load(result.run_dir)
     codes = [model.embed(split.images).double().numpy() for split in (dataset.train, dataset.val)]
     scale = codes[0].std(0)
-    expected = RidgeClassifier(alpha=1.0).fit(codes[0] / scale, dataset.train.labels).score(codes[1] / scale, dataset.val.labels)
+    expected = (
+        RidgeClassifier(alpha=1.0)
+        .fit(codes[0] / scale, dataset.train.labels)
+        .score(codes[1] / scale, dataset.val.labels)
+    )
     found = probe_accuracy(result.run_dir)
     assert found == pytest.approx(expected, abs=0.011)
     assert found > 0.5
@@ -402,7 +497,9 @@ def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) ->
 def test_optuna_goes_on_from_what_the_folder_knows(tmp_path: Path) -> None:
     schedule = pytest.importorskip("tune.schedule")
     optuna = pytest.importorskip("optuna")
-    space = parse_space({"presets": {"ae": {"model.latent_dim": {"choice": [4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-1]}}}}, "s")
+    space = parse_space(
+        {"presets": {"ae": {"model.latent_dim": {"choice": [4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-1]}}}}, "s"
+    )
     sweep = new_sweep(tmp_path / "s", space, {}, "val.mse", Settings(search="optuna", num_trials=40))
     for number in range(30):
         preset, values = schedule.Optimizer(sweep).ask()  # each time as after a restart

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, environment, free_port, metrics
 
-from dist_ae import doctor
+from dist_ae.use import doctor
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
@@ -75,13 +75,25 @@ def down(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[i
             "--train.log-every",
             "1",
         ]
-        process = subprocess.Popen(command, env=environment(**variables), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        process = subprocess.Popen(
+            command,
+            env=environment(**variables),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
         started[name] = process
     found = {}
     while len(found) < len(started) and time.monotonic() - start < 150:
         for name, process in started.items():
             if name not in found and process.poll() is not None:
-                found[name] = (process.returncode, process.stderr.read(), time.monotonic() - start, root / name.replace(" ", "-"))
+                found[name] = (
+                    process.returncode,
+                    process.stderr.read(),
+                    time.monotonic() - start,
+                    root / name.replace(" ", "-"),
+                )
         time.sleep(0.1)
     for process in started.values():
         process.kill()
@@ -91,8 +103,12 @@ def down(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[i
     silent.close()
 
 
-@pytest.mark.parametrize("kind", ["closed port", "never answers", "answers 401", "answers 429", "answers 500", "dies after the first answer"])
-def test_a_server_that_is_down_costs_nothing_but_a_warning(down: dict[str, tuple[int, str, float, Path]], kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["closed port", "never answers", "answers 401", "answers 429", "answers 500", "dies after the first answer"]
+)
+def test_a_server_that_is_down_costs_nothing_but_a_warning(
+    down: dict[str, tuple[int, str, float, Path]], kind: str
+) -> None:
     status, err, seconds, run_dir = down[kind]
     assert status == 0, err
     assert "Traceback" not in err and "warning: " in err

@@ -13,19 +13,22 @@ from unittest import mock
 import torch
 
 import dist_ae
-from dist_ae import data, draws, shared, step
+from dist_ae import draws, step
 from dist_ae.config import Config
+from dist_ae.data import order
+from dist_ae.draws import Draws
+from dist_ae.processes import host_memory
 
 
 def mutated(name: str) -> Any:
     """The trainer with one error in it."""
-    draw, share, backward = draws.draw, data.share, step.Learner._backward
+    draw, share, backward = draws.draw, order.share, step.Learner._backward
 
-    def draw_globally(*arguments: Any) -> draws.Draws:
+    def draw_globally(*arguments: Any) -> Draws:
         torch.rand(1)
         return draw(*arguments)
 
-    def draw_alike(config: Config, shape: Any, at: int, rows: range, *rest: Any) -> draws.Draws:
+    def draw_alike(config: Config, shape: Any, at: int, rows: range, *rest: Any) -> Draws:
         return draw(config, shape, at, range(len(rows)), *rest)
 
     def average_per_process(self: Any, mine: range, batch: torch.Tensor, *, step: int, batch_size: int) -> None:
@@ -39,7 +42,9 @@ def mutated(name: str) -> Any:
         "same noise on every process": mock.patch.object(step, "draw", draw_alike),
         "averages per process": mock.patch.object(step.Learner, "_backward", average_per_process),
         "draws from torch's global generator": mock.patch.object(step, "draw", draw_globally),
-        "no shared memory": mock.patch.object(shared, "FOLDER", "/nonexistent"),  # no error: what a machine without it does
+        "no shared memory": mock.patch.object(
+            host_memory, "FOLDER", "/nonexistent"
+        ),  # no error: what a machine without it does
         "drops what does not divide": mock.patch.object(step, "share", drop),
     }[name]
 

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dist_ae.config import PRESETS, Config, InputError
+from dist_ae.config import Config, InputError
+from dist_ae.presets import PRESETS
 from tune.spaces import METRICS, Space, Values, parse_space
 
 FORMAT = 1
@@ -231,7 +232,7 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file: the old content or the new is there, whole, whenever the machine stops."""
-    from dist_ae.checkpoint import to_json, write_atomically  # torch: only where there is something to write
+    from dist_ae.run.checkpoint import to_json, write_atomically  # torch: only where there is something to write
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_json(value))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_ae.config import PRESETS
+from dist_ae.presets import PRESETS
 from tune.plan import Sweep
 from tune.results import Row, Selection, front, results, select, spread, write_best, write_table
 
@@ -61,15 +61,15 @@ def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
     """The same error of PCA, the best linear code, at every code size of the sweep; fitted on the training images."""
     import torch
 
-    from dist_ae import data
-    from dist_ae.data import Reader
+    from dist_ae.data import sources
+    from dist_ae.data.reader import Reader
     from dist_ae.evaluate import fixed_noise
 
     sizes = sorted({row.latent_dim for row in rows})
     if not sizes:
         return {}
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
-    dataset, cpu = data.load(config.data), torch.device("cpu")
+    dataset, cpu = sources.load(config.data), torch.device("cpu")
     train, val = Reader(dataset.train, cpu, torch.float64), Reader(dataset.val, cpu, torch.float64)
     pixels = math.prod(dataset.image_shape)
     # Sums over chunks: a memory-mapped dataset need not fit.

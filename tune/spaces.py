@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_ae.config import PRESETS, Config, InputError
+from dist_ae.config import Config, InputError
+from dist_ae.presets import PRESETS
 
 Values = dict[str, Any]  # dotted configuration key → value
 

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_ae.config import PRESETS, Config, InputError
+from dist_ae.config import Config, InputError
+from dist_ae.presets import PRESETS
 from tune.plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from tune.results import Selection, results, retrained, select
 from tune.spaces import Space, Values, check, check_metric, check_mutable
@@ -144,12 +145,12 @@ def check_data(sweep: Sweep) -> None:
     Raises:
         InputError: data that is not there; a batch or code too large for it; too few evaluations for the scheduler.
     """
-    from dist_ae import data
-    from dist_ae.runtime import check_device
+    from dist_ae.data import sources
+    from dist_ae.processes.runtime import check_device
 
     for preset, part in sweep.space.parts.items():
         config = PRESETS[preset].override(sweep.overrides)
-        dataset = data.load(config.data)
+        dataset = sources.load(config.data)
         if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
             raise InputError(f"--metric val.probe_accuracy needs labels, and {config.data.name} has none; use another metric")
         if not sweep.settings.gpus_per_worker:
@@ -226,7 +227,7 @@ def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
 
 def _tracking(sweep: Sweep) -> Values:
     """Decides on W&B once, here: workers elsewhere may not know the key, and trials of one sweep belong in one place."""
-    from dist_ae.tracking import wandb_mode
+    from dist_ae.run.tracking import wandb_mode
 
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
     return {"tracking.wandb": wandb_mode(config.tracking)[0]}

@@ -219,10 +219,10 @@ def probe_accuracy(run_dir: Path) -> float:
     import torch
 
     import dist_ae
-    from dist_ae import data
+    from dist_ae.data import sources
 
     model = dist_ae.load(run_dir)
-    dataset = data.load(model.config.data)
+    dataset = sources.load(model.config.data)
     codes, labels = [], []
     for split in (dataset.train, dataset.val):
         if split.labels is None:

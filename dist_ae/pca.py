@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_ae.config import Config, InputError
-from dist_ae.data import Reader, share
+from dist_ae.data.order import share
+from dist_ae.data.reader import Reader
 from dist_ae.models import LOGVAR_RANGE, Autoencoder
-from dist_ae.runtime import Runtime
+from dist_ae.processes.runtime import Runtime
 
 MAX_PIXELS = 8192  # the covariance has pixels² entries in float64: 512 MiB
 CHUNK = 256  # rows at once: sums of 256 products of bytes are exact in float32, so the covariance is the same on any number of processes
@@ -53,17 +54,23 @@ def pca_start(model: Autoencoder, config: Config, reader: Reader, runtime: Runti
         return
     values, vectors = torch.linalg.eigh(cov)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    vectors = vectors * torch.where(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)  # eigh leaves the sign open
+    vectors = vectors * torch.where(
+        vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0
+    )  # eigh leaves the sign open
     k = components(config, len(mean))
     values, basis = values[:k], vectors[:, :k].T  # [k], [k, D]
     into, out, logvar = basis, basis.T, None
     if config.model.variational:
         # z = W⁺ (x - m) with W = U (Λ - σ²)^½: posterior mean (Λ - σ²)^½ Λ⁻¹ Uᵀ (x - m), variance σ² Λ⁻¹. σ on [-1, 1] is twice that on [0, 1].
         discarded = float(cov.diagonal().sum() - values.sum()) / max(1, len(mean) - k)
-        variance = max(discarded, 1e-6) if config.objective.sigma == "learned" else (2 * float(config.objective.sigma)) ** 2
+        variance = (
+            max(discarded, 1e-6) if config.objective.sigma == "learned" else (2 * float(config.objective.sigma)) ** 2
+        )
         scale = (values - variance).clamp(min=0).sqrt()
         into, out = basis * (scale / values.clamp(min=1e-12))[:, None], basis.T * scale
-        logvar = torch.where(scale > 0, (variance / values.clamp(min=1e-12)).log(), torch.zeros(())).clamp(*LOGVAR_RANGE)
+        logvar = torch.where(scale > 0, (variance / values.clamp(min=1e-12)).log(), torch.zeros(())).clamp(
+            *LOGVAR_RANGE
+        )
         if model.log_sigma is not None:
             model.log_sigma.fill_(0.5 * math.log(variance) - math.log(2))
     layers = [*model.encoder, model.to_code, *model.decoder, model.to_pixels]
@@ -107,8 +114,12 @@ def check(config: Config, pixels: int) -> None:
     if config.model.start != "pca":
         return
     if config.objective.likelihood == "bernoulli":
-        raise InputError("model.start pca needs objective.likelihood gaussian: PCA gives pixels, not the logits of a Bernoulli model")
+        raise InputError(
+            "model.start pca needs objective.likelihood gaussian: PCA gives pixels, not the logits of a Bernoulli model"
+        )
     if pixels > MAX_PIXELS:
-        raise InputError(f"model.start pca needs images of at most {MAX_PIXELS} values, got {pixels}; use model.start random")
+        raise InputError(
+            f"model.start pca needs images of at most {MAX_PIXELS} values, got {pixels}; use model.start random"
+        )
     if components(config, pixels) < 1:
         raise InputError("model.start pca needs hidden layers of at least 2 units")

@@ -18,7 +18,12 @@ class Display:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if visible and self._console.is_terminal:
-            columns = (TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
             self._bar = self._stack.enter_context(Progress(*columns, console=self._console, transient=True))
             self._task = self._bar.add_task("train", total=total_steps, completed=step, note="")
 
@@ -33,7 +38,9 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=f"loss {loss:,.2f} · {images_per_second:,.0f} images/s")
 
-    def evaluated(self, step: int, total_steps: int, epoch: float, metrics: Mapping[str, float], images_per_second: float) -> None:
+    def evaluated(
+        self, step: int, total_steps: int, epoch: float, metrics: Mapping[str, float], images_per_second: float
+    ) -> None:
         """One line per evaluation."""
         shown = {"mse": f"{metrics['mse']:.5f}", "psnr": f"{metrics['psnr']:.2f} dB"}
         if "neg_elbo" in metrics:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ae.runtime import Runtime
+from dist_ae.processes.runtime import Runtime
 
 FOLDER = Path("/dev/shm")
 MAX_BYTES = 2**30  # what all slots may take of the machine's memory: gradients that large are not what limits a CPU

@@ -73,7 +73,9 @@ class Autoencoder(nn.Module):
             ValueError: images of another shape than the model's.
         """
         if images.shape[1:] != self.image_shape:
-            raise ValueError(f"expected images of shape [B, {', '.join(map(str, self.image_shape))}], got {list(images.shape)}")
+            raise ValueError(
+                f"expected images of shape [B, {', '.join(map(str, self.image_shape))}], got {list(images.shape)}"
+            )
         hidden = self._hidden(centred(images.flatten(1)), self.encoder, masks[: len(self.encoder)])
         code = self.to_code(hidden)
         if not self.variational:
@@ -97,7 +99,9 @@ class Autoencoder(nn.Module):
         mean, logvar = self.encode(corrupted, draws.masks)
         code = mean
         if logvar is not None and draws.epsilon is not None:
-            code = mean + torch.exp(0.5 * logvar) * draws.epsilon  # z = μ + σ·ε ~ N(μ, σ²) (Kingma & Welling 2014, eq. 10)
+            code = (
+                mean + torch.exp(0.5 * logvar) * draws.epsilon
+            )  # z = μ + σ·ε ~ N(μ, σ²) (Kingma & Welling 2014, eq. 10)
         raw = self.decode_raw(code, draws.masks[len(self.encoder) :])
         return Output(raw, mean, logvar, self.log_sigma, self.bernoulli)
 

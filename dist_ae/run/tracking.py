@@ -57,8 +57,22 @@ def server_answers(seconds: float = 5.0) -> str | None:
 class Tracking:
     """The trackers of one run. Every method returns at once and never raises."""
 
-    def __init__(self, config: TrackingConfig, run_dir: Path, run_name: str, run_id: str, description: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        self._config, self._run_dir, self._name, self._id, self._description = config, run_dir, run_name, run_id, description
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        run_name: str,
+        run_id: str,
+        description: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._run_dir, self._name, self._id, self._description = (
+            config,
+            run_dir,
+            run_name,
+            run_id,
+            description,
+        )
         self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lost = False
@@ -137,7 +151,11 @@ class Tracking:
             except Exception as error:
                 self._give_up("TensorBoard", error)
         if self._mode == "online" and (reason := server_answers()):
-            print(f"warning: Weights & Biases: {reason}; going on offline, `wandb sync` uploads the run later", file=sys.stderr, flush=True)
+            print(
+                f"warning: Weights & Biases: {reason}; going on offline, `wandb sync` uploads the run later",
+                file=sys.stderr,
+                flush=True,
+            )
             self._mode = "offline"
         for mode in {"online": ("online", "offline"), "off": ()}.get(self._mode, ("offline",)):
             try:
@@ -161,7 +179,9 @@ class Tracking:
             mode=mode,
             resume="allow" if mode == "online" else None,
             # It must not redirect the terminal, print, or wait long: this is a side channel.
-            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 5),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 5
+            ),
         )
         tracker.start()
         tracker.store_init_configuration(dict(self._description))
@@ -179,7 +199,11 @@ class Tracking:
 
     def _give_up(self, what: str, error: BaseException) -> None:
         reason = str(error).strip().splitlines()
-        print(f"warning: {what}: {type(error).__name__}: {reason[0] if reason else ''}; training goes on", file=sys.stderr, flush=True)
+        print(
+            f"warning: {what}: {type(error).__name__}: {reason[0] if reason else ''}; training goes on",
+            file=sys.stderr,
+            flush=True,
+        )
         self._lost = True
 
 

@@ -33,7 +33,9 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
-def keyed(kind: str, key: tuple[int, str, int], rows: range, shape: Sequence[int], device: torch.device, keep: float = 1.0) -> Tensor:
+def keyed(
+    kind: str, key: tuple[int, str, int], rows: range, shape: Sequence[int], device: torch.device, keep: float = 1.0
+) -> Tensor:
     """Rows ``rows`` of an endless keyed table of draws, float32 [len(rows), *shape].
 
     Args:
@@ -56,7 +58,14 @@ def keyed(kind: str, key: tuple[int, str, int], rows: range, shape: Sequence[int
     return table[rows.start - first * BLOCK : rows.stop - first * BLOCK]
 
 
-def draw(config: Config, image_shape: Sequence[int], step: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Draws:
+def draw(
+    config: Config,
+    image_shape: Sequence[int],
+    step: int,
+    rows: range,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Draws:
     """The draws of one training step for rows ``rows`` of its global batch. Always drawn in float32, so fp64 repeats the fp32 experiment."""
     model, std = config.model, config.objective.noise_std
 
@@ -67,7 +76,10 @@ def draw(config: Config, image_shape: Sequence[int], step: int, rows: range, dev
     if model.dropout:
         widths = (*model.hidden_dims, *reversed(model.hidden_dims))
         masks = tuple(
-            keyed("mask", (config.seed, f"mask.{layer}", step), rows, (width,), device, keep=1 - model.dropout).to(dtype) for layer, width in enumerate(widths)
+            keyed("mask", (config.seed, f"mask.{layer}", step), rows, (width,), device, keep=1 - model.dropout).to(
+                dtype
+            )
+            for layer, width in enumerate(widths)
         )
     return Draws(
         noise=normal("noise", image_shape).mul_(std) if std else None,

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from dist_ae import data as datasets
-from dist_ae.checkpoint import Damaged, RunDirectory, parse_tensors, read_checkpoint
 from dist_ae.config import InputError, load_config, parse
-from dist_ae.data import Reader
+from dist_ae.data import sources
+from dist_ae.data.reader import Reader
 from dist_ae.draws import draw
 from dist_ae.models import Autoencoder
 from dist_ae.objectives import beta_at, objective
+from dist_ae.run.checkpoint import Damaged, parse_tensors, read_checkpoint
+from dist_ae.run.directory import RunDirectory
 
 
 def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
@@ -47,7 +48,9 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
         else:
             yield True, f"checkpoints/{path.name}: left by a run that was killed; the next one clears it"
     steps: dict[str, int] = {}
-    for number, raw in enumerate((run_dir / "metrics.jsonl").read_bytes().splitlines() if (run_dir / "metrics.jsonl").exists() else [], 1):
+    for number, raw in enumerate(
+        (run_dir / "metrics.jsonl").read_bytes().splitlines() if (run_dir / "metrics.jsonl").exists() else [], 1
+    ):
         try:
             line = json.loads(raw)
             step, split = int(line["step"]), str(line["split"])
@@ -83,10 +86,12 @@ def replay(run_dir: Path) -> list[str]:
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     model = Autoencoder(config, config.model.image_shape).to_empty(device="cpu").to(dtype)
     model.load_state_dict(weights)
-    dataset = datasets.load(config.data)
+    dataset = sources.load(config.data)
     images = Reader(dataset.train, torch.device("cpu"), dtype).take(rows)
     draws = draw(config, config.model.image_shape, step, range(len(rows)), torch.device("cpu"), dtype)
-    autocast = torch.autocast("cpu", torch.bfloat16) if config.precision in ("bf16", "fp16") else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16) if config.precision in ("bf16", "fp16") else contextlib.nullcontext()
+    )
     found = []
     bad_weights = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     found += [f"weight {name}" for name in bad_weights]
@@ -100,7 +105,11 @@ def replay(run_dir: Path) -> list[str]:
         if not values.isfinite().all():
             found.append(f"{name} of image {_first(values, rows)}")
     terms.loss.mean().backward()  # type: ignore[no-untyped-call]
-    found += [f"gradient of {name}" for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    found += [
+        f"gradient of {name}"
+        for name, p in model.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    ]
     return [f"step {step}: {what} is not finite" for what in found]
 
 
@@ -132,7 +141,9 @@ def rebuild_wandb(run_dir: Path) -> Path:
     )  # fmt: skip
     by_step: dict[int, dict[str, Any]] = {}
     for line in lines:
-        by_step.setdefault(line["step"], {}).update({f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "epoch", "split")})
+        by_step.setdefault(line["step"], {}).update(
+            {f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "epoch", "split")}
+        )
     for step, values in sorted(by_step.items()):
         run.log(values, step=step)
     for picture in sorted((run_dir / "figures").glob("*.png")):

@@ -1,0 +1,1 @@
+"""Sources of images, the form they are read in, and the order in which training takes them."""

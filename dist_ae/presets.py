@@ -1,0 +1,53 @@
+"""The experiments to start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_ae.config import Config
+
+# fmt: off
+_KINDS: dict[str, dict[str, Any]] = {
+    "ae":        {},
+    "denoising": {"objective.noise_std": 0.3},
+    "dropout":   {"model.dropout": 0.1},
+    "vae":       {"model.variational": True},
+}
+_START: dict[str, Any] = {"model.start": "pca", "model.activation": "gelu"}
+_STARTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("ae", "denoising", "dropout"), _START),
+    "vae": {"objective.likelihood": "bernoulli", "model.activation": "gelu", "model.latent_dim": 20},
+}
+# The tutorial's recipe. Its loss is a mean over 784 pixels and ours their sum: the same step needs an eps 784 times as large.
+_REFERENCE: dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.betas": (0.5, 0.999), "optim.eps": 784e-8}
+# Ours. benchmarks/recipes.md: what each part brings; and muon on large batches, which ends lower and costs more.
+_PLAIN:     dict[str, Any] = {"data.name": "digits",        "model.latent_dim": 32,  "optim.schedule": "linear"}
+_FAST:      dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.schedule": "linear", "train.batch_size": 256,
+                              "optim.betas": (0.9, 0.95), "precision": "bf16", "train.epochs": 2, "train.log_every": 10}
+_FASTER: dict[str, dict[str, Any]] = {"ae": {}, "denoising": {}, "dropout": {}, "vae": {"optim.lr": 2e-3, "train.batch_size": 128}}
+# fmt: on
+PRESETS: dict[str, Config] = {
+    **{kind: Config(name=kind).override({**_PLAIN, **own, **_STARTS[kind]}) for kind, own in _KINDS.items()},
+    **{
+        f"{kind}-fast": Config(name=f"{kind}-fast").override({**_FAST, **own, **_STARTS[kind], **_FASTER[kind]})
+        for kind, own in _KINDS.items()
+    },
+    **{
+        f"{kind}-reference": Config(name=f"{kind}-reference").override({**_REFERENCE, **own})
+        for kind, own in _KINDS.items()
+    },
+}
+DESCRIPTIONS = {
+    "ae": "autoencoder, best known recipe",
+    "denoising": "Gaussian noise on the input, the clean image as target",
+    "dropout": "dropout in the hidden layers of encoder and decoder",
+    "vae": "variational autoencoder: negative ELBO, new images by sampling",
+    **{
+        f"{name}-fast": f"{name} on Fashion-MNIST in seconds: two epochs in bf16"
+        for name in ("ae", "denoising", "dropout", "vae")
+    },
+    **{
+        f"{name}-reference": f"{name} by the tutorial's recipe, on Fashion-MNIST"
+        for name in ("ae", "denoising", "dropout", "vae")
+    },
+}

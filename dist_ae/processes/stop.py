@@ -1,0 +1,74 @@
+"""Signals, and how all processes agree to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from dist_ae.processes.runtime import Runtime
+
+
+class Signals:
+    """SIGTERM and SIGINT as a request that is looked at between two steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Signals]:
+        """Handles the signals for the length of a run; outside the main thread (a sweep's actor) there is nothing to handle."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.requested = True
+
+        _end_with_parent()
+        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Asks Linux for SIGTERM when the launcher dies: a single-process `accelerate launch` passes no signal on, and leaves no orphan this way."""
+    if sys.platform == "linux" and ("ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Agreement:
+    """All processes' answer to "was any of us asked to stop?", found about once a second without touching the device.
+
+    Each of them asks equally often, between pieces of work of about the same length: one agreement for steps, one for evaluation batches.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self, runtime: Runtime, signals: Signals) -> None:
+        self._runtime, self._signals = runtime, signals
+        self._calls, self._every, self._since = 0, 1, time.monotonic()
+
+    def stop(self) -> bool:
+        """The same answer on every process."""
+        if self._runtime.world == 1:
+            return self._signals.requested
+        self._calls += 1
+        if self._calls < self._every:
+            return False
+        now = time.monotonic()
+        # The largest of both, bit-equal everywhere, so that all count to the same next time. At most twice as far as the last time:
+        # the first calls come faster than the work they are to measure.
+        wanted, seconds = self._runtime.largest(float(self._signals.requested), now - self._since)
+        self._every = max(1, min(2 * self._every, int(self.SECONDS * self._calls / max(seconds, 1e-6))))
+        self._calls, self._since = 0, now
+        return wanted > 0
