@@ -13,23 +13,37 @@ from dist_ae.presets import PRESETS
 
 if TYPE_CHECKING:
     from dist_ae import objectives
+    from dist_ae.models import Autoencoder
     from dist_ae.trainer import NonFinite, Report, Result, Stopped, train
     from dist_ae.use.trained import TrainedModel, load
 
 __version__ = "0.1.0"
 __all__ = [
-    "PRESETS", "Config", "InputError", "NonFinite", "Report", "Result", "Stopped", "TrainedModel", "load", "load_config", "objectives", "train",
-]  # fmt: skip
+    "PRESETS",
+    "Autoencoder",
+    "Config",
+    "InputError",
+    "NonFinite",
+    "Report",
+    "Result",
+    "Stopped",
+    "TrainedModel",
+    "load",
+    "load_config",
+    "objectives",
+    "train",
+]
 
 # Imported at first use: torch and Accelerate take 3 s, which help and error messages need not wait for.
 _HOMES = {
-    "load": "use.trained",
-    "TrainedModel": "use.trained",
-    "train": "trainer",
-    "Result": "trainer",
-    "Report": "trainer",
-    "Stopped": "trainer",
+    "Autoencoder": "models",
     "NonFinite": "trainer",
+    "Report": "trainer",
+    "Result": "trainer",
+    "Stopped": "trainer",
+    "TrainedModel": "use.trained",
+    "load": "use.trained",
+    "train": "trainer",
 }
 
 
@@ -39,3 +53,7 @@ def __getattr__(name: str) -> Any:
     if name == "objectives":
         return importlib.import_module("dist_ae.objectives")
     raise AttributeError(f"module 'dist_ae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +12,10 @@ import tyro
 
 from dist_ae.config import Config, load_config
 from dist_ae.presets import DESCRIPTIONS, PRESETS
+from dist_ae.terminal import prepare_streams, rank, say, silence
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 
 RunDir = Annotated[Path, tyro.conf.Positional]
 Which = Literal["last", "best"]
@@ -33,10 +34,12 @@ def train(arguments: list[str]) -> None:
         presets = {name: (DESCRIPTIONS[name], preset) for name, preset in PRESETS.items()}
         config = tyro.extras.overridable_config_cli(presets, args=arguments, prog="dist-ae train")
 
+    if rank() == 0:
+        say(f"{config.name} on {config.data.name}: loading …")
     from dist_ae.trainer import train
 
     result = train(config)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         show(
             {
                 **result.metrics,
@@ -69,7 +72,7 @@ def evaluate(
     from dist_ae.use.commands import evaluate_run
 
     metrics = evaluate_run(run_dir, split, which, noise_std, batch_size, data_root)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         show(dict(metrics))
 
 
@@ -174,7 +177,7 @@ def score(
         }
     )
     highest = scores.argsort(descending=True, stable=True)[:10].tolist()
-    print(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
+    say(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
     _written(path)
 
 
@@ -190,13 +193,13 @@ def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> N
 
     path = commands.export_run(run_dir, out, which)
     _written(path)
-    print(
+    say(
         f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] on [0, 1], any N"
     )
 
 
 def _written(path: Path) -> None:
-    print(f"written: {path}")
+    say(f"written: {path}")
 
 
 def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) -> None:
@@ -211,15 +214,15 @@ def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) ->
 
     if replay:
         found = doctor.replay(run_dir)
-        print("\n".join(found) or "that step is finite here")
+        say("\n".join(found) or "that step is finite here")
         sys.exit(0 if found else 1)
     if replay_wandb:
-        print(f"offline run written; upload it with: wandb sync {doctor.rebuild_wandb(run_dir)}")
+        say(f"offline run written; upload it with: wandb sync {doctor.rebuild_wandb(run_dir)}")
         return
     whole = True
     for good, what in doctor.examine(run_dir):
         whole &= good
-        print(f"{'ok     ' if good else 'DAMAGED'} {what}")
+        say(f"{'ok     ' if good else 'DAMAGED'} {what}")
     sys.exit(0 if whole else 1)
 
 
@@ -235,10 +238,11 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
         unit = units.get(name.rpartition(".")[2], "")
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}", f"[dim]{unit}")
     console = Console()
-    console.print(table)
-    if run_dir is not None:
-        for path in sorted((run_dir / "figures").glob("*.png")):
-            console.print(f"picture: {path}", soft_wrap=True, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    say(text.get().rstrip("\n"))
+    for path in sorted((run_dir / "figures").glob("*.png")) if run_dir is not None else []:
+        say(f"picture: {path}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -249,6 +253,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Entry point of ``dist-ae`` and ``python -m dist_ae``."""
+    prepare_streams()
     arguments = sys.argv[1:]
     try:
         if arguments[:1] == ["train"]:
@@ -258,7 +263,7 @@ def main() -> None:
         elif arguments == ["--version"]:
             from dist_ae import __version__
 
-            print(__version__)
+            say(__version__)
         else:
             tyro.extras.subcommand_cli_from_dict(
                 {"train": _train_help, **COMMANDS},
@@ -266,11 +271,16 @@ def main() -> None:
                 prog="dist-ae",
                 description="Trains and uses autoencoders.",
             )
+    except BrokenPipeError:  # `--help | head -1`: the reader has what it wanted
+        silence(sys.stdout)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person
         if status is None:
             raise
         _fail(str(error), status)
+    _flush()
 
 
 def _train_help() -> None: ...
@@ -279,16 +289,24 @@ def _train_help() -> None: ...
 _train_help.__doc__ = train.__doc__
 
 
+def _flush() -> None:
+    """What is still to be written, written now: at its end Python would complain of a reader that is gone."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        silence(sys.stdout)
+
+
 def _fail(message: str, status: int) -> None:
     """Prints one message for all processes and ends this one."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank != 0 and status == EXIT_STOPPED:
+    _flush()
+    if rank() != 0 and status == EXIT_STOPPED:
         sys.exit(status)
-    if rank != 0:
+    if rank() != 0:
         # Rank 0 has most likely the same to say; the launcher ends this process in the meantime.
         time.sleep(3)
-        message = f"rank {rank}: {message}"
-    print(f"{'' if status == EXIT_STOPPED else 'error: '}{message}", file=sys.stderr, flush=True)
+        message = f"rank {rank()}: {message}"
+    say(f"{'' if status == EXIT_STOPPED else 'error: '}{message}", sys.stderr)
     sys.exit(status)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_ae.files import Damaged, read_json
 
 
 class InputError(Exception):
@@ -20,6 +23,12 @@ class InputError(Exception):
     """
 
     exit_status = 2
+
+
+class Fault(Exception):
+    """What ends a run without being the user's mistake, explained for a person. The command line exits with status 1."""
+
+    exit_status = 1
 
 
 def trajectory(default: Any, description: str, **bounds: Any) -> Any:
@@ -57,6 +66,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
+    architecture: Literal["mlp", "own"] = trajectory("mlp", "mlp; own is set by train(config, model=...) from Python")
     latent_dim: int = trajectory(32, "size of the code", gt=0)
     hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
         (512, 256), "hidden layers of the encoder; the decoder mirrors them"
@@ -218,8 +228,11 @@ class Config(Section):
         """The run directory: the one given, else one that the same command always finds again."""
         if self.run_dir is not None:
             return self.run_dir
-        # The length of the run is part of the name (not of the trajectory): training longer by default starts a run of its own.
-        identity = json.dumps([self.trajectory_values(), self.train.epochs, self.train.steps], sort_keys=True)
+        # What differs from the defaults, so that a field added later leaves the folder where it is. The length of the run is part of
+        # the name (not of the trajectory): training longer by default starts a run of its own.
+        usual = Config().trajectory_values()
+        differs = {key: value for key, value in self.trajectory_values().items() if value != usual[key]}
+        identity = json.dumps([differs, self.train.epochs, self.train.steps], sort_keys=True)
         data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name
         return Path("runs") / f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
@@ -270,13 +283,9 @@ def _explain(error: ValidationError, prefix: str) -> str:
 def load_config(path: Path) -> Config:
     """A configuration from a JSON file: a run's ``config.json`` or a sweep's ``best.json``."""
     try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable JSON file ({error})") from None
-    if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
+        tree = read_json(Path(os.path.realpath(path)))
+    except Damaged as error:
+        raise InputError(f"{path}: not a readable JSON file of a configuration ({error})") from None
+    if isinstance(tree.get("config"), dict):
         tree = tree["config"]  # a run's config.json keeps the versions and the world size beside it
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a JSON object of configuration sections")
     return parse(tree, str(path))

@@ -14,12 +14,9 @@ from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, keyed
 from dist_ae.objectives import Model, terms
 from dist_ae.processes.runtime import Runtime
+from dist_ae.processes.stop import StopRequested
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
-
-
-class Interrupted(Exception):
-    """A stop was asked for during an evaluation; every process raises it at the same batch."""
 
 
 @torch.no_grad()
@@ -37,7 +34,7 @@ def evaluate(
         stop: asked before every batch, equally often on every process.
 
     Raises:
-        Interrupted: ``stop`` answered yes.
+        StopRequested: ``stop`` answered yes.
     """
     count = len(reader.split)
     # Batch i is rows [i·B, (i+1)·B), of which each process takes its part: all processes ask `stop` equally often.
@@ -45,7 +42,7 @@ def evaluate(
     sums: Tensor | None = None
     for start in range(0, count, batch):
         if stop():
-            raise Interrupted
+            raise StopRequested
         rows = share(range(start, min(start + batch, count)), runtime.rank, runtime.world)
         part = _sums(model, reader, rows, config, runtime)
         sums = part if sums is None else sums + part
@@ -86,7 +83,7 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
     neg_elbo = rate = distortion = zero
     if config.model.variational:
         key = (EVALUATION_SEED, "evaluation.epsilon", 0)
-        epsilon = keyed("normal", key, rows, (config.model.latent_dim,), images.device).to(images.dtype)
+        epsilon = keyed("normal", key, rows, clean.mean.shape[1:], images.device).to(images.dtype)
         neg_elbo, distortion, rate = terms(model(images, Draws(epsilon=epsilon)), images, config.objective, beta=1.0)
 
     def squared(reconstruction: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from dist_ae.models import Autoencoder
 
 @torch.no_grad()
 def run_pictures(
-    model: Autoencoder, config: Config, validation: Reader, run_dir: Path, columns: int = 12
+    model: Autoencoder, config: Config, validation: Reader, run_dir: Path, columns: int = 12, step: int | None = None
 ) -> dict[str, Path]:
     """Draws a run's pictures into ``figures/``: the loss curve, originals over reconstructions (noisy, reconstruction and clean where
     noise is trained against), and samples of a variational model. Returns them by name."""
@@ -36,9 +36,7 @@ def run_pictures(
         "reconstructions": image_rows(shown, folder / "reconstructions.png"),
     }
     if config.model.variational:
-        code = keyed(
-            "normal", (EVALUATION_SEED, "figures.samples", 0), range(64), (config.model.latent_dim,), clean.device
-        )
+        code = keyed("normal", (EVALUATION_SEED, "figures.samples", 0), range(64), model.code_shape, clean.device)
         pictures["samples"] = image_grid(model.decode(code.to(clean.dtype)), folder / "samples.png")
     return pictures
 

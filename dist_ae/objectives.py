@@ -28,7 +28,7 @@ class Terms(NamedTuple):
 def gaussian_kl(
     mean: Tensor, logvar: Tensor, prior_mean: float | Tensor = 0.0, prior_logvar: float | Tensor = 0.0
 ) -> Tensor:
-    """KL(N(mean, exp(logvar)) ‖ N(prior_mean, exp(prior_logvar))) summed over the code, [B, L] → [B], nats.
+    """KL(N(mean, exp(logvar)) ‖ N(prior_mean, exp(prior_logvar))) summed over the code, [B, …] → [B], nats.
 
     Per dimension ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma & Welling 2014, appendix B,
     for any prior). Computed in at least float32.
@@ -36,7 +36,9 @@ def gaussian_kl(
     mean, logvar = _at_least_float(mean), _at_least_float(logvar)
     prior = torch.as_tensor(prior_logvar, dtype=logvar.dtype, device=logvar.device)
     difference = logvar - prior
-    return 0.5 * (difference.exp() + (mean - prior_mean).square() * torch.exp(-prior) - 1 - difference).sum(1)
+    return 0.5 * (difference.exp() + (mean - prior_mean).square() * torch.exp(-prior) - 1 - difference).flatten(1).sum(
+        1
+    )
 
 
 def gaussian_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor) -> Tensor:
@@ -80,13 +82,6 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
 def objective(model: Model, images: Tensor, draws: Draws | None, config: Config, beta: float | None = None) -> Terms:
     """Runs the prepared model on images [B, C, H, W] on [0, 1] and returns the per-example terms, [B] each."""
     return terms(model(images, draws), images, config.objective, beta)
-
-
-def beta_at(step: int, config: ObjectiveConfig) -> float:
-    """Weight of the rate at a step: a linear warm-up to β."""
-    if step >= config.beta_warmup_steps:
-        return config.beta
-    return config.beta * (step + 1) / config.beta_warmup_steps
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from inspect import unwrap
 from typing import Any
 
@@ -35,7 +34,7 @@ class SGD(Uncompiled, torch.optim.SGD):
     step = torch.no_grad()(unwrap(torch.optim.SGD.step))
 
 
-def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
+def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
     Learning rates are set before each step by ``set_learning_rate``. Adam is fused where torch has that kernel for the device:
@@ -47,8 +46,8 @@ def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         return [Adam(parameters, lr=config.lr, decoupled_weight_decay=config.name == "adamw", **adam)]  # type: ignore[arg-type]
     if config.name == "sgd":
         return [SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)]
-    matrices = [p for p in parameters if p.ndim == 2]
-    others = [p for p in parameters if p.ndim != 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in chosen]
     return [
         Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay),
         Adam(others, lr=config.lr_adam, **{**adam, "weight_decay": 0.0}),  # type: ignore[arg-type]
@@ -110,21 +109,11 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
     }
 
 
-def factor_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The learning rate of a step as a share of its peak: linear warm-up, then constant, or falling to 0 at ``total_steps``."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+def set_learning_rate(optimizers: list[Optimizer], factor: float, config: OptimConfig) -> None:
+    """Sets every optimizer's learning rate to a share of its peak.
 
-
-def set_learning_rate(optimizers: list[Optimizer], step: int, total_steps: int, config: OptimConfig) -> float:
-    """Sets every optimizer's learning rate for a step and returns the main one. By hand: a prepared scheduler steps once per process."""
-    factor = factor_at(step, total_steps, config)
+    By hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share the groups.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            # Accelerate's wrapper shares the groups; the second optimizer of muon has a peak of its own.
             group["lr"] = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)
-    return factor * config.lr

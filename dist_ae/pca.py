@@ -1,111 +1,169 @@
-"""The PCA start: an autoencoder that begins as the best linear code there is, instead of working towards it.
-
-act(a) - act(-a) = a for relu, gelu and silu alike, so two hidden units carry one linear component through a layer unchanged.
-"""
+"""Principal components of a data set, found by all processes together: the start of a model, and what it is compared with."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from dist_ae.config import Config, InputError
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
-from dist_ae.models import LOGVAR_RANGE, Autoencoder
+from dist_ae.models import Autoencoder, Components
 from dist_ae.processes.runtime import Runtime
+from dist_ae.processes.stop import StopRequested
 
-MAX_PIXELS = 8192  # the covariance has pixels² entries in float64: 512 MiB
-CHUNK = 256  # rows at once: sums of 256 products of bytes are exact in float32, so the covariance is the same on any number of processes
+SAMPLE_IMAGES = 65_536  # images looked at, at most: of 60,000 all, of a million a fixed sample
+SAMPLE_VALUES = 2**28  # and pixels looked at, which bounds the time for large images
+CHUNK_VALUES = 2**22  # pixels in one product
+EXACT_SIZE = (
+    1024  # up to here the covariance matrix is decomposed; beyond, its leading directions are found by products
+)
+OVERSAMPLE, PASSES = (
+    16,
+    4,
+)  # directions beside those wanted, and passes over the sample (Halko, Martinsson and Tropp 2011)
+
+
+def sample_rows(num_images: int, size: int) -> Tensor:
+    """The images that PCA looks at: evenly spaced rows, a pure function of the data set's size and the image's."""
+    count = min(num_images, SAMPLE_IMAGES, max(SAMPLE_VALUES // size, 1024))
+    return torch.arange(count) * num_images // count
+
+
+def patches(images: Tensor, side: int) -> Tensor:
+    """images [B, C, H, W] → patches [B·h·w, C·side·side], padded at the lower and right edge by repeating the last pixels."""
+    padded = pad_to_multiple(images, side)
+    return F.unfold(padded, side, stride=side).transpose(1, 2).flatten(0, 1)
+
+
+def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
+    """images [B, C, H, W] with height and width raised to multiples of ``factor`` by repeating the edge."""
+    height, width = images.shape[-2:]
+    if height % factor == 0 and width % factor == 0:
+        return images
+    return F.pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
 
 
 @torch.no_grad()
-def covariance(reader: Reader, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] of a split on [-1, 1], float64; each process sums its part and only the sums travel."""
-    pixels = math.prod(reader.split.images.shape[1:])
-    total = torch.zeros(pixels, dtype=torch.float64)
-    gram = torch.zeros(pixels, pixels, dtype=torch.float64)
-    integers = reader.split.images.dtype == "uint8"
-    mine = share(range(len(reader.split)), runtime.rank, runtime.world)
-    for start in range(mine.start, mine.stop, CHUNK):
-        images = reader.span(range(start, min(start + CHUNK, mine.stop))).flatten(1).cpu()
-        images = images.mul(255).round_().float() if integers else images.double()
-        total += images.double().sum(0)
-        gram += images.T @ images
-    count, scale = len(reader.split), 2 / 255 if integers else 2.0
-    total, gram = runtime.sum(total.to(runtime.device)).cpu(), runtime.sum(gram.to(runtime.device)).cpu()
-    mean = total / count
-    return mean * scale - 1, (gram / count - torch.outer(mean, mean)) * scale**2
+def principal_components(
+    reader: Reader, num: int, patch: int | None, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+) -> Components:
+    """The ``num`` leading principal components of images, or of their patches, on [-1, 1].
 
-
-@torch.no_grad()
-def pca_start(model: Autoencoder, config: Config, reader: Reader, runtime: Runtime) -> None:
-    """Sets the weights so that the model is PCA of the training images (of a VAE: probabilistic PCA, Tipping & Bishop 1999).
-
-    As many leading components as the code and half the narrowest hidden layer hold; the other units keep their random incoming
-    weights and start without influence. Rank 0's weights count: DDP hands them on.
+    A fixed sample is used. Small vectors get the exact decomposition of the sample's covariance. Large ones get a randomized
+    subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), whose cost grows with ``num`` and not with the square of
+    their size. Each process takes its part of the chunks, so the result does not depend on their number but for rounding.
 
     Raises:
-        InputError: images too large for a covariance matrix.
+        StopRequested: ``stop`` said so; it is asked before every chunk, equally often on every process.
     """
-    mean, cov = covariance(reader, runtime)
-    if not runtime.is_main:
-        return
-    values, vectors = torch.linalg.eigh(cov)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    vectors = vectors * torch.where(
-        vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0
-    )  # eigh leaves the sign open
-    k = components(config, len(mean))
-    values, basis = values[:k], vectors[:, :k].T  # [k], [k, D]
-    into, out, logvar = basis, basis.T, None
-    if config.model.variational:
-        # z = W⁺ (x - m) with W = U (Λ - σ²)^½: posterior mean (Λ - σ²)^½ Λ⁻¹ Uᵀ (x - m), variance σ² Λ⁻¹. σ on [-1, 1] is twice that on [0, 1].
-        discarded = float(cov.diagonal().sum() - values.sum()) / max(1, len(mean) - k)
-        variance = (
-            max(discarded, 1e-6) if config.objective.sigma == "learned" else (2 * float(config.objective.sigma)) ** 2
-        )
-        scale = (values - variance).clamp(min=0).sqrt()
-        into, out = basis * (scale / values.clamp(min=1e-12))[:, None], basis.T * scale
-        logvar = torch.where(scale > 0, (variance / values.clamp(min=1e-12)).log(), torch.zeros(())).clamp(
-            *LOGVAR_RANGE
-        )
-        if model.log_sigma is not None:
-            model.log_sigma.fill_(0.5 * math.log(variance) - math.log(2))
-    layers = [*model.encoder, model.to_code, *model.decoder, model.to_pixels]
-    for index, layer in enumerate(layers):
-        assert isinstance(layer, nn.Linear)
-        first, last, is_code = index == 0, layer is model.to_pixels, layer is model.to_code
-        # What comes in as pairs (a, -a) of hidden units, or as a itself from pixels or the code; what goes out likewise.
-        matrix = torch.eye(k, dtype=torch.float64)
-        bias = torch.zeros(k, dtype=torch.float64)
-        if first:
-            matrix, bias = into, -into @ mean
-        if last:
-            matrix, bias = matrix @ out.T if first else out, mean
-        paired_in = not first and layers[index - 1] is not model.to_code
-        if paired_in:
-            matrix = torch.cat([matrix, -matrix], 1)
-        if not (is_code or last):
-            matrix, bias = torch.cat([matrix, -matrix]), torch.cat([bias, -bias])
-        rows, columns = matrix.shape
-        if is_code:
-            layer.weight.zero_()
-            layer.bias.zero_()
-        layer.weight[:rows] = 0  # units outside the carried pairs start without influence on them
-        layer.weight[:rows, :columns] = matrix.to(layer.weight)
-        layer.bias[:rows] = bias.to(layer.bias)
-        if is_code and logvar is not None:
-            layer.bias[config.model.latent_dim : config.model.latent_dim + k] = logvar.to(layer.bias)
+    vectors = _Vectors(reader, patch, runtime, stop)
+    if vectors.size <= EXACT_SIZE or num > vectors.size // 4:
+        mean, covariance = vectors.covariance()
+        values, basis = torch.linalg.eigh(covariance)
+        values, basis = values.flip(0)[:num], basis.flip(1)[:, :num]
+        total = float(covariance.diagonal().sum())
+    else:
+        mean, values, basis, total = vectors.leading(num)
+    # A decomposition leaves the sign open: the largest entry of each component is positive.
+    basis = basis * torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    return Components(mean, values.clamp(min=0), basis.T.contiguous(), total)
 
 
-def components(config: Config, pixels: int) -> int:
-    """How many principal components the network can carry from start to end."""
-    return min(config.model.latent_dim, pixels, *(width // 2 for width in config.model.hidden_dims))
+class _Vectors:
+    """The sample's images or patches as rows of a matrix that is never held whole in floating point."""
+
+    def __init__(self, reader: Reader, patch: int | None, runtime: Runtime, stop: Callable[[], bool]) -> None:
+        self._patch, self._runtime, self._stop = patch, runtime, stop
+        shape = reader.split.images.shape[1:]
+        rows = sample_rows(len(reader.split), math.prod(shape))
+        per_image = 1 if patch is None else math.prod(-(-side // patch) for side in shape[1:])
+        self.size = math.prod(shape) if patch is None else shape[0] * patch * patch
+        self.count = len(rows) * per_image
+        self._bytes = reader.split.images.dtype == "uint8"
+        self._scale = 2 / 255 if self._bytes else 2.0  # of the sample's numbers to [-1, 1]
+        # Whole chunks go to processes: what is computed of a chunk does not depend on how many of them there are.
+        chunks = torch.split(rows, max(1, CHUNK_VALUES // math.prod(shape)))
+        self._turns = -(-len(chunks) // runtime.world)
+        mine = share(range(len(chunks)), runtime.rank, runtime.world)
+        self._sample: list[Tensor] = []
+        for turn in range(self._turns):
+            self._ask()
+            if turn < len(mine):
+                self._sample.append(reader.raw(chunks[mine.start + turn]))
+
+    def _ask(self) -> None:
+        if self._stop():
+            raise StopRequested
+
+    def chunks(self) -> Iterator[Tensor]:
+        """This process's vectors, chunk by chunk, [n, size]: whole numbers 0…255 in float32 for bytes, else float64."""
+        for turn in range(self._turns):
+            self._ask()
+            if turn < len(self._sample):
+                images = self._sample[turn].float() if self._bytes else self._sample[turn].double()
+                yield images.flatten(1) if self._patch is None else patches(images, self._patch)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return self._runtime.sum(values.to(self._runtime.device)).cpu()
+
+    def covariance(self) -> tuple[Tensor, Tensor]:
+        """Mean [size] and covariance [size, size]: products of 256 rows of bytes are exact in float32."""
+        total = torch.zeros(self.size, dtype=torch.float64)
+        gram = torch.zeros(self.size, self.size, dtype=torch.float64)
+        for chunk in self.chunks():
+            for part in torch.split(chunk, 256):
+                total += part.sum(0)
+                gram += part.T @ part
+        total, gram = self._sum(total), self._sum(gram)
+        mean = total / self.count
+        return mean * self._scale - 1, (gram / self.count - torch.outer(mean, mean)) * self._scale**2
+
+    def leading(self, num: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Mean [size], variances [num], directions [size, num] and the total variance."""
+        total = torch.zeros(self.size, dtype=torch.float64)
+        for chunk in self.chunks():
+            for part in torch.split(chunk, 256):
+                total += part.sum(0)
+        mean = self._sum(total) / self.count
+        width = min(num + OVERSAMPLE, self.size)
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.linalg.qr(torch.randn(self.size, width, generator=generator, dtype=torch.float64))[0]
+        for turn in range(PASSES):
+            applied = torch.zeros(self.size, width, dtype=torch.float64)
+            squares = torch.zeros((), dtype=torch.float64)
+            for chunk in self.chunks():
+                centred = chunk.sub_(mean.to(chunk.dtype))
+                applied += centred.T @ (centred @ basis.to(chunk.dtype))
+                squares += centred.square().sum()
+            applied = self._sum(applied) / self.count  # the covariance, applied to the basis
+            if turn < PASSES - 1:
+                basis = torch.linalg.qr(applied)[0]
+        # Rayleigh-Ritz: the covariance within the basis is small enough to decompose.
+        within = basis.T @ applied
+        values, rotation = torch.linalg.eigh((within + within.T) / 2)
+        directions = (basis @ rotation).flip(1)[:, :num]
+        variance = float(self._sum(squares)) / self.count * self._scale**2
+        return mean * self._scale - 1, values.flip(0)[:num] * self._scale**2, directions, variance
 
 
-def check(config: Config, pixels: int) -> None:
+def of_model(
+    model: Autoencoder, reader: Reader, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+) -> Components | None:
+    """The components that a model's start and its baseline need; None for a model that names no linear code."""
+    code = model.linear_code()
+    if code is None:
+        return None
+    shape = reader.split.images.shape[1:]
+    size = math.prod(shape) if code.patch is None else shape[0] * code.patch**2
+    return principal_components(reader, min(code.values, size), code.patch, runtime, stop)
+
+
+def check(config: Config, model: Autoencoder) -> None:
     """Refuses a PCA start that cannot be.
 
     Raises:
@@ -117,9 +175,52 @@ def check(config: Config, pixels: int) -> None:
         raise InputError(
             "model.start pca needs objective.likelihood gaussian: PCA gives pixels, not the logits of a Bernoulli model"
         )
-    if pixels > MAX_PIXELS:
-        raise InputError(
-            f"model.start pca needs images of at most {MAX_PIXELS} values, got {pixels}; use model.start random"
-        )
-    if components(config, pixels) < 1:
+    code = model.linear_code()
+    if code is None:
+        raise InputError("model.start pca: this model has no PCA start; use model.start random")
+    if code.components < 1:
         raise InputError("model.start pca needs hidden layers of at least 2 units")
+
+
+@torch.no_grad()
+def baseline(
+    model: Autoencoder, components: Components, val: Reader, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+) -> float:
+    """The squared error per pixel on [0, 1] of PCA, or patch PCA, with as many code values as the model has.
+
+    Args:
+        components: of the training images, as ``of_model`` gives them.
+        val: the images whose error it is.
+
+    Raises:
+        StopRequested: ``stop`` said so.
+    """
+    code = model.linear_code()
+    assert code is not None
+    shape = val.split.images.shape[1:]
+    mean, basis = components.mean.float(), components.basis.float()
+    squared = torch.zeros((), dtype=torch.float64)
+    starts = range(0, len(val.split), max(1, CHUNK_VALUES // math.prod(shape)))
+    mine = share(range(len(starts)), runtime.rank, runtime.world)
+    for turn in range(-(-len(starts) // runtime.world)):
+        if stop():
+            raise StopRequested
+        if turn < len(mine):
+            first = starts[mine.start + turn]
+            images = val.span(range(first, min(first + starts.step, len(val.split)))).float().cpu().mul(2).sub(1)
+            vectors = images.flatten(1) if code.patch is None else patches(images, code.patch)
+            coded = (vectors - mean) @ basis.T @ basis + mean
+            squared += (unpatched(coded, images.shape, code.patch) - images).square().sum()
+    total = float(runtime.sum(squared.to(runtime.device, runtime.exact)))
+    pixels: int = len(val.split) * math.prod(shape)
+    return total / (4 * pixels)  # [-1, 1] has twice the scale of [0, 1]
+
+
+def unpatched(vectors: Tensor, shape: torch.Size, side: int | None) -> Tensor:
+    """What ``patches`` made of images of ``shape``, put together again: [B, C, H, W]."""
+    if side is None:
+        return vectors.view(shape)
+    batch, _, height, width = shape
+    size = (-(-height // side) * side, -(-width // side) * side)
+    columns = vectors.view(batch, -1, vectors.shape[1]).transpose(1, 2)
+    return F.fold(columns, size, side, stride=side)[..., :height, :width]

@@ -9,18 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ae import timeline
 from dist_ae.config import Config
 from dist_ae.data.order import epoch_order, share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
 from dist_ae.draws import draw
 from dist_ae.guard import Guard
-from dist_ae.models import Autoencoder, initialize
+from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
-from dist_ae.objectives import Terms, beta_at, objective
+from dist_ae.objectives import Terms, objective
 from dist_ae.optim import build, materialize, set_learning_rate, state_tensors
 from dist_ae.processes.host_memory import SharedMean, share_memory
-from dist_ae.processes.runtime import Runtime, plan_batch
+from dist_ae.processes.runtime import Runtime, accumulation_steps
+from dist_ae.timeline import Timeline
 
 
 class Learner:
@@ -29,26 +31,85 @@ class Learner:
     Nothing in ``step`` reads the device, and nothing touches torch's global generators.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> None:
-        self.config, self.runtime, self.total_steps = config, runtime, total_steps
-        self.image_shape, self.num_images = dataset.image_shape, len(dataset.train)
-        self.steps_per_epoch = -(-self.num_images // config.train.batch_size)
-        self.accumulate = plan_batch(config.train.batch_size, runtime.world, config.train.max_per_process)[1]
-        self.raw_model = initialize(Autoencoder(config, dataset.image_shape), config.seed).to(
-            runtime.device, runtime.dtype
-        )
-        self.optimizers = build(self.raw_model, config.optim)
+    def __init__(self, config: Config, dataset: Dataset, model: Autoencoder, runtime: Runtime, steps: Timeline) -> None:
+        self.config, self.runtime, self.timeline = config, runtime, steps
+        self.accumulate = accumulation_steps(config.train.batch_size, runtime.world, config.train.max_per_process)
+        self.raw_model = model.to(runtime.device, runtime.dtype)
+        self.optimizers = build(self.raw_model, self.raw_model.matrices(), config.optim)
         materialize(self.optimizers)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
-        # Sums of loss, distortion and rate over this process's images since the last line of metrics, and the images of all processes.
+        # Sums of loss, distortion and rate over this process's images since the last line of metrics, and the images of all
+        # processes.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(dataset.train, runtime.device, runtime.dtype)
+        self._shapes = self.raw_model.draw_shapes()
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
+    # -- one step, in the order in which it happens
+
+    def step(self, step: int) -> None:
+        """Takes step ``step`` of the run; the same arithmetic on any number of processes."""
+        accelerator, config = self.runtime.accelerator, self.config
+        batch = self._batch(step)
+        self._backward(batch, share(range(len(batch)), self.runtime.rank, self.runtime.world), step)
+        factor = timeline.learning_rate(step, self.timeline.total_steps, config.optim)
+        set_learning_rate(self.optimizers, factor, config.optim)
+        if accelerator.scaler is None:
+            self.guard.check(step)
+        if config.optim.clip_norm is not None:
+            accelerator.clip_grad_norm_(self.parameters, config.optim.clip_norm)
+        for optimizer, prepared in zip(self.optimizers, self.prepared, strict=True):
+            if accelerator.scaler is None:
+                self.guard.update(optimizer)
+            else:
+                prepared.step()  # fp16: the scaler skips an overflowing step and lowers its scale
+        self._zero_grad()
+        self.window_images += len(batch)
+        if config.train.ema_decay is not None:
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.train.ema_decay)
+
+    def _batch(self, step: int) -> Tensor:
+        """The rows of the dataset that a step sees over all processes, [B], from the epoch's order, kept where rows are used."""
+        epoch = self.timeline.epoch(step)
+        if epoch != self._epoch:
+            order = epoch_order(self.config.seed, epoch, self.timeline.num_images)
+            self._epoch, self._order = epoch, order if self.images.resident is None else order.to(self.runtime.device)
+        positions = self.timeline.positions(step)
+        return self._order[positions.start : positions.stop]
+
+    def _backward(self, batch: Tensor, mine: range, step: int, images_in_batch: int | None = None) -> None:
+        """Adds up the gradient of the mean loss over the global batch; ``mine`` is this process's part, maybe empty."""
+        accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
+        # DDP averages over processes: times their number and over the global batch, every image weighs the same.
+        weight = runtime.world / (len(batch) if images_in_batch is None else images_in_batch)
+        beta = timeline.beta(step, config.objective)
+        for part in range(self.accumulate):
+            piece = share(mine, part, self.accumulate)
+            images = self.images.take(batch[piece.start : piece.stop])
+            draws = draw(self._shapes, config, step, piece, runtime.device, runtime.dtype)
+            last = part == self.accumulate - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                terms = objective(self.model, images, draws, config, beta)
+                total = terms.loss.sum()
+                # A loss that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient, on all
+                # processes.
+                accelerator.backward(total * (weight + total.detach() * 0))
+            self._count(terms)
+
+    @torch.no_grad()
+    def _count(self, terms: Terms) -> None:
+        self.window.add_(torch.stack([term.sum() for term in terms]))
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    # -- before the first step
+
     def prepare(self) -> None:
-        """Hands the model to Accelerate: DDP takes rank 0's weights to all; the optimizer's state follows, then one step that changes nothing."""
+        """Hands the model to Accelerate: DDP takes rank 0's weights to all, the optimizer's state follows, then a dry run."""
         accelerator = self.runtime.accelerator
         if self.config.train.compile:
             self.raw_model.compile()
@@ -57,10 +118,11 @@ class Learner:
             self._choose_reduction()
             for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
-        # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes the order in
-        # which gradients are added up. Empty batches get that over with, so a resumed run adds as the uninterrupted one does.
+        # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes the
+        # order in which gradients are added up. Empty batches get that over with, so a resumed run adds as the uninterrupted
+        # one does.
         for _ in range(3 if self.runtime.world > 1 else 1):
-            self._backward(range(0), torch.empty(0, dtype=torch.int64), step=0, batch_size=1)
+            self._backward(torch.empty(0, dtype=torch.int64), range(0), step=0, images_in_batch=1)
             self._zero_grad()
 
     def _choose_reduction(self) -> None:
@@ -75,6 +137,8 @@ class Learner:
 
             self.model.register_comm_hook(None, bf16_compress_hook)
 
+    # -- what others need to know
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds: the live tensors, to be saved or copied into."""
         parts = {
@@ -82,44 +146,13 @@ class Learner:
             "optimizer": state_tensors(self.raw_model, self.optimizers),
         }
         if self.ema:
-            parts["ema"] = dict(zip((name for name, _ in self.raw_model.named_parameters()), self.ema, strict=True))
+            names = (name for name, _ in self.raw_model.named_parameters())
+            parts["ema"] = dict(zip(names, self.ema, strict=True))
         return parts
 
-    def step(self, step: int) -> None:
-        """Takes step ``step`` of the run; the same arithmetic on any number of processes."""
-        batch = self._batch(step)
-        self._backward(
-            share(range(len(batch)), self.runtime.rank, self.runtime.world), batch, step=step, batch_size=len(batch)
-        )
-        set_learning_rate(self.optimizers, step, self.total_steps, self.config.optim)
-        if self.runtime.accelerator.scaler is None:
-            self.guard.check(step)
-        if self.config.optim.clip_norm is not None:
-            self.runtime.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
-        for optimizer, prepared in zip(self.optimizers, self.prepared, strict=True):
-            if self.runtime.accelerator.scaler is None:
-                self.guard.update(optimizer)
-            else:
-                prepared.step()  # fp16: the scaler skips an overflowing step and lowers its scale
-        self._zero_grad()
-        self.window_images += len(batch)
-        if self.config.train.ema_decay is not None:
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - self.config.train.ema_decay)
-
-    def epoch(self, step: int) -> float:
-        """Epochs completed before a step."""
-        return round(step / self.steps_per_epoch, 4)
-
-    def batch_size(self, step: int) -> int:
-        """Images of a step over all processes: the last batch of an epoch takes what is left."""
-        return min(
-            self.config.train.batch_size, self.num_images - step % self.steps_per_epoch * self.config.train.batch_size
-        )
-
-    def images_seen(self, step: int) -> int:
-        """Images seen before a step, over all processes."""
-        epochs, within = divmod(step, self.steps_per_epoch)
-        return epochs * self.num_images + within * self.config.train.batch_size
+    def rows(self, step: int) -> Tensor:
+        """The rows of the dataset that a step sees over all processes, [B], on the host."""
+        return self._batch(step).cpu()
 
     def take_window(self) -> dict[str, float]:
         """Means over the images of all processes since the last call, in nats per image. Reads the device."""
@@ -152,41 +185,3 @@ class Learner:
             held = parameter.clone()
             parameter.copy_(average)
             average.copy_(held)
-
-    def rows(self, step: int) -> Tensor:
-        """The rows of the dataset that step ``step`` sees over all processes, [B]."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.config.seed, epoch, self.num_images)
-        return order[within * self.config.train.batch_size : (within + 1) * self.config.train.batch_size]
-
-    def _batch(self, step: int) -> Tensor:
-        # As `rows`, with the epoch's permutation kept on the device: one copy an epoch instead of one a step.
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            order = epoch_order(self.config.seed, epoch, self.num_images)
-            self._epoch, self._order = epoch, order if self.images.resident is None else order.to(self.runtime.device)
-        return self._order[within * self.config.train.batch_size : (within + 1) * self.config.train.batch_size]
-
-    def _backward(self, mine: range, batch: Tensor, *, step: int, batch_size: int) -> None:
-        """Adds up the gradient of the mean loss over the global batch; ``mine`` is this process's part of it, which may be empty."""
-        accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
-        for part in range(self.accumulate):
-            piece = share(mine, part, self.accumulate)
-            images = self.images.take(batch[piece.start : piece.stop])
-            draws = draw(config, self.image_shape, step, piece, runtime.device, runtime.dtype)
-            last = part == self.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                terms = objective(self.model, images, draws, config, beta_at(step, config.objective))
-                total = terms.loss.sum()
-                # DDP averages over processes: times their number and over the global batch, every image weighs the same. A loss
-                # that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient, on all processes.
-                accelerator.backward(total * (runtime.world / batch_size + total.detach() * 0))
-            self._count(terms)
-
-    @torch.no_grad()
-    def _count(self, terms: Terms) -> None:
-        self.window.add_(torch.stack([term.sum() for term in terms]))
-
-    def _zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)

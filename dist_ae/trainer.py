@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors.torch
 import torch
 
-from dist_ae import pca
-from dist_ae.config import Config, InputError
+from dist_ae import pca, timeline
+from dist_ae.config import Config, Fault, InputError
 from dist_ae.data import sources
+from dist_ae.data.given import Given, given_dataset
+from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
-from dist_ae.evaluate import Interrupted, evaluate, selection
+from dist_ae.evaluate import evaluate, selection
+from dist_ae.files import Damaged, write_atomically
+from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.models.weights import weights_sha256
-from dist_ae.optim import factor_at
-from dist_ae.processes.runtime import Runtime, check_device, launched_world, plan_batch
-from dist_ae.processes.stop import Agreement, Signals
+from dist_ae.processes.environment import check_environment, launched_world, notes, pinned_torch
+from dist_ae.processes.runtime import Runtime, check_device
+from dist_ae.processes.stop import EXIT_STOPPED, Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
-from dist_ae.run.checkpoint import Checkpoint, Damaged, Tensors, read_checkpoint, write_atomically
-from dist_ae.run.directory import RunDirectory
+from dist_ae.run.checkpoint import Checkpoint, Tensors, read_checkpoint, template_of
+from dist_ae.run.directory import RunDirectory, SaveError
 from dist_ae.run.progress import Display
 from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.step import Learner
+from dist_ae.timeline import Timeline
+
+LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk
+STOP_SAVE_SECONDS = 4.0  # the same when a run is stopped, which must not take longer than 10 s in all
 
 
 class Stopped(Exception):
-    """A signal stopped the run; its state is saved and the same command goes on from there."""
+    """A signal stopped the run; the same command resumes it."""
 
-    exit_status = 75  # EX_TEMPFAIL
+    exit_status = EXIT_STOPPED
 
 
-class NonFinite(Exception):
+class NonFinite(Fault):
     """A loss or gradient was not finite. The weights are those before that step, and so is the last checkpoint."""
-
-    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -77,28 +82,13 @@ class State:
 
     step: int = 0
     evaluated: bool = False  # whether the evaluation due at this step was done
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best: dict[str, Any] | None = None  # step, metric and value of the best evaluation so far
+    pca_mse: float | None = None  # the error of the best linear code of the same size, once it is known
 
-
-def train(config: Config, report: Reporter | None = None, start_from: Path | None = None) -> Result:
-    """Trains one autoencoder, on as many processes as the launcher started; resumes what its run directory holds.
-
-    Args:
-        config: the experiment. Neither the hardware nor the number of processes is in it.
-        report: called after each evaluation on every process; a sweep's seam.
-        start_from: a checkpoint folder of another run of the same model: a run directory that has no checkpoint yet begins with its
-            weights, optimizer state and step. Population-based training clones a trial with it.
-
-    Raises:
-        InputError: bad configuration, data or run directory; before any process group starts.
-        Stopped: by SIGTERM or SIGINT, after a checkpoint at the current step.
-        NonFinite: a loss or gradient was not finite.
-        LostProcess: another process died or stopped answering.
-    """
-    with Signals().listening() as signals:
-        config, dataset = prepare(config)
-        with _run_directory(config, dataset) as folder:
-            return _train_together(Job(config, dataset, folder, report, start_from, signals))
+    def key(self) -> tuple[int, bool]:
+        """What a checkpoint of this state is a checkpoint of."""
+        return self.step, self.evaluated
 
 
 @dataclass(frozen=True)
@@ -107,10 +97,104 @@ class Job:
 
     config: Config
     dataset: Dataset
+    model: Autoencoder
     folder: RunDirectory | None  # None on all but rank 0
     report: Reporter | None
     start_from: Path | None
     signals: Signals
+
+
+def train(
+    config: Config,
+    report: Reporter | None = None,
+    start_from: Path | None = None,
+    *,
+    data: Given | None = None,
+    model: Builder | None = None,
+) -> Result:
+    """Trains one autoencoder, on as many processes as the launcher started; resumes what its run directory holds.
+
+    Args:
+        config: the experiment. Neither the hardware nor the number of processes is in it.
+        report: called after each evaluation on every process; a sweep's seam.
+        start_from: a checkpoint folder of another run of the same model. A run directory without a checkpoint begins with its
+            weights, optimizer state and step. Population-based training clones a trial with it.
+        data: images in place of ``config.data``: an array or tensor, uint8 or floats on [0, 1], [N, H, W], [N, C, H, W] or
+            [N, H, W, C]; a torch ``Dataset`` of them; or a pair of these, for training and validation.
+        model: a function that makes a model of your own from the shape of an image; see ``examples/own_model.py``.
+
+    Raises:
+        InputError: bad configuration, data or run directory; before any process group starts.
+        Stopped: by SIGTERM or SIGINT, after a checkpoint at the current step.
+        NonFinite: a loss or gradient was not finite.
+        SaveError: the last checkpoint could not be written.
+        LostProcess: another process died or stopped answering.
+    """
+    if not isinstance(config, Config):
+        raise InputError(f"train: expected a dist_ae.Config, such as PRESETS['ae'], got {type(config).__name__}")
+    with Signals().listening() as signals, pinned_torch(config.precision):
+        config, dataset, built = prepare(config, data, model)
+        with _run_directory(config, dataset) as folder:
+            return _train_together(Job(config, dataset, built, folder, report, start_from, signals))
+
+
+def prepare(
+    config: Config, data: Given | None = None, own: Builder | None = None
+) -> tuple[Config, Dataset, Autoencoder]:
+    """Finds everything that can be wrong with the input, before any process group starts, and fills in the image shape."""
+    launched_world()
+    check_environment()
+    check_device(config)
+    if data is not None:
+        config = config.override({"data.name": "memory"})
+    if own is not None:
+        config = config.override({"model.architecture": "own"})
+    dataset = sources.load(config.data) if data is None else given_dataset(data, config.data.val_fraction)
+    if config.model.image_shape not in (None, dataset.image_shape):
+        raise InputError(
+            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are {dataset.image_shape}"
+        )
+    if config.train.batch_size > len(dataset.train):
+        raise InputError(
+            f"train.batch_size {config.train.batch_size} is larger than the dataset: "
+            f"{dataset.name} has {len(dataset.train)} training images"
+        )
+    config = config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()})
+    model = build(config, dataset.image_shape, own)
+    pca.check(config, model)
+    return config, dataset, model
+
+
+@contextmanager
+def _run_directory(config: Config, dataset: Dataset) -> Iterator[RunDirectory | None]:
+    """The locked run directory on rank 0, None on the others."""
+    if launched_world()[0] != 0:
+        yield None
+        return
+    folder = RunDirectory(config.directory())
+    try:
+        trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
+        if (
+            config.optim.schedule != "constant"
+        ):  # it ends at the last step: another length is another rate from the start
+            trajectory["total_steps"] = Timeline.of(config.train, len(dataset.train)).total_steps
+        # A field that an older version did not know has the value that means "as it was": its default.
+        folder.claim(trajectory, describe(config), unknown=Config().trajectory_values())
+        yield folder
+    finally:
+        folder.close()
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The resolved configuration, the versions and the number of processes, for config.json and the trackers."""
+    import accelerate
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    return {"config": config.model_dump(mode="json"), "versions": versions, "world_size": launched_world()[1]}
 
 
 def _train_together(job: Job) -> Result:
@@ -127,194 +211,190 @@ def _train_together(job: Job) -> Result:
         runtime.close()
 
 
-def prepare(config: Config) -> tuple[Config, Dataset]:
-    """Finds everything that can be wrong with the input, before any process group starts, and fills in the image shape."""
-    check_device(config)
-    plan_batch(config.train.batch_size, launched_world()[1], config.train.max_per_process)
-    dataset = sources.load(config.data)
-    if config.model.image_shape not in (None, dataset.image_shape):
-        raise InputError(
-            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are {dataset.image_shape}"
-        )
-    pca.check(config, math.prod(dataset.image_shape))
-    if config.train.batch_size > len(dataset.train):
-        raise InputError(
-            f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has {len(dataset.train)} training images"
-        )
-    return config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()}), dataset
-
-
-@contextmanager
-def _run_directory(config: Config, dataset: Dataset) -> Iterator[RunDirectory | None]:
-    """The locked run directory on rank 0, None on the others."""
-    if launched_world()[0] != 0:
-        yield None
-        return
-    folder = RunDirectory(config.directory())
-    try:
-        trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
-        if (
-            config.optim.schedule != "constant"
-        ):  # it ends at the last step: another length is another learning rate from the start
-            trajectory["total_steps"] = _total_steps(config, dataset)
-        folder.claim(trajectory, describe(config))
-        yield folder
-    finally:
-        folder.close()
-
-
-def _total_steps(config: Config, dataset: Dataset) -> int:
-    return config.train.steps or config.train.epochs * -(-len(dataset.train) // config.train.batch_size)
-
-
-def describe(config: Config) -> dict[str, Any]:
-    """The resolved configuration, the versions and the number of processes, for config.json and the trackers."""
-    import accelerate
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
-    return {"config": config.model_dump(mode="json"), "versions": versions, "world_size": launched_world()[1]}
-
-
 def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
-    config, dataset, folder = job.config, job.dataset, job.folder
-    run_dir, total_steps = config.directory(), _total_steps(config, dataset)
-    finished = runtime.on_main(lambda: folder.read("result.json") if folder else None)
-    if finished is not None and finished.get("steps") == total_steps:
-        return Result(**{**finished, "run_dir": run_dir})
+    config, folder = job.config, job.folder
+    steps = Timeline.of(config.train, len(job.dataset.train))
+    finished = runtime.on_main(lambda: _finished(folder, steps) if folder else None)
+    if finished is not None:
+        return Result(**finished, run_dir=config.directory())
 
-    learner = Learner(config, dataset, runtime, total_steps)
+    # Start, or resume.
+    learner = Learner(config, job.dataset, job.model, runtime, steps)
+    validation = Reader(job.dataset.val, runtime.device, runtime.dtype)
     state = _resume(learner, folder, job.start_from)
+    display = Display(runtime.is_main, state.step, steps.total_steps)
+    for line in (*notes(config), *_headline(job, learner, state)):
+        display.say(line)
+    stops, pauses = Agreement(runtime, job.signals), Agreement(runtime, job.signals)
+    components = None
     if config.model.start == "pca" and state.step == 0:
-        pca.pca_start(learner.raw_model, config, learner.images, runtime)
+        components = pca.of_model(learner.raw_model, learner.images, runtime)
+        if components is not None and runtime.is_main:
+            learner.raw_model.start_from(components, config.objective)
     learner.prepare()
-    validation = Reader(dataset.val, runtime.device, runtime.dtype)
-    display = Display(runtime.is_main, state.step, total_steps)
-    display.say(_headline(config, dataset, learner, state))
     tracking = _start_tracking(config, folder, display) if folder else None
-    eval_every = config.train.eval_every or learner.steps_per_epoch
-    save_every = config.train.save_every or eval_every
-    clock, steps, batches = Clock(runtime), Agreement(runtime, job.signals), Agreement(runtime, job.signals)
-    metrics: dict[str, float] = {}
-    saved = (state.step, state.evaluated)
-
-    def record(split: str, values: dict[str, float]) -> None:
-        if folder is not None:
-            folder.append_metrics({"step": state.step, "epoch": learner.epoch(state.step), "split": split, **values})
-        if tracking is not None:
-            tracking.log({f"{split}/{name}": value for name, value in values.items()}, state.step)
-
-    def save() -> None:
-        nonlocal saved
-        if saved != (state.step, state.evaluated):
-            _refuse_non_finite(learner, folder)
-            _save(learner, state, folder)
-            saved = (state.step, state.evaluated)
-
-    def stop() -> NoReturn:
-        save()
-        raise Stopped(f"stopped at step {state.step} of {total_steps}; the same command goes on from there ({run_dir})")
+    clock, saved, stopping = Clock(runtime), state.key(), False
+    job.signals.has_work = True
 
     with display, tracking or nullcontext():
         while True:
-            due = (state.step % eval_every == 0 and state.step > 0) or state.step == total_steps
-            if due and not (state.evaluated and metrics):
+            # Evaluate.
+            if steps.evaluates(state.step) and not (state.evaluated and state.metrics):
                 clock.pause()
                 _refuse_non_finite(learner, folder)
                 try:
+                    if state.pca_mse is None:
+                        components = components or pca.of_model(learner.raw_model, learner.images, runtime, pauses.stop)
+                        if components is not None:
+                            model = learner.raw_model
+                            state.pca_mse = pca.baseline(model, components, validation, runtime, pauses.stop)
+                        components = None
                     with learner.evaluation_weights():
-                        metrics = evaluate(learner.model, validation, config, runtime, batches.stop)
-                except Interrupted:
-                    stop()
-                if (
-                    not state.evaluated
-                ):  # else resumed from a checkpoint after its evaluation: only the figures were missing
-                    state.evaluated = True
-                    state.best = _best(state, config, metrics)
-                    record("val", metrics)
-                display.evaluated(state.step, total_steps, learner.epoch(state.step), metrics, clock.rate())
-            if state.step % save_every == 0 or state.step == total_steps:
+                        metrics = evaluate(learner.model, validation, config, runtime, pauses.stop)
+                except StopRequested:
+                    stopping = True
+                else:
+                    _note_evaluation(learner, state, metrics, folder, tracking)
+                    display.evaluated(
+                        state.step, steps.total_steps, steps.epochs_done(state.step), metrics, clock.rate()
+                    )
+                    if _draws_pictures(state.step, steps):
+                        _draw_pictures(learner, state, validation, folder, tracking)
+
+            # Save.
+            new_best = state.evaluated and state.best is not None and state.best["step"] == state.step
+            if stopping or steps.saves(state.step) or new_best:
                 clock.pause()
-                save()
-            if due and job.report is not None:
-                job.report(Report(state.step, total_steps, learner.epoch(state.step), _prefixed(metrics), run_dir))
-            if state.step == total_steps:
+                if saved != state.key():
+                    _refuse_non_finite(learner, folder)
+                    last = state.step == steps.total_steps and not stopping
+                    patience = LAST_SAVE_SECONDS if last else STOP_SAVE_SECONDS if stopping else 0.0
+                    if _save(learner, state, folder, min(patience, config.train.timeout / 2)):
+                        saved = state.key()
+                if stopping:
+                    raise Stopped(_stopped(state, saved, steps, config))
+
+            # Report.
+            if steps.evaluates(state.step) and job.report is not None:
+                progress = steps.total_steps, steps.epochs_done(state.step)
+                job.report(Report(state.step, *progress, _prefixed(state), config.directory()))
+
+            # Done, or stopped?
+            if state.step == steps.total_steps:
+                if saved[0] != state.step:
+                    raise SaveError(_unsaved(state, saved, config))
                 break
-            if steps.stop():
-                stop()
+            if stops.stop():
+                stopping = True
+                continue
+
+            # Train.
             clock.start()
             watch.step = state.step
             learner.step(state.step)
+            clock.images += len(steps.positions(state.step))
             state.step, state.evaluated = state.step + 1, False
-            clock.images += learner.batch_size(state.step - 1)
-            if state.step % config.train.log_every == 0 or state.step == total_steps:
+
+            # Log: the only place where a step's figures are read back.
+            if steps.logs(state.step):
                 _refuse_non_finite(learner, folder)
-                rate = factor_at(state.step - 1, total_steps, config.optim) * config.optim.lr
+                rate = timeline.learning_rate(state.step - 1, steps.total_steps, config.optim) * config.optim.lr
                 values = {**learner.take_window(), "lr": rate, "images_per_second": clock.rate()}
-                record("train", values)
+                _record("train", values, state.step, steps, folder, tracking)
                 display.advance(state.step, values["loss"], values["images_per_second"])
-        return _finish(learner, state, metrics, validation, clock, folder, tracking)
+
+        learner.refuse_divergence()
+        result = runtime.on_main(lambda: _write_result(learner, state, clock, folder) if folder else None)
+        display.say(_against_pca(learner.raw_model, state))
+        return Result(**result, run_dir=config.directory())
+
+
+# ------------------------------------------------------------------------------------------------- the parts of the loop
+
+
+def _finished(folder: RunDirectory, steps: Timeline) -> dict[str, Any] | None:
+    """What ``result.json`` says of a run that is finished: one whose last step is on the disk."""
+    kept = folder.read("result.json")
+    wanted = {f.name for f in fields(Result)} - {"run_dir"}
+    if kept is None or not wanted <= set(kept) or kept["steps"] != steps.total_steps:
+        return None
+    return {name: kept[name] for name in wanted} if folder.holds(steps.total_steps) else None
 
 
 def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | None) -> State:
-    """Fills the learner from the newest good checkpoint, else from ``start_from``; rank 0 reads it, ``Learner.prepare`` hands the tensors on."""
+    """Fills the learner from the newest good checkpoint, else from ``start_from``.
+
+    Rank 0 reads it; ``Learner.prepare`` hands the tensors on.
+    """
     live = _files(learner)
 
     def read() -> dict[str, Any] | None:
         assert folder is not None
-        templates = {
-            name: {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} for name, tensors in live.items()
-        }
+        templates = {name: template_of(tensors) for name, tensors in live.items()}
         checkpoint = folder.latest(templates)
         if checkpoint is None and start_from is not None:
             try:
                 checkpoint = read_checkpoint(start_from, templates)
             except Damaged as error:
                 raise InputError(f"start_from {start_from}: {error}") from None
-            checkpoint.state |= {"evaluated": False, "best": None}  # those were the other run's
+            checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}  # those were the other run's
         if checkpoint is None:
             folder.rewind_metrics(0, evaluated=False)
             return None
-        if checkpoint.step > learner.total_steps:
+        total = learner.timeline.total_steps
+        if checkpoint.step > total:
             raise InputError(
-                f"{folder.path} was already trained for {checkpoint.step} steps, more than the {learner.total_steps} asked for; "
+                f"{folder.path} was already trained for {checkpoint.step} steps, more than the {total} asked for; "
                 "ask for more, or choose another --run-dir"
             )
         with torch.no_grad():
             for name, tensors in checkpoint.files.items():
                 for key, tensor in tensors.items():
                     live[name][key].copy_(tensor)
-        folder.rewind_metrics(checkpoint.step, bool(checkpoint.state["evaluated"]))
+        folder.rewind_metrics(checkpoint.step, bool(checkpoint.state.get("evaluated")))
         return {"step": checkpoint.step, **checkpoint.state}
 
     kept = learner.runtime.on_main(read)
     if kept is None:
         return State()
-    learner.window_images = int(kept["window_images"])
-    if folder is not None:  # the sums of all processes go on in rank 0's
-        learner.window.copy_(torch.tensor(kept["window"], dtype=learner.window.dtype))
-    if kept["scaler"] and learner.runtime.accelerator.scaler is not None:
-        learner.runtime.accelerator.scaler.load_state_dict(kept["scaler"])
-    return State(int(kept["step"]), bool(kept["evaluated"]), kept["best"])
+    try:
+        learner.window_images = int(kept["window_images"])
+        if folder is not None:  # the sums of all processes go on in rank 0's
+            learner.window.copy_(torch.tensor(kept["window"], dtype=learner.window.dtype))
+        if kept["scaler"] and learner.runtime.accelerator.scaler is not None:
+            learner.runtime.accelerator.scaler.load_state_dict(kept["scaler"])
+        state = State(int(kept["step"]), bool(kept["evaluated"]), kept.get("metrics") or {}, kept["best"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"checkpoint {kept['step']} of {learner.config.directory()}: its state.json lacks what a resume needs ({error!r}). "
+            "Remove that checkpoint to resume from the one before it"
+        ) from None
+    state.pca_mse = kept.get("pca_mse")
+    return state
 
 
-def _save(learner: Learner, state: State, folder: RunDirectory | None) -> None:
+def _save(learner: Learner, state: State, folder: RunDirectory | None, patience: float) -> bool:
+    """Writes a checkpoint; the same answer on every process to whether it is on the disk.
+
+    Args:
+        patience: seconds to go on trying while the disk takes nothing.
+    """
     window = learner.runtime.sum(learner.window.clone()).tolist()
-    if folder is None:
-        return
-    scaler = learner.runtime.accelerator.scaler
-    rest = {
-        "evaluated": state.evaluated,
-        "best": state.best,
-        "images_seen": learner.images_seen(state.step),
-        "window": window,
-        "window_images": learner.window_images,
-        "scaler": scaler.state_dict() if scaler else None,
-    }
-    folder.save(
-        Checkpoint(state.step, _files(learner), rest),
-        learner.config.train.keep,
-        state.best["step"] if state.best else None,
-    )
+
+    def write() -> bool:
+        assert folder is not None
+        scaler = learner.runtime.accelerator.scaler
+        rest = {
+            "images_seen": learner.timeline.images_seen(state.step),
+            "window": window,
+            "window_images": learner.window_images,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        checkpoint = Checkpoint(state.step, _files(learner), {**asdict(state), **rest})
+        best = state.best["step"] if state.best else None
+        return folder.save(checkpoint, learner.config.train.keep, best, patience)
+
+    return bool(learner.runtime.on_main(write))
 
 
 def _files(learner: Learner) -> dict[str, Tensors]:
@@ -332,76 +412,144 @@ def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
     if step is None:
         return
     if folder is not None:
-        bundle = {
-            "step": step,
-            "seed": learner.config.seed,
-            "rows": learner.rows(step).tolist(),
-            "config": learner.config.model_dump(mode="json"),
-        }
+        config, rows = learner.config, learner.rows(step).tolist()
+        bundle = {"step": step, "seed": config.seed, "rows": rows, "config": config.model_dump(mode="json")}
         folder.write("nonfinite.json", bundle)
         write_atomically(folder.path / "nonfinite.safetensors", safetensors.torch.save(learner.tensors()["weights"]))
     raise NonFinite(
-        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is from before it. "
-        f"`dist-ae doctor {learner.config.directory()} --replay` repeats that step on one process; a lower optim.lr or optim.clip_norm may help"
+        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is from "
+        f"before it. `dist-ae doctor {learner.config.directory()} --replay` repeats that step on one process; a lower "
+        "optim.lr or optim.clip_norm may help"
     )
 
 
-def _best(state: State, config: Config, metrics: dict[str, float]) -> dict[str, Any]:
-    name, sign = selection(config)
-    if state.best is not None and sign * metrics[name] <= sign * state.best["value"]:
-        return state.best
-    return {"step": state.step, "metric": f"val.{name}", "value": metrics[name]}
-
-
-def _finish(
+def _note_evaluation(
     learner: Learner,
     state: State,
     metrics: dict[str, float],
-    validation: Reader,
-    clock: Clock,
     folder: RunDirectory | None,
     tracking: Tracking | None,
-) -> Result:
-    """The pictures and ``result.json``, on rank 0; the same result on every process."""
+) -> None:
+    """Takes an evaluation into the state and the records, once: a resumed run finds it in its checkpoint."""
+    if state.pca_mse is not None:
+        metrics["pca_mse"] = state.pca_mse
+    state.metrics = metrics
+    if state.evaluated:  # resumed from a checkpoint of an older version, which kept no metrics
+        return
+    state.evaluated = True
+    name, sign = selection(learner.config)
+    if state.best is None or sign * metrics[name] > sign * state.best["value"]:
+        state.best = {"step": state.step, "metric": f"val.{name}", "value": metrics[name]}
+    _record("val", metrics, state.step, learner.timeline, folder, tracking)
 
-    learner.refuse_divergence()
 
-    def write() -> dict[str, Any]:
-        from dist_ae.figures import (
-            run_pictures,  # matplotlib takes 0.5 s to import, which the first step need not wait for
-        )
+def _record(
+    split: str,
+    values: dict[str, float],
+    step: int,
+    steps: Timeline,
+    folder: RunDirectory | None,
+    tracking: Tracking | None,
+) -> None:
+    if folder is not None:
+        folder.append_metrics({"step": step, "epoch": steps.epochs_done(step), "split": split, **values})
+    if tracking is not None:
+        tracking.log({f"{split}/{name}": value for name, value in values.items()}, step)
 
-        assert folder is not None
-        weights = learner.tensors()["ema" if learner.ema else "weights"]
+
+def _draws_pictures(step: int, steps: Timeline) -> bool:
+    """At the first evaluation, then at doubling intervals, and at the end."""
+    evaluation = step // steps.eval_every
+    return step == steps.total_steps or evaluation & (evaluation - 1) == 0
+
+
+def _draw_pictures(
+    learner: Learner, state: State, validation: Reader, folder: RunDirectory | None, tracking: Tracking | None
+) -> None:
+    """Draws the run's pictures on rank 0. A picture never fails a run."""
+    if folder is None:
+        return
+    from dist_ae.figures import run_pictures  # matplotlib takes 0.5 s to import, which the first step need not wait for
+
+    try:
         with learner.evaluation_weights():
-            pictures = run_pictures(learner.raw_model, learner.config, validation, folder.path)
-        for name, path in pictures.items():
-            if tracking is not None:
-                tracking.log_image(name, path, state.step)
-        assert state.best is not None
-        result = {
-            "metrics": _prefixed(metrics),
-            "steps": state.step,
-            "world_size": learner.runtime.world,
-            "images_per_second": clock.rate(),
-            "weights_sha256": weights_sha256(weights),
-            "best_step": state.best["step"],
-        }
-        folder.write("result.json", result)
-        return result
-
-    return Result(**learner.runtime.on_main(write), run_dir=learner.config.directory())
+            pictures = run_pictures(learner.raw_model, learner.config, validation, folder.path, step=state.step)
+    except Exception as error:
+        folder.warn(f"the pictures of step {state.step} could not be drawn ({type(error).__name__}: {error})")
+        return
+    for name, path in pictures.items():
+        if tracking is not None:
+            tracking.log_image(name, path, state.step)
 
 
-def _prefixed(metrics: dict[str, float]) -> dict[str, float]:
-    return {f"val.{name}": value for name, value in metrics.items()}
+def _write_result(learner: Learner, state: State, clock: Clock, folder: RunDirectory) -> dict[str, Any]:
+    assert state.best is not None
+    result = {
+        "metrics": _prefixed(state),
+        "steps": state.step,
+        "world_size": learner.runtime.world,
+        "images_per_second": clock.rate(),
+        "weights_sha256": weights_sha256(learner.tensors()["ema" if learner.ema else "weights"]),
+        "best_step": state.best["step"],
+    }
+    folder.write("result.json", result)
+    return result
 
 
-def _headline(config: Config, dataset: Dataset, learner: Learner, state: State) -> str:
-    world, parameters = learner.runtime.world, sum(p.numel() for p in learner.parameters)
+def _prefixed(state: State) -> dict[str, float]:
+    return {f"val.{name}": value for name, value in state.metrics.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- what is said
+
+
+def _headline(job: Job, learner: Learner, state: State) -> list[str]:
+    config, world = job.config, learner.runtime.world
+    parameters = sum(p.numel() for p in learner.parameters)
+    numbers = torch.Size(learner.raw_model.code_shape).numel()
     where = f"{world} process{'es' if world > 1 else ''} on {learner.runtime.device.type}, {config.precision}"
-    start = f"resuming at step {state.step}" if state.step else f"{learner.total_steps} steps"
-    return f"{config.name} on {dataset.name}: {len(dataset.train)} images, {parameters:,} parameters, {where}; {start} → {config.directory()}"
+    start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
+    lines = [
+        f"{config.name} on {job.dataset.name}: {len(job.dataset.train):,} images ({learner.images.placement}), "
+        f"code of {numbers:,} numbers, {parameters:,} parameters, {where}; {start} → {config.directory()}"
+    ]
+    batch = config.train.batch_size
+    if batch % world:
+        shares = [len(share(range(batch), rank, world)) for rank in range(world)]
+        lines.append(f"the batch of {batch} is shared as {' + '.join(map(str, shares))} images")
+    return lines
+
+
+def _stopped(state: State, saved: tuple[int, bool], steps: Timeline, config: Config) -> str:
+    where = f"the same command resumes there ({config.directory()})"
+    if saved[0] == state.step:
+        return f"stopped at step {state.step} of {steps.total_steps}; {where}"
+    return (
+        f"stopped at step {state.step} of {steps.total_steps}, and no checkpoint of it could be written. The last one on the "
+        f"disk is of step {saved[0]}: free some room, and {where}"
+    )
+
+
+def _unsaved(state: State, saved: tuple[int, bool], config: Config) -> str:
+    return (
+        f"the last checkpoint, of step {state.step}, could not be written to {config.directory()}. The run is not finished: the "
+        f"last checkpoint on the disk is of step {saved[0]}. Free some room; the same command resumes there"
+    )
+
+
+def _against_pca(model: Autoencoder, state: State) -> str:
+    """One plain line: is the model worth its training?"""
+    mse, linear, code = state.metrics["mse"], state.pca_mse, model.linear_code()
+    if not linear or code is None:
+        return ""
+    numbers = torch.Size(model.code_shape).numel()
+    name = "PCA" if code.patch is None else f"PCA of {code.patch} × {code.patch} patches"
+    if mse <= linear:
+        return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
+    return (
+        f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} ABOVE {name} with {numbers:,} numbers ({linear:.3g}), the best "
+        "linear code of that size. Train longer, lower optim.lr, or begin with --model.start pca"
+    )
 
 
 def _start_tracking(config: Config, folder: RunDirectory, display: Display) -> Tracking:

@@ -85,6 +85,8 @@ def watched(
         return operation
 
     with contextlib.ExitStack() as stack:
+        # By whole paths, which this test follows, in place of descriptors of folders.
+        stack.enter_context(mock.patch.object(shutil, "_use_fd_functions", False))
         for name in OPERATIONS:
             stack.enter_context(mock.patch.object(os, name, wrap(name)))
         yield
@@ -431,8 +433,8 @@ def test_a_second_job_is_refused_and_names_the_first_and_a_dead_one_s_lock_is_ta
     import time
 
     def hold(rank: int) -> None:
-        RunDirectory(tmp_path)
-        (tmp_path / "held").write_text(str(os.getpid()))
+        kept = RunDirectory(tmp_path)
+        (kept.path / "held").write_text(str(os.getpid()))
         time.sleep(60)
 
     from conftest import Forked

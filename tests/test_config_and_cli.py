@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import SMALL, environment, run
+from conftest import SMALL, environment
 
 from dist_ae.config import Config, InputError, _walk, load_config
 from dist_ae.presets import PRESETS
@@ -147,11 +147,6 @@ def test_a_run_directory_of_another_experiment_is_refused_showing_old_and_new(tm
     assert done.returncode == 2
     assert "model.latent_dim: 32 there, 5 now" in done.stderr and "optim.lr: 0.001 there, 0.01 now" in done.stderr
     assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*.json*"))
-
-
-def test_a_batch_that_does_not_divide_names_the_nearest_sizes_on_every_process() -> None:
-    for status, _, err in run(2, "-m", "dist_ae", "train", "ae", "--train.batch-size", "99"):
-        assert status == 2 and "the nearest that do are 98 or 100" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dist_ae.data import sources
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, keyed
 from dist_ae.evaluate import EVALUATION_SEED, evaluate, fixed_noise
-from dist_ae.models import Autoencoder, initialize
+from dist_ae.models import build
 from dist_ae.presets import PRESETS
 from dist_ae.processes.runtime import Runtime
 
@@ -27,7 +27,7 @@ def main(path: str) -> None:
     found = {}
     dataset = sources.load(VAE.data.model_copy(update={"name": f"array:{path}"}))
     runtime = Runtime(VAE)
-    model = runtime.accelerator.prepare(initialize(Autoencoder(VAE, dataset.image_shape), 0))
+    model = runtime.accelerator.prepare(build(VAE, dataset.image_shape))
     for size in (64, 1000, 20_000):
         config = VAE.override({"evaluation.batch_size": size})
         found[size] = evaluate(model, Reader(dataset.val, runtime.device), config, runtime)
@@ -61,7 +61,7 @@ def test_figures_are_what_their_names_say(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (333, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", train=images, val=images)
     dataset = sources.load(VAE.data.model_copy(update={"name": f"array:{tmp_path / 'a.npz'}"}))
-    model, runtime = initialize(Autoencoder(VAE, (1, 4, 4)), 0), Runtime(VAE)
+    model, runtime = build(VAE, (1, 4, 4)), Runtime(VAE)
     found = evaluate(model, Reader(dataset.val, runtime.device), VAE, runtime)
 
     x, rows = torch.from_numpy(images)[:, None] / 255, range(333)
@@ -86,7 +86,7 @@ def test_evaluation_does_not_depend_on_what_was_trained_with(tmp_path: Path) -> 
     dataset = sources.load(VAE.data)
     runtime = Runtime(VAE)
     reader = Reader(dataset.val, runtime.device)
-    model = initialize(Autoencoder(VAE, dataset.image_shape), 0)
+    model = build(VAE, dataset.image_shape)
     changed = VAE.override({"objective.noise_std": 0.9, "model.dropout": 0.5, "objective.beta": 7.0, "seed": 5})
     assert evaluate(model, reader, VAE, runtime) == evaluate(model, reader, changed, runtime)
 

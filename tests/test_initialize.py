@@ -12,12 +12,11 @@ from conftest import SMALL, forked, metrics, relative_difference, weights
 from sklearn.decomposition import PCA
 
 import dist_ae
+from dist_ae import pca as components_of
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.reader import Reader
-from dist_ae.models import Autoencoder
-from dist_ae.models import initialize as randomize
-from dist_ae.pca import check, components, pca_start
+from dist_ae.models import Autoencoder, build
 from dist_ae.presets import PRESETS
 from dist_ae.processes.runtime import Runtime
 
@@ -36,8 +35,11 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def started(config: Config) -> Autoencoder:
-    model, runtime = randomize(Autoencoder(config, (1, 8, 8)), 0).to(torch.float64), Runtime(config)
-    pca_start(model, config, Reader(DIGITS.train, runtime.device, torch.float64), runtime)
+    """The model before its first step, as a run begins with it."""
+    model, runtime = build(config, (1, 8, 8)).to(torch.float64), Runtime(config)
+    components = components_of.of_model(model, Reader(DIGITS.train, runtime.device, torch.float64), runtime)
+    assert components is not None
+    model.start_from(components, config.objective)
     return model
 
 
@@ -75,7 +77,6 @@ def test_a_code_that_does_not_fit_carries_the_leading_components() -> None:
     config = PRESETS["ae"].override(
         {"model.latent_dim": 30, "model.hidden_dims": (40, 20), "model.start": "pca", "precision": "fp64"}
     )
-    assert components(config, 64) == 10
     pca = PCA(10, svd_solver="full").fit(TRAIN)
     found = (
         started(config)(torch.from_numpy(VAL).view(-1, 1, 8, 8)).reconstruction.detach().numpy().reshape(len(VAL), -1)
@@ -111,11 +112,13 @@ def test_a_vae_starts_as_probabilistic_pca(sigma: float | str) -> None:
         assert float(model.log_sigma.detach().exp()) == pytest.approx(np.sqrt(variance))
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    settings = {**SMALL, "model.start": "pca", "run_dir": str(tmp_path / "run")}
     with pytest.raises(InputError, match=r"needs objective\.likelihood gaussian"):
-        check(PRESETS["vae"].override({"model.start": "pca", "objective.likelihood": "bernoulli"}), 64)
-    with pytest.raises(InputError, match="at most 8192 values, got 9000"):
-        check(PRESETS["ae"].override({"model.start": "pca", "objective.likelihood": "gaussian"}), 9000)
+        dist_ae.train(PRESETS["vae"].override({**settings, "objective.likelihood": "bernoulli"}))
+    with pytest.raises(InputError, match="at least 2 units"):
+        dist_ae.train(PRESETS["ae"].override({**settings, "model.hidden_dims": (1,)}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_from_pca_beats_pca_and_is_the_same_on_1_and_3_processes(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_file_starts_the_processes_it_promises(name: str, processes: int, tmp_
     done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == processes
-    assert done.stdout.count("val.mse") == 1  # rank 0 only
+    assert done.stdout.count("val.psnr") == 1  # rank 0 only
 
 
 def processes_of(run_dir: Path) -> list[int]:

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from dist_ae.draws import BLOCK, draw, keyed, keyed_seed
-from dist_ae.models import Autoencoder, initialize
+from dist_ae.draws import BLOCK, DrawShapes, draw, keyed, keyed_seed
+from dist_ae.models import build
 from dist_ae.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -17,10 +17,14 @@ EVERYTHING = PRESETS["vae"].override(
 )
 
 
+def shapes(image_shape: tuple[int, ...]) -> DrawShapes:
+    return build(EVERYTHING, image_shape).draw_shapes()
+
+
 def test_draws_of_rows_are_the_rows_of_the_whole_batch() -> None:
-    whole = draw(EVERYTHING, (1, 4, 4), step=7, rows=range(100), device=CPU)
+    whole = draw(shapes((1, 4, 4)), EVERYTHING, step=7, rows=range(100), device=CPU)
     for rows in (range(32), range(32, 64), range(5, 9), range(31, 65), range(90, 100), range(10, 10)):
-        part = draw(EVERYTHING, (1, 4, 4), step=7, rows=rows, device=CPU)
+        part = draw(shapes((1, 4, 4)), EVERYTHING, step=7, rows=rows, device=CPU)
         for a, b in zip(
             [part.noise, part.epsilon, *part.masks], [whole.noise, whole.epsilon, *whole.masks], strict=True
         ):
@@ -47,7 +51,7 @@ def test_draws_differ_between_steps_streams_seeds_and_blocks() -> None:
 
 
 def test_draws_have_the_distributions_they_are_named_for() -> None:
-    draws = draw(EVERYTHING, (1, 8, 8), step=0, rows=range(2000), device=CPU)
+    draws = draw(shapes((1, 8, 8)), EVERYTHING, step=0, rows=range(2000), device=CPU)
     assert draws.noise is not None and draws.epsilon is not None
     assert float(draws.noise.std()) == pytest.approx(0.2, rel=0.02)
     assert float(draws.epsilon.mean()) == pytest.approx(0, abs=0.03)
@@ -58,9 +62,9 @@ def test_draws_have_the_distributions_they_are_named_for() -> None:
 
 
 def test_forward_is_a_pure_function_of_images_and_draws() -> None:
-    model = initialize(Autoencoder(EVERYTHING, (1, 4, 4)), 0)
+    model = build(EVERYTHING, (1, 4, 4))
     images = torch.rand(8, 1, 4, 4)
-    draws = draw(EVERYTHING, (1, 4, 4), 0, range(8), CPU)
+    draws = draw(shapes((1, 4, 4)), EVERYTHING, 0, range(8), CPU)
     before = torch.get_rng_state()
     first, again, plain = model(images, draws), model(images, draws), model(images)
     assert torch.equal(before, torch.get_rng_state())
@@ -76,7 +80,7 @@ def test_forward_is_a_pure_function_of_images_and_draws() -> None:
 @pytest.mark.parametrize("preset", ["ae", "denoising", "dropout", "vae"])
 def test_a_batch_gives_each_image_what_it_gets_alone(preset: str) -> None:
     config = PRESETS[preset].override({"model.hidden_dims": (16, 12)})
-    model = initialize(Autoencoder(config, (3, 5, 4)), 0).double()
+    model = build(config, (3, 5, 4)).double()
     images = torch.rand(6, 3, 5, 4, dtype=torch.float64)
     together = model(images).reconstruction
     alone = torch.cat([model(image[None]).reconstruction for image in images])
@@ -85,7 +89,7 @@ def test_a_batch_gives_each_image_what_it_gets_alone(preset: str) -> None:
 
 def test_start_weights_follow_from_the_seed_alone() -> None:
     def start(seed: int) -> dict[str, torch.Tensor]:
-        return initialize(Autoencoder(EVERYTHING, (1, 4, 4)), seed).state_dict()
+        return build(EVERYTHING.override({"seed": seed}), (1, 4, 4)).state_dict()
 
     torch.manual_seed(1)
     first = start(0)
@@ -96,7 +100,7 @@ def test_start_weights_follow_from_the_seed_alone() -> None:
 
 
 def test_the_model_can_be_exported_with_its_draws() -> None:
-    model = initialize(Autoencoder(EVERYTHING, (1, 4, 4)), 0)
-    images, draws = torch.rand(8, 1, 4, 4), draw(EVERYTHING, (1, 4, 4), 0, range(8), CPU)
+    model = build(EVERYTHING, (1, 4, 4))
+    images, draws = torch.rand(8, 1, 4, 4), draw(shapes((1, 4, 4)), EVERYTHING, 0, range(8), CPU)
     exported = torch.export.export(model, (images, draws)).module()
     torch.testing.assert_close(exported(images, draws).reconstruction, model(images, draws).reconstruction)

@@ -17,13 +17,15 @@ from conftest import SMALL, metrics, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_ae
-from dist_ae.config import Config, InputError, OptimConfig
+from dist_ae.config import Config, OptimConfig
 from dist_ae.data import sources
 from dist_ae.guard import Guard
-from dist_ae.optim import Muon, build, factor_at
+from dist_ae.models import build as build_model
+from dist_ae.optim import Muon, build
 from dist_ae.presets import PRESETS
-from dist_ae.processes.runtime import Runtime, plan_batch
+from dist_ae.processes.runtime import Runtime, accumulation_steps
 from dist_ae.step import Learner
+from dist_ae.timeline import Timeline, learning_rate
 
 
 def small(preset: str, run_dir: Path, **overrides: Any) -> Config:
@@ -153,9 +155,11 @@ def test_bf16_computes_in_bf16_and_scores_in_fp32(tmp_path: Path) -> None:
 
 def test_schedules_are_pure_functions_of_the_step() -> None:
     linear, cosine = (OptimConfig(schedule=s, warmup_steps=10) for s in ("linear", "cosine"))
-    assert [factor_at(step, 110, linear) for step in (0, 4, 9, 10, 60, 110)] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0])
-    assert [factor_at(step, 110, cosine) for step in (10, 60, 110)] == pytest.approx([1, 0.5, 0])
-    assert factor_at(99, 100, OptimConfig()) == 1
+    assert [learning_rate(step, 110, linear) for step in (0, 4, 9, 10, 60, 110)] == pytest.approx(
+        [0.1, 0.5, 1, 1, 0.5, 0]
+    )
+    assert [learning_rate(step, 110, cosine) for step in (10, 60, 110)] == pytest.approx([1, 0.5, 0])
+    assert learning_rate(99, 100, OptimConfig()) == 1
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
@@ -176,7 +180,7 @@ def test_the_optimizers_are_torchs_to_the_bit(name: str) -> None:
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, generator=generator)
-        (optimizer,) = build(model, config) if ours else [torchs[name](model.parameters())]
+        (optimizer,) = build(model, [], config) if ours else [torchs[name](model.parameters())]
         for _ in range(5):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -201,15 +205,11 @@ def test_muon_in_float64_is_torchs_muon_without_its_rounding() -> None:
     assert float((found[2] - found[0]).norm() / found[0].norm()) < 0.02
 
 
-def test_a_global_batch_is_cut_over_processes_and_accumulation() -> None:
-    assert plan_batch(128, 4) == (32, 1)
-    assert plan_batch(128, 2, max_per_process=16) == (16, 4)
-    assert plan_batch(96, 2, max_per_process=20) == (16, 3)
-    assert plan_batch(26, 2, max_per_process=6) == (5, 3)
-    with pytest.raises(InputError, match="nearest that do are 126 or 129"):
-        plan_batch(128, 3)
-    with pytest.raises(InputError, match=r"nearest that do are 4$"):
-        plan_batch(3, 4)
+def test_a_share_larger_than_a_process_can_hold_is_accumulated() -> None:
+    assert accumulation_steps(128, 4) == 1
+    assert accumulation_steps(128, 2, max_per_process=16) == 4
+    assert accumulation_steps(96, 2, max_per_process=20) == 3
+    assert accumulation_steps(26, 3, max_per_process=4) == 3
 
 
 class HostReads(TorchDispatchMode):
@@ -236,7 +236,9 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("preset", ["ae", "denoising", "dropout", "vae"])
 def test_a_steady_step_reads_nothing_back_to_the_host(preset: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     config = small(preset, tmp_path, **overrides)
-    learner = Learner(config, sources.load(config.data), Runtime(config), total_steps=20)
+    dataset = sources.load(config.data)
+    steps = Timeline.of(config.train, len(dataset.train))
+    learner = Learner(config, dataset, build_model(config, dataset.image_shape), Runtime(config), steps)
     learner.prepare()
     learner.step(0)
     with HostReads() as counter:
@@ -268,7 +270,7 @@ def test_no_global_generator_is_touched_by_a_whole_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adam", "muon", "sgd"])
 def test_a_poisoned_gradient_changes_no_weight_from_then_on(name: str) -> None:
     model = torch.nn.Linear(4, 3)
-    optimizers = build(model, OptimConfig(name=name, lr=0.1))  # type: ignore[arg-type]
+    optimizers = build(model, [model.weight], OptimConfig(name=name, lr=0.1))  # type: ignore[arg-type]
     guard = Guard(optimizers, torch.device("cpu"))
 
     def step(number: int, value: float) -> list[torch.Tensor]:

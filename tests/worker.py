@@ -28,11 +28,13 @@ def mutated(name: str) -> Any:
         torch.rand(1)
         return draw(*arguments)
 
-    def draw_alike(config: Config, shape: Any, at: int, rows: range, *rest: Any) -> Draws:
-        return draw(config, shape, at, range(len(rows)), *rest)
+    def draw_alike(shapes: Any, config: Config, at: int, rows: range, *rest: Any) -> Draws:
+        return draw(shapes, config, at, range(len(rows)), *rest)
 
-    def average_per_process(self: Any, mine: range, batch: torch.Tensor, *, step: int, batch_size: int) -> None:
-        backward(self, mine, batch, step=step, batch_size=max(1, len(mine) * self.runtime.world))
+    def average_per_process(
+        self: Any, batch: torch.Tensor, mine: range, step: int, _: int | None = None, **__: Any
+    ) -> None:
+        backward(self, batch, mine, step, max(1, len(mine) * self.runtime.world))
 
     def drop(rows: range, rank: int, world: int) -> range:
         return share(range(rows.start, rows.start + len(rows) // world * world), rank, world)

@@ -232,7 +232,7 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file: the old content or the new is there, whole, whenever the machine stops."""
-    from dist_ae.run.checkpoint import to_json, write_atomically  # torch: only where there is something to write
+    from dist_ae.files import to_json, write_atomically  # torch: only where there is something to write
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_json(value))

@@ -115,7 +115,7 @@ def write_table(sweep: Sweep, rows: list[Row]) -> None:
         metrics = [last.get(name, "") for name in names]
         tail = [last.get("step", 0), round(last.get("seconds", 0.0), 3), " ".join(row.trial.donors), row.outcome.error or ""]
         table.writerow([rank, row.trial.id, row.outcome.status, row.trial.preset, row.latent_dim, *values, *metrics, *tail])
-    from dist_ae.run.checkpoint import write_atomically
+    from dist_ae.files import write_atomically
 
     write_atomically(sweep.path / "trials.csv", text.getvalue().encode())
 

@@ -30,7 +30,7 @@ def read_images(path: Path) -> Array:
     key = next((name for name in ("images", "val") if name in arrays), next(iter(arrays), None))
     if key is None or (len(arrays) > 1 and key not in ("images", "val")):
         raise InputError(f"{path}: expected one array, or 'images', or 'val'; found {', '.join(arrays) or 'nothing'}")
-    return _check(arrays[key], str(path), *NOISY_RANGE)
+    return check_images(arrays[key], str(path), *NOISY_RANGE)
 
 
 def _arrays(path: Path) -> dict[str, Array]:
@@ -62,7 +62,7 @@ def array_dataset(path: Path, val_fraction: float) -> Dataset:
     arrays = _arrays(path)
     name = f"array:{path.name}"
     if "train" in arrays and "val" in arrays:
-        train, val = (Split(_check(arrays[key], f"{path}[{key}]")) for key in ("train", "val"))
+        train, val = (Split(check_images(arrays[key], f"{path}[{key}]")) for key in ("train", "val"))
         if train.images.shape[1:] != val.images.shape[1:]:
             raise InputError(
                 f"{path}: train images {train.images.shape[1:]} and val images {val.images.shape[1:]} have differing shapes"
@@ -73,19 +73,25 @@ def array_dataset(path: Path, val_fraction: float) -> Dataset:
         raise InputError(
             f"{path}: expected one array, or 'images', or 'train' and 'val'; found {', '.join(arrays) or 'nothing'}"
         )
-    images = _check(arrays[key], str(path))
+    images = check_images(arrays[key], str(path))
     labels = arrays.get("labels")
     if labels is not None and labels.shape != (len(images),):
         raise InputError(f"{path}[labels]: expected one label per image, shape ({len(images)},), got {labels.shape}")
+    train, val = split_images(images, labels, val_fraction, str(path))
+    return Dataset(name, train, val, fingerprint(train, val))
+
+
+def split_images(images: Array, labels: Array | None, val_fraction: float, where: str) -> tuple[Split, Split]:
+    """Training and validation images: a share is held out, the same whatever the seed of the run, so that figures of different
+    runs are about the same images."""
     num_val = min(max(1, round(len(images) * val_fraction)), len(images) - 1)
     if num_val < 1:
         raise InputError(
-            f"{path}: {len(images)} image cannot be split into training and validation; at least 2 are needed"
+            f"{where}: {len(images)} image cannot be split into training and validation; at least 2 are needed"
         )
-    # The split is the same whatever the seed of the run: figures of different runs are about the same images.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
     train, val = (_pick(images, labels, np.sort(rows)) for rows in (order[num_val:], order[:num_val]))
-    return Dataset(name, train, val, fingerprint(train, val))
+    return train, val
 
 
 def _pick(images: Array, labels: Array | None, rows: Array) -> Split:
@@ -93,7 +99,7 @@ def _pick(images: Array, labels: Array | None, rows: Array) -> Split:
     return Split(images, labels, rows) if isinstance(images, np.memmap) else Split(images[rows], labels)
 
 
-def _check(images: Array, where: str, low: float = 0.0, high: float = 1.0) -> Array:
+def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0) -> Array:
     """Images as [N, C, H, W], uint8 or float32 on [0, 1], every value looked at: a float outside [low, high] is refused."""
     if images.ndim == 3:
         images = images[:, None]

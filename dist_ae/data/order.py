@@ -14,7 +14,5 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
 
 
 def share(rows: range, rank: int, world: int) -> range:
-    """The contiguous part of ``rows`` that is this process's. The first parts are full, so a short batch leaves the last ones short or empty."""
-    size = -(-len(rows) // world)
-    start = min(rows.start + rank * size, rows.stop)
-    return range(start, min(start + size, rows.stop))
+    """The contiguous part of ``rows`` that is this process's. Parts differ by at most one row; some may be empty."""
+    return range(rows.start + len(rows) * rank // world, rows.start + len(rows) * (rank + 1) // world)

@@ -22,6 +22,19 @@ class Reader:
         if not isinstance(split.images, np.memmap) and split.images.nbytes <= _free_bytes(device) // 2:
             self.resident = torch.from_numpy(split.images).to(device)
 
+    @property
+    def placement(self) -> str:
+        """How large the images are and where they are kept, for a person."""
+        size = len(self.split) * self.split.images[0].nbytes
+        amount = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+        return f"{amount} {'in memory' if self.resident is not None else 'memory-mapped'}"
+
+    def raw(self, rows: Tensor) -> Tensor:
+        """rows [B], int64 → images [B, C, H, W] on the host, as they are stored."""
+        index = rows.cpu().numpy()
+        index = index if self.split.rows is None else self.split.rows[index]
+        return torch.from_numpy(np.ascontiguousarray(self.split.images[index]))
+
     def take(self, rows: Tensor) -> Tensor:
         """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1]."""
         if self.resident is not None:

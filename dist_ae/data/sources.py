@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import named
 from dist_ae.data.arrays import array_dataset
+from dist_ae.data.given import NAME
 from dist_ae.data.records import Dataset, Split, fingerprint
 
 
@@ -19,6 +20,8 @@ def load(config: DataConfig) -> Dataset:
     """
     if config.name.startswith("array:"):
         return array_dataset(Path(config.name.removeprefix("array:")).expanduser(), config.val_fraction)
+    if config.name == NAME:
+        raise InputError("the images of this run were handed over from Python (data=...): give them again")
     sources: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
         "digits": named.digits,
         "cifar10": named.cifar10,

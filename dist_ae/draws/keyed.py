@@ -58,31 +58,36 @@ def keyed(
     return table[rows.start - first * BLOCK : rows.stop - first * BLOCK]
 
 
+class DrawShapes(NamedTuple):
+    """The shapes of one image's draws. ``None`` and () mean that the model has no such draw."""
+
+    noise: tuple[int, ...]
+    masks: tuple[tuple[int, ...], ...]
+    epsilon: tuple[int, ...] | None
+
+
 def draw(
+    shapes: DrawShapes,
     config: Config,
-    image_shape: Sequence[int],
     step: int,
     rows: range,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Draws:
-    """The draws of one training step for rows ``rows`` of its global batch. Always drawn in float32, so fp64 repeats the fp32 experiment."""
-    model, std = config.model, config.objective.noise_std
+    """The draws of one training step for rows ``rows`` of its global batch.
+
+    They are always drawn in float32, so that fp64 repeats the fp32 experiment.
+    """
+    std, dropout = config.objective.noise_std, config.model.dropout
 
     def normal(stream: str, shape: Sequence[int]) -> Tensor:
         return keyed("normal", (config.seed, stream, step), rows, shape, device).to(dtype)
 
-    masks: tuple[Tensor, ...] = ()
-    if model.dropout:
-        widths = (*model.hidden_dims, *reversed(model.hidden_dims))
-        masks = tuple(
-            keyed("mask", (config.seed, f"mask.{layer}", step), rows, (width,), device, keep=1 - model.dropout).to(
-                dtype
-            )
-            for layer, width in enumerate(widths)
-        )
+    def mask(layer: int, shape: Sequence[int]) -> Tensor:
+        return keyed("mask", (config.seed, f"mask.{layer}", step), rows, shape, device, keep=1 - dropout).to(dtype)
+
     return Draws(
-        noise=normal("noise", image_shape).mul_(std) if std else None,
-        masks=masks,
-        epsilon=normal("epsilon", (model.latent_dim,)) if model.variational else None,
+        noise=normal("noise", shapes.noise).mul_(std) if std else None,
+        masks=tuple(mask(layer, shape) for layer, shape in enumerate(shapes.masks)) if dropout else (),
+        epsilon=normal("epsilon", shapes.epsilon) if shapes.epsilon is not None else None,
     )

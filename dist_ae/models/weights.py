@@ -1,12 +1,38 @@
-"""What can be said of a set of weights, whatever architecture they belong to."""
+"""The start of a set of weights and what can be said of it, whatever architecture it belongs to."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dist_ae.draws import keyed_seed
+from dist_ae.models.interface import START_LOG_SIGMA
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@torch.no_grad()
+def initialize(model: M, seed: int) -> M:
+    """Fills linear and convolutional layers as torch does, uniform in ±1/√fan_in; a learned σ starts at 0.25.
+
+    Each tensor is keyed by seed and name, so no global generator is touched and any device gets the same weights.
+    """
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            parameter.fill_(START_LOG_SIGMA)
+            continue
+        layer = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, nn.Linear | nn.Conv2d), name
+        bound = math.prod(layer.weight.shape[1:]) ** -0.5
+        generator = torch.Generator().manual_seed(keyed_seed(seed, "weights", name))
+        parameter.uniform_(-bound, bound, generator=generator)
+    return model
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,17 +14,29 @@ from collections.abc import Iterator
 from types import FrameType
 
 from dist_ae.processes.runtime import Runtime
+from dist_ae.terminal import say
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
+
+
+class StopRequested(Exception):
+    """A stop was asked for during a longer piece of work; every process raises it at the same place."""
 
 
 class Signals:
-    """SIGTERM and SIGINT as a request that is looked at between two steps."""
+    """SIGTERM and SIGINT as a request that is looked at between two steps.
+
+    Until there is something to save (``has_work``) a signal ends the process at once. A thread does that, since Python's own
+    handlers wait until a blocking call into C++ returns, such as waiting for the other processes to join.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.has_work = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Signals]:
-        """Handles the signals for the length of a run; outside the main thread (a sweep's actor) there is nothing to handle."""
+        """Handles the signals for the length of a run; outside the main thread there is nothing to handle."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -32,16 +45,39 @@ class Signals:
             self.requested = True
 
         _end_with_parent()
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(end is ours)
+        thread = threading.Thread(target=self._end_at_once, args=(ours,), name="signals", daemon=True)
+        thread.start()
+        old_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield self
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(old_descriptor)
+            theirs.close()  # which the thread reads as an end
+            thread.join()
+            ours.close()
+
+    def _end_at_once(self, received: socket.socket) -> None:
+        while numbers := received.recv(64):
+            if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self.has_work:
+                if int(os.environ.get("RANK") or 0) == 0:
+                    say(
+                        "stopped before training began: there is nothing to save. The same command starts again",
+                        sys.stderr,
+                    )
+                os._exit(EXIT_STOPPED)
 
 
 def _end_with_parent() -> None:
-    """Asks Linux for SIGTERM when the launcher dies: a single-process `accelerate launch` passes no signal on, and leaves no orphan this way."""
+    """Asks Linux for SIGTERM when the launcher dies: a single-process `accelerate launch` passes no signal on.
+
+    No orphan is left this way.
+    """
     if sys.platform == "linux" and ("ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -49,7 +85,8 @@ def _end_with_parent() -> None:
 class Agreement:
     """All processes' answer to "was any of us asked to stop?", found about once a second without touching the device.
 
-    Each of them asks equally often, between pieces of work of about the same length: one agreement for steps, one for evaluation batches.
+    Each of them asks equally often, between pieces of work of about the same length: one agreement for steps, another
+    for evaluation batches.
     """
 
     SECONDS = 1.0

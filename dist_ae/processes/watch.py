@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from dist_ae.config import Fault
 from dist_ae.processes.runtime import Runtime
+from dist_ae.terminal import say
+
+INTERVAL = 1.0  # seconds between two heartbeats
+KNOWN_AFTER = 3 * INTERVAL  # a living process is heard of at least once in that time
 
 
-class LostProcess(Exception):
+class LostProcess(Fault):
     """A process of the run died or stopped answering; the message names it and the step."""
 
-    exit_status = 1
+
+def blame(silent_since: Mapping[int, float], answered: float, now: float, limit: float) -> list[int]:
+    """The ranks that were not heard of for ``limit`` seconds. All times are of one monotonic clock.
+
+    Args:
+        silent_since: when each other rank's heartbeat was last seen to change.
+        answered: when the store, which rank 0 keeps, last answered.
+
+    Silence is counted up to the store's last answer, since of the time after it nothing is known: who was silent by then went
+    first, and a store that just froze is no one else's silence. Only when all others were well by then is it rank 0.
+    """
+    silent = [rank for rank, since in silent_since.items() if answered - since > limit]
+    return silent or ([0] if now - answered > limit else [])
 
 
 class Watch:
     """Each process's heartbeat, once a second, so that the others can name who is lost and end instead of waiting for ever.
 
-    A collective that waits for a dead or frozen process cannot be interrupted from Python: a thread ends the process in its place.
+    A collective that waits for a dead or frozen process cannot be interrupted from Python: a thread ends the process instead.
     """
-
-    INTERVAL = 1.0  # seconds
 
     def __init__(self, runtime: Runtime, timeout: float) -> None:
         self.step, self._runtime, self._timeout = 0, runtime, timeout
@@ -34,27 +51,24 @@ class Watch:
         self._watching = runtime.world > 1 and "MASTER_ADDR" in os.environ
         if not self._watching:
             return
+        self._host = socket.gethostname()
         wait = timedelta(seconds=min(timeout, 10))
         host = os.environ["MASTER_ADDR"]
-        server = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if runtime.is_main else None
+        server = _listen(host, wait) if runtime.is_main else None
         port = runtime.on_main(lambda: server.port if server else 0)
         self._store = server or TCPStore(host, port, is_master=False, timeout=wait)
         self._beat()
         runtime.wait()
-        now = time.monotonic()
-        self._answered = now  # when the store, which rank 0 keeps, last answered
-        self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(
-            range(runtime.world), (b"", now)
-        )  # last heartbeat, since when
+        self._answered = now = time.monotonic()
+        self._heard: dict[int, tuple[bytes, float]] = dict.fromkeys(range(runtime.world), (b"", now))
         # Two threads: an exchange with a frozen store does not come back, and somebody must notice.
-        self._threads = [
-            threading.Thread(target=work, name="watch", daemon=True) for work in (self._exchange, self._guard)
-        ]
+        work = (self._exchange, self._guard)
+        self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in work]
         for thread in self._threads:
             thread.start()
 
     def _beat(self) -> None:
-        self._store.set(str(self._runtime.rank), f"{time.monotonic()} {self.step}")
+        self._store.set(str(self._runtime.rank), f"{time.monotonic()} {self.step} {self._host}")
 
     def _exchange(self) -> None:
         while not self._done.is_set():
@@ -63,40 +77,38 @@ class Watch:
                 values = self._store.multi_get([str(rank) for rank in range(self._runtime.world)])
                 now = self._answered = time.monotonic()
                 for rank, value in enumerate(values):
-                    if self._seen[rank][0] != value:
-                        self._seen[rank] = (value, now)
-            self._done.wait(self.INTERVAL)
+                    if self._heard[rank][0] != value:
+                        self._heard[rank] = (value, now)
+            self._done.wait(INTERVAL)
 
     def _guard(self) -> None:
-        while not self._done.wait(self.INTERVAL):
+        while not self._done.wait(INTERVAL):
             if lost := self._lost(self._timeout):
-                print(f"error: {self._describe(lost)}", file=sys.stderr, flush=True)
+                say(f"error: {self._describe(lost)}", sys.stderr)
                 os._exit(1)
 
-    def _lost(self, seconds: float) -> list[int]:
-        """The processes that were not heard of for so long."""
-        # Up to the store's last answer, since of the time after it nothing is known: who was silent by then went first, and a store
-        # that just froze is no one else's silence. Only when all others were well by then is it rank 0, which keeps the store.
-        silent = [
-            rank
-            for rank, (_, since) in self._seen.items()
-            if self._answered - since > seconds and rank != self._runtime.rank
-        ]
-        return silent or ([0] if time.monotonic() - self._answered > seconds else [])
+    def _lost(self, limit: float) -> list[int]:
+        others = {rank: since for rank, (_, since) in self._heard.items() if rank != self._runtime.rank}
+        return blame(others, self._answered, time.monotonic(), limit)
 
     def _describe(self, lost: list[int]) -> str:
-        steps = {rank: self._seen[rank][0].decode().partition(" ")[2] or "?" for rank in lost}
-        who = ", ".join(f"rank {rank} (last known at step {step})" for rank, step in steps.items())
-        return f"lost {who} of {self._runtime.world} processes at step {self.step}; this one ends. The same command goes on from the last checkpoint"
+        def known(rank: int) -> str:
+            _, step, host = (*self._heard[rank][0].decode().split(" ", 2), "?", "?", "?")[:3]
+            return f"rank {rank} (last known at step {step}, on host {host})"
+
+        return (
+            f"lost {', '.join(map(known, lost))} of {self._runtime.world} processes at step {self.step}; this one ends. "
+            "The same command resumes from the last checkpoint"
+        )
 
     def explain(self, error: Exception) -> Exception:
         """What a failed collective was: the processes that no longer answer, or the error itself where all do."""
         if not self._watching:
             return error
-        # The living are heard of at least once in that time. Rank 0 stays longer: some wait for it and not for the one that died, and
-        # find out when it leaves; by then they must have heard who was silent.
-        time.sleep((7 if self._runtime.is_main else 4) * self.INTERVAL)
-        lost = self._lost(3 * self.INTERVAL)
+        # Rank 0 stays longer: some wait for it and not for the one that died, and find out when it leaves. By then they must
+        # have heard who was silent.
+        time.sleep(KNOWN_AFTER + (4 if self._runtime.is_main else 1) * INTERVAL)
+        lost = self._lost(KNOWN_AFTER)
         self._done.set()
         return LostProcess(self._describe(lost)) if lost else error
 
@@ -104,7 +116,27 @@ class Watch:
         """Ends watching, together with the others: none takes the first to leave for lost."""
         self._done.set()
         if self._watching:
-            # A thread that still talks to the store while the interpreter ends can abort the process after all its work is done.
+            # A thread that still talks to the store while the interpreter ends can abort the process after all its work.
             for thread in self._threads:
-                thread.join(10 * self.INTERVAL)
+                thread.join(10 * INTERVAL)
             self._runtime.wait()
+
+
+def _listen(host: str, wait: timedelta) -> TCPStore:
+    """Rank 0's store, listening at the main process's address alone; by itself it would listen on all of them."""
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind(address[:2])
+    except OSError:  # an address that is not this machine's own, as behind a container's port mapping
+        listener.bind(("", 0))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=wait,
+        master_listen_fd=listener.detach(),
+    )

@@ -1,17 +1,13 @@
-"""The run directory: one writer, checkpoints that survive any crash, and a reader that trusts nothing it finds.
+"""A checkpoint: a folder of safetensors and JSON, read by a reader that trusts nothing it finds.
 
-Everything is safetensors or JSON; no pickle is written or read. Nothing in it depends on a rank or on the number of processes.
-Only rank 0 needs to see the directory.
+No pickle is written or read. Nothing in it depends on a rank or on the number of processes.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,117 +18,50 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dist_ae.files import MAX_JSON, Damaged, parse_json, read_bounded, read_json, sync, to_json, verify_file, write_new
+
 FORMAT = 1
-WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST = (
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "ema.safetensors",
-    "state.json",
-    "manifest.json",
-)
-MAX_JSON = 1 << 20  # bytes; ours are a few KB. A larger one was not written here and is not parsed
+WEIGHTS, OPTIMIZER, EMA = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
 MAX_HEADER = 8 << 20  # bytes of a safetensors header
 
 Tensors = dict[str, Tensor]
 Template = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # the tensors a file must hold: name → shape, type
 
 
-class Damaged(Exception):
-    """A checkpoint that is not what was written; the message says which file and what is wrong with it."""
-
-
 @dataclass
 class Checkpoint:
-    """What a run needs to go on: step, tensors by file, and the JSON state."""
+    """What a run needs to resume: step, tensors by file, and the JSON state."""
 
     step: int
     files: dict[str, Tensors]
     state: dict[str, Any] = field(default_factory=dict)
 
 
-# -------------------------------------------------------------------------------------------------------- durable files
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint folder is of, by its name; None for any other name."""
+    return int(folder.name) if re.fullmatch(r"[0-9]{1,18}", folder.name) else None
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def template_of(tensors: Mapping[str, Tensor]) -> Template:
+    """What a file that holds these tensors must hold."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file: whenever the machine stops, the old content or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        _write_new(temporary, data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _remove_folder(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    for name in os.listdir(path):
-        _remove_folder(path / name)
-    os.rmdir(path)
-
-
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=True) + "\n").encode()
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes and syncs a new checkpoint folder."""
+    os.mkdir(folder)
+    contents = {name: safetensors.torch.save(tensors) for name, tensors in checkpoint.files.items()}
+    contents[STATE] = to_json({"step": checkpoint.step, **checkpoint.state})
+    entries = {}
+    for name, data in contents.items():
+        write_new(folder / name, data)
+        entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_new(folder / MANIFEST, to_json({"format": FORMAT, "files": entries}))
+    sync(folder)
 
 
 # ------------------------------------------------------------------------------------------------ reading with suspicion
-
-
-def _read(folder: Path, name: str, limit: int) -> bytes:
-    try:
-        # Neither a link out of the folder nor a pipe that blocks the open is followed.
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise Damaged(
-            f"{folder.name}/{name}: {'a symbolic link' if error.errno == errno.ELOOP else error.strerror}"
-        ) from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise Damaged(f"{folder.name}/{name}: not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > limit:
-            raise Damaged(f"{folder.name}/{name}: {status.st_size} bytes, more than the {limit} it can have")
-        return file.read()
-
-
-def _parse(data: bytes, name: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            raise Damaged(f"{name}: a key stands in it twice")
-        return keys
-
-    try:
-        value = json.loads(data, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{name}: not JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict):
-        raise Damaged(f"{name}: not a JSON object")
-    return value
 
 
 def parse_tensors(data: bytes, name: str, template: Template | None = None) -> Tensors:
@@ -144,7 +73,7 @@ def parse_tensors(data: bytes, name: str, template: Template | None = None) -> T
     header = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header > min(MAX_HEADER, len(data) - 8):
         raise Damaged(f"{name}: not a safetensors file (header of {header} bytes in {len(data)})")
-    names = set(_parse(data[8 : 8 + header], name)) - {"__metadata__"}
+    names = set(parse_json(data[8 : 8 + header], name)) - {"__metadata__"}
     if template is not None and names != set(template):
         unexpected = sorted(names ^ set(template))[:3]
         raise Damaged(f"{name}: other tensors than this model's ({', '.join(unexpected)} …)")
@@ -166,57 +95,71 @@ def _bytes_of(template: Template) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in template.values()) + MAX_HEADER
 
 
-def read_checkpoint(folder: Path, templates: Mapping[str, Template] | None = None) -> Checkpoint:
-    """Reads and verifies a checkpoint folder: manifest, sizes, SHA-256, then names, shapes, types and finiteness.
-
-    Args:
-        templates: the tensors each file must hold. Without, any model's are accepted (``doctor`` knows no model).
-
-    Raises:
-        Damaged: naming the file and what is wrong. Nothing of a damaged checkpoint is executed or kept; memory stays within
-            twice what the template needs.
-    """
+def _entries(folder: Path) -> dict[str, Any]:
+    """The files of a checkpoint as its manifest names them, each of the size that it says."""
     if folder.is_symlink() or not folder.is_dir():
         raise Damaged(f"{folder.name}: not a folder")
-    manifest = _parse(_read(folder, MANIFEST, MAX_JSON), f"{folder.name}/{MANIFEST}")
+    manifest = read_json(folder / MANIFEST)
     entries = manifest.get("files")
-    allowed = {WEIGHTS, OPTIMIZER, EMA, STATE}
     if (
         manifest.get("format") != FORMAT
         or not isinstance(entries, dict)
-        or not {WEIGHTS, STATE} <= set(entries) <= allowed
+        or not {WEIGHTS, STATE} <= set(entries) <= {WEIGHTS, OPTIMIZER, EMA, STATE}
+        or not all(isinstance(entry, dict) for entry in entries.values())
     ):
         raise Damaged(f"{folder.name}/{MANIFEST}: not a manifest of format {FORMAT}")
-    if templates is not None and set(entries) - {STATE} != set(templates):
-        raise Damaged(
-            f"{folder.name}: holds {', '.join(sorted(entries))}; expected {', '.join(sorted([*templates, STATE]))}"
-        )
-    files: dict[str, Tensors] = {}
-    state: dict[str, Any] = {}
-    for name, entry in entries.items():
-        where = f"{folder.name}/{name}"
-        limit = MAX_JSON if name == STATE else (2**63 if templates is None else _bytes_of(templates[name]))
-        data = _read(folder, name, limit)
-        if not isinstance(entry, dict) or entry.get("bytes") != len(data):
-            raise Damaged(f"{where}: {len(data)} bytes, not what the manifest says")
-        if entry.get("sha256") != hashlib.sha256(data).hexdigest():
-            raise Damaged(f"{where}: its SHA-256 is not what the manifest says")
-        if name == STATE:
-            state = _parse(data, where)
-        else:
-            files[name] = parse_tensors(data, where, None if templates is None else templates[name])
-    if state.get("step") != _step_of(folder) or isinstance(state.get("step"), bool):
+    return entries
+
+
+def _content(folder: Path, name: str, entry: Mapping[str, Any], limit: int) -> bytes:
+    data = read_bounded(folder / name, limit)
+    if entry.get("bytes") != len(data):
+        raise Damaged(f"{folder.name}/{name}: {len(data)} bytes, not what the manifest says")
+    if entry.get("sha256") != hashlib.sha256(data).hexdigest():
+        raise Damaged(f"{folder.name}/{name}: its SHA-256 is not what the manifest says")
+    return data
+
+
+def _state(folder: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    state = parse_json(_content(folder, STATE, entries[STATE], MAX_JSON), f"{folder.name}/{STATE}")
+    if state.get("step") != step_of(folder) or isinstance(state.get("step"), bool):
         raise Damaged(f"{folder.name}/{STATE}: of step {state.get('step')!r}")
-    return Checkpoint(int(state["step"]), files, state)
+    return state
 
 
-def _step_of(folder: Path) -> int | None:
-    return int(folder.name) if re.fullmatch(r"[0-9]{1,18}", folder.name) else None
+def read_checkpoint(folder: Path, templates: Mapping[str, Template], part: bool = False) -> Checkpoint:
+    """Reads and verifies a checkpoint folder: manifest, sizes, SHA-256, then names, shapes, types and finiteness.
+
+    Args:
+        templates: the tensors that each file must hold, which also bounds what is read.
+        part: files without a template are left alone, and those that are missing left out.
+
+    Raises:
+        Damaged: naming the file and what is wrong. Nothing of a damaged checkpoint is executed or kept; memory stays within
+            twice what the templates need.
+    """
+    entries = _entries(folder)
+    if not part and set(entries) - {STATE} != set(templates):
+        expected = ", ".join(sorted([*templates, STATE]))
+        raise Damaged(f"{folder.name}: holds {', '.join(sorted(entries))}; expected {expected}")
+    found = {
+        name: parse_tensors(
+            _content(folder, name, entries[name], _bytes_of(template)), f"{folder.name}/{name}", template
+        )
+        for name, template in templates.items()
+        if name in entries
+    }
+    state = _state(folder, entries)
+    return Checkpoint(int(state["step"]), found, state)
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def verify_checkpoint(folder: Path) -> tuple[int, int]:
+    """(step, bytes) of a checkpoint whose files are what its manifest says; holds no file whole in memory.
+
+    Raises:
+        Damaged: naming the file and what is wrong.
+    """
+    entries, total = _entries(folder), 0
+    for name, entry in entries.items():
+        total += verify_file(folder / name, entry.get("bytes"), entry.get("sha256"))
+    return int(_state(folder, entries)["step"]), total

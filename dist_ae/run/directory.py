@@ -1,47 +1,30 @@
-"""The run directory: one writer, and checkpoints that survive any crash."""
+"""The run directory: one writer, and checkpoints that survive any crash. Only rank 0 needs to see it."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+from filelock import FileLock, Timeout
 
-from dist_ae.config import InputError
-from dist_ae.run import checkpoint as files
-from dist_ae.run.checkpoint import (
-    FORMAT,
-    MANIFEST,
-    MAX_JSON,
-    STATE,
-    Checkpoint,
-    Damaged,
-    Template,
-    _parse,
-    _read,
-    _remove_folder,
-    _step_of,
-    _sync_file,
-    _sync_folder,
-    read_checkpoint,
-    to_json,
-    write_atomically,
-)
+from dist_ae.config import Fault, InputError
+from dist_ae.files import Damaged, read_json, sync, to_json, write_atomically
+from dist_ae.run.checkpoint import MANIFEST, Checkpoint, Template, read_checkpoint, step_of, write_checkpoint
+from dist_ae.terminal import say
 
 FAILED_SAVES = 3  # consecutive checkpoints that could not be written before a run gives up
 
 
-class SaveError(Exception):
-    """Checkpoints could not be written several times in a row. Older ones are untouched."""
-
-    exit_status = 1
+class SaveError(Fault):
+    """Something of the run could not be written. Older checkpoints are untouched."""
 
 
 class RunDirectory:
@@ -54,43 +37,61 @@ class RunDirectory:
             InputError: the folder cannot be written, or another job is using it.
         """
         self.path, self.checkpoints, self.metrics_path = path, path / "checkpoints", path / "metrics.jsonl"
+        self._lock, self._holder = FileLock(path / ".lock"), path / ".holder"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise InputError(f"run directory {path} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
-            os.close(self._lock)
+            self._lock.acquire(blocking=False)
+            self._holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+        except Timeout:
+            holder = self._holder.read_text(errors="replace")[:200] if self._holder.is_file() else "another process"
             raise InputError(
                 f"run directory {path} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            self._lock.release()
+            raise InputError(f"run directory {path} cannot be written: {error.strerror or error}") from None
         self._pending = b""  # metrics that the disk did not take yet
         self.failed_saves = 0
 
     def close(self) -> None:
         """Writes what metrics are left and gives the lock back."""
         self._flush_metrics()
-        os.ftruncate(self._lock, 0)
-        os.close(self._lock)
+        with contextlib.suppress(OSError):
+            self._holder.unlink(missing_ok=True)
+        self._lock.release()
+
+    def warn(self, text: str) -> None:
+        """Says what went wrong without ending the run."""
+        say(f"warning: {text}", sys.stderr)
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(f"{self.path / what} could not be written or read: {error.strerror or error}") from None
 
     # -- the experiment
 
-    def claim(self, trajectory: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    def claim(
+        self, trajectory: Mapping[str, Any], description: Mapping[str, Any], unknown: Mapping[str, Any] = {}
+    ) -> None:
         """Writes config.json, or checks that the run kept here is the same experiment.
+
+        Args:
+            trajectory: what the run must have in common with its beginning.
+            description: written beside it.
+            unknown: the values of fields that an older version, which did not know them, stands for.
 
         Raises:
             InputError: another experiment is kept here; shows each difference, old and new.
         """
         path = self.path / "config.json"
-        if path.exists():
+        if os.path.lexists(path):
             try:
-                kept = _parse(_read(self.path, "config.json", MAX_JSON), "config.json")["trajectory"]
-            except (Damaged, KeyError) as error:
+                kept = read_json(path)["trajectory"]
+                kept = {**unknown, **kept}
+            except (Damaged, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged ({error}); restore it, or choose another --run-dir") from None
             differences = [
                 f"  {key}: {kept.get(key)!r} there, {trajectory.get(key)!r} now"
@@ -100,22 +101,25 @@ class RunDirectory:
             if differences:
                 lines = "\n".join(differences)
                 raise InputError(
-                    f"run directory {self.path} holds another experiment:\n{lines}\nUse the same settings to resume it, or choose another --run-dir"
+                    f"run directory {self.path} holds another experiment:\n{lines}\n"
+                    "Use the same settings to resume it, or choose another --run-dir"
                 )
         elif self._steps():
             raise InputError(
-                f"run directory {self.path} has checkpoints but no config.json to tell whose; restore it, or choose another --run-dir"
+                f"run directory {self.path} has checkpoints but no config.json to tell whose; "
+                "restore it, or choose another --run-dir"
             )
-        write_atomically(path, to_json({**description, "trajectory": dict(trajectory)}))
+        self.write("config.json", {**description, "trajectory": dict(trajectory)})
 
     def write(self, name: str, value: Any) -> None:
         """Replaces a JSON file of the run."""
-        write_atomically(self.path / name, to_json(value))
+        with self._explained(name):
+            write_atomically(self.path / name, to_json(value))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, or None where there is none that can be read."""
         try:
-            return _parse(_read(self.path, name, MAX_JSON), name)
+            return read_json(self.path / name)
         except Damaged:
             return None
 
@@ -137,96 +141,110 @@ class RunDirectory:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            print(
-                f"warning: metrics.jsonl cannot be written ({error.strerror}); kept in memory, tried again",
-                file=sys.stderr,
-                flush=True,
-            )
+            self.warn(f"metrics.jsonl cannot be written ({error.strerror}); kept in memory, tried again")
 
     def rewind_metrics(self, step: int, evaluated: bool) -> None:
         """Drops what a killed run wrote after the checkpoint it resumes from, so every step stands in the file once."""
-        if not self.metrics_path.exists():
+        if not os.path.lexists(self.metrics_path):
             return
         kept = []
-        for raw in self.metrics_path.read_bytes().splitlines():
-            try:
-                line = json.loads(raw)
-                before = line["step"] < step or (line["step"] == step and (line["split"] == "train" or evaluated))
-            except (ValueError, KeyError, TypeError):
-                continue  # a line torn by the kill
-            if before:
-                kept.append(raw + b"\n")
-        write_atomically(self.metrics_path, b"".join(kept))
+        with self._explained("metrics.jsonl"):
+            for raw in self.metrics_path.read_bytes().splitlines():
+                try:
+                    line = json.loads(raw)
+                    before = line["step"] < step or (line["step"] == step and (line["split"] == "train" or evaluated))
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue  # a line torn by the kill
+                if before:
+                    kept.append(raw + b"\n")
+            write_atomically(self.metrics_path, b"".join(kept))
 
     # -- checkpoints
 
     def _steps(self) -> list[int]:
-        return sorted(step for step in map(_step_of, self.checkpoints.iterdir()) if step is not None)
+        return sorted(step for step in map(step_of, self.checkpoints.iterdir()) if step is not None)
 
-    def save(self, checkpoint: Checkpoint, keep: int, best_step: int | None) -> bool:
+    def holds(self, step: int) -> bool:
+        """Whether a checkpoint of that step is on the disk."""
+        return (self.checkpoints / f"{step:08d}" / MANIFEST).is_file()
+
+    def save(self, checkpoint: Checkpoint, keep: int, best_step: int | None, patience: float = 0.0) -> bool:
         """Publishes a checkpoint, then prunes older ones down to ``keep`` and the best.
 
         A checkpoint is whole or absent at every instant, and older ones go only when the new one is on the disk. Returns
         False, with a warning, where the disk does not take it; the files written so far are removed.
 
+        Args:
+            patience: seconds to go on trying.
+
         Raises:
             SaveError: the third failure in a row.
         """
-        final = self.checkpoints / f"{checkpoint.step:08d}"
-        temporary = self.checkpoints / f".tmp-{checkpoint.step:08d}"
-        try:
-            self._tidy()
-            if self.metrics_path.exists():
-                self._flush_metrics()
-                _sync_file(self.metrics_path)
-            os.mkdir(temporary)
-            manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
-            contents = {name: safetensors.torch.save(tensors) for name, tensors in checkpoint.files.items()}
-            contents[STATE] = to_json({"step": checkpoint.step, **checkpoint.state})
-            for name, data in contents.items():
-                files._write_new(temporary / name, data)
-                manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            files._write_new(temporary / MANIFEST, to_json(manifest))
-            _sync_folder(temporary)
-            if (
-                final.exists()
-            ):  # saved before its evaluation, which was interrupted: _tidy puts .old back if we die in between
-                os.rename(final, self.checkpoints / f".old-{final.name}")
-            os.rename(temporary, final)
-            _sync_folder(self.checkpoints)
-        except OSError as error:
-            if temporary.exists():
-                _remove_folder(temporary)
+        deadline, warned = time.monotonic() + patience, False
+        while True:
+            try:
+                self._publish(checkpoint)
+                break
+            except OSError as error:
+                self._remove(self.checkpoints / f".tmp-{checkpoint.step:08d}")
+                message = f"checkpoint {checkpoint.step} could not be written to {self.checkpoints}: {error.strerror}"
+            if time.monotonic() < deadline:
+                if not warned:
+                    self.warn(f"{message}; trying again for {patience:.0f} s")
+                warned = True
+                time.sleep(min(1.0, patience / 4))
+                continue
             self.failed_saves += 1
-            message = f"checkpoint {checkpoint.step} could not be written to {self.checkpoints}: {error.strerror}"
             if self.failed_saves >= FAILED_SAVES:
-                raise SaveError(
-                    f"{message}; {self.failed_saves} in a row, giving up. Older checkpoints are untouched"
-                ) from None
-            print(
-                f"warning: {message}; training goes on, tried again at the next interval", file=sys.stderr, flush=True
-            )
+                raise SaveError(f"{message}; {self.failed_saves} in a row, giving up. Older checkpoints are untouched")
+            self.warn(f"{message}; training goes on, tried again at the next interval")
             return False
         self.failed_saves = 0
-        self._tidy()
-        for step in self._steps()[:-keep]:
-            if step != best_step:  # renamed first: what a crash leaves of it is then no checkpoint
-                aside = self.checkpoints / f".tmp-pruned-{step:08d}"
-                os.rename(self.checkpoints / f"{step:08d}", aside)
-                _remove_folder(aside)
+        try:
+            self._tidy()
+            for step in self._steps()[:-keep]:
+                if step != best_step:  # renamed first: what a crash leaves of it is then no checkpoint
+                    aside = self.checkpoints / f".tmp-pruned-{step:08d}"
+                    os.rename(self.checkpoints / f"{step:08d}", aside)
+                    self._remove(aside)
+        except OSError as error:
+            self.warn(f"older checkpoints in {self.checkpoints} could not be removed: {error.strerror}")
         return True
 
+    def _publish(self, checkpoint: Checkpoint) -> None:
+        final = self.checkpoints / f"{checkpoint.step:08d}"
+        temporary = self.checkpoints / f".tmp-{checkpoint.step:08d}"
+        self._tidy()
+        if self.metrics_path.exists():
+            self._flush_metrics()
+            sync(self.metrics_path)
+        write_checkpoint(temporary, checkpoint)
+        if final.exists():
+            # Saved before its evaluation, which was interrupted: _tidy puts .old back if we die in between.
+            os.rename(final, self.checkpoints / f".old-{final.name}")
+        os.rename(temporary, final)
+        sync(self.checkpoints)
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
     def _tidy(self) -> None:
-        """Clears what a killed writer left: half-written folders go; a checkpoint moved aside comes back if its successor is missing."""
+        """Clears what a killed writer left: half-written folders go.
+
+        A checkpoint that was moved aside comes back if its successor is missing.
+        """
         for path in list(self.checkpoints.iterdir()):
             if path.name.startswith(".old-"):
                 original = self.checkpoints / path.name.removeprefix(".old-")
                 if original.exists():
-                    _remove_folder(path)
+                    self._remove(path)
                 else:
                     os.rename(path, original)
             elif path.name.startswith(".tmp-"):
-                _remove_folder(path)
+                self._remove(path)
 
     def latest(self, templates: Mapping[str, Template]) -> Checkpoint | None:
         """The newest good checkpoint; damaged ones are set aside as ``<step>.corrupt``, loudly. None for a fresh run.
@@ -234,27 +252,33 @@ class RunDirectory:
         Raises:
             InputError: there are checkpoints, and none of them is good.
         """
-        self._tidy()
-        damaged = []
-        for step in reversed(self._steps()):
-            folder = self.checkpoints / f"{step:08d}"
-            if not folder.exists():
-                folder = next(p for p in self.checkpoints.iterdir() if _step_of(p) == step)
-            try:
-                return read_checkpoint(folder, templates)
-            except Damaged as error:
-                aside = folder.with_name(f"{folder.name}.corrupt")
-                number = 1
-                while aside.exists() or aside.is_symlink():
-                    number += 1
-                    aside = folder.with_name(f"{folder.name}.corrupt-{number}")
-                os.rename(folder, aside)
-                damaged.append(str(error))
-                print(f"warning: damaged checkpoint set aside as {aside}: {error}", file=sys.stderr, flush=True)
-        damaged += [p.name for p in self.checkpoints.iterdir() if ".corrupt" in p.name and not damaged]
+        with self._explained("checkpoints"):
+            self._tidy()
+            damaged = []
+            for step in reversed(self._steps()):
+                folder = self.checkpoints / f"{step:08d}"
+                if not folder.exists():
+                    folder = next(p for p in self.checkpoints.iterdir() if step_of(p) == step)
+                try:
+                    return read_checkpoint(folder, templates)
+                except Damaged as error:
+                    damaged.append(str(error))
+                    aside = _free_name(folder.with_name(f"{folder.name}.corrupt"))
+                    os.rename(folder, aside)
+                    self.warn(f"damaged checkpoint set aside as {aside}: {error}")
+            damaged += [p.name for p in self.checkpoints.iterdir() if ".corrupt" in p.name and not damaged]
         if damaged:
             raise InputError(
                 f"no good checkpoint is left in {self.checkpoints} ({'; '.join(damaged)}). Restore one from a backup, "
                 "or start again with another --run-dir; nothing was overwritten"
             )
         return None
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the path with the first number that nothing has yet."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

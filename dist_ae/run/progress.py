@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dist_ae.terminal import say
 
 
 class Display:
@@ -29,9 +30,12 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        if self._visible:
+        if not self._visible or not text:
+            return
+        if self._bar is None:
+            say(text)
+        else:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-            sys.stdout.flush()
 
     def advance(self, step: int, loss: float, images_per_second: float) -> None:
         """Moves the bar; called at logging steps."""

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_ae import pca
 from dist_ae.config import InputError
 from dist_ae.data import sources
 from dist_ae.data.arrays import read_images
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array
 from dist_ae.evaluate import evaluate
-from dist_ae.processes.runtime import Runtime, check_device, launched_world
+from dist_ae.processes.environment import pinned_torch
+from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.use.trained import TrainedModel, Which, load, run_config
 
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own
@@ -39,22 +41,24 @@ def evaluate_run(
     config = run_config(run_dir)
     changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size, "data.root": data_root}
     # The run's batch plan and precision are about training; every figure is of the float32 (or float64) model.
-    precision = {
-        "precision": "fp64" if config.precision == "fp64" else "fp32",
-        "train.batch_size": launched_world()[1],
-        "train.max_per_process": None,
-    }
+    precision = {"precision": "fp64" if config.precision == "fp64" else "fp32"}
     config = config.override({**{key: value for key, value in changes.items() if value is not None}, **precision})
     check_device(config)
     trained = load(run_dir, which)
     dataset = sources.load(config.data)
-    runtime = Runtime(config)
-    try:
-        model = runtime.accelerator.prepare_model(trained.model.to(runtime.device, runtime.dtype), evaluation_mode=True)
-        reader = Reader(dataset.train if split == "train" else dataset.val, runtime.device, runtime.dtype)
-        return {f"{split}.{name}": value for name, value in evaluate(model, reader, config, runtime).items()}
-    finally:
-        runtime.close()
+    with pinned_torch(config.precision):
+        runtime = Runtime(config)
+        try:
+            raw = trained.model.to(runtime.device, runtime.dtype)
+            model = runtime.accelerator.prepare_model(raw, evaluation_mode=True)
+            train, val = (Reader(part, runtime.device, runtime.dtype) for part in (dataset.train, dataset.val))
+            reader = train if split == "train" else val
+            metrics = evaluate(model, reader, config, runtime)
+            if (components := pca.of_model(raw, train, runtime)) is not None:
+                metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
+            return {f"{split}.{name}": value for name, value in metrics.items()}
+        finally:
+            runtime.close()
 
 
 # ----------------------------------------------------------------------------------------------- what is written to files

@@ -1,120 +1,157 @@
-"""`dist-ae doctor`: says whether a run directory is whole, repeats a step that was not finite, rebuilds a W&B run."""
+"""`dist-ae doctor`: checks a run for damage, repeats a step that was not finite, rebuilds a W&B run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dist_ae import timeline
 from dist_ae.config import InputError, load_config, parse
 from dist_ae.data import sources
 from dist_ae.data.reader import Reader
 from dist_ae.draws import draw
-from dist_ae.models import Autoencoder
-from dist_ae.objectives import beta_at, objective
-from dist_ae.run.checkpoint import Damaged, parse_tensors, read_checkpoint
+from dist_ae.files import Damaged, open_plainly, parse_json, read_bounded, read_json
+from dist_ae.models import build
+from dist_ae.objectives import objective
+from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
+from dist_ae.use.trained import image_shape
+
+MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one batch
 
 
 def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
-    """(whole, what) for each thing a run directory holds. Reads only.
+    """(whole, what) for each thing a run directory holds. Reads only, and holds no large file in memory.
 
     Raises:
         InputError: not a run directory.
     """
-    if not (run_dir / "config.json").exists():
+    if not os.path.lexists(run_dir / "config.json"):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
     try:
         load_config(run_dir / "config.json")
         yield True, "config.json"
     except InputError as error:
         yield False, str(error)
-    folder = run_dir / "checkpoints"
-    paths = sorted(folder.iterdir(), key=lambda p: p.name) if folder.is_dir() else []
-    for path in paths:
-        if path.name.isdigit():
+    yield from _examine_checkpoints(run_dir / "checkpoints")
+    yield from _examine_metrics(run_dir / "metrics.jsonl")
+    if (run_dir / "nonfinite.json").exists():
+        yield False, "nonfinite.json: a step was not finite; --replay repeats it"
+    yield _examine_result(run_dir)
+
+
+def _examine_checkpoints(folder: Path) -> Iterator[tuple[bool, str]]:
+    for path in sorted(folder.iterdir(), key=lambda p: p.name) if folder.is_dir() else []:
+        if step_of(path) is not None:
             try:
-                checkpoint = read_checkpoint(path)
-                size = sum(file.stat().st_size for file in path.iterdir())
-                yield True, f"checkpoints/{path.name}: step {checkpoint.step}, {size:,} bytes"
+                step, size = verify_checkpoint(path)
+                yield True, f"checkpoints/{path.name}: step {step}, {size:,} bytes"
             except Damaged as error:
                 yield False, f"checkpoints/{error}"
         elif ".corrupt" in path.name:
             yield False, f"checkpoints/{path.name}: set aside as damaged; remove it when you know why"
-        else:
+        elif path.name.startswith("."):
             yield True, f"checkpoints/{path.name}: left by a run that was killed; the next one clears it"
+        else:
+            yield False, f"checkpoints/{path.name}: nothing that a run writes"
+
+
+def _examine_metrics(path: Path) -> Iterator[tuple[bool, str]]:
+    if not os.path.lexists(path):
+        yield True, "metrics.jsonl: empty"
+        return
     steps: dict[str, int] = {}
-    for number, raw in enumerate(
-        (run_dir / "metrics.jsonl").read_bytes().splitlines() if (run_dir / "metrics.jsonl").exists() else [], 1
-    ):
-        try:
-            line = json.loads(raw)
-            step, split = int(line["step"]), str(line["split"])
-        except (ValueError, KeyError, TypeError):
-            yield False, f"metrics.jsonl: line {number} is torn; resuming drops what is after the checkpoint"
-            continue
-        if step <= steps.get(split, -1):
-            yield False, f"metrics.jsonl: line {number} repeats {split} step {step}"
-        steps[split] = step
+    try:
+        with os.fdopen(open_plainly(path), "rb") as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    line = json.loads(raw)
+                    step, split = int(line["step"]), str(line["split"])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    yield False, f"metrics.jsonl: line {number} is torn; resuming drops what is after the checkpoint"
+                    continue
+                if step <= steps.get(split, -1):
+                    yield False, f"metrics.jsonl: line {number} repeats {split} step {step}"
+                steps[split] = step
+    except (Damaged, OSError) as error:
+        yield False, str(error)
+        return
     yield True, f"metrics.jsonl: {', '.join(f'{split} to step {step}' for split, step in steps.items()) or 'empty'}"
-    if (run_dir / "nonfinite.json").exists():
-        yield False, "nonfinite.json: a step was not finite; --replay repeats it"
-    state = "finished" if (run_dir / "result.json").exists() else "not finished; the same command goes on"
-    yield True, f"the run is {state}"
+
+
+def _examine_result(run_dir: Path) -> tuple[bool, str]:
+    """A run is finished when the checkpoint of its last step is on the disk."""
+    if not os.path.lexists(run_dir / "result.json"):
+        return True, "the run is not finished; the same command resumes it"
+    try:
+        step = int(read_json(run_dir / "result.json")["steps"])
+    except (Damaged, KeyError, TypeError, ValueError) as error:
+        return False, f"result.json cannot be read ({error}); the same command writes it again"
+    if not (run_dir / "checkpoints" / f"{step:08d}").is_dir():
+        return (
+            False,
+            f"result.json is of step {step}, and there is no checkpoint of it; the same command resumes the run",
+        )
+    return True, "the run is finished"
 
 
 def replay(run_dir: Path) -> list[str]:
-    """Repeats, on one process, the step whose loss or gradient was not finite: what is not finite in it, in the order it came about.
+    """Repeats, on one process, the step whose loss or gradient was not finite: what is not finite in it, in the order it came
+    about.
 
     Raises:
         InputError: no such step is on record, or its weights are damaged.
     """
+    if not os.path.lexists(run_dir / "nonfinite.json"):
+        raise InputError(f"{run_dir} holds no step to replay: none was not finite")
     try:
-        bundle = json.loads((run_dir / "nonfinite.json").read_text())
-        weights = parse_tensors((run_dir / "nonfinite.safetensors").read_bytes(), "nonfinite.safetensors")
+        bundle = parse_json(read_bounded(run_dir / "nonfinite.json", MAX_BUNDLE), "nonfinite.json")
         config = parse(bundle["config"], "nonfinite.json")
+        model = build(config, image_shape(config, run_dir))
+        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        template = template_of(model.to(dtype).state_dict())
+        size = 8 * sum(math.prod(shape) for shape, _ in template.values()) + MAX_HEADER
+        weights = parse_tensors(
+            read_bounded(run_dir / "nonfinite.safetensors", size), "nonfinite.safetensors", template
+        )
         step, rows = int(bundle["step"]), torch.tensor(bundle["rows"], dtype=torch.int64)
-    except FileNotFoundError:
-        raise InputError(f"{run_dir} holds no step to replay: none was not finite") from None
-    except (ValueError, KeyError, TypeError, Damaged) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, Damaged) as error:
         raise InputError(f"{run_dir}/nonfinite.json cannot be read: {error}") from None
-    assert config.model.image_shape is not None
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    model = Autoencoder(config, config.model.image_shape).to_empty(device="cpu").to(dtype)
-    model.load_state_dict(weights)
     dataset = sources.load(config.data)
+    if rows.ndim != 1 or not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(dataset.train):
+        raise InputError(f"{run_dir}/nonfinite.json names images that {dataset.name} does not have")
+    model.load_state_dict(weights)
     images = Reader(dataset.train, torch.device("cpu"), dtype).take(rows)
-    draws = draw(config, config.model.image_shape, step, range(len(rows)), torch.device("cpu"), dtype)
-    autocast = (
-        torch.autocast("cpu", torch.bfloat16) if config.precision in ("bf16", "fp16") else contextlib.nullcontext()
-    )
-    found = []
-    bad_weights = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-    found += [f"weight {name}" for name in bad_weights]
-    with autocast:
+    draws = draw(model.draw_shapes(), config, step, range(len(rows)), torch.device("cpu"), dtype)
+    reduced = config.precision in ("bf16", "fp16")
+    with torch.autocast("cpu", torch.bfloat16) if reduced else contextlib.nullcontext():
         output = model(images, draws)
-    for name, tensor in output._asdict().items():
-        if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-            found.append(f"{name} of image {_first(tensor, rows)}")
-    terms = objective(lambda *_: output, images, draws, config, beta_at(step, config.objective))
-    for name, values in terms._asdict().items():
-        if not values.isfinite().all():
-            found.append(f"{name} of image {_first(values, rows)}")
+    terms = objective(lambda *_: output, images, draws, config, timeline.beta(step, config.objective))
     terms.loss.mean().backward()  # type: ignore[no-untyped-call]
+    named = {**output._asdict(), **terms._asdict()}
+    found = [
+        f"{name} of image {_first(values, rows)}"
+        for name, values in named.items()
+        if isinstance(values, torch.Tensor) and not values.isfinite().all()
+    ]
     found += [
         f"gradient of {name}"
-        for name, p in model.named_parameters()
-        if p.grad is not None and not p.grad.isfinite().all()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
     return [f"step {step}: {what} is not finite" for what in found]
 
 
 def _first(values: torch.Tensor, rows: torch.Tensor) -> int:
-    bad = ~values.detach().isfinite().flatten(1).all(1) if values.ndim > 1 else ~values.detach().isfinite().reshape(-1)
+    """The first image whose values are not all finite."""
+    bad = ~values.detach().isfinite().reshape(len(values), -1).all(1) if values.ndim else values.new_ones(0).bool()
     return int(rows[int(bad.nonzero()[0])]) if len(bad) == len(rows) else -1
 
 
@@ -129,7 +166,7 @@ def rebuild_wandb(run_dir: Path) -> Path:
     config = load_config(run_dir / "config.json")
     try:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{run_dir}/metrics.jsonl cannot be read: {error}") from None
     folder = RunDirectory(run_dir)
     kept = folder.read("tracking.json") or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from dist_ae.config import Config, InputError, load_config
 from dist_ae.data.arrays import NOISY_RANGE
 from dist_ae.draws import Draws, keyed
 from dist_ae.evaluate import EVALUATION_SEED
-from dist_ae.models import Autoencoder
+from dist_ae.files import Damaged
+from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.objectives import terms
-from dist_ae.run.checkpoint import EMA, WEIGHTS, Damaged, read_checkpoint
+from dist_ae.run.checkpoint import EMA, WEIGHTS, read_checkpoint, step_of, template_of
 
 Images = Tensor | np.ndarray[Any, Any]
 Which = Literal["last", "best"]
@@ -36,7 +38,7 @@ class TrainedModel:
         return self._map(lambda x, rows: self.model(x, None).reconstruction.clamp(0, 1), images, batch_size)
 
     def embed(self, images: Images, batch_size: int = 1000) -> Tensor:
-        """Codes [N, latent_dim]; of a variational model, their means."""
+        """Codes [N, *code_shape]; of a variational model, their means."""
         return self._map(lambda x, rows: self.model.encode(x)[0], images, batch_size)
 
     def score(self, images: Images, batch_size: int = 1000) -> Tensor:
@@ -48,7 +50,7 @@ class TrainedModel:
                 error: Tensor = (self.model(x, None).reconstruction - x).square().flatten(1).mean(1)
                 return error
             epsilon = keyed(
-                "normal", (EVALUATION_SEED, "evaluation.epsilon", 0), rows, (self.config.model.latent_dim,), self.device
+                "normal", (EVALUATION_SEED, "evaluation.epsilon", 0), rows, self.model.code_shape, self.device
             )
             return terms(self.model(x, Draws(epsilon=epsilon)), x, self.config.objective, beta=1.0).loss
 
@@ -66,7 +68,7 @@ class TrainedModel:
             raise InputError(f"the number of samples must be at least 1, got {num}")
         if not -(2**63) <= seed < 2**63:
             raise InputError(f"the seed must be a 64-bit integer, got {seed}")
-        code = keyed("normal", (seed, "sample", 0), range(num), (self.config.model.latent_dim,), self.device)
+        code = keyed("normal", (seed, "sample", 0), range(num), self.model.code_shape, self.device)
         return self.decode(code)
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:
@@ -81,13 +83,14 @@ class TrainedModel:
             raise InputError(f"a line has a beginning and an end: steps must be at least 2, got {steps}")
         if len(first) != len(second):
             raise InputError(f"expected as many first images as second ones, got {len(first)} and {len(second)}")
-        start, end = (self.embed(images)[:, None] for images in (first, second))  # [N, 1, latent_dim]
-        codes = torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])  # [N, steps, latent_dim]
+        start, end = (self.embed(images)[:, None] for images in (first, second))  # [N, 1, *code_shape]
+        weight = torch.linspace(0, 1, steps).view(-1, *(1 for _ in self.model.code_shape))
+        codes = torch.lerp(start, end, weight)  # [N, steps, *code_shape]
         return self.decode(codes.flatten(0, 1)).view(-1, steps, *self.model.image_shape)
 
     def export(self) -> torch.export.ExportedProgram:
         """The deterministic model as one program for any number of images: floats [N, C, H, W] on [0, 1] → reconstruction, clamped to [0, 1], and
-        (mean) code [N, latent_dim]."""
+        (mean) code [N, *code_shape]."""
         example = torch.zeros(2, *self.model.image_shape, device=self.device)
         program = torch.export.export(
             _Deterministic(self.model), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
@@ -97,7 +100,7 @@ class TrainedModel:
 
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
-        """Images [N, C, H, W] on [0, 1] of codes [N, latent_dim]."""
+        """Images [N, C, H, W] on [0, 1] of codes [N, *code_shape]."""
         images: Tensor = self.model.decode(code.to(self.device, torch.float32)).clamp(0, 1).cpu()
         return images
 
@@ -145,40 +148,61 @@ class _Deterministic(nn.Module):
         return output.reconstruction.clamp(0, 1), output.mean
 
 
-def load(run_dir: Path | str, which: Which = "last", device: torch.device | str = "cpu") -> TrainedModel:
+def load(
+    run_dir: Path | str, which: Which = "last", device: torch.device | str = "cpu", model: Builder | None = None
+) -> TrainedModel:
     """The trained model of a run directory, from its newest checkpoint or the best by validation.
+
+    Args:
+        run_dir: the run.
+        which: "last" or "best".
+        device: where it computes.
+        model: builds the model, for a run that trained a model of your own.
 
     Raises:
         InputError: no such run, or no checkpoint in it that is whole.
     """
+    if which not in ("last", "best"):
+        raise InputError(f"which: expected 'last' or 'best', got {which!r}")
     run_dir = Path(run_dir)
     config = run_config(run_dir)
-    assert config.model.image_shape is not None
-    model = Autoencoder(config, config.model.image_shape)
-    model.to_empty(device="cpu").to(torch.float64 if config.precision == "fp64" else torch.float32)
-    template = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-    reasons = []
-    folders = sorted(
-        (p for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name), reverse=True
-    )
-    for folder in folders:
+    built = build(config, image_shape(config, run_dir), model)
+    built.to(torch.float64 if config.precision == "fp64" else torch.float32)
+    weights, reasons = template_of(built.state_dict()), []
+    moving = {name: kind for name, kind in weights.items() if name in dict(built.named_parameters())}
+    folders = [p for p in (run_dir / "checkpoints").glob("*") if step_of(p) is not None]
+    for folder in sorted(folders, key=lambda p: step_of(p) or 0, reverse=True):
         try:
-            checkpoint = read_checkpoint(folder)
+            checkpoint = read_checkpoint(folder, {WEIGHTS: weights, EMA: moving}, part=True)
             best = checkpoint.state.get("best")
             if which == "best" and isinstance(best, dict) and best.get("step") != checkpoint.step:
-                checkpoint = read_checkpoint(run_dir / "checkpoints" / f"{int(best['step']):08d}")
-            weights = checkpoint.files.get(EMA) or checkpoint.files[WEIGHTS]
-            if {name: (tuple(t.shape), t.dtype) for name, t in weights.items()} != template:
-                raise Damaged(f"{folder.name}: other weights than the configuration's")
-        except Damaged as error:
+                folder = run_dir / "checkpoints" / f"{int(best['step']):08d}"
+                checkpoint = read_checkpoint(folder, {WEIGHTS: weights, EMA: moving}, part=True)
+        except (Damaged, TypeError, ValueError) as error:
             reasons.append(str(error))
             continue
-        model.load_state_dict(weights)
-        return TrainedModel(model, config, device)
+        built.load_state_dict({**checkpoint.files[WEIGHTS], **checkpoint.files.get(EMA, {})})
+        return TrainedModel(built, config, device)
     raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")
 
 
 def run_config(run_dir: Path) -> Config:
-    if not (run_dir / "config.json").is_file():
+    """The configuration of a run directory.
+
+    Raises:
+        InputError: it is none, or its config.json cannot be read.
+    """
+    if not os.path.lexists(run_dir / "config.json"):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
     return load_config(run_dir / "config.json")
+
+
+def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
+    """The shape of the images that a run was trained on.
+
+    Raises:
+        InputError: its configuration names none.
+    """
+    if config.model.image_shape is None:
+        raise InputError(f"{run_dir}/config.json: model.image_shape is missing, so it is not a run's")
+    return config.model.image_shape

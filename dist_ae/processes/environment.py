@@ -1,0 +1,198 @@
+"""What the launcher and the user's shell put into the environment: read strictly, and kept from changing the experiment."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from dist_ae.config import Config, InputError
+
+HOW_TO_START = "Start with `accelerate launch` or `torchrun`, as in launch/README.md"
+WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+YES, NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", "n", "f")
+# Other ways to spread a model than the one there is: whole weights on every process.
+OTHER_WAYS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "Accelerate's parallelism configuration",
+}
+# oneDNN reads these by itself and then computes fp32 products in bf16.
+REDUCED_PRODUCTS = ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")
+
+
+def _whole_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise InputError(
+            f"the environment variable {name} is {text!r}, not a whole number. Unset it, or: {HOW_TO_START}"
+        )
+    return int(text)
+
+
+def launched_world() -> tuple[int, int]:
+    """(rank, number of processes) as the launcher put them into the environment.
+
+    Raises:
+        InputError: a value that is none, or several processes without all that they need to find each other.
+    """
+    world = max(_whole_number(name, 1) for name in WORLD_NAMES)
+    rank = _whole_number("RANK", 0)
+    if rank >= world:
+        raise InputError(
+            f"the environment variable RANK is {rank}, but {world} process{'es are' if world > 1 else ' is'} announced. "
+            f"Unset it, or: {HOW_TO_START}"
+        )
+    wanted = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
+    if world > 1 and not dist.is_initialized():
+        if missing:
+            raise InputError(
+                f"the environment announces {world} processes but {', '.join(missing)} is not set. {HOW_TO_START}"
+            )
+        if not 0 < _whole_number("MASTER_PORT", 0) < 2**16:
+            raise InputError(f"the environment variable MASTER_PORT is {os.environ['MASTER_PORT']!r}, not a port")
+    return rank, world
+
+
+def use_cpu() -> bool:
+    """Whether to train on the CPU: asked for, or all there is."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    if asked not in YES + NO:
+        raise InputError(f"the environment variable ACCELERATE_USE_CPU is {asked!r}; expected true or false")
+    return asked in YES or not torch.accelerator.is_available()
+
+
+def check_environment() -> None:
+    """Refuses what would change the experiment from outside and cannot be pinned.
+
+    Raises:
+        InputError: naming the variable.
+    """
+    for name, what in OTHER_WAYS.items():
+        if os.environ.get(name, "").lower() in YES:
+            raise InputError(
+                f"the launcher asks for {what} ({name}); this trainer keeps whole weights on every process. "
+                "Use a file of launch/accelerate/, or run `accelerate config` again"
+            )
+    for name in REDUCED_PRODUCTS:
+        if os.environ.get(name, "").upper() not in ("", "STRICT"):
+            raise InputError(f"the environment variable {name} rounds fp32 products; unset it, or use --precision bf16")
+
+
+def notes(config: Config) -> list[str]:
+    """What the launcher asked for and does not get: one line each."""
+    found = []
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", config.precision):
+        found.append(
+            f"note: the launcher asks for mixed precision {asked}; the experiment says {config.precision}, which is used. "
+            f"--precision {asked} changes the experiment"
+        )
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
+        found.append(
+            "note: the launcher asks for gradient accumulation; the batch of the experiment is global and is kept. "
+            "--train.max-per-process accumulates without changing it"
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
+        found.append("note: the launcher asks for torch.compile; --train.compile asks for it here, and decides")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and launched_world()[1] == 1:
+        found += _default_file_note()
+    return found
+
+
+def _default_file_note() -> list[str]:
+    """Accelerate starts one process for MULTI_CPU, silently, which a person's own default file often asks for."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    try:
+        wanted = load_config_from_file(default_config_file)
+        kind, processes = str(wanted.distributed_type).rpartition(".")[2], int(wanted.num_processes)
+    except Exception:  # none, or one that Accelerate itself cannot read: not ours to report
+        return []
+    if kind != "MULTI_CPU" or processes == 1:
+        return []
+    return [
+        f"note: {default_config_file} asks for {processes} processes on the CPU, and Accelerate started one, as it does for MULTI_CPU. "
+        "launch/accelerate/cpu_processes.yaml starts several"
+    ]
+
+
+@contextlib.contextmanager
+def pinned_torch(precision: str) -> Iterator[None]:
+    """Settings of torch that a caller may have changed: for the length of a run as the experiment says, then as they were.
+
+    Raises:
+        InputError: inside ``torch.autocast``, which would keep the first step's rounded weights for all later ones.
+    """
+    nested = torch.autocast_increment_nesting() > 1
+    torch.autocast_decrement_nesting()
+    if nested:
+        raise InputError("train is called inside torch.autocast; leave it: the configuration says the precision")
+    dtype, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextlib.contextmanager
+def without_accelerates_variables() -> Iterator[None]:
+    """Hides what Accelerate would read where we pass nothing: accumulation, compilation, plugins."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    kept = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
+    for name in hidden:
+        if name not in kept:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def choose_interface() -> None:
+    """Names the network interface that reaches the main process, for gloo.
+
+    gloo announces the address that the host's own name resolves to. On Debian that is 127.0.1.1, which no other host can reach. A
+    UDP socket that is connected, through which nothing is sent, tells the right one; on one machine that is the loopback.
+
+    Raises:
+        InputError: several hosts, and the main process's address is this host's loopback.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    main = os.environ["MASTER_ADDR"]
+    several_hosts = _whole_number("LOCAL_WORLD_SIZE", 1) < _whole_number("WORLD_SIZE", 1)
+    try:
+        family, _, _, _, target = socket.getaddrinfo(main, _whole_number("MASTER_PORT", 1), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            address = probe.getsockname()[0].partition("%")[0]
+    except OSError as error:
+        raise InputError(
+            f"the main process's host {main!r} (MASTER_ADDR) cannot be reached from here: {error}"
+        ) from None
+    if several_hosts and ipaddress.ip_address(address).is_loopback:
+        raise InputError(
+            f"MASTER_ADDR {main!r} is this host's loopback ({target[0]}), which other hosts cannot reach; Debian's /etc/hosts "
+            "says so of a host's own name. Give the address of a network: --main_process_ip ADDRESS, or for torchrun "
+            "--rdzv-endpoint ADDRESS:PORT and --local-addr ADDRESS"
+        )
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address.partition("%")[0] == address for a in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return

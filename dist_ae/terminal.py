@@ -1,0 +1,52 @@
+"""What is said to a person: it never ends or fails a run, whatever became of the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+
+def prepare_streams() -> None:
+    """Makes standard output and error safe to write to: called once, before any file is opened.
+
+    A closed stream (``>&-``) would hand its number to the next file opened, so it becomes the null device. A character that the
+    terminal's encoding lacks is replaced.
+    """
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+        if number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """One line, at once. A reader that is gone or a full disk silences the stream and ends nothing."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        silence(stream)
+
+
+def rank() -> int:
+    """This process's rank as the launcher says it, 0 where it says nothing that can be read."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def silence(stream: TextIO) -> None:
+    """Sends what else is written to the null device; also what Python flushes when it ends."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError):
+        pass  # a stream without a descriptor, such as a test's
