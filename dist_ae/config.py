@@ -139,6 +139,9 @@ class TrainConfig(Section):
     compile: bool = trajectory(
         False, "compile the model with torch.compile: worth its 10 to 30 s on a GPU, not on a CPU"
     )
+    cuda_graph: Literal["auto", "on", "off"] = free(
+        "auto", "run a step as one CUDA graph, equal to the bit; auto: where it can be, after a trial at the start"
+    )
     max_per_process: int | None = free(
         None, "most images a process can hold at once; a larger share is accumulated", gt=0
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_ae.config import Config
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
-from dist_ae.draws import Draws, keyed
+from dist_ae.draws import Draws, Step, normal
 from dist_ae.objectives import Model, terms
 from dist_ae.processes.runtime import Runtime
 from dist_ae.processes.stop import StopRequested
@@ -68,9 +68,13 @@ def psnr(mse: float) -> float:
 
 def fixed_noise(config: Config, rows: range, image_shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W], standard deviation on [0, 1] pixels."""
-    return config.evaluation.noise_std * keyed(
-        "normal", (EVALUATION_SEED, "evaluation.noise", 0), rows, image_shape, device
-    )
+    std = config.evaluation.noise_std
+    return normal(EVALUATION_SEED, "evaluation.noise", Step(0), rows, image_shape, device, std)
+
+
+def fixed_epsilon(rows: range, code_shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The ε with which a variational model is evaluated on images ``rows``: [len(rows), *code_shape], standard normal."""
+    return normal(EVALUATION_SEED, "evaluation.epsilon", Step(0), rows, code_shape, device)
 
 
 def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> Tensor:
@@ -82,8 +86,7 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
     zero = images.new_zeros(len(rows))
     neg_elbo = rate = distortion = zero
     if config.model.variational:
-        key = (EVALUATION_SEED, "evaluation.epsilon", 0)
-        epsilon = keyed("normal", key, rows, clean.mean.shape[1:], images.device).to(images.dtype)
+        epsilon = fixed_epsilon(rows, clean.mean.shape[1:], images.device).to(images.dtype)
         neg_elbo, distortion, rate = terms(model(images, Draws(epsilon=epsilon)), images, config.objective, beta=1.0)
 
     def squared(reconstruction: Tensor) -> Tensor:

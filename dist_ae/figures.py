@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_ae.config import Config
 from dist_ae.data.reader import Reader
-from dist_ae.draws import Draws, keyed
+from dist_ae.draws import Draws, Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise
 from dist_ae.models import Autoencoder
 
@@ -36,7 +36,7 @@ def run_pictures(
         "reconstructions": image_rows(shown, folder / "reconstructions.png"),
     }
     if config.model.variational:
-        code = keyed("normal", (EVALUATION_SEED, "figures.samples", 0), range(64), model.code_shape, clean.device)
+        code = normal(EVALUATION_SEED, "figures.samples", Step(0), range(64), model.code_shape, clean.device)
         pictures["samples"] = image_grid(model.decode(code.to(clean.dtype)), folder / "samples.png")
     return pictures
 

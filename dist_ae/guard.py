@@ -24,14 +24,17 @@ class Guard:
         self._one = torch.ones((), device=device)
 
     @torch.no_grad()
-    def check(self, step: int) -> None:
-        """Looks at every gradient, after they were averaged over the processes: all of them come to the same answer."""
+    def check(self, step: Tensor) -> None:
+        """Looks at every gradient of step ``step`` (a number on the device), once they are added up over the processes.
+
+        All processes come to the same answer.
+        """
         gradients = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
         # What torch's own GradScaler calls; it sets `poisoned` to 1 and never back to 0.
         for same_type in ([g for g in gradients if g.dtype == dtype] for dtype in {g.dtype for g in gradients}):
             torch._amp_foreach_non_finite_check_and_unscale_(same_type, self.poisoned, self._one)
         first = (self.poisoned > 0) & (self.first_bad_step < 0)
-        self.first_bad_step.masked_fill_(first, step)
+        self.first_bad_step.copy_(torch.where(first, step, self.first_bad_step))
 
     def bad_step(self) -> int | None:
         """The first step whose gradient was not finite, if any. Reads the device."""

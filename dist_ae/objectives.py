@@ -59,7 +59,7 @@ def bernoulli_distortion(images: Tensor, logits: Tensor) -> Tensor:
     )
 
 
-def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float | None = None) -> Terms:
+def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float | Tensor | None = None) -> Terms:
     """The terms of one forward pass against the clean images [B, C, H, W]; ``beta=None`` is the configured one.
 
     Raises:
@@ -79,7 +79,9 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
     return Terms(distortion + (config.beta if beta is None else beta) * rate, distortion, rate)
 
 
-def objective(model: Model, images: Tensor, draws: Draws | None, config: Config, beta: float | None = None) -> Terms:
+def objective(
+    model: Model, images: Tensor, draws: Draws | None, config: Config, beta: float | Tensor | None = None
+) -> Terms:
     """Runs the prepared model on images [B, C, H, W] on [0, 1] and returns the per-example terms, [B] each."""
     return terms(model(images, draws), images, config.objective, beta)
 

@@ -37,13 +37,22 @@ class SGD(Uncompiled, torch.optim.SGD):
 def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
+    The learning rate of Adam is a tensor on the device, so that a step can be captured as a graph. torch's CUDA kernel reads it as
+    float32, so float64 weights keep it as a number there.
+
     Learning rates are set before each step by ``set_learning_rate``. Adam is fused where torch has that kernel for the device:
     one pass over the weights, and the only one that can be told on the device to skip a poisoned update.
     """
     parameters = list(model.parameters())
     adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay, "fused": True}
     if config.name in ("adam", "adamw"):
-        return [Adam(parameters, lr=config.lr, decoupled_weight_decay=config.name == "adamw", **adam)]  # type: ignore[arg-type]
+        exact = parameters[0].dtype == torch.float64
+        on_gpu = parameters[0].device.type == "cuda" and not exact
+        in_place = on_gpu or parameters[0].device.type == "cpu"
+        kind = torch.float32 if on_gpu else torch.float64
+        rate = torch.tensor(config.lr, dtype=kind, device=parameters[0].device) if in_place else config.lr
+        adam["capturable"] = on_gpu
+        return [Adam(parameters, lr=rate, decoupled_weight_decay=config.name == "adamw", **adam)]  # type: ignore[arg-type]
     if config.name == "sgd":
         return [SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)]
     chosen = {id(p) for p in matrices}
@@ -112,8 +121,13 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
 def set_learning_rate(optimizers: list[Optimizer], factor: float, config: OptimConfig) -> None:
     """Sets every optimizer's learning rate to a share of its peak.
 
-    By hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share the groups.
+    By hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share the groups. A rate
+    that is a tensor keeps its place, where a captured graph reads it.
     """
     for optimizer in optimizers:
+        rate = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)
         for group in optimizer.param_groups:
-            group["lr"] = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

@@ -22,6 +22,7 @@ CHUNK_VALUES = 2**22  # pixels in one product
 EXACT_SIZE = (
     1024  # up to here the covariance matrix is decomposed; beyond, its leading directions are found by products
 )
+NO_VARIANCE = 1e-12  # share of the total variance below which a direction has none
 OVERSAMPLE, PASSES = (
     16,
     4,
@@ -52,7 +53,7 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 def principal_components(
     reader: Reader, num: int, patch: int | None, runtime: Runtime, stop: Callable[[], bool] = lambda: False
 ) -> Components:
-    """The ``num`` leading principal components of images, or of their patches, on [-1, 1].
+    """The ``num`` leading principal components of images, or of their patches, on [-1, 1]; fewer where no more vary.
 
     A fixed sample is used. Small vectors get the exact decomposition of the sample's covariance. Large ones get a randomized
     subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), whose cost grows with ``num`` and not with the square of
@@ -69,6 +70,9 @@ def principal_components(
         total = float(covariance.diagonal().sum())
     else:
         mean, values, basis, total = vectors.leading(num)
+    # Directions without variance carry nothing, and which ones a decomposition names is rounding.
+    some = max(1, int((values > NO_VARIANCE * total).sum()))
+    values, basis = values[:some], basis[:, :some]
     # A decomposition leaves the sign open: the largest entry of each component is positive.
     basis = basis * torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
     return Components(mean, values.clamp(min=0), basis.T.contiguous(), total)

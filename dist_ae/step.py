@@ -10,17 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ae import timeline
+from dist_ae.capture import Graph, capture, wants_graph
 from dist_ae.config import Config
 from dist_ae.data.order import epoch_order, share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
-from dist_ae.draws import draw
+from dist_ae.draws import Step, draw, drawn_on, has_draws
 from dist_ae.guard import Guard
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, objective
 from dist_ae.optim import build, materialize, set_learning_rate, state_tensors
-from dist_ae.processes.host_memory import SharedMean, share_memory
+from dist_ae.processes.gradients import sum_gradients
 from dist_ae.processes.runtime import Runtime, accumulation_steps
 from dist_ae.timeline import Timeline
 
@@ -46,18 +47,50 @@ class Learner:
         self.images = Reader(dataset.train, runtime.device, runtime.dtype)
         self._shapes = self.raw_model.draw_shapes()
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        # What changes from step to step, where a captured graph can read it.
+        self._now = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self._beta = torch.zeros((), dtype=torch.float32, device=runtime.device)
+        self._rows, self._mine, self._number = self._order, range(0), 0
+        self.graph: Graph | None = None
 
     # -- one step, in the order in which it happens
 
     def step(self, step: int) -> None:
         """Takes step ``step`` of the run; the same arithmetic on any number of processes."""
-        accelerator, config = self.runtime.accelerator, self.config
+        self.place(step)
+        batch = self.timeline.positions(step)
+        if self.graph is not None and len(batch) == self.config.train.batch_size:
+            self.graph.replay()
+        else:  # also the short last batch of an epoch
+            self.compute(len(batch))
+        self.window_images += len(batch)
+
+    def place(self, step: int) -> None:
+        """Puts what is new in a step where ``compute`` finds it: rows, step number, learning rate and β."""
         batch = self._batch(step)
-        self._backward(batch, share(range(len(batch)), self.runtime.rank, self.runtime.world), step)
-        factor = timeline.learning_rate(step, self.timeline.total_steps, config.optim)
-        set_learning_rate(self.optimizers, factor, config.optim)
+        self._mine = share(range(len(batch)), self.runtime.rank, self.runtime.world)
+        rows = batch[self._mine.start : self._mine.stop]
+        if self.graph is not None and len(rows) == len(self._rows):
+            self._rows.copy_(rows)
+        else:
+            self._rows = rows
+        self._number = step
+        self._now.fill_(step)
+        self._beta.fill_(timeline.beta(step, self.config.objective))
+        factor = timeline.learning_rate(step, self.timeline.total_steps, self.config.optim)
+        set_learning_rate(self.optimizers, factor, self.config.optim)
+
+    def compute(self, batch_size: int) -> None:
+        """The arithmetic of the placed step: gradient, guard, clipping, update, average. Nothing in it depends on the step's
+        number, so that the same operations, with the same arguments, are every step of a run.
+
+        Args:
+            batch_size: images of the global batch.
+        """
+        accelerator, config = self.runtime.accelerator, self.config
+        self._backward(self._rows, self._mine, batch_size)
         if accelerator.scaler is None:
-            self.guard.check(step)
+            self.guard.check(self._now)
         if config.optim.clip_norm is not None:
             accelerator.clip_grad_norm_(self.parameters, config.optim.clip_norm)
         for optimizer, prepared in zip(self.optimizers, self.prepared, strict=True):
@@ -66,7 +99,6 @@ class Learner:
             else:
                 prepared.step()  # fp16: the scaler skips an overflowing step and lowers its scale
         self._zero_grad()
-        self.window_images += len(batch)
         if config.train.ema_decay is not None:
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.train.ema_decay)
 
@@ -79,23 +111,27 @@ class Learner:
         positions = self.timeline.positions(step)
         return self._order[positions.start : positions.stop]
 
-    def _backward(self, batch: Tensor, mine: range, step: int, images_in_batch: int | None = None) -> None:
-        """Adds up the gradient of the mean loss over the global batch; ``mine`` is this process's part, maybe empty."""
+    def _backward(self, rows: Tensor, mine: range, batch_size: int) -> None:
+        """Adds up the gradient of the mean loss over the global batch.
+
+        Args:
+            rows: this process's part of the batch as rows of the dataset, maybe none.
+            mine: the places of these rows in the batch.
+            batch_size: images of the global batch. Gradients are added up over processes, so every image weighs 1 / batch_size.
+        """
         accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
-        # DDP averages over processes: times their number and over the global batch, every image weighs the same.
-        weight = runtime.world / (len(batch) if images_in_batch is None else images_in_batch)
-        beta = timeline.beta(step, config.objective)
+        now = Step(self._number, self._now if runtime.device.type == "cuda" else None)
         for part in range(self.accumulate):
             piece = share(mine, part, self.accumulate)
-            images = self.images.take(batch[piece.start : piece.stop])
-            draws = draw(self._shapes, config, step, piece, runtime.device, runtime.dtype)
+            images = self.images.take(rows[piece.start - mine.start : piece.stop - mine.start])
+            draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
             last = part == self.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                terms = objective(self.model, images, draws, config, beta)
+                terms = objective(self.model, images, draws, config, self._beta)
                 total = terms.loss.sum()
                 # A loss that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient, on all
                 # processes.
-                accelerator.backward(total * (weight + total.detach() * 0))
+                accelerator.backward(total * (1 / batch_size + total.detach() * 0))
             self._count(terms)
 
     @torch.no_grad()
@@ -115,27 +151,17 @@ class Learner:
             self.raw_model.compile()
         self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
         if self.runtime.world > 1:
-            self._choose_reduction()
+            sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
             for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes the
         # order in which gradients are added up. Empty batches get that over with, so a resumed run adds as the uninterrupted
         # one does.
         for _ in range(3 if self.runtime.world > 1 else 1):
-            self._backward(torch.empty(0, dtype=torch.int64), range(0), step=0, images_in_batch=1)
+            self._backward(torch.empty(0, dtype=torch.int64), range(0), batch_size=1)
             self._zero_grad()
-
-    def _choose_reduction(self) -> None:
-        """How DDP averages gradients where its own all-reduce is not wanted."""
-        dtype = torch.bfloat16 if self.config.train.gradient_type == "bf16" else self.runtime.dtype
-        num_bytes = sum(p.numel() for p in self.parameters) * dtype.itemsize
-        slots = share_memory(self.runtime, num_bytes) if self.runtime.device.type == "cpu" else None
-        if slots is not None:
-            self.model.register_comm_hook(None, SharedMean(slots, self.runtime, dtype).hook)
-        elif dtype == torch.bfloat16:
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-            self.model.register_comm_hook(None, bf16_compress_hook)
+        if wants_graph(self):
+            self.graph = capture(self)
 
     # -- what others need to know
 
@@ -149,6 +175,16 @@ class Learner:
             names = (name for name, _ in self.raw_model.named_parameters())
             parts["ema"] = dict(zip(names, self.ema, strict=True))
         return parts
+
+    def changed_by_a_step(self) -> list[Tensor]:
+        """Every tensor that ``compute`` changes and that outlives it."""
+        kept = [tensor for part in self.tensors().values() for tensor in part.values()]
+        return [*kept, self.window, self.guard.poisoned, self.guard.first_bad_step]
+
+    @property
+    def draws_on_device(self) -> bool:
+        """Whether the random draws of a step are made where the model computes."""
+        return not has_draws(self.config) or drawn_on(self.runtime.device)
 
     def rows(self, step: int) -> Tensor:
         """The rows of the dataset that a step sees over all processes, [B], on the host."""

@@ -20,6 +20,8 @@ from dist_ae.data.given import Given, given_dataset
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
+from dist_ae.draws import VERSION as DRAWS
+from dist_ae.draws import has_draws
 from dist_ae.evaluate import evaluate, selection
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models import Autoencoder, Builder, build
@@ -173,6 +175,13 @@ def _run_directory(config: Config, dataset: Dataset) -> Iterator[RunDirectory | 
         return
     folder = RunDirectory(config.directory())
     try:
+        kept = folder.read("config.json")
+        if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
+            raise InputError(
+                f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and this is version "
+                f"{DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as it is; to train, "
+                "choose another --run-dir"
+            )
         trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
         if (
             config.optim.schedule != "constant"
@@ -194,7 +203,12 @@ def describe(config: Config) -> dict[str, Any]:
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
     }
-    return {"config": config.model_dump(mode="json"), "versions": versions, "world_size": launched_world()[1]}
+    return {
+        "config": config.model_dump(mode="json"),
+        "draws": DRAWS,
+        "versions": versions,
+        "world_size": launched_world()[1],
+    }
 
 
 def _train_together(job: Job) -> Result:

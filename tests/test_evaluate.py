@@ -13,8 +13,8 @@ from conftest import HERE, run
 
 from dist_ae.data import sources
 from dist_ae.data.reader import Reader
-from dist_ae.draws import Draws, keyed
-from dist_ae.evaluate import EVALUATION_SEED, evaluate, fixed_noise
+from dist_ae.draws import Draws
+from dist_ae.evaluate import evaluate, fixed_epsilon, fixed_noise
 from dist_ae.models import build
 from dist_ae.presets import PRESETS
 from dist_ae.processes.runtime import Runtime
@@ -73,7 +73,7 @@ def test_figures_are_what_their_names_say(tmp_path: Path) -> None:
         -10 * np.log10(mse), rel=1e-6
     )
     assert found["denoised_psnr"] == pytest.approx(-10 * np.log10(denoised), rel=1e-6)
-    epsilon = keyed("normal", (EVALUATION_SEED, "evaluation.epsilon", 0), rows, (3,), runtime.device)
+    epsilon = fixed_epsilon(rows, (3,), runtime.device)
     output = model(x, Draws(epsilon=epsilon))
     posterior = torch.distributions.Normal(output.mean, (output.logvar / 2).exp())
     rate = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)

@@ -16,7 +16,8 @@ import pytest
 FILE = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 10
 
-os.environ.update({"WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"})
+# One thread: how many of them add up a sum changes its last digits.
+os.environ.update({"WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
 
 import dist_ae  # noqa: E402
 from dist_ae.presets import PRESETS  # noqa: E402

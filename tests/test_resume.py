@@ -375,9 +375,9 @@ def test_a_non_finite_loss_on_one_process_stops_all_before_the_update(victim: in
     def poisoned(rank: int) -> None:
         real = step.draw
 
-        def draw(shapes: Any, config: Config, at: int, rows: range, *rest: Any) -> Any:
+        def draw(shapes: Any, config: Config, at: Any, rows: range, *rest: Any) -> Any:
             draws = real(shapes, config, at, rows, *rest)
-            if rank == victim and at == 13 and len(rows):
+            if rank == victim and at.number == 13 and len(rows):
                 draws.noise[0, 0, 0, 0] = torch.inf
             return draws
 

@@ -28,7 +28,7 @@ def mutated(name: str) -> Any:
         torch.rand(1)
         return draw(*arguments)
 
-    def draw_alike(shapes: Any, config: Config, at: int, rows: range, *rest: Any) -> Draws:
+    def draw_alike(shapes: Any, config: Config, at: Any, rows: range, *rest: Any) -> Draws:
         return draw(shapes, config, at, range(len(rows)), *rest)
 
     def average_per_process(

@@ -103,8 +103,16 @@ class Sweep:
     def trial(self, trial_id: str) -> Trial:
         data = read_json(self.trial_dir(trial_id) / "trial.json")
         if data is None:
-            raise FileNotFoundError(f"{self.trial_dir(trial_id)}/trial.json is missing or damaged; is {self.path} on storage that every node sees?")
-        return Trial(**{**data, "donors": tuple(data["donors"]), "values": {k: tuple(v) if isinstance(v, list) else v for k, v in data["values"].items()}})
+            raise FileNotFoundError(
+                f"{self.trial_dir(trial_id)}/trial.json is missing or damaged; is {self.path} on storage that every node sees?"
+            )
+        return Trial(
+            **{
+                **data,
+                "donors": tuple(data["donors"]),
+                "values": {k: tuple(v) if isinstance(v, list) else v for k, v in data["values"].items()},
+            }
+        )
 
     def new_trial(self, number: int, preset: str, values: Values) -> Trial:
         """Plans a trial: from here on it is never forgotten."""
@@ -122,7 +130,13 @@ class Sweep:
 
     def config(self, trial: Trial) -> Config:
         """The complete configuration of a trial."""
-        values = {**self.overrides, **trial.values, "name": f"{self.name}-{trial.number:04d}", "tracking.group": self.name, "run_dir": self.run_dir(trial)}
+        values = {
+            **self.overrides,
+            **trial.values,
+            "name": f"{self.name}-{trial.number:04d}",
+            "tracking.group": self.name,
+            "run_dir": self.run_dir(trial),
+        }
         if self.settings.scheduler == "pbt":
             values["train.save_every"] = None  # whatever is reported can be cloned
         return PRESETS[trial.preset].override(values)
@@ -137,7 +151,11 @@ class Sweep:
         said = read_json(self.trial_dir(trial.id) / "outcome.json") or {}
         if read_json(self.run_dir(trial) / "result.json") is not None:
             # A linear probe comes after the result: without its figure the trial is not done.
-            status = "finished" if reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100 else "unfinished"
+            status = (
+                "finished"
+                if reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100
+                else "unfinished"
+            )
         elif said.get("status") in ("stopped", "failed"):
             status = str(said["status"])
         else:
@@ -152,9 +170,21 @@ class Sweep:
 
     def write(self) -> None:
         """Writes sweep.json: from here on the sweep exists."""
-        data = {"format": FORMAT, "name": self.name, "key": self.key, "space": self.space.to_data(), "overrides": self.overrides}
+        data = {
+            "format": FORMAT,
+            "name": self.name,
+            "key": self.key,
+            "space": self.space.to_data(),
+            "overrides": self.overrides,
+        }
         write_json(
-            self.path / "sweep.json", {**data, "metric": self.metric, "settings": asdict(self.settings), "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            self.path / "sweep.json",
+            {
+                **data,
+                "metric": self.metric,
+                "settings": asdict(self.settings),
+                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
         )
 
 
@@ -214,14 +244,20 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
         yield  # no such sweep: reading it says so
         return
     except OSError as error:
-        raise InputError(f"the sweep's folder {path} cannot be written: {error.strerror}; choose another --storage") from None
+        raise InputError(
+            f"the sweep's folder {path} cannot be written: {error.strerror}; choose another --storage"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"the sweep {path.name} is running: another process holds {path}; wait for it or stop it") from None
+            raise InputError(
+                f"the sweep {path.name} is running: another process holds {path}; wait for it or stop it"
+            ) from None
         if new and (path / "sweep.json").exists():
-            raise InputError(f"there is a sweep {path.name} in {path.parent} already; --resume {path.name} goes on with it, another --name begins a new one")
+            raise InputError(
+                f"there is a sweep {path.name} in {path.parent} already; --resume {path.name} goes on with it, another --name begins a new one"
+            )
         yield
     finally:
         os.close(descriptor)

@@ -35,7 +35,13 @@ def results(sweep: Sweep) -> list[Row]:
         value = outcome.metric(sweep.metric)
         rows.append(Row(trial, outcome, math.nan if value is None else value, sweep.answer(trial).model.latent_dim))
     return sorted(
-        rows, key=lambda r: (ORDER.index(r.outcome.status), not math.isfinite(r.value), -sweep.sign * r.value if math.isfinite(r.value) else 0, r.trial.number)
+        rows,
+        key=lambda r: (
+            ORDER.index(r.outcome.status),
+            not math.isfinite(r.value),
+            -sweep.sign * r.value if math.isfinite(r.value) else 0,
+            r.trial.number,
+        ),
     )
 
 
@@ -60,7 +66,9 @@ def parse_selection(text: str) -> Selection:
         return Selection("best")
     match = re.fullmatch(r"(smallest-within|best-under)-([0-9]+(?:\.[0-9]+)?)%?", text)
     if match is None:
-        raise InputError(f"--select {text}: expected best, smallest-within-PCT (such as smallest-within-3) or best-under-SIZE (such as best-under-32)")
+        raise InputError(
+            f"--select {text}: expected best, smallest-within-PCT (such as smallest-within-3) or best-under-SIZE (such as best-under-32)"
+        )
     return Selection(match[1], float(match[2]))
 
 
@@ -83,7 +91,13 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
 def retrained(sweep: Sweep, winner: Trial) -> Sweep:
     """The folder in which a winner is trained again, as a sweep of its own without a scheduler."""
     settings = dataclasses.replace(sweep.settings, scheduler="none", search="random", num_trials=0)
-    return dataclasses.replace(sweep, path=sweep.path / f"retrain-{winner.id}", name=f"{sweep.name}-retrain", settings=settings, key=f"{winner.id}s")
+    return dataclasses.replace(
+        sweep,
+        path=sweep.path / f"retrain-{winner.id}",
+        name=f"{sweep.name}-retrain",
+        settings=settings,
+        key=f"{winner.id}s",
+    )
 
 
 def spread(sweep: Sweep, winner: Trial) -> tuple[list[float], float, float] | None:
@@ -105,16 +119,39 @@ def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
 def write_table(sweep: Sweep, rows: list[Row]) -> None:
     """trials.csv: a line per trial in the order of the ranking, with its values, last metrics, steps and seconds."""
     keys = [key for key in sweep.space.searched() if key != "model.latent_dim"]
-    names = sorted({name for row in rows for report in row.outcome.reports for name in report if name.startswith("val.")})
+    names = sorted(
+        {name for row in rows for report in row.outcome.reports for name in report if name.startswith("val.")}
+    )
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["rank", "trial", "status", "preset", "model.latent_dim", *keys, *names, "steps", "seconds", "cloned_from", "error"])
+    table.writerow(
+        [
+            "rank",
+            "trial",
+            "status",
+            "preset",
+            "model.latent_dim",
+            *keys,
+            *names,
+            "steps",
+            "seconds",
+            "cloned_from",
+            "error",
+        ]
+    )
     for rank, row in enumerate(rows, 1):
         last: dict[str, Any] = row.outcome.reports[-1] if row.outcome.reports else {}
         values = [row.trial.values.get(key, "") for key in keys]
         metrics = [last.get(name, "") for name in names]
-        tail = [last.get("step", 0), round(last.get("seconds", 0.0), 3), " ".join(row.trial.donors), row.outcome.error or ""]
-        table.writerow([rank, row.trial.id, row.outcome.status, row.trial.preset, row.latent_dim, *values, *metrics, *tail])
+        tail = [
+            last.get("step", 0),
+            round(last.get("seconds", 0.0), 3),
+            " ".join(row.trial.donors),
+            row.outcome.error or "",
+        ]
+        table.writerow(
+            [rank, row.trial.id, row.outcome.status, row.trial.preset, row.latent_dim, *values, *metrics, *tail]
+        )
     from dist_ae.files import write_atomically
 
     write_atomically(sweep.path / "trials.csv", text.getvalue().encode())

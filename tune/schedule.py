@@ -99,7 +99,14 @@ def _pbt(sweep: Sweep) -> PopulationBasedTraining:
         return {**config, **clipped, "donor": config["id"], "clone": uuid.uuid4().hex}
 
     mutations = {key: list(d.values) if d.kind == "choice" else _domain(d) for key, d in part.items()}
-    return _Pbt(sweep, time_attr=TIME, perturbation_interval=PERTURB_EVERY, hyperparam_mutations=mutations, custom_explore_fn=explore, log_config=False)
+    return _Pbt(
+        sweep,
+        time_attr=TIME,
+        perturbation_interval=PERTURB_EVERY,
+        hyperparam_mutations=mutations,
+        custom_explore_fn=explore,
+        log_config=False,
+    )
 
 
 class _Pbt(PopulationBasedTraining):  # type: ignore[misc]
@@ -115,7 +122,9 @@ class _Pbt(PopulationBasedTraining):  # type: ignore[misc]
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result[TIME] >= 100 or result.get("failed"):
-            return str(TrialScheduler.CONTINUE)  # a finished trial neither clones nor is cloned: there is nothing left to train
+            return str(
+                TrialScheduler.CONTINUE
+            )  # a finished trial neither clones nor is cloned: there is nothing left to train
         return str(super().on_trial_result(controller, trial, result))
 
     def _exploit(self, controller: Any, trial: Any, trial_to_clone: Any) -> None:
@@ -126,7 +135,12 @@ class _Pbt(PopulationBasedTraining):  # type: ignore[misc]
 
 def _domain(d: Distribution) -> Any:
     low, high = d.values
-    kinds = {"uniform": ray.tune.uniform, "loguniform": ray.tune.loguniform, "randint": ray.tune.randint, "lograndint": ray.tune.lograndint}
+    kinds = {
+        "uniform": ray.tune.uniform,
+        "loguniform": ray.tune.loguniform,
+        "randint": ray.tune.randint,
+        "lograndint": ray.tune.lograndint,
+    }
     return kinds[d.kind](low, high + 1 if "int" in d.kind else high)
 
 
@@ -152,7 +166,9 @@ class Planned(Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._optimizer is not None:
-            self._optimizer.tell(self._given[trial_id], self._sweep.outcome(self._given[trial_id]).metric(self._sweep.metric))
+            self._optimizer.tell(
+                self._given[trial_id], self._sweep.outcome(self._given[trial_id]).metric(self._sweep.metric)
+            )
 
     def save(self, checkpoint_path: str) -> None:
         """Ray wants a file; the sweep's folder is what counts."""
@@ -173,7 +189,9 @@ class Optimizer:
         self._optuna, self._space = optuna, sweep.space
         known = [(trial, sweep.outcome(trial)) for trial in sweep.trials()]
         # Another seed for each restart, else a resumed sweep would ask its first questions again.
-        sampler = optuna.samplers.TPESampler(seed=sweep.settings.seed + len(known), n_startup_trials=min(10, max(2, sweep.settings.num_trials // 4)))
+        sampler = optuna.samplers.TPESampler(
+            seed=sweep.settings.seed + len(known), n_startup_trials=min(10, max(2, sweep.settings.num_trials // 4))
+        )
         self._study = optuna.create_study(direction="maximize" if sweep.sign > 0 else "minimize", sampler=sampler)
         for trial, outcome in known:
             if outcome.status not in ("pending", "unfinished"):  # those tell when they are done
@@ -202,13 +220,19 @@ class Optimizer:
         for key, d in self._space.parts[trial.preset].items():
             name, given = f"{trial.preset} {key}", trial.values[key]
             if d.kind == "choice":
-                parameters[name], kinds[name] = d.values.index(given), distributions.CategoricalDistribution(list(range(len(d.values))))
+                parameters[name], kinds[name] = (
+                    d.values.index(given),
+                    distributions.CategoricalDistribution(list(range(len(d.values)))),
+                )
             else:
                 make = distributions.IntDistribution if "int" in d.kind else distributions.FloatDistribution
                 parameters[name], kinds[name] = given, make(*d.values, log="log" in d.kind)
         states = self._optuna.trial.TrialState
         good = value is not None and math.isfinite(value)
         made = self._optuna.trial.create_trial(
-            params=parameters, distributions=kinds, value=value if good else None, state=states.COMPLETE if good else states.FAIL
+            params=parameters,
+            distributions=kinds,
+            value=value if good else None,
+            state=states.COMPLETE if good else states.FAIL,
         )
         self._study.add_trial(made)

@@ -27,9 +27,24 @@ METRICS = {"val.mse": -1, "val.denoised_psnr": 1, "val.neg_elbo": -1, "val.probe
 FIXED = ("data.", "evaluation.", "tracking.", "name", "run_dir", "model.variational", "model.image_shape")
 
 # What population-based training can change in the middle of a trial: nothing that a checkpoint's tensors depend on.
-MUTABLE = ("optim.lr", "optim.lr_adam", "optim.weight_decay", "optim.clip_norm", "optim.momentum", "objective.noise_std", "objective.beta", "model.dropout")
+MUTABLE = (
+    "optim.lr",
+    "optim.lr_adam",
+    "optim.weight_decay",
+    "optim.clip_norm",
+    "optim.momentum",
+    "objective.noise_std",
+    "objective.beta",
+    "model.dropout",
+)
 
-IMAGE_SHAPES = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28), "mnist": (1, 28, 28), "kmnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+IMAGE_SHAPES = {
+    "digits": (1, 8, 8),
+    "fashion_mnist": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "kmnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,9 @@ def distribution(data: Any, where: str) -> Distribution:
     """
     kinds = ("choice", "uniform", "loguniform", "randint", "lograndint")
     if not isinstance(data, dict) or len(data) != 1 or next(iter(data)) not in kinds:
-        raise InputError(f"{where}: expected one of {', '.join(kinds)} with its values, such as {{'loguniform': [1e-4, 1e-2]}}, got {data!r}")
+        raise InputError(
+            f"{where}: expected one of {', '.join(kinds)} with its values, such as {{'loguniform': [1e-4, 1e-2]}}, got {data!r}"
+        )
     ((kind, values),) = data.items()
     if not isinstance(values, (list, tuple)) or not values:
         raise InputError(f"{where}: {kind} needs a list of values, got {values!r}")
@@ -89,13 +106,21 @@ def distribution(data: Any, where: str) -> Distribution:
     if kind == "choice":
         return Distribution(kind, values)
     whole = "int" in kind
-    if len(values) != 2 or not all(isinstance(v, int if whole else (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
-        raise InputError(f"{where}: {kind} needs [low, high] as two {'whole ' if whole else ''}numbers, got {list(values)}")
+    if len(values) != 2 or not all(
+        isinstance(v, int if whole else (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    ):
+        raise InputError(
+            f"{where}: {kind} needs [low, high] as two {'whole ' if whole else ''}numbers, got {list(values)}"
+        )
     low, high = values
     if low >= high:
-        raise InputError(f"{where}: the range {[low, high]} is empty; low must be less than high (for one value, fix it with --set)")
+        raise InputError(
+            f"{where}: the range {[low, high]} is empty; low must be less than high (for one value, fix it with --set)"
+        )
     if "log" in kind and low <= 0:
-        raise InputError(f"{where}: {kind} needs low > 0, got {low}; use {kind.removeprefix('log')} for a range that holds 0")
+        raise InputError(
+            f"{where}: {kind} needs low > 0, got {low}; use {kind.removeprefix('log')} for a range that holds 0"
+        )
     return Distribution(kind, values)
 
 
@@ -125,7 +150,9 @@ class Space:
 
     def pinned(self, overrides: Values) -> Space:
         """Without the keys that ``--set`` gave one value."""
-        parts = {preset: {key: d for key, d in part.items() if key not in overrides} for preset, part in self.parts.items()}
+        parts = {
+            preset: {key: d for key, d in part.items() if key not in overrides} for preset, part in self.parts.items()
+        }
         return replace(self, parts=parts)
 
     def to_data(self) -> dict[str, Any]:
@@ -139,14 +166,23 @@ def parse_space(data: Any, name: str) -> Space:
     Raises:
         InputError: naming the part that is wrong.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("presets"), dict) or not data["presets"] or set(data) - {"metric", "presets", "name"}:
-        raise InputError(f"space {name}: expected 'presets', a table of presets with the keys searched in each, and optionally 'metric'")
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("presets"), dict)
+        or not data["presets"]
+        or set(data) - {"metric", "presets", "name"}
+    ):
+        raise InputError(
+            f"space {name}: expected 'presets', a table of presets with the keys searched in each, and optionally 'metric'"
+        )
     parts = {}
     for preset, part in data["presets"].items():
         if preset not in PRESETS:
             raise InputError(f"space {name}: unknown preset {preset!r}; expected {', '.join(PRESETS)}")
         if not isinstance(part, dict):
-            raise InputError(f"space {name}, preset {preset}: expected a table of configuration keys and distributions, got {part!r}")
+            raise InputError(
+                f"space {name}, preset {preset}: expected a table of configuration keys and distributions, got {part!r}"
+            )
         parts[preset] = {key: distribution(d, f"space {name}, preset {preset}, {key}") for key, d in part.items()}
     metric = data.get("metric") or _usual_metric(list(parts))
     check_metric(metric, parts, f"space {name}: ")
@@ -159,7 +195,9 @@ def check_metric(metric: Any, presets: Mapping[str, Any], where: str = "") -> No
         raise InputError(f"{where}unknown metric {metric!r}; expected {', '.join(METRICS)}")
     plain = [preset for preset in presets if not PRESETS[preset].model.variational]
     if metric == "val.neg_elbo" and plain:
-        raise InputError(f"{where}metric val.neg_elbo needs variational models, and {plain[0]} is not; use val.mse, or a space of vae presets")
+        raise InputError(
+            f"{where}metric val.neg_elbo needs variational models, and {plain[0]} is not; use val.mse, or a space of vae presets"
+        )
 
 
 def _usual_metric(presets: list[str]) -> str:
@@ -176,7 +214,9 @@ _PARTS: dict[str, dict[str, Any]] = {
     "dropout": {"model.latent_dim": _LATENT, "optim.lr": _LR, "model.dropout": {"uniform": [0.0, 0.4]}},
     "vae": {"model.latent_dim": _LATENT, "optim.lr": _LR},
 }
-SPACES: dict[str, dict[str, Any]] = {name: {"presets": {name: part}} for name, part in _PARTS.items()} | {"all": {"presets": _PARTS}}
+SPACES: dict[str, dict[str, Any]] = {name: {"presets": {name: part}} for name, part in _PARTS.items()} | {
+    "all": {"presets": _PARTS}
+}
 
 
 def load_space(name: str | None, file: Path | None) -> Space:
@@ -190,7 +230,9 @@ def load_space(name: str | None, file: Path | None) -> Space:
     if file is None:
         if name not in SPACES:
             near = difflib.get_close_matches(str(name), SPACES, n=1)
-            raise InputError(f"unknown space {name!r}{f'; did you mean {near[0]}?' if near else ''} There are {', '.join(SPACES)}; --space FILE takes your own")
+            raise InputError(
+                f"unknown space {name!r}{f'; did you mean {near[0]}?' if near else ''} There are {', '.join(SPACES)}; --space FILE takes your own"
+            )
         return parse_space(SPACES[name], name)
     try:
         text = file.read_text()
@@ -198,7 +240,9 @@ def load_space(name: str | None, file: Path | None) -> Space:
     except OSError as error:
         raise InputError(f"--space {file}: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"--space {file}: not a readable {'TOML' if file.suffix == '.toml' else 'JSON'} file ({error})") from None
+        raise InputError(
+            f"--space {file}: not a readable {'TOML' if file.suffix == '.toml' else 'JSON'} file ({error})"
+        ) from None
     return parse_space(data, file.stem)
 
 
@@ -235,13 +279,19 @@ def check(space: Space, overrides: Values, workers: int) -> None:
         where = f"space {space.name}, preset {preset}: "
         config = PRESETS[preset].override(overrides)
         if not part:
-            raise InputError(f"{where}nothing is left to search; take a --set away, or train it: dist-ae train {preset}")
+            raise InputError(
+                f"{where}nothing is left to search; take a --set away, or train it: dist-ae train {preset}"
+            )
         shape = image_shape(config)
         for key, d in part.items():
             if key.startswith(FIXED):
-                raise InputError(f"{where}{key} cannot be searched: trials would no longer answer the same question; fix it with --set {key}=...")
+                raise InputError(
+                    f"{where}{key} cannot be searched: trials would no longer answer the same question; fix it with --set {key}=..."
+                )
             if key == "objective.likelihood" and space.metric == "val.neg_elbo":
-                raise InputError(f"{where}objective.likelihood cannot be searched by val.neg_elbo: densities and probabilities do not compare; use val.mse")
+                raise InputError(
+                    f"{where}objective.likelihood cannot be searched by val.neg_elbo: densities and probabilities do not compare; use val.mse"
+                )
             for value in d.ends():
                 try:
                     changed = config.override({key: value})
@@ -258,7 +308,9 @@ def _check_sizes(config: Config, shape: tuple[int, ...] | None, workers: int, wh
             f"{where}model.latent_dim {config.model.latent_dim} is larger than the image: {config.data.name} has {size} = {math.prod(shape)} values"
         )
     if config.train.batch_size % workers:
-        raise InputError(f"{where}train.batch_size {config.train.batch_size} does not divide over {workers} workers; use a multiple of {workers}")
+        raise InputError(
+            f"{where}train.batch_size {config.train.batch_size} does not divide over {workers} workers; use a multiple of {workers}"
+        )
 
 
 def image_shape(config: Config) -> tuple[int, ...] | None:

@@ -32,7 +32,15 @@ class Interrupted(Exception):
 # ------------------------------------------------------------------------------- what can be wrong, before Ray starts
 
 
-def checked(space: Space, overrides: Values, metric: str | None, settings: Settings, num_trials: int | None, name: str, storage: Path) -> Sweep:
+def checked(
+    space: Space,
+    overrides: Values,
+    metric: str | None,
+    settings: Settings,
+    num_trials: int | None,
+    name: str,
+    storage: Path,
+) -> Sweep:
     """The sweep that was asked for, if it can be run. Imports neither torch nor ray.
 
     Raises:
@@ -47,7 +55,10 @@ def checked(space: Space, overrides: Values, metric: str | None, settings: Setti
         (settings.workers_per_trial < 1, f"--workers-per-trial {settings.workers_per_trial}: at least 1"),
         (settings.cpus_per_worker <= 0, f"--cpus-per-worker {settings.cpus_per_worker}: more than 0"),
         (settings.gpus_per_worker < 0, f"--gpus-per-worker {settings.gpus_per_worker}: 0 or more"),
-        (settings.max_concurrent is not None and settings.max_concurrent < 1, f"--max-concurrent {settings.max_concurrent}: at least 1"),
+        (
+            settings.max_concurrent is not None and settings.max_concurrent < 1,
+            f"--max-concurrent {settings.max_concurrent}: at least 1",
+        ),
     ):
         if bad:
             raise InputError(message)
@@ -65,7 +76,9 @@ def checked(space: Space, overrides: Values, metric: str | None, settings: Setti
                 "which owns none of their checkpoints, would skip the cloning without a word. Use --scheduler asha"
             )
         if settings.search == "optuna":
-            raise InputError("--scheduler pbt changes the values of running trials, which would mislead --search optuna; use --search random")
+            raise InputError(
+                "--scheduler pbt changes the values of running trials, which would mislead --search optuna; use --search random"
+            )
         check_mutable(space)
     settings = dataclasses.replace(settings, num_trials=_count(space, settings, num_trials))
     if settings.scheduler == "pbt" and settings.num_trials < 2:
@@ -81,7 +94,9 @@ def _count(space: Space, settings: Settings, asked: int | None) -> int:
         return 16 if asked is None else asked
     size = sum(1 for _ in space.grid())
     if asked not in (None, size):
-        raise InputError(f"--num-trials {asked}: the grid of space {space.name} has {size} points; leave --num-trials out, or use --search random")
+        raise InputError(
+            f"--num-trials {asked}: the grid of space {space.name} has {size} points; leave --num-trials out, or use --search random"
+        )
     return size
 
 
@@ -117,7 +132,9 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise InputError(f"--address {address}: nothing answers there ({error}); start a cluster with `ray start --head`, or use --address local") from None
+        raise InputError(
+            f"--address {address}: nothing answers there ({error}); start a cluster with `ray start --head`, or use --address local"
+        ) from None
 
 
 def _check_storage(storage: Path) -> None:
@@ -152,16 +169,22 @@ def check_data(sweep: Sweep) -> None:
         config = PRESETS[preset].override(sweep.overrides)
         dataset = sources.load(config.data)
         if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
-            raise InputError(f"--metric val.probe_accuracy needs labels, and {config.data.name} has none; use another metric")
+            raise InputError(
+                f"--metric val.probe_accuracy needs labels, and {config.data.name} has none; use another metric"
+            )
         if not sweep.settings.gpus_per_worker:
             os.environ["ACCELERATE_USE_CPU"] = "true"
         for changed in (config.override({key: value}) for key, d in part.items() for value in d.ends()):
             check_device(changed)
             pixels = dataset.train.images[0].size
             if changed.model.latent_dim > pixels:
-                raise InputError(f"preset {preset}: model.latent_dim {changed.model.latent_dim} is larger than the image of {pixels} values")
+                raise InputError(
+                    f"preset {preset}: model.latent_dim {changed.model.latent_dim} is larger than the image of {pixels} values"
+                )
             if changed.train.batch_size > len(dataset.train):
-                raise InputError(f"preset {preset}: train.batch_size {changed.train.batch_size} is larger than the {len(dataset.train)} training images")
+                raise InputError(
+                    f"preset {preset}: train.batch_size {changed.train.batch_size} is larger than the {len(dataset.train)} training images"
+                )
             _check_evaluations(sweep, changed, len(dataset.train))
 
 
@@ -200,7 +223,9 @@ def resume(path: Path, address: str | None, max_concurrent: int | None, selectio
     with only_driver(path, new=False):
         sweep = read_sweep(path)
         was = sweep.settings
-        settings = dataclasses.replace(was, address=address or was.address, max_concurrent=max_concurrent or was.max_concurrent)
+        settings = dataclasses.replace(
+            was, address=address or was.address, max_concurrent=max_concurrent or was.max_concurrent
+        )
         sweep = dataclasses.replace(sweep, settings=settings)
         _check_local(sweep.settings)
         _check_address(sweep.settings.address)
@@ -220,7 +245,9 @@ def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
     again = retrained(sweep, winner.trial)
     for number in range(1, seeds + 1):
         if not (again.trial_dir(f"{again.key}-{number:04d}") / "trial.json").exists():
-            again.new_trial(number, winner.trial.preset, {**winner.trial.values, "seed": sweep.answer(winner.trial).seed + number})
+            again.new_trial(
+                number, winner.trial.preset, {**winner.trial.values, "seed": sweep.answer(winner.trial).seed + number}
+            )
     again.write()
     run(again)
 
@@ -252,27 +279,45 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     """
     settings = sweep.settings
     # Ray reads these when it is imported or started; Tune's own tables and files are not wanted.
-    quiet = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
-    quiet |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+    quiet = {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    }
+    quiet |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
     import ray
 
     # A stopped trial may take seconds to close its trackers; its actor, with torch imported, is worth waiting for.
     variables = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "15", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
-    variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # how often a report of several workers is fetched; each waits for it
+    variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = (
+        "0.1"  # how often a report of several workers is fetched; each waits for it
+    )
     variables |= {key: os.environ[key] for key in ("WANDB_BASE_URL", "OMP_NUM_THREADS") if key in os.environ}
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": variables}}
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": variables},
+    }
     if settings.address == "local":
         ray.init(address="local", include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **common)
     else:
         try:
             ray.init(address=settings.address, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(f"--address {settings.address}: no Ray cluster there ({str(error).splitlines()[0]}); start one with `ray start --head`") from None
+            raise InputError(
+                f"--address {settings.address}: no Ray cluster there ({str(error).splitlines()[0]}); start one with `ray start --head`"
+            ) from None
     try:
         if settings.address != "local":
-            _check_fits(settings, {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}, "the cluster")
+            _check_fits(
+                settings, {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}, "the cluster"
+            )
             _check_shared(sweep)
         yield
     finally:
@@ -292,7 +337,9 @@ def _check_shared(sweep: Sweep) -> None:
         for node in nodes:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             try:
-                seen = ray.get(ray.remote(sees).options(num_cpus=0, scheduling_strategy=strategy).remote(str(token)), timeout=60)
+                seen = ray.get(
+                    ray.remote(sees).options(num_cpus=0, scheduling_strategy=strategy).remote(str(token)), timeout=60
+                )
             except Exception as error:
                 reason = str(error).strip().splitlines()
                 raise InputError(
@@ -333,8 +380,12 @@ def run(sweep: Sweep) -> None:
     pbt = settings.scheduler == "pbt"
     tuner = ray.tune.Tuner(
         # The driver of several workers computes nothing, they hold the resources. Ray wants it to hold something: a byte of memory.
-        ray.tune.with_resources(run_distributed_trial, {"memory": 1}) if several else ray.tune.with_resources(run_trial, each),
-        param_space={"id": ray.tune.grid_search([trial.id for trial in todo]), "sweep_dir": str(sweep.path)} if pbt else {},
+        ray.tune.with_resources(run_distributed_trial, {"memory": 1})
+        if several
+        else ray.tune.with_resources(run_trial, each),
+        param_space={"id": ray.tune.grid_search([trial.id for trial in todo]), "sweep_dir": str(sweep.path)}
+        if pbt
+        else {},
         tune_config=ray.tune.TuneConfig(
             metric=sweep.metric,
             mode="max" if sweep.sign > 0 else "min",
@@ -365,9 +416,13 @@ def run(sweep: Sweep) -> None:
         signal.signal(signal.SIGTERM, old)
     remaining = left(sweep)
     if not remaining:
-        shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt they hold copies of checkpoints
+        shutil.rmtree(
+            sweep.path / "ray", ignore_errors=True
+        )  # Ray's own records; with pbt they hold copies of checkpoints
     else:
-        raise Interrupted(f"{remaining} trials are not finished; python -m tune --resume {sweep.name} --storage {sweep.path.parent} goes on with them")
+        raise Interrupted(
+            f"{remaining} trials are not finished; python -m tune --resume {sweep.name} --storage {sweep.path.parent} goes on with them"
+        )
 
 
 def _concurrency(settings: Settings) -> int | None:

@@ -57,12 +57,18 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
     sweep = read_sweep(Path(assignment["sweep_dir"]))
     trial = sweep.trial(ray.tune.get_context().get_trial_name())
     settings = sweep.settings
-    resources = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {})
+    resources = {"CPU": settings.cpus_per_worker} | (
+        {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
+    )
     TorchTrainer(
         run_worker,
         train_loop_config={"sweep_dir": assignment["sweep_dir"], "id": trial.id},
-        torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo", timeout_s=int(sweep.config(trial).train.timeout)),
-        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers_per_trial, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources),
+        torch_config=TorchConfig(
+            backend="nccl" if settings.gpus_per_worker else "gloo", timeout_s=int(sweep.config(trial).train.timeout)
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers_per_trial, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources
+        ),
         run_config=ray.train.RunConfig(
             # Of this attempt alone: the state of an earlier one is in the run directory, Ray Train's idea of it is not wanted.
             name=f"{trial.id}-{uuid.uuid4().hex[:6]}",
@@ -119,7 +125,9 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
     settings = sweep.settings
     if not settings.gpus_per_worker:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # Ray hides a machine's GPUs from an actor without any, not in every version
+        os.environ["ACCELERATE_USE_CPU"] = (
+            "true"  # Ray hides a machine's GPUs from an actor without any, not in every version
+        )
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     main = int(os.environ.get("RANK", 0)) == 0
     run_dir, started = sweep.run_dir(trial), time.monotonic()
@@ -128,7 +136,10 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
     def announce(step: int, progress: float, metrics: dict[str, float]) -> None:
         if sweep.metric == "val.probe_accuracy":
-            metrics = {**metrics, "val.probe_accuracy": probe_accuracy(run_dir) if main else math.nan}  # rank 0 speaks for the trial
+            metrics = {
+                **metrics,
+                "val.probe_accuracy": probe_accuracy(run_dir) if main else math.nan,
+            }  # rank 0 speaks for the trial
         report = {"step": step, "progress": progress, **metrics, "seconds": before + time.monotonic() - started}
         last.update(step=step, progress=progress)
         if main:
@@ -149,7 +160,9 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     except Exception as error:
         if _can_be_mended(error):
             raise
-        if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):  # those two are raised by all workers at once
+        if main or not isinstance(
+            error, (dist_ae.InputError, dist_ae.NonFinite)
+        ):  # those two are raised by all workers at once
             sweep.end_trial(trial.id, "failed", f"{type(error).__name__}: {error}")
             import traceback
 
@@ -163,7 +176,8 @@ def _can_be_mended(error: Exception) -> bool:
 
     kinds = (MemoryError, OSError, torch.OutOfMemoryError, torch.distributed.DistError)
     return isinstance(error, kinds) or (
-        isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error)))
+        isinstance(error, RuntimeError)
+        and bool(re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error)))
     )
 
 
@@ -203,7 +217,9 @@ def adopt(sweep: Sweep, trial: Trial, assignment: dict[str, Any], checkpoint: Pa
     """
     values = {key: assignment[key] for key in trial.values}
     donor = str(assignment["donor"])
-    clone = replace(trial, values=values, generation=trial.generation + 1, clone=assignment["clone"], donors=(*trial.donors, donor))
+    clone = replace(
+        trial, values=values, generation=trial.generation + 1, clone=assignment["clone"], donors=(*trial.donors, donor)
+    )
     start = sweep.run_dir(clone) / "start"
     shutil.rmtree(sweep.run_dir(clone), ignore_errors=True)
     start.mkdir(parents=True)
@@ -226,7 +242,9 @@ def probe_accuracy(run_dir: Path) -> float:
     codes, labels = [], []
     for split in (dataset.train, dataset.val):
         if split.labels is None:
-            raise dist_ae.InputError(f"val.probe_accuracy needs labels, and {dataset.name} has none; use another --metric")
+            raise dist_ae.InputError(
+                f"val.probe_accuracy needs labels, and {dataset.name} has none; use another --metric"
+            )
         images = split.images if split.rows is None else split.images[split.rows]
         codes.append(model.embed(np.ascontiguousarray(images)).double())
         labels.append(torch.from_numpy(split.labels))

@@ -1,5 +1,5 @@
 """Random draws as a function of their keys."""
 
-from dist_ae.draws.keyed import BLOCK, Draws, DrawShapes, draw, keyed, keyed_seed
+from dist_ae.draws.keyed import VERSION, Draws, DrawShapes, Step, draw, drawn_on, has_draws, keyed_seed, mask, normal
 
-__all__ = ["BLOCK", "DrawShapes", "Draws", "draw", "keyed", "keyed_seed"]
+__all__ = ["VERSION", "DrawShapes", "Draws", "Step", "draw", "drawn_on", "has_draws", "keyed_seed", "mask", "normal"]

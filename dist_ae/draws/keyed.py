@@ -1,61 +1,33 @@
-"""Keyed random draws: the noise, masks and ε of a step as a function of (seed, stream, step, block of 32 rows).
+"""Random draws as a function of (seed, stream, step, row), the same on any number of processes and on every device.
 
-A process draws the blocks its rows lie in and nothing else, so the draws do not depend on how many processes there are,
-on accumulation, or on what was drawn before. Nothing here touches torch's global generators.
+A process draws the rows it needs and nothing else. Nothing here touches torch's global generators.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_ae.config import Config
+from dist_ae.draws import philox
 
-BLOCK = 32  # rows per generator seed: small enough for small shares, large enough that seeding costs 5 % of drawing
+VERSION = 2  # of the draws, kept in config.json: 1 re-seeded one of torch's generators for every 32 rows
 
 
 class Draws(NamedTuple):
-    """What is random in one forward pass, for B images. ``None`` means that this model has no such draw."""
+    """What is random in one forward pass, for B images. ``None`` and () mean that this model has no such draw."""
 
     noise: Tensor | None = None  # [B, C, H, W], already scaled: added to the input
-    masks: tuple[Tensor, ...] = ()  # one [B, width] per hidden layer, encoder first: 0 or 1 / (1 - p)
-    epsilon: Tensor | None = None  # [B, latent_dim], standard normal
-
-
-def keyed_seed(*key: int | str) -> int:
-    """A 63-bit seed from any key. torch's CPU generator uses the low 32 bits, which a cryptographic hash fills evenly."""
-    packed = b"".join(struct.pack("<q", part) if isinstance(part, int) else part.encode() + b"\0" for part in key)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
-
-
-def keyed(
-    kind: str, key: tuple[int, str, int], rows: range, shape: Sequence[int], device: torch.device, keep: float = 1.0
-) -> Tensor:
-    """Rows ``rows`` of an endless keyed table of draws, float32 [len(rows), *shape].
-
-    Args:
-        kind: "normal", or "mask" for 1 / keep with probability ``keep`` and else 0.
-        key: seed, stream, step. Evaluation uses the rows of the dataset and step 0.
-    """
-    generator = torch.Generator(device)
-    first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
-    # Whole blocks, also at the ends: a block cut short would be drawn by another code path of torch and differ.
-    table = torch.empty((last - first) * BLOCK, *shape, device=device)
-    for block in range(first, last):
-        generator.manual_seed(keyed_seed(*key, block))
-        part = table[(block - first) * BLOCK : (block - first + 1) * BLOCK]
-        if kind == "normal":
-            part.normal_(generator=generator)
-        else:
-            part.bernoulli_(keep, generator=generator)
-    if kind == "mask":
-        table.div_(keep)
-    return table[rows.start - first * BLOCK : rows.stop - first * BLOCK]
+    masks: tuple[Tensor, ...] = ()  # one [B, *mask_shape] per dropout layer, encoder first: 0 or 1 / keep
+    epsilon: Tensor | None = None  # [B, *code_shape], standard normal
 
 
 class DrawShapes(NamedTuple):
@@ -66,28 +38,97 @@ class DrawShapes(NamedTuple):
     epsilon: tuple[int, ...] | None
 
 
+class Step(NamedTuple):
+    """A training step twice: as a number for the host, and on the device, where a captured graph reads it."""
+
+    number: int
+    on_device: Tensor | None = None  # int64 []
+
+
+def keyed_seed(*key: int | str) -> int:
+    """A 63-bit seed from any key, for torch's generators. Its CPU generator uses the low 32 bits, which a hash fills evenly."""
+    packed = b"".join(struct.pack("<q", part) if isinstance(part, int) else part.encode() + b"\0" for part in key)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+@lru_cache(maxsize=1024)
+def stream_key(stream: str) -> int:
+    """The second word of a stream's key: 64 bits of a hash of its name."""
+    return int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def drawn_on(device: torch.device) -> bool:
+    """Whether draws are made on this device itself; else they are made on the host and copied."""
+    return device.type == "cpu" or (device.type == "cuda" and _has_triton())
+
+
+def _draw(
+    seed: int,
+    stream: str,
+    step: Step,
+    rows: range,
+    shape: Sequence[int],
+    device: torch.device,
+    std: float | None,
+    keep: float,
+) -> Tensor:
+    width = math.prod(shape)
+    seed, key = seed % 2**64, stream_key(stream)
+    if device.type == "cuda" and drawn_on(device):
+        from dist_ae.draws.philox_triton import draw_on_device
+
+        now = step.on_device
+        now = torch.tensor(step.number, device=device) if now is None else now
+        return draw_on_device(seed, key, now, rows, width, device, std, keep).view(len(rows), *shape)
+    words = (seed, key, step.number)
+    table = philox.masks(words, rows, width, keep) if std is None else philox.normals(words, rows, width, std)
+    return torch.from_numpy(table).view(len(rows), *shape).to(device)
+
+
+def normal(
+    seed: int, stream: str, step: Step, rows: range, shape: Sequence[int], device: torch.device, std: float = 1.0
+) -> Tensor:
+    """Rows ``rows`` of an endless table of normal draws, float32 [len(rows), *shape].
+
+    Evaluation uses the rows of the data set and step 0.
+    """
+    return _draw(seed, stream, step, rows, shape, device, std, 1.0)
+
+
+def mask(
+    seed: int, stream: str, step: Step, rows: range, shape: Sequence[int], device: torch.device, keep: float
+) -> Tensor:
+    """Rows of an endless table of dropout masks, float32: 0, or 1 / keep with probability ``keep``, to 1 / 65,536."""
+    return _draw(seed, stream, step, rows, shape, device, None, keep)
+
+
 def draw(
     shapes: DrawShapes,
     config: Config,
-    step: int,
+    step: Step,
     rows: range,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Draws:
-    """The draws of one training step for rows ``rows`` of its global batch.
+    """The draws of one training step for rows ``rows`` of its global batch: one call a stream.
 
     They are always drawn in float32, so that fp64 repeats the fp32 experiment.
     """
-    std, dropout = config.objective.noise_std, config.model.dropout
+    seed, std, keep = config.seed, config.objective.noise_std, 1 - config.model.dropout
+    noise = normal(seed, "noise", step, rows, shapes.noise, device, std).to(dtype) if std else None
+    masks: tuple[Tensor, ...] = ()
+    if keep < 1:
+        named = ((f"mask.{layer}", shape) for layer, shape in enumerate(shapes.masks))
+        masks = tuple(mask(seed, stream, step, rows, shape, device, keep).to(dtype) for stream, shape in named)
+    epsilon = None if shapes.epsilon is None else normal(seed, "epsilon", step, rows, shapes.epsilon, device).to(dtype)
+    return Draws(noise, masks, epsilon)
 
-    def normal(stream: str, shape: Sequence[int]) -> Tensor:
-        return keyed("normal", (config.seed, stream, step), rows, shape, device).to(dtype)
 
-    def mask(layer: int, shape: Sequence[int]) -> Tensor:
-        return keyed("mask", (config.seed, f"mask.{layer}", step), rows, shape, device, keep=1 - dropout).to(dtype)
-
-    return Draws(
-        noise=normal("noise", shapes.noise).mul_(std) if std else None,
-        masks=tuple(mask(layer, shape) for layer, shape in enumerate(shapes.masks)) if dropout else (),
-        epsilon=normal("epsilon", shapes.epsilon) if shapes.epsilon is not None else None,
-    )
+def has_draws(config: Config) -> bool:
+    """Whether training draws anything at random beside its order and its first weights."""
+    return bool(config.objective.noise_std or config.model.dropout or config.model.variational)

@@ -66,7 +66,7 @@ class MLP(Autoencoder):
         act(a) - act(-a) = a for relu, gelu and silu alike, so two hidden units carry one component through a layer
         unchanged. The other units keep their random incoming weights and start without influence.
         """
-        k = self.linear_code().components
+        k = min(self.linear_code().components, len(components.variances))
         components = components._replace(variances=components.variances[:k], basis=components.basis[:k])
         mean, basis = components.mean, components.basis
         into, out, logvar = basis, basis.T, None

@@ -130,15 +130,21 @@ def pinned_torch(precision: str) -> Iterator[None]:
     """Settings of torch that a caller may have changed: for the length of a run as the experiment says, then as they were.
 
     Raises:
-        InputError: inside ``torch.autocast``, which would keep the first step's rounded weights for all later ones.
+        InputError: another default device; inside ``torch.autocast``, which would keep the first step's rounded weights for all
+            later ones.
     """
     nested = torch.autocast_increment_nesting() > 1
     torch.autocast_decrement_nesting()
     if nested:
         raise InputError("train is called inside torch.autocast; leave it: the configuration says the precision")
+    if torch.get_default_device().type != "cpu":
+        raise InputError(
+            f"torch's default device is set to {torch.get_default_device()}; the launcher decides where a run computes. "
+            "Call torch.set_default_device(None) first"
+        )
     dtype, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    with torch.inference_mode(False), torch.enable_grad():
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = precision == "tf32"

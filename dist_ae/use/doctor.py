@@ -16,7 +16,7 @@ from dist_ae import timeline
 from dist_ae.config import InputError, load_config, parse
 from dist_ae.data import sources
 from dist_ae.data.reader import Reader
-from dist_ae.draws import draw
+from dist_ae.draws import Step, draw
 from dist_ae.files import Damaged, open_plainly, parse_json, read_bounded, read_json
 from dist_ae.models import build
 from dist_ae.objectives import objective
@@ -129,7 +129,7 @@ def replay(run_dir: Path) -> list[str]:
         raise InputError(f"{run_dir}/nonfinite.json names images that {dataset.name} does not have")
     model.load_state_dict(weights)
     images = Reader(dataset.train, torch.device("cpu"), dtype).take(rows)
-    draws = draw(model.draw_shapes(), config, step, range(len(rows)), torch.device("cpu"), dtype)
+    draws = draw(model.draw_shapes(), config, Step(step), range(len(rows)), torch.device("cpu"), dtype)
     reduced = config.precision in ("bf16", "fp16")
     with torch.autocast("cpu", torch.bfloat16) if reduced else contextlib.nullcontext():
         output = model(images, draws)

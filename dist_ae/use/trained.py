@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dist_ae.config import Config, InputError, load_config
 from dist_ae.data.arrays import NOISY_RANGE
-from dist_ae.draws import Draws, keyed
-from dist_ae.evaluate import EVALUATION_SEED
+from dist_ae.draws import Draws, Step, normal
+from dist_ae.evaluate import fixed_epsilon
 from dist_ae.files import Damaged
 from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.objectives import terms
@@ -49,9 +49,7 @@ class TrainedModel:
             if not self.config.model.variational:
                 error: Tensor = (self.model(x, None).reconstruction - x).square().flatten(1).mean(1)
                 return error
-            epsilon = keyed(
-                "normal", (EVALUATION_SEED, "evaluation.epsilon", 0), rows, self.model.code_shape, self.device
-            )
+            epsilon = fixed_epsilon(rows, self.model.code_shape, self.device)
             return terms(self.model(x, Draws(epsilon=epsilon)), x, self.config.objective, beta=1.0).loss
 
         return self._map(score, images, batch_size)
@@ -68,7 +66,7 @@ class TrainedModel:
             raise InputError(f"the number of samples must be at least 1, got {num}")
         if not -(2**63) <= seed < 2**63:
             raise InputError(f"the seed must be a 64-bit integer, got {seed}")
-        code = keyed("normal", (seed, "sample", 0), range(num), self.model.code_shape, self.device)
+        code = normal(seed, "sample", Step(0), range(num), self.model.code_shape, self.device)
         return self.decode(code)
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:

@@ -1,0 +1,105 @@
+"""The same draws on a GPU, to the bit: one kernel per stream and step. Imported only where it is used, since it needs Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.random import philox_impl
+
+from dist_ae.draws.philox import HALVES, LEVELS, blocks_per_row, normal_table, threshold
+
+BLOCKS = 128  # generator blocks that one program works on
+
+
+@triton.jit
+def _fill(
+    out,
+    table,
+    key,
+    step,
+    first,
+    num_blocks,
+    width,
+    per_row,
+    limit,
+    scale,
+    MASK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    c0 = (first + block + 1).to(tl.uint64)  # numpy increments the counter before each block
+    zero = c0 * 0
+    c1 = zero + tl.load(step).to(tl.uint64)
+    k0 = tl.load(key).to(tl.uint64, bitcast=True)
+    k1 = tl.load(key + 1).to(tl.uint64, bitcast=True)
+    w0, w1, w2, w3 = philox_impl(c0, c1, zero, zero, k0, k1)
+    start = (block // per_row) * width
+    column = (block % per_row) * 16
+    for half in tl.static_range(16):
+        if half < 4:
+            word = w0
+        elif half < 8:
+            word = w1
+        elif half < 12:
+            word = w2
+        else:
+            word = w3
+        bits = ((word >> (16 * (half % 4))) & 0xFFFF).to(tl.int32)
+        if MASK:
+            value = tl.where(bits < limit, scale, 0.0)
+        else:
+            value = tl.load(table + bits)
+        tl.store(out + start + column + half, value, mask=inside & (column + half < width))
+
+
+_tables: dict[tuple[torch.device, float], Tensor] = {}
+_keys: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
+def _table(device: torch.device, std: float) -> Tensor:
+    if (device, std) not in _tables:
+        _tables[device, std] = torch.from_numpy(normal_table(std)).to(device)
+    return _tables[device, std]
+
+
+def _key(device: torch.device, seed: int, stream: int) -> Tensor:
+    if (device, seed, stream) not in _keys:
+        signed = [value - 2**64 if value >= 2**63 else value for value in (seed, stream)]
+        _keys[device, seed, stream] = torch.tensor(signed, dtype=torch.int64, device=device)
+    return _keys[device, seed, stream]
+
+
+def draw_on_device(
+    seed: int, stream: int, step: Tensor, rows: range, width: int, device: torch.device, std: float | None, keep: float
+) -> Tensor:
+    """Rows of a table of draws, float32 [len(rows), width], as ``philox.normals`` (with ``std``) or ``philox.masks`` give them.
+
+    Args:
+        step: int64 [], on the device, so that a captured kernel can be replayed at another step.
+    """
+    out = torch.empty(len(rows), width, device=device)
+    per_row, limit = blocks_per_row(width), threshold(keep)
+    num_blocks = len(rows) * per_row
+    if num_blocks:
+        table = out if std is None else _table(device, std)
+        _fill[(triton.cdiv(num_blocks, BLOCKS),)](
+            out,
+            table,
+            _key(device, seed, stream),
+            step,
+            rows.start * per_row,
+            num_blocks,
+            width,
+            per_row,
+            limit,
+            LEVELS / limit,
+            MASK=std is None,
+            BLOCKS=BLOCKS,
+        )
+    return out
+
+
+assert HALVES == 16  # the kernel's loop counts on it

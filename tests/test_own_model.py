@@ -1,0 +1,121 @@
+"""From Python: images that are in memory, and a model of the user's own, with all that holds for ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, SMALL, forked, metrics, relative_difference, weights
+from sklearn.datasets import load_digits
+
+import dist_ae
+from dist_ae import step
+from dist_ae.config import Config, InputError
+from dist_ae.presets import PRESETS
+
+IMAGES = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+SPEC = importlib.util.spec_from_file_location("own_model", REPOSITORY / "examples" / "own_model.py")
+assert SPEC is not None and SPEC.loader is not None
+EXAMPLE = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(EXAMPLE)
+OWN: dict[str, Any] = {**SMALL, "model.start": "random", "precision": "fp64", "train.steps": 30, "train.save_every": 4}
+
+
+def config(run_dir: Path, **more: Any) -> Config:
+    return PRESETS["denoising"].override({**OWN, "run_dir": str(run_dir), **more})
+
+
+def test_the_example_is_short() -> None:
+    assert len((REPOSITORY / "examples" / "own_model.py").read_text().splitlines()) < 40
+
+
+def test_a_model_of_ones_own_is_the_same_on_1_and_2_processes_killed_and_resumed(tmp_path: Path) -> None:
+    def train(name: str, die_at: int | None = None) -> Any:
+        def work(rank: int) -> None:
+            real = step.Learner.step
+
+            def step_or_die(self: step.Learner, number: int) -> None:
+                if number == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                real(self, number)
+
+            with mock.patch.object(step.Learner, "step", step_or_die):
+                dist_ae.train(config(tmp_path / name), data=IMAGES, model=EXAMPLE.Convolutional)
+
+        return work
+
+    assert forked(1, train("plain"), tmp_path / "log") == [0]
+    assert forked(1, train("broken", die_at=13), tmp_path / "log") == [-signal.SIGKILL]
+    assert forked(2, train("broken"), tmp_path / "log") == [0, 0]
+    assert relative_difference(weights(tmp_path / "broken"), weights(tmp_path / "plain")) < 1e-9
+    assert [line["step"] for line in metrics(tmp_path / "broken")] == list(range(1, 31))
+
+    model = dist_ae.load(tmp_path / "plain", model=EXAMPLE.Convolutional)
+    assert model.embed(IMAGES[:5, None]).shape == (5, 2, 2, 2)
+    assert model.interpolate(IMAGES[:2, None], IMAGES[2:4, None], 5).shape == (2, 5, 1, 8, 8)
+    with pytest.raises(InputError, match=r"load\(run_dir, model=build\)"):
+        dist_ae.load(tmp_path / "plain")
+
+
+def test_images_from_python_train_as_the_same_images_from_a_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "digits.npy", IMAGES)
+    settings = {**SMALL, "train.steps": 8}
+    file = {"data.name": f"array:{tmp_path / 'digits.npy'}", "run_dir": str(tmp_path / "file")}
+    expected = dist_ae.train(PRESETS["ae"].override({**settings, **file})).weights_sha256
+
+    class Pictures(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return len(IMAGES)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.from_numpy(IMAGES[index]), index % 10
+
+    given = {"numpy": IMAGES, "channels last": IMAGES[..., None], "torch": torch.from_numpy(IMAGES), "set": Pictures()}
+    for name, data in given.items():
+        run = PRESETS["ae"].override({**settings, "run_dir": str(tmp_path / name)})
+        assert dist_ae.train(run, data=data).weights_sha256 == expected, name
+    pair = dist_ae.train(PRESETS["ae"].override({**settings, "run_dir": str(tmp_path / "pair")}), data=(IMAGES, IMAGES))
+    assert pair.weights_sha256 != expected
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("digits.npy", "got str"),
+        ([[1, 2], [3, 4]], "got list"),
+        (np.zeros((10, 4, 4), np.int64), "expected uint8"),
+        (np.full((10, 4, 4), 3.0), "divide by 255"),
+        (np.zeros((10, 4)), r"got shape \(10, 4\)"),
+        ((IMAGES, IMAGES, IMAGES), "got 3 parts"),
+        ((IMAGES, IMAGES[:, :4]), "differ in shape"),
+    ],
+)
+def test_what_is_not_images_is_refused_before_anything_is_written(data: Any, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason):
+        dist_ae.train(config(tmp_path / "run"), data=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_its_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.variational = False, the configuration says True"):
+        dist_ae.train(config(tmp_path / "run", **{"model.variational": True}), data=IMAGES, model=EXAMPLE.Convolutional)
+    with pytest.raises(InputError, match=r"expected a dist_ae\.Autoencoder, got Linear"):
+        dist_ae.train(config(tmp_path / "run"), data=IMAGES, model=lambda shape: torch.nn.Linear(1, 1))  # type: ignore[arg-type, return-value]
+    with pytest.raises(InputError, match="no PCA start"):
+        dist_ae.train(config(tmp_path / "run", **{"model.start": "pca"}), data=IMAGES, model=EXAMPLE.Convolutional)
+    with pytest.raises(InputError, match=r"expected a dist_ae\.Config"):
+        dist_ae.train("ae")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"train\(config, model=build\)"):
+        dist_ae.train(config(tmp_path / "run", **{"model.architecture": "own"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_package_offers_is_listed() -> None:
+    assert {"train", "load", "PRESETS", "Config", "Autoencoder"} <= set(dir(dist_ae))
