@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -10,21 +11,44 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from conftest import REPOSITORY, SMALL, digits_file
 
 import dist_ae
 from dist_ae import data
-from dist_ae.config import PRESETS, DataConfig, InputError
-from tune.plan import Settings, Sweep, append_report, new_sweep, only_driver, plan_trials, read_reports, read_sweep, write_json
+from dist_ae.config import PRESETS, Config, DataConfig, InputError
+from tune.__main__ import main, spelled_as_set
+from tune.plan import (
+    Settings,
+    Sweep,
+    append_report,
+    check_name,
+    new_sweep,
+    only_driver,
+    plan_trials,
+    read_reports,
+    read_sweep,
+    write_json,
+)
 from tune.results import Selection, front, parse_selection, results, retrained, select, spread
-from tune.spaces import IMAGE_SHAPES, SPACES, check, distribution, load_space, parse_overrides, parse_space
-from tune.sweep import checked
+from tune.spaces import (
+    IMAGE_SHAPES,
+    SPACES,
+    check,
+    check_together,
+    distribution,
+    load_space,
+    parse_overrides,
+    parse_space,
+)
+from tune.sweep import check_data, checked
 
 # --------------------------------------------------------------------------------------------------------------- spaces
 
@@ -49,7 +73,13 @@ def test_a_shipped_space_gives_legal_configurations_over_what_matters_there(name
 
 def test_each_shipped_space_is_judged_by_its_own_task() -> None:
     metrics = {name: load_space(name, None).metric for name in SPACES}
-    assert metrics == {"ae": "val.mse", "denoising": "val.denoised_psnr", "dropout": "val.mse", "vae": "val.neg_elbo", "all": "val.mse"}
+    assert metrics == {
+        "ae": "val.mse",
+        "denoising": "val.denoised_psnr",
+        "dropout": "val.mse",
+        "vae": "val.neg_elbo",
+        "all": "val.mse",
+    }
 
 
 def test_sampling_is_a_pure_function_of_seed_and_number() -> None:
@@ -82,7 +112,13 @@ def test_a_file_in_json_or_toml_is_a_space(tmp_path: Path) -> None:
         'metric = "val.mse"\n[presets.ae]\n"model.hidden_dims" = {choice = [[32, 16], [64]]}\n"optim.lr" = {loguniform = [1e-4, 1e-2]}\n'
     )
     (tmp_path / "a.json").write_text(
-        json.dumps({"presets": {"ae": {"model.hidden_dims": {"choice": [[32, 16], [64]]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}}})
+        json.dumps(
+            {
+                "presets": {
+                    "ae": {"model.hidden_dims": {"choice": [[32, 16], [64]]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}
+                }
+            }
+        )
     )
     toml, from_json = load_space(None, tmp_path / "a.toml"), load_space(None, tmp_path / "a.json")
     assert toml == from_json
@@ -115,11 +151,32 @@ def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, float]:
     """(exit status, stderr, seconds) of `python -m tune`; any import of ray makes it fail."""
     began = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **more}
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "tune", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tune", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     seconds = time.monotonic() - began
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
     assert not imported & {"ray", "torch"}, "help and refusals need neither"
-    return done.returncode, "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:")), seconds
+    return (
+        done.returncode,
+        "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:")),
+        seconds,
+    )
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line says where it refuses, which must be one line and exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "") and err.startswith("error: ") and err.endswith("\n"), err
+    assert err.count("\n") == 1 and len(err) < 1000, err
+    return err
 
 
 BAD_SPACES = {
@@ -133,20 +190,211 @@ BAD_SPACES = {
     "unknown kind": ({"presets": {"ae": {"optim.lr": {"normal": [0, 1]}}}}, "loguniform"),
     "unknown preset": ({"presets": {"gan": {"optim.lr": {"choice": [1e-3]}}}}, "gan"),
     "wrong metric": ({"metric": "val.loss", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "val.mse"),
-    "metric of another model": ({"metric": "val.neg_elbo", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "variational"),
+    "metric of another model": (
+        {"metric": "val.neg_elbo", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}},
+        "variational",
+    ),
     "question searched": ({"presets": {"ae": {"evaluation.noise_std": {"uniform": [0.1, 0.3]}}}}, "same question"),
-    "likelihood by ELBO": ({"presets": {"vae": {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}}}}, "compare"),
+    "likelihood by ELBO": (
+        {"presets": {"vae": {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}}}},
+        "compare",
+    ),
     "code larger than the image": ({"presets": {"ae": {"model.latent_dim": {"choice": [8, 65]}}}}, "64 values"),
     "not a space": ({"optim.lr": [1, 2]}, "presets"),
+    "fractions of a whole number": (
+        {"presets": {"ae": {"model.latent_dim": {"uniform": [2, 5]}}}},
+        "use randint or choice",
+    ),
+    "fractions on a log scale": ({"presets": {"ae": {"train.batch_size": {"loguniform": [8, 64]}}}}, "use lograndint"),
+    "number of a flag": ({"presets": {"ae": {"train.compile": {"uniform": [0, 1]}}}}, "train.compile"),
+    "text of a number": ({"presets": {"ae": {"optim.lr": {"choice": [1e-3, "fast"]}}}}, "optim.lr"),
+    "metrics in a list": (
+        {"metric": ["val.mse"], "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}},
+        "unknown metric",
+    ),
+    "empty metric": ({"metric": "", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "unknown metric"),
+    "number beyond 64 bits": ({"presets": {"ae": {"model.latent_dim": {"lograndint": [1, 10**400]}}}}, "64 bits"),
+    "infinite width": ({"presets": {"ae": {"optim.lr": {"uniform": [-1e308, 1e308]}}}}, "finite"),
+    "choice without end": ({"presets": {"ae": {"optim.lr": {"choice": [1e-3] * 100_000}}}}, "more than 10,000 values"),
+    "many wrong values": ({"presets": {"ae": {"model.hidden_dims": {"choice": [[0] * 500]}}}}, "and 499 more"),
+    "long text": ({"presets": {"ae": {"x" * 100_000: {"choice": [1]}}}}, "longer than 1,000 characters"),
+    "table in place of a key": ({"presets": {"ae": {"optim": {"lr": {"choice": [1e-3]}}}}}, '"optim.lr"'),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SPACES)
-def test_a_bad_space_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_a_bad_space_is_refused_by_name(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, word = BAD_SPACES[case]
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=re.escape(word)):
-        check(load_space(None, tmp_path / "s.json"), {}, workers=1)
+    assert word in refused(capsys, "--space", str(tmp_path / "s.json"))
+
+
+RANGES = ("uniform", "loguniform", "randint", "lograndint")
+ODD = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 2**63, 1e308, -1e308, 5e-324]))
+PLAIN = st.recursive(
+    st.none() | st.booleans() | ODD | st.text(max_size=5) | st.sampled_from(["relu", "muon", "fp16", "fp64"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def ranges(numbers: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    pair = st.tuples(numbers, numbers).map(sorted)
+    return st.sampled_from(RANGES).flatmap(lambda kind: st.fixed_dictionaries({kind: pair}))
+
+
+def choices(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.fixed_dictionaries({"choice": st.lists(values, max_size=4)})
+
+
+TAME = st.integers(1, 70) | st.floats(0.001, 0.9)
+TAME_KEYS = ["model.latent_dim", "optim.lr", "model.dropout", "train.batch_size", "train.epochs", "objective.beta"]
+TAME_PART = st.dictionaries(st.sampled_from(TAME_KEYS), ranges(TAME) | choices(TAME), min_size=1, max_size=2)
+WILD_KEYS = st.sampled_from([*dict(Config().flat()), "model", "model.latent", ""])
+WILD_PART = st.dictionaries(WILD_KEYS, ranges(ODD | TAME) | choices(PLAIN) | PLAIN, max_size=3) | PLAIN
+METRIC = st.fixed_dictionaries({}, optional={"metric": st.sampled_from(["val.mse", "val.neg_elbo"]) | PLAIN})
+SPACE = st.one_of(
+    st.builds(lambda part: {"presets": {"ae": part}}, TAME_PART),
+    st.builds(
+        lambda parts, metric: {"presets": parts, **metric},
+        st.dictionaries(st.sampled_from([*PRESETS, "gan"]), TAME_PART | WILD_PART, max_size=3),
+        METRIC,
+    ),
+    PLAIN,
+)
+accepted: list[Any] = []
+
+
+@hypothesis.settings(
+    max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(SPACE, st.sampled_from([1, 2, 3]))
+def any_data_is_a_space_of_legal_configurations_or_refused(content: Any, workers: int) -> None:
+    try:
+        space = parse_space(content, "s")
+        check(space, {}, workers)
+        check_together({}, space.plan("random", 20, 0))
+    except InputError as error:
+        said = str(error)
+    else:
+        said = ""
+        accepted.append(content)
+        assert parse_space(space.to_data(), "s") == space
+        assert space.grid_size() == len(list(space.grid()))
+        for preset, values in [*space.plan("random", 20, 1), *space.grid()]:
+            PRESETS[preset].override(values)
+    assert "\n" not in said and len(said) < 1000
+
+
+def test_any_data_is_a_space_of_legal_configurations_or_refused_in_one_line() -> None:
+    accepted.clear()
+    any_data_is_a_space_of_legal_configurations_or_refused()
+    assert len(accepted) > 30
+
+
+FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "nested too deep": ("s.json", lambda path: path.write_text("[" * 100_000), "nested too deep"),
+    "nested too deep, in TOML": ("s.toml", lambda path: path.write_text("a = " + "[" * 100_000), "nested too deep"),
+    "nested a little too deep": ("s.json", lambda path: path.write_text("[" * 50 + "]" * 50), "levels deep"),
+    "pipe": ("s.json", os.mkfifo, "not a regular file"),
+    "folder": ("s.json", Path.mkdir, "not a regular file"),
+    "not UTF-8": ("s.json", lambda path: path.write_bytes(b'{"presets": "\xff"}'), "not a readable JSON file"),
+    "huge": ("s.json", lambda path: path.write_bytes(b" " * 3_000_000), "larger than 1 MiB"),
+    "device without end": ("s.json", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "not there": ("s.json", lambda path: None, "No such file"),
+    "name too long": ("s" * 300 + ".json", lambda path: None, "File name too long"),
+    "number of 5,000 digits": ("s.json", lambda path: path.write_text("9" * 5000), "not a readable JSON file"),
+    "number of 5,000 digits, in TOML": ("s.toml", lambda path: path.write_text("a = 0x" + "f" * 5000), "64 bits"),
+    "key given twice": ("s.json", lambda path: path.write_text('{"presets": {"ae": {}, "ae": {}}}'), "stands twice"),
+    "date": ("s.toml", lambda path: path.write_text("presets = 2020-01-01"), "neither a number nor"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_space_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, make, word = FILES[case]
+    make(tmp_path / name)
+    assert word in refused(capsys, "--space", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("search", ["grid", "random", "optuna"])
+def test_values_that_are_legal_only_apart_are_refused_before_a_trial_starts(
+    search: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"precision": {"choice": ["fp32", "fp64"]}, "train.gradient_type": {"choice": ["exact", "bf16"]}}
+    (tmp_path / "s.json").write_text(json.dumps({"presets": {"ae": both}}))
+    assert "rounds; use one of the two" in refused(capsys, "--space", str(tmp_path / "s.json"), "--search", search)
+
+
+def test_a_grid_too_large_is_refused_by_its_size_without_counting_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {key: {"choice": [i / 1000 for i in range(1, 100)]} for key in ("optim.lr", "optim.eps", "model.dropout")}
+    part |= {key: {"uniform": [0.1, 0.9]} for key in ("optim.momentum", "optim.weight_decay", "objective.beta")}
+    (tmp_path / "s.json").write_text(json.dumps({"presets": {"ae": part}}))
+    err = refused(capsys, "--space", str(tmp_path / "s.json"), "--search", "grid")
+    assert f"{99**3 * 4**3:,} points" in err and "--search random" in err
+
+
+def test_a_pipe_in_place_of_data_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npy")
+    name = f"array:{tmp_path}/pipe.npy"
+    sweep = checked(load_space("ae", None), {"data.name": name}, None, Settings(), 2, "s", tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        check_data(sweep)
+
+
+def test_options_of_training_are_spelled_as_in_dist_ae_train() -> None:
+    given = ["ae", "--train.batch-size", "64", "--model.hidden_dims", "64", "32", "--model.variational", "--seed", "3"]
+    given += [
+        "--data.root=/data",
+        "--train.no-compile",
+        "--precision",
+        "fp64",
+        "--train.steps",
+        "None",
+        "--set",
+        "seed=4",
+    ]
+    made = spelled_as_set(given)
+    assert made[:1] == ["ae"] and made[7:9] == ["--seed", "3"]
+    values = parse_overrides([word for before, word in itertools.pairwise(made) if before == "--set"])
+    assert values == {
+        "train.batch_size": 64, "model.hidden_dims": ["64", "32"], "model.variational": True, "data.root": "/data",
+        "train.compile": False, "precision": "fp64", "train.steps": None, "seed": 4,
+    }  # fmt: skip
+    assert PRESETS["ae"].override(values).model.hidden_dims == (64, 32)
+
+
+@pytest.mark.parametrize("stem", ["mein Raum!", ".hidden", "-dash", "räume", "x" * 200, "***"])
+def test_any_file_name_gives_a_sweep_a_legal_name(stem: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{stem}.toml"
+    path.write_text('[presets.ae]\n"optim.lr" = {choice = [1e-3]}\n')
+    check_name(f"{load_space(None, path).name}-20260101-120000")
+
+
+def test_a_damaged_sweep_or_a_wrong_limit_of_a_resumed_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = checked(load_space("ae", None), {}, None, Settings(), 2, "s", tmp_path)
+    plan_trials(good)
+    sweep_json, trial_json = good.path / "sweep.json", good.trial_dir(good.trials()[1].id) / "trial.json"
+    again = ("--resume", "s", "--storage", str(tmp_path))
+    assert "--max-concurrent -1" in refused(capsys, *again, "--max-concurrent", "-1")
+    whole = json.loads(sweep_json.read_text())
+    damages = [
+        {"settings": {"num_trials": "x"}},
+        {"space": []},
+        {"metric": []},
+        {"overrides": 3},
+        {"space": {"name": "s"}},
+    ]
+    for damaged in ({"format": whole["format"]}, *({**whole, **damage} for damage in damages)):
+        sweep_json.write_text(json.dumps(damaged))
+        assert "sweep.json is damaged" in refused(capsys, *again)
+    sweep_json.write_text(json.dumps(whole))
+    trial_json.write_text('{"id": 3}')
+    assert "trial.json is missing or damaged" in refused(capsys, *again)
 
 
 REFUSED = {
@@ -156,19 +404,39 @@ REFUSED = {
     "empty range": (["--space", "empty.toml"], "empty"),
     "wrong metric": (["ae", "--metric", "val.neg_elbo"], "variational"),
     "code larger than the image": (["ae", "--set", "model.latent_dim=65"], "64 values"),
-    "more workers than cores": (["ae", "--workers-per-trial", "512", "--set", "train.batch_size=512"], "this machine has"),
+    "more workers than cores": (
+        ["ae", "--workers-per-trial", "512", "--set", "train.batch_size=512"],
+        "this machine has",
+    ),
     "batch that does not divide": (["ae", "--workers-per-trial", "3"], "multiple of 3"),
     "unwritable storage": (["ae", "--storage", "/proc/sweeps"], "cannot be written"),
     "storage that is a file": (["ae", "--storage", "empty.toml"], "cannot be written"),
     "clones of another size": (["ae", "--scheduler", "pbt"], "model.latent_dim cannot change"),
-    "clones of several workers": (["ae", "--scheduler", "pbt", "--workers-per-trial", "2", "--set", "model.latent_dim=4"], "workers-per-trial 1 only"),
+    "clones of several workers": (
+        ["ae", "--scheduler", "pbt", "--workers-per-trial", "2", "--set", "model.latent_dim=4"],
+        "workers-per-trial 1 only",
+    ),
     "clones of other models": (["all", "--scheduler", "pbt", "--set", "model.latent_dim=4"], "different models"),
-    "share of a GPU for several workers": (["ae", "--workers-per-trial", "2", "--gpus-per-worker", "0.5"], "whole GPUs"),
+    "share of a GPU for several workers": (
+        ["ae", "--workers-per-trial", "2", "--gpus-per-worker", "0.5"],
+        "whole GPUs",
+    ),
     "grid of another size": (["ae", "--search", "grid", "--num-trials", "7"], "24 points"),
     "no such sweep": (["--resume", "nothing"], "no sweep in"),
     "choice unknown": (["ae", "--select", "smallest"], "smallest-within-PCT"),
     "bad name": (["ae", "--name", "../x"], "--name"),
     "address": (["ae", "--address", "somewhere"], "HOST:PORT"),
+    "port that is none": (["ae", "--address", "127.0.0.1:99999"], "HOST:PORT"),
+    "host that is none": (["ae", "--address", "a" * 70 + ":80"], "nothing answers"),
+    "trials without end": (["ae", "--num-trials", "1000000000"], "1 to 10,000"),
+    "CPUs that are no number": (["ae", "--cpus-per-worker", "nan"], "greater than 0"),
+    "GPUs that are no number": (["ae", "--gpus-per-worker", "nan"], "0 or more"),
+    "seeds without end": (["ae", "--retrain", "1000000000"], "0 to 1000"),
+    "nested value": (["ae", "--set", "train.epochs=" + "[" * 100_000], "train.epochs"),
+    "dotted option without a value": (["ae", "--train.epochs"], "expected a value"),
+    "dotted option unknown": (["ae", "--model.latent", "3"], "model.latent_dim"),
+    "nothing to search": (["ae", "--model.latent-dim", "3", "--optim.lr", "1e-3"], "nothing is left to search"),
+    "empty name": (["ae", "--name", ""], "--name"),
 }
 
 
@@ -193,7 +461,12 @@ def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- folder and choice
 
 
-def sweep_with(folder: Path, outcomes: Iterable[tuple[str, dict[str, Any], dict[str, float] | None]], metric: str = "val.mse", preset: str = "ae") -> Sweep:
+def sweep_with(
+    folder: Path,
+    outcomes: Iterable[tuple[str, dict[str, Any], dict[str, float] | None]],
+    metric: str = "val.mse",
+    preset: str = "ae",
+) -> Sweep:
     """A sweep of trials that went as told: (status, values, last metrics)."""
     space = load_space(preset, None)
     sweep = new_sweep(folder / "s", space, {}, metric, Settings())
@@ -202,7 +475,9 @@ def sweep_with(folder: Path, outcomes: Iterable[tuple[str, dict[str, Any], dict[
         if metrics is not None:
             progress = 100.0 if status == "finished" else 40.0
             for part in (progress / 2, progress):
-                append_report(sweep.trial_dir(trial.id), {"step": int(part), "progress": part, **metrics, "seconds": part})
+                append_report(
+                    sweep.trial_dir(trial.id), {"step": int(part), "progress": part, **metrics, "seconds": part}
+                )
         if status == "finished":
             write_json(sweep.run_dir(trial) / "result.json", {"steps": 100})
         elif status in ("stopped", "failed"):
@@ -234,7 +509,9 @@ def test_the_ranking_puts_nan_last_and_finished_first(tmp_path: Path) -> None:
 
 def test_the_choice_is_the_best_the_smallest_nearly_best_or_the_best_small_one(tmp_path: Path) -> None:
     sizes = {2: 0.2, 8: 0.105, 16: 0.102, 32: 0.1}
-    sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(value)) for size, value in sizes.items()])
+    sweep = sweep_with(
+        tmp_path, [("finished", {"model.latent_dim": size}, mse(value)) for size, value in sizes.items()]
+    )
 
     def chosen(text: str) -> int | None:
         row = select(results(sweep), parse_selection(text), sweep)
@@ -246,18 +523,27 @@ def test_the_choice_is_the_best_the_smallest_nearly_best_or_the_best_small_one(t
 
 
 def test_nearly_best_follows_the_direction_and_sign_of_the_metric(tmp_path: Path) -> None:
-    psnr = [("finished", {"model.latent_dim": size}, {"val.denoised_psnr": value, "val.mse": 0.1}) for size, value in ((2, 18.0), (4, 19.5), (8, 20.0))]
+    psnr = [
+        ("finished", {"model.latent_dim": size}, {"val.denoised_psnr": value, "val.mse": 0.1})
+        for size, value in ((2, 18.0), (4, 19.5), (8, 20.0))
+    ]
     sweep = sweep_with(tmp_path / "a", psnr, "val.denoised_psnr", "denoising")
     row = select(results(sweep), Selection("smallest-within", 3), sweep)
     assert row is not None and row.latent_dim == 4
-    elbo = [("finished", {"model.latent_dim": size}, {"val.neg_elbo": value, "val.mse": 0.1}) for size, value in ((2, -90.0), (4, -98.0), (8, -100.0))]
+    elbo = [
+        ("finished", {"model.latent_dim": size}, {"val.neg_elbo": value, "val.mse": 0.1})
+        for size, value in ((2, -90.0), (4, -98.0), (8, -100.0))
+    ]
     sweep = sweep_with(tmp_path / "b", elbo, "val.neg_elbo", "vae")
     row = select(results(sweep), Selection("smallest-within", 3), sweep)
     assert row is not None and row.latent_dim == 4
 
 
 def test_only_a_finished_trial_is_the_answer(tmp_path: Path) -> None:
-    sweep = sweep_with(tmp_path, [("stopped", {"model.latent_dim": 4}, mse(0.001)), ("failed", {"model.latent_dim": 4}, {"val.mse": math.nan})])
+    sweep = sweep_with(
+        tmp_path,
+        [("stopped", {"model.latent_dim": 4}, mse(0.001)), ("failed", {"model.latent_dim": 4}, {"val.mse": math.nan})],
+    )
     assert select(results(sweep), Selection("best"), sweep) is None
 
 
@@ -276,7 +562,12 @@ def test_reports_forget_what_a_retry_did_again_and_what_a_kill_tore(tmp_path: Pa
         file.write('{"step": 4, "progr')
     for step in (2, 3, 4):
         append_report(tmp_path, {"step": step, "progress": step, "from": "second"})
-    assert [(r["step"], r["from"]) for r in read_reports(tmp_path)] == [(1, "first"), (2, "second"), (3, "second"), (4, "second")]
+    assert [(r["step"], r["from"]) for r in read_reports(tmp_path)] == [
+        (1, "first"),
+        (2, "second"),
+        (3, "second"),
+        (4, "second"),
+    ]
 
 
 def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
@@ -335,7 +626,12 @@ def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
         expected = float(np.square(model.inverse_transform(model.transform(val)) - val).mean())
         assert found[size] == pytest.approx(expected, rel=1e-6)
     assert found[64] < 1e-20
-    noisy = sweep_with(tmp_path / "noisy", [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (8, 64)], "val.denoised_psnr", "denoising")
+    noisy = sweep_with(
+        tmp_path / "noisy",
+        [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (8, 64)],
+        "val.denoised_psnr",
+        "denoising",
+    )
     found = pca_errors(noisy, results(noisy))
     assert found[64] == pytest.approx(0.09, rel=0.02)  # all of the noise goes through: its variance
     assert found[8] < found[64] / 2
@@ -345,12 +641,21 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
     from tune.report import write_report
 
     pairs = [(2, 0.05), (8, 0.02), (16, 0.012), (32, 0.02)]
-    trials = [("finished", {"model.latent_dim": size, "optim.lr": 10.0**-i}, mse(value)) for i, (size, value) in enumerate(pairs, 2)]
+    trials = [
+        ("finished", {"model.latent_dim": size, "optim.lr": 10.0**-i}, mse(value))
+        for i, (size, value) in enumerate(pairs, 2)
+    ]
     sweep = sweep_with(tmp_path, [*trials, ("failed", {"model.latent_dim": 64}, {"val.mse": math.nan})])
     assert write_report(sweep, Selection("best"))
     page = (sweep.path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|<script', page), "nothing is fetched"
-    for heading in ("The answer: best", "Code size against error", "Learning curves", "Parameters and result", "Ranking"):
+    for heading in (
+        "The answer: best",
+        "Code size against error",
+        "Learning curves",
+        "Parameters and result",
+        "Ranking",
+    ):
         assert heading in page
     assert "PCA, code of 16" in page and "NonFinite: step 3" in page
     rows = list(csv.DictReader((sweep.path / "trials.csv").read_text().splitlines()))
@@ -362,7 +667,10 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
 def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path) -> None:
     from tune.report import write_report
 
-    sweep = sweep_with(tmp_path, [("failed", {"model.latent_dim": 4}, {"val.mse": math.nan}), ("failed", {"model.latent_dim": 4}, None)])
+    sweep = sweep_with(
+        tmp_path,
+        [("failed", {"model.latent_dim": 4}, {"val.mse": math.nan}), ("failed", {"model.latent_dim": 4}, None)],
+    )
     assert not write_report(sweep, Selection("best"))
     assert "No trial finished" in (sweep.path / "report.html").read_text()
 
@@ -371,7 +679,9 @@ def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path)
 
 
 def test_a_run_starts_from_another_runs_checkpoint_with_its_weights_and_optimizer(tmp_path: Path) -> None:
-    base = PRESETS["ae"].override({**SMALL, "data.name": digits_file(tmp_path, 300), "train.steps": 20, "train.eval_every": 5, "train.keep": 9})
+    base = PRESETS["ae"].override(
+        {**SMALL, "data.name": digits_file(tmp_path, 300), "train.steps": 20, "train.eval_every": 5, "train.keep": 9}
+    )
     dist_ae.train(base.override({"run_dir": tmp_path / "donor"}))
     start = tmp_path / "donor/checkpoints/00000010"
     reports: list[dist_ae.Report] = []
@@ -393,7 +703,11 @@ def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) ->
     dataset, model = data.load(DataConfig(name="digits")), dist_ae.load(result.run_dir)
     codes = [model.embed(split.images).double().numpy() for split in (dataset.train, dataset.val)]
     scale = codes[0].std(0)
-    expected = RidgeClassifier(alpha=1.0).fit(codes[0] / scale, dataset.train.labels).score(codes[1] / scale, dataset.val.labels)
+    expected = (
+        RidgeClassifier(alpha=1.0)
+        .fit(codes[0] / scale, dataset.train.labels)
+        .score(codes[1] / scale, dataset.val.labels)
+    )
     found = probe_accuracy(result.run_dir)
     assert found == pytest.approx(expected, abs=0.011)
     assert found > 0.5
@@ -402,7 +716,9 @@ def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) ->
 def test_optuna_goes_on_from_what_the_folder_knows(tmp_path: Path) -> None:
     schedule = pytest.importorskip("tune.schedule")
     optuna = pytest.importorskip("optuna")
-    space = parse_space({"presets": {"ae": {"model.latent_dim": {"choice": [4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-1]}}}}, "s")
+    space = parse_space(
+        {"presets": {"ae": {"model.latent_dim": {"choice": [4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-1]}}}}, "s"
+    )
     sweep = new_sweep(tmp_path / "s", space, {}, "val.mse", Settings(search="optuna", num_trials=40))
     for number in range(30):
         preset, values = schedule.Optimizer(sweep).ask()  # each time as after a restart

@@ -44,10 +44,18 @@ def cluster() -> Iterator[Cluster]:
 
 
 def sweep_of(
-    folder: Path, address: str, part: dict[str, Any], trials: int | None = None, preset: str = "ae", overrides: dict[str, Any] | None = None, **settings: Any
+    folder: Path,
+    address: str,
+    part: dict[str, Any],
+    trials: int | None = None,
+    preset: str = "ae",
+    overrides: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Sweep:
     space = parse_space({"presets": {preset: part}}, "s")
-    return checked(space, {**TINY, **(overrides or {})}, None, Settings(address=address, **settings), trials, "s", folder)
+    return checked(
+        space, {**TINY, **(overrides or {})}, None, Settings(address=address, **settings), trials, "s", folder
+    )
 
 
 def run(sweep: Sweep) -> Sweep:
@@ -92,7 +100,11 @@ def reports(folder: Path) -> int:
 
 def starts(folder: Path) -> int:
     """How often training began in a trial's folder, from what it printed."""
-    return sum((folder / name).read_text().count(" parameters, ") for name in ("log.txt", "log-0.txt") if (folder / name).exists())
+    return sum(
+        (folder / name).read_text().count(" parameters, ")
+        for name in ("log.txt", "log-0.txt")
+        if (folder / name).exists()
+    )
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -106,7 +118,19 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
-    arguments = ["all", "--num-trials", "4", "--name", "first", "--retrain", "2", "--set", "train.epochs=2", "--set", "model.hidden_dims=16"]
+    arguments = [
+        "all",
+        "--num-trials",
+        "4",
+        "--name",
+        "first",
+        "--retrain",
+        "2",
+        "--set",
+        "train.epochs=2",
+        "--set",
+        "model.hidden_dims=16",
+    ]
     process = command(*arguments, "--set", "tracking.wandb=offline", cwd=tmp_path)
     out, _ = process.communicate(timeout=280)
     assert process.returncode == 0, out
@@ -116,7 +140,9 @@ def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
     assert [row.outcome.status for row in rows] == ["finished"] * 4
     assert {row.trial.preset for row in rows} == {"ae", "denoising", "dropout", "vae"}
     # best.json is the whole experiment: trained by itself it ends with the winner's weights.
-    config = dist_ae.load_config(sweep.path / "best.json").override({"run_dir": tmp_path / "again", "tracking.wandb": "off"})
+    config = dist_ae.load_config(sweep.path / "best.json").override(
+        {"run_dir": tmp_path / "again", "tracking.wandb": "off"}
+    )
     assert dist_ae.train(config).weights_sha256 == sha(sweep, rows[0].trial)
     for row in rows:  # a W&B run for each trial, known by the trial's id, in the sweep's group
         folder = sweep.run_dir(row.trial)
@@ -130,14 +156,25 @@ def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
 
 
 def test_a_killed_driver_is_resumed_without_rays_files(tmp_path: Path) -> None:
-    (tmp_path / "s.toml").write_text('[presets.ae]\n"train.steps" = {choice = [20, 1600]}\n"optim.lr" = {choice = [1e-3, 2e-3]}\n')
-    sets = [f"--set={key}" for key in ("model.hidden_dims=16", "train.eval_every=20", "optim.schedule=constant", "tracking.wandb=off")]
-    first = command("--space", "s.toml", "--search", "grid", "--name", "k", "--max-concurrent", "2", *sets, cwd=tmp_path)
+    (tmp_path / "s.toml").write_text(
+        '[presets.ae]\n"train.steps" = {choice = [20, 1600]}\n"optim.lr" = {choice = [1e-3, 2e-3]}\n'
+    )
+    sets = [
+        f"--set={key}"
+        for key in ("model.hidden_dims=16", "train.eval_every=20", "optim.schedule=constant", "tracking.wandb=off")
+    ]
+    first = command(
+        "--space", "s.toml", "--search", "grid", "--name", "k", "--max-concurrent", "2", *sets, cwd=tmp_path
+    )
     folder = tmp_path / "runs/sweeps/k"
     trials = folder / "trials"
 
     def long_ones() -> list[Path]:
-        return [p.parent for p in trials.glob("*/reports.jsonl") if reports(p.parent) >= 4 and not (p.parent / "result.json").exists()]
+        return [
+            p.parent
+            for p in trials.glob("*/reports.jsonl")
+            if reports(p.parent) >= 4 and not (p.parent / "result.json").exists()
+        ]
 
     try:
         wait(lambda: len(list(trials.glob("*/result.json"))) == 2 and long_ones())
@@ -151,23 +188,40 @@ def test_a_killed_driver_is_resumed_without_rays_files(tmp_path: Path) -> None:
         path.write_bytes(b"")
     for path in folder.glob("ray/**/*.json"):
         path.unlink()
-    wait(lambda: all(holder(p) is None or not Path(f"/proc/{holder(p)}").exists() for p in interrupted), 30)  # Ray's processes end with the driver
+    wait(
+        lambda: all(holder(p) is None or not Path(f"/proc/{holder(p)}").exists() for p in interrupted), 30
+    )  # Ray's processes end with the driver
 
     second = command("--resume", "k", cwd=tmp_path)
     out, _ = second.communicate(timeout=280)
     assert second.returncode == 0, out
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished} == finished, "finished trials were run again"
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished} == finished, (
+        "finished trials were run again"
+    )
     outcomes = {trial.id: sweep.outcome(trial) for trial in sweep.trials()}
     assert [o.status for o in outcomes.values()] == ["finished"] * 4
     for path in interrupted:
         trial = sweep.trial(path.name)
         assert "resuming at step" in (path / "log.txt").read_text()
         assert [r["step"] for r in outcomes[trial.id].reports] == list(range(20, 1601, 20))
-    assert sha(sweep, sweep.trial(interrupted[0].name)) == undisturbed(sweep, sweep.trial(interrupted[0].name), tmp_path)
+    assert sha(sweep, sweep.trial(interrupted[0].name)) == undisturbed(
+        sweep, sweep.trial(interrupted[0].name), tmp_path
+    )
 
 
 def test_an_interrupted_sweep_returns_in_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
-    process = command("ae", "--num-trials", "2", "--name", "i", "--set", "train.steps=1000000", "--set", "train.eval_every=50", cwd=tmp_path)
+    process = command(
+        "ae",
+        "--num-trials",
+        "2",
+        "--name",
+        "i",
+        "--set",
+        "train.steps=1000000",
+        "--set",
+        "train.eval_every=50",
+        cwd=tmp_path,
+    )
     try:
         wait(lambda: any(reports(p.parent) >= 2 for p in (tmp_path / "runs/sweeps/i/trials").glob("*/reports.jsonl")))
         began = time.monotonic()
@@ -188,9 +242,13 @@ def test_one_and_two_workers_give_the_same_trials(cluster: Cluster, tmp_path: Pa
     found = {}
     for workers in (1, 2):
         made = {"precision": "fp64", "train.epochs": 2}
-        sweep = run(sweep_of(tmp_path / str(workers), cluster.address, part, 1, "denoising", made, workers_per_trial=workers))
+        sweep = run(
+            sweep_of(tmp_path / str(workers), cluster.address, part, 1, "denoising", made, workers_per_trial=workers)
+        )
         found[workers] = [(t.values, sweep.outcome(t).reports) for t in sweep.trials()]
-        assert {json.loads((sweep.run_dir(t) / "result.json").read_text())["world_size"] for t in sweep.trials()} == {workers}
+        assert {json.loads((sweep.run_dir(t) / "result.json").read_text())["world_size"] for t in sweep.trials()} == {
+            workers
+        }
     for (one, first), (two, second) in zip(found[1], found[2], strict=True):
         assert one == two
         assert [r["step"] for r in first] == [r["step"] for r in second] == [15, 30]
@@ -202,11 +260,17 @@ def test_one_and_two_workers_give_the_same_trials(cluster: Cluster, tmp_path: Pa
 def test_a_killed_actor_a_wrong_trial_and_a_diverging_one(cluster: Cluster, tmp_path: Path) -> None:
     """The first goes on and ends as if nothing had been; the others are not tried again and do not stop the sweep."""
     part = {"optim.lr": {"choice": [1e-3, 1e30]}}
-    sweep = sweep_of(tmp_path, cluster.address, part, None, overrides={"train.steps": 3000, "train.eval_every": 100}, search="grid")
+    sweep = sweep_of(
+        tmp_path, cluster.address, part, None, overrides={"train.steps": 3000, "train.eval_every": 100}, search="grid"
+    )
     killed: list[int] = []
 
     def kill() -> None:
-        folder = wait(lambda: next((p.parent for p in (sweep.path / "trials").glob("*-0000/reports.jsonl") if reports(p.parent) >= 3), None))
+        folder = wait(
+            lambda: next(
+                (p.parent for p in (sweep.path / "trials").glob("*-0000/reports.jsonl") if reports(p.parent) >= 3), None
+            )
+        )
         killed.append(wait(lambda: holder(folder)))
         os.kill(killed[0], signal.SIGKILL)
 
@@ -230,14 +294,26 @@ def test_a_killed_actor_a_wrong_trial_and_a_diverging_one(cluster: Cluster, tmp_
 def test_asha_stops_weak_trials_and_gives_their_place_to_the_next(cluster: Cluster, tmp_path: Path) -> None:
     rates = [3e-3, 1e-3, *(10.0**-k for k in range(5, 12))]
     made = {"train.steps": 540, "train.eval_every": 20, "optim.schedule": "constant"}
-    sweep = run(sweep_of(tmp_path, cluster.address, {"optim.lr": {"choice": rates}}, None, overrides=made, scheduler="asha", search="grid"))
+    sweep = run(
+        sweep_of(
+            tmp_path,
+            cluster.address,
+            {"optim.lr": {"choice": rates}},
+            None,
+            overrides=made,
+            scheduler="asha",
+            search="grid",
+        )
+    )
     outcomes = [sweep.outcome(trial) for trial in sweep.trials()]
     stopped = [o for o in outcomes if o.status == "stopped"]
     assert len(stopped) >= 5 and {o.status for o in outcomes} == {"finished", "stopped"}
     # A stopped trial takes no step after the verdict: its training log ends at the last report.
     for trial, outcome in zip(sweep.trials(), outcomes, strict=True):
         if outcome.status == "stopped":
-            steps = [json.loads(line)["step"] for line in (sweep.run_dir(trial) / "metrics.jsonl").read_text().splitlines()]
+            steps = [
+                json.loads(line)["step"] for line in (sweep.run_dir(trial) / "metrics.jsonl").read_text().splitlines()
+            ]
             assert max(steps) == outcome.reports[-1]["step"] < 540
     assert results(sweep)[0].trial.values["optim.lr"] == 3e-3
     assert sum(o.reports[-1]["step"] for o in outcomes) < 0.6 * 540 * len(rates)
@@ -263,7 +339,10 @@ def test_population_based_training_clones_weights_and_optimizer(cluster: Cluster
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert lines[0]["step"] == int(begin.name)
         kept = json.loads((folder / "config.json").read_text())["config"]
-        assert (kept["optim"]["lr"], kept["objective"]["noise_std"]) == (trial.values["optim.lr"], trial.values["objective.noise_std"])
+        assert (kept["optim"]["lr"], kept["objective"]["noise_std"]) == (
+            trial.values["optim.lr"],
+            trial.values["objective.noise_std"],
+        )
         assert 0.1 <= kept["objective"]["noise_std"] <= 0.5
         # The trial's own weights at that step were others.
         own = sweep.trial_dir(trial.id) / "checkpoints" / begin.name
@@ -280,7 +359,14 @@ def test_a_lost_node_costs_no_trial(tmp_path: Path) -> None:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         nodes = [made.add_node(num_cpus=1), made.add_node(num_cpus=1)]
-        sweep = sweep_of(tmp_path, made.address, {"optim.lr": LR}, None, overrides={"train.steps": 4000, "train.eval_every": 100}, search="grid")
+        sweep = sweep_of(
+            tmp_path,
+            made.address,
+            {"optim.lr": LR},
+            None,
+            overrides={"train.steps": 4000, "train.eval_every": 100},
+            search="grid",
+        )
 
         def lose() -> None:
             wait(lambda: sum(reports(p.parent) >= 3 for p in (sweep.path / "trials").glob("*/reports.jsonl")) == 2)
@@ -298,14 +384,22 @@ def test_a_lost_node_costs_no_trial(tmp_path: Path) -> None:
     assert sha(sweep, lost) == undisturbed(sweep, lost, tmp_path)
 
 
-def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_when_it_is_stopped(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_when_it_is_stopped(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """Two at a time would not fit: each trial begins only when all workers of the one before it are gone."""
     made = {"train.steps": 120, "train.eval_every": 10, "optim.schedule": "constant", "precision": "fp64"}
     part = {"optim.lr": {"choice": [3e-3, 1e-9, 2e-3]}}
-    sweep = sweep_of(tmp_path, cluster.address, part, None, overrides=made, scheduler="asha", search="grid", workers_per_trial=2)
+    sweep = sweep_of(
+        tmp_path, cluster.address, part, None, overrides=made, scheduler="asha", search="grid", workers_per_trial=2
+    )
 
     def kill() -> None:
-        folder = wait(lambda: next((p.parent for p in (sweep.path / "trials").glob("*-0000/reports.jsonl") if reports(p.parent) >= 3), None))
+        folder = wait(
+            lambda: next(
+                (p.parent for p in (sweep.path / "trials").glob("*-0000/reports.jsonl") if reports(p.parent) >= 3), None
+            )
+        )
         os.kill(wait(lambda: holder(folder)), signal.SIGKILL)
 
     thread = meanwhile(kill)
@@ -329,7 +423,12 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
-    common = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
+    common = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     environment = {
         **os.environ,
         **common,
@@ -341,7 +440,11 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
     def node(*arguments: str) -> subprocess.Popen[bytes]:
         log = open(tmp_path / f"node-{len(nodes)}.log", "wb")  # noqa: SIM115 - open as long as the node runs
         process = subprocess.Popen(
-            ["ray", "start", "--block", "--disable-usage-stats", *arguments], env=environment, stdout=log, stderr=log, start_new_session=True
+            ["ray", "start", "--block", "--disable-usage-stats", *arguments],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         nodes.append(process)
         return process
@@ -365,17 +468,37 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
     ]
     arguments += ["--set", "train.steps=3000", "--set", "train.eval_every=100", "--set", "tracking.wandb=off"]
     try:
-        node("--head", "--port", str(port), "--num-cpus", "0", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard))
+        node(
+            "--head",
+            "--port",
+            str(port),
+            "--num-cpus",
+            "0",
+            "--dashboard-host",
+            "127.0.0.1",
+            "--dashboard-port",
+            str(dashboard),
+        )
         wait(lambda: _answers(dashboard), 90)
         workers = [node("--address", f"127.0.0.1:{port}", "--num-cpus", "1") for _ in range(2)]
-        strangers = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_MODE": "disabled"}
+        strangers = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"} | {
+            "RAY_AUTH_MODE": "disabled"
+        }
         refused = subprocess.run(["ray", "job", "list"], env=strangers, capture_output=True, text=True, timeout=60)
         assert refused.returncode != 0, "a stranger without the token was let in"
         job = subprocess.Popen(
-            [str(REPOSITORY / "launch/ray/submit.sh"), *arguments], env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [str(REPOSITORY / "launch/ray/submit.sh"), *arguments],
+            env=environment,
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         trials = tmp_path / "sweeps/first/trials"
-        wait(lambda: job.poll() is not None or sum(reports(p.parent) >= 3 for p in trials.glob("*/reports.jsonl")) == 2, 200)
+        wait(
+            lambda: job.poll() is not None or sum(reports(p.parent) >= 3 for p in trials.glob("*/reports.jsonl")) == 2,
+            200,
+        )
         assert job.poll() is None, job.communicate()[0]
         kill(workers[1])
         out, _ = job.communicate(timeout=280)

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_ae.config import PRESETS
-from tune.plan import Sweep
-from tune.results import Row, Selection, front, results, select, spread, write_best, write_table
+
+from .plan import Sweep
+from .results import Row, Selection, front, results, select, spread, write_best, write_table
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
-COLORS = {"ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c"}  # by the part of a preset's name before "-"
+COLORS = {
+    "ae": "#1f6fb4",
+    "denoising": "#2f8f5b",
+    "dropout": "#8a5bb5",
+    "vae": "#d1602c",
+}  # by the part of a preset's name before "-"
 ACCENT, PCA = "#111827", "#6b7280"
 
 
@@ -32,11 +38,18 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
     if winner is None:
         return False
     values = ", ".join(f"{key} {_number(value)}" for key, value in winner.trial.values.items())
-    print(f"{selection}: trial {winner.trial.id}, {winner.trial.preset}, {values}: {sweep.metric} {_number(winner.value)}")
+    print(
+        f"{selection}: trial {winner.trial.id}, {winner.trial.preset}, {values}: {sweep.metric} {_number(winner.value)}"
+    )
     again = spread(sweep, winner.trial)
     if again is not None:
-        print(f"{len(again[0])} further seeds: {sweep.metric} {_number(again[1])} ± {_number(again[2])} (mean ± standard deviation)")
-    print(f"{sweep.path}/report.html, trials.csv, best.json (dist-ae train --config {sweep.path}/best.json trains it again)", flush=True)
+        print(
+            f"{len(again[0])} further seeds: {sweep.metric} {_number(again[1])} ± {_number(again[2])} (mean ± standard deviation)"
+        )
+    print(
+        f"{sweep.path}/report.html, trials.csv, best.json (dist-ae train --config {sweep.path}/best.json trains it again)",
+        flush=True,
+    )
     return True
 
 
@@ -73,7 +86,11 @@ def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
     train, val = Reader(dataset.train, cpu, torch.float64), Reader(dataset.val, cpu, torch.float64)
     pixels = math.prod(dataset.image_shape)
     # Sums over chunks: a memory-mapped dataset need not fit.
-    total, outer, count = torch.zeros(pixels, dtype=torch.float64), torch.zeros(pixels, pixels, dtype=torch.float64), len(dataset.train)
+    total, outer, count = (
+        torch.zeros(pixels, dtype=torch.float64),
+        torch.zeros(pixels, pixels, dtype=torch.float64),
+        len(dataset.train),
+    )
     for start in range(0, count, 4096):
         x = train.span(range(start, min(start + 4096, count))).flatten(1)
         total += x.sum(0)
@@ -84,7 +101,11 @@ def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
     for start in range(0, len(dataset.val), 4096):
         rows_here = range(start, min(start + 4096, len(dataset.val)))
         images = val.span(rows_here)
-        seen = images + fixed_noise(config, rows_here, tuple(images.shape[1:]), cpu).double() if _about_noise(sweep) else images
+        seen = (
+            images + fixed_noise(config, rows_here, tuple(images.shape[1:]), cpu).double()
+            if _about_noise(sweep)
+            else images
+        )
         codes = (seen.flatten(1) - mean) @ axes
         for size in sizes:
             squared[size] += float((codes[:, :size] @ axes[:, :size].T + mean - images.flatten(1)).square().sum())
@@ -117,12 +138,18 @@ th.l, td.l { text-align: left } tr.winner td { font-weight: 650 } td.error { whi
 
 def page(sweep: Sweep, rows: list[Row], winner: Row | None, selection: Selection, pca: dict[int, float]) -> str:
     """The whole report as HTML."""
-    counts = ", ".join(f"{sum(r.outcome.status == s for r in rows)} {s}" for s in dict.fromkeys(r.outcome.status for r in rows))
+    counts = ", ".join(
+        f"{sum(r.outcome.status == s for r in rows)} {s}" for s in dict.fromkeys(r.outcome.status for r in rows)
+    )
     settings = sweep.settings
     steps = sum(r.outcome.reports[-1]["step"] for r in rows if r.outcome.reports)
     about = f"{len(rows)} trials ({counts}); search {settings.search}, scheduler {settings.scheduler}; {steps:,} training steps in all. "
     about += f"Judged by {_metric(sweep.metric)}."
-    sections = [_front_section(sweep, rows, winner, pca), _curves_section(sweep, rows, winner), _parallel_section(sweep, rows, winner)]
+    sections = [
+        _front_section(sweep, rows, winner, pca),
+        _curves_section(sweep, rows, winner),
+        _parallel_section(sweep, rows, winner),
+    ]
     pictures = _pictures_section(sweep, winner)
     return "\n".join([
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -144,12 +171,18 @@ def _answer(sweep: Sweep, winner: Row | None, selection: Selection, pca: dict[in
     error = errors(sweep, [winner]).get(winner.trial.id)
     if error is not None and winner.latent_dim in pca:
         linear = pca[winner.latent_dim]
-        facts[f"squared error beside PCA, code of {winner.latent_dim}"] = f"{_number(error)} beside {_number(linear)} ({100 * (error / linear - 1):+.0f} %)"
+        facts[f"squared error beside PCA, code of {winner.latent_dim}"] = (
+            f"{_number(error)} beside {_number(linear)} ({100 * (error / linear - 1):+.0f} %)"
+        )
     again = spread(sweep, winner.trial)
     if again is not None:
-        facts[f"{len(again[0])} further seeds"] = f"{_number(again[1])} ± {_number(again[2])} (mean ± standard deviation)"
+        facts[f"{len(again[0])} further seeds"] = (
+            f"{_number(again[1])} ± {_number(again[2])} (mean ± standard deviation)"
+        )
     if winner.trial.donors:
-        facts["trained by"] = f"{len(winner.trial.donors)} clonings; best.json holds the last values, the weights are in trials/{winner.trial.id}"
+        facts["trained by"] = (
+            f"{len(winner.trial.donors)} clonings; best.json holds the last values, the weights are in trials/{winner.trial.id}"
+        )
     listed = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
     return f'<div class="answer"><h2>The answer: {html.escape(str(selection))}</h2><dl>{listed}</dl></div>'
 
@@ -162,7 +195,14 @@ def _front_section(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[
     # PCA with as many components as pixels is exact; on a logarithmic axis that point would press all others flat.
     pca = {size: value for size, value in pca.items() if value > min(error.values()) / 10}
     shown = [row for row in rows if row.trial.id in error]
-    plot = Plot([r.latent_dim for r in shown] + list(pca), [*error.values(), *pca.values()], "code size", "squared error per pixel", log_x=True, log_y=True)
+    plot = Plot(
+        [r.latent_dim for r in shown] + list(pca),
+        [*error.values(), *pca.values()],
+        "code size",
+        "squared error per pixel",
+        log_x=True,
+        log_y=True,
+    )
     plot.ticks_x(sorted({row.latent_dim for row in shown}))
     plot.line([(size, pca[size]) for size in sorted(pca)], PCA, dash="5 4", title="PCA")
     for size in sorted(pca):
@@ -172,18 +212,34 @@ def _front_section(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[
     for row in shown:
         on_front = row in best
         title = f"{row.trial.id} {row.trial.preset}, code of {row.latent_dim}: {_number(error[row.trial.id])}"
-        plot.dot(row.latent_dim, error[row.trial.id], _color(row), title, radius=5.5 if on_front else 4, faint=not on_front, ring=row is winner)
+        plot.dot(
+            row.latent_dim,
+            error[row.trial.id],
+            _color(row),
+            title,
+            radius=5.5 if on_front else 4,
+            faint=not on_front,
+            ring=row is winner,
+        )
     below = [row.latent_dim for row in best if row.latent_dim in pca and error[row.trial.id] < pca[row.latent_dim]]
     compared = [row for row in best if row.latent_dim in pca]
     words = f"Better than PCA at {len(below)} of {len(compared)} code sizes on the front." if compared else ""
     legend = _legend(shown, {"Pareto front": ACCENT, "PCA": PCA})
     note = f"Error of the {what}, [0, 1]. A larger code reconstructs better, all else equal; what counts is the error at a size. The ring is the answer. "
-    note += "Trials that were stopped early are not shown." if any(row.outcome.status == "stopped" for row in rows) else ""
+    note += (
+        "Trials that were stopped early are not shown." if any(row.outcome.status == "stopped" for row in rows) else ""
+    )
     return f'<section><h2>Code size against error</h2><p class="soft">{note} {words}</p>{legend}{plot.svg()}</section>'
 
 
 def _curves_section(sweep: Sweep, rows: list[Row], winner: Row | None) -> str:
-    curves = [(row, [(r["step"], r[sweep.metric]) for r in row.outcome.reports if math.isfinite(r.get(sweep.metric, math.nan))]) for row in rows]
+    curves = [
+        (
+            row,
+            [(r["step"], r[sweep.metric]) for r in row.outcome.reports if math.isfinite(r.get(sweep.metric, math.nan))],
+        )
+        for row in rows
+    ]
     curves = [(row, points) for row, points in curves if points]
     if not curves:
         return ""
@@ -196,7 +252,13 @@ def _curves_section(sweep: Sweep, rows: list[Row], winner: Row | None) -> str:
     plot = Plot([x for _, points in curves for x, _ in points] + [0], values, "step", sweep.metric, log_y=log)
     for row, points in reversed(curves):
         mine = row is winner
-        plot.line(points, ACCENT if mine else _color(row), width=2.6 if mine else 1.3, faint=not mine, title=f"{row.trial.id} {row.outcome.status}")
+        plot.line(
+            points,
+            ACCENT if mine else _color(row),
+            width=2.6 if mine else 1.3,
+            faint=not mine,
+            title=f"{row.trial.id} {row.outcome.status}",
+        )
         if points:
             (x, y), color = points[-1], ACCENT if mine else _color(row)
             plot.dot(x, y, color, f"{row.trial.id} {row.outcome.status}: {_number(y)}", radius=3, faint=not mine)
@@ -209,7 +271,10 @@ def _parallel_section(sweep: Sweep, rows: list[Row], winner: Row | None) -> str:
     keys = [key for key in sweep.space.searched() if len({str(row.trial.values.get(key)) for row in good}) > 1]
     if len(good) < 2 or not keys:
         return ""
-    axes = [_Axis(key, [row.trial.values[key] for row in good if key in row.trial.values], _is_log(sweep, key)) for key in keys]
+    axes = [
+        _Axis(key, [row.trial.values[key] for row in good if key in row.trial.values], _is_log(sweep, key))
+        for key in keys
+    ]
     axes.append(_Axis(sweep.metric, [row.value for row in good], sweep.sign < 0 and min(row.value for row in good) > 0))
     width, height, top, bottom = 520.0, 350.0, 50.0, 332.0
     xs = [46 + i * (width - 92) / (len(axes) - 1) for i in range(len(axes))]
@@ -224,7 +289,9 @@ def _parallel_section(sweep: Sweep, rows: list[Row], winner: Row | None) -> str:
         mine = row is winner
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         style = f'stroke="{ACCENT if mine else _color(row)}" stroke-width="{2.8 if mine else 1.2}" opacity="{1 if mine else 0.45}"'
-        parts.append(f'<polyline points="{path}" fill="none" {style}><title>{html.escape(row.trial.id)}: {_number(row.value)}</title></polyline>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" {style}><title>{html.escape(row.trial.id)}: {_number(row.value)}</title></polyline>'
+        )
     for i, (x, axis) in enumerate(zip(xs, axes, strict=True)):
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="#9ca3af"/>')
         anchor = "start" if i == 0 else "end" if i == len(axes) - 1 else "middle"
@@ -246,10 +313,15 @@ def _pictures_section(sweep: Sweep, winner: Row | None) -> str:
     if winner is None:
         return ""
     found = []
-    for name, words in (("reconstructions", "Validation images and what the answer makes of them."), ("samples", "New images, decoded from z ~ N(0, I).")):
+    for name, words in (
+        ("reconstructions", "Validation images and what the answer makes of them."),
+        ("samples", "New images, decoded from z ~ N(0, I)."),
+    ):
         path = sweep.run_dir(winner.trial) / "figures" / f"{name}.png"
         if path.is_file():
-            found.append(f'<p class="soft">{words}</p><img alt="{name} of trial {winner.trial.id}" src="{_data_uri(path)}">')
+            found.append(
+                f'<p class="soft">{words}</p><img alt="{name} of trial {winner.trial.id}" src="{_data_uri(path)}">'
+            )
     return f"<section><h2>Reconstructions of the best</h2>{''.join(found)}</section>" if found else ""
 
 
@@ -260,10 +332,21 @@ def _data_uri(path: Path) -> str:
 def _ranking(sweep: Sweep, rows: list[Row], winner: Row | None) -> str:
     keys = sweep.space.searched()
     names = [
-        n for n in ("val.mse", "val.denoised_psnr", "val.neg_elbo", "val.rate", "val.probe_accuracy") if any(r.outcome.metric(n) is not None for r in rows)
+        n
+        for n in ("val.mse", "val.denoised_psnr", "val.neg_elbo", "val.rate", "val.probe_accuracy")
+        if any(r.outcome.metric(n) is not None for r in rows)
     ]
     names = [sweep.metric, *(n for n in names if n != sweep.metric)] if rows else []
-    head = [("#", ""), ("trial", "l"), ("status", "l"), ("preset", "l"), *((k, "") for k in keys), *((n, "") for n in names), ("steps", ""), ("seconds", "")]
+    head = [
+        ("#", ""),
+        ("trial", "l"),
+        ("status", "l"),
+        ("preset", "l"),
+        *((k, "") for k in keys),
+        *((n, "") for n in names),
+        ("steps", ""),
+        ("seconds", ""),
+    ]
     failed = any(row.outcome.error for row in rows)
     if failed:
         head.append(("error", "l"))
@@ -287,7 +370,13 @@ def _ranking(sweep: Sweep, rows: list[Row], winner: Row | None) -> str:
 
 def _legend(rows: Sequence[Row], more: dict[str, str]) -> str:
     kinds = {row.trial.preset: _color(row) for row in rows} | more
-    return '<div class="legend">' + "".join(f'<span><i style="background:{color}"></i>{html.escape(name)}</span>' for name, color in kinds.items()) + "</div>"
+    return (
+        '<div class="legend">'
+        + "".join(
+            f'<span><i style="background:{color}"></i>{html.escape(name)}</span>' for name, color in kinds.items()
+        )
+        + "</div>"
+    )
 
 
 def _color(row: Row) -> str:
@@ -315,7 +404,12 @@ def _is_log(sweep: Sweep, key: str) -> bool:
     if "log" in d.kind:
         return True
     numbers = [v for v in d.values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    return d.kind == "choice" and len(numbers) == len(d.values) > 2 and min(numbers) > 0 and max(numbers) / min(numbers) >= 8
+    return (
+        d.kind == "choice"
+        and len(numbers) == len(d.values) > 2
+        and min(numbers) > 0
+        and max(numbers) / min(numbers) >= 8
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -345,7 +439,11 @@ class _Axis:
         if not self._numeric:
             return [(self.place(name), name) for name in self._names]
         middle = math.sqrt(self._low * self._high) if self._log else (self._low + self._high) / 2
-        ends = [self._low, self._high] if isinstance(self._low, int) or self._low == self._high else [self._low, float(middle), self._high]
+        ends = (
+            [self._low, self._high]
+            if isinstance(self._low, int) or self._low == self._high
+            else [self._low, float(middle), self._high]
+        )
         return [(self.place(v), _number(float(f"{v:.3g}") if isinstance(v, float) else v)) for v in ends]
 
 
@@ -354,7 +452,15 @@ class Plot:
 
     WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520.0, 370.0, 72.0, 14.0, 10.0, 52.0
 
-    def __init__(self, xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, log_x: bool = False, log_y: bool = False) -> None:
+    def __init__(
+        self,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        x_label: str,
+        y_label: str,
+        log_x: bool = False,
+        log_y: bool = False,
+    ) -> None:
         self._log_x, self._log_y = log_x, log_y
         self._x, self._y = self._range(xs, log_x), self._range(ys, log_y)
         self._parts: list[str] = []
@@ -370,39 +476,63 @@ class Plot:
     def _at(self, x: float, y: float) -> tuple[float, float]:
         u = ((math.log(x) if self._log_x else x) - self._x[0]) / (self._x[1] - self._x[0])
         v = ((math.log(y) if self._log_y else y) - self._y[0]) / (self._y[1] - self._y[0])
-        return self.LEFT + u * (self.WIDTH - self.LEFT - self.RIGHT), self.HEIGHT - self.BOTTOM - v * (self.HEIGHT - self.TOP - self.BOTTOM)
+        return self.LEFT + u * (self.WIDTH - self.LEFT - self.RIGHT), self.HEIGHT - self.BOTTOM - v * (
+            self.HEIGHT - self.TOP - self.BOTTOM
+        )
 
     def ticks_x(self, values: list[float]) -> None:
         """Places the ticks of the horizontal axis by hand."""
         self._ticks = values
 
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float = 2, dash: str = "", faint: bool = False, title: str = "") -> None:
+    def line(
+        self,
+        points: Sequence[tuple[float, float]],
+        color: str,
+        width: float = 2,
+        dash: str = "",
+        faint: bool = False,
+        title: str = "",
+    ) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self._at(*p) for p in points))
         style = f'stroke="{color}" stroke-width="{width}" opacity="{0.5 if faint else 1}" stroke-dasharray="{dash}" stroke-linejoin="round"'
-        self._parts.append(f'<polyline points="{path}" fill="none" {style}><title>{html.escape(title)}</title></polyline>')
+        self._parts.append(
+            f'<polyline points="{path}" fill="none" {style}><title>{html.escape(title)}</title></polyline>'
+        )
 
-    def dot(self, x: float, y: float, color: str, title: str, radius: float = 4, faint: bool = False, ring: bool = False) -> None:
+    def dot(
+        self, x: float, y: float, color: str, title: str, radius: float = 4, faint: bool = False, ring: bool = False
+    ) -> None:
         u, v = self._at(x, y)
         if ring:
-            self._parts.append(f'<circle cx="{u:.1f}" cy="{v:.1f}" r="{radius + 4.5}" fill="none" stroke="{ACCENT}" stroke-width="2"/>')
+            self._parts.append(
+                f'<circle cx="{u:.1f}" cy="{v:.1f}" r="{radius + 4.5}" fill="none" stroke="{ACCENT}" stroke-width="2"/>'
+            )
         self._parts.append(
             f'<circle cx="{u:.1f}" cy="{v:.1f}" r="{radius}" fill="{color}" opacity="{0.45 if faint else 1}"><title>{html.escape(title)}</title></circle>'
         )
 
     def square(self, x: float, y: float, color: str, title: str) -> None:
         u, v = self._at(x, y)
-        self._parts.append(f'<rect x="{u - 3.5:.1f}" y="{v - 3.5:.1f}" width="7" height="7" fill="{color}"><title>{html.escape(title)}</title></rect>')
+        self._parts.append(
+            f'<rect x="{u - 3.5:.1f}" y="{v - 3.5:.1f}" width="7" height="7" fill="{color}"><title>{html.escape(title)}</title></rect>'
+        )
 
     def svg(self) -> str:
         """The chart, with its axes behind it."""
         back = []
         for value in self._ticks or _ticks(*self._x, self._log_x):
             u, _ = self._at(value, math.exp(self._y[0]) if self._log_y else self._y[0])
-            back.append(f'<text x="{u:.1f}" y="{self.HEIGHT - 31}" text-anchor="middle" font-size="15" fill="#374151">{_tick(value)}</text>')
+            back.append(
+                f'<text x="{u:.1f}" y="{self.HEIGHT - 31}" text-anchor="middle" font-size="15" fill="#374151">{_tick(value)}</text>'
+            )
         for value in _ticks(*self._y, self._log_y):
             _, v = self._at(math.exp(self._x[0]) if self._log_x else self._x[0], value)
-            back.append(f'<line x1="{self.LEFT}" x2="{self.WIDTH - self.RIGHT}" y1="{v:.1f}" y2="{v:.1f}" stroke="#e5e7eb"/>')
-            back.append(f'<text x="{self.LEFT - 7}" y="{v + 4:.1f}" text-anchor="end" font-size="15" fill="#374151">{_tick(value)}</text>')
+            back.append(
+                f'<line x1="{self.LEFT}" x2="{self.WIDTH - self.RIGHT}" y1="{v:.1f}" y2="{v:.1f}" stroke="#e5e7eb"/>'
+            )
+            back.append(
+                f'<text x="{self.LEFT - 7}" y="{v + 4:.1f}" text-anchor="end" font-size="15" fill="#374151">{_tick(value)}</text>'
+            )
         middle, x_label, y_label = (self.HEIGHT - self.BOTTOM + self.TOP) / 2, *map(html.escape, self._labels)
         style = 'text-anchor="middle" font-size="15" fill="#6b7280"'
         back.append(f'<text x="{(self.LEFT + self.WIDTH) / 2}" y="{self.HEIGHT - 7}" {style}>{x_label}</text>')
@@ -414,7 +544,11 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Round values within a range (of logarithms, if log)."""
     if log:
         for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-            values = [m * 10.0**e for e in range(math.floor(low / math.log(10)) - 1, math.ceil(high / math.log(10)) + 1) for m in steps]
+            values = [
+                m * 10.0**e
+                for e in range(math.floor(low / math.log(10)) - 1, math.ceil(high / math.log(10)) + 1)
+                for m in steps
+            ]
             inside = [v for v in values if low <= math.log(v) <= high]
             if len(inside) >= 3:
                 return inside
