@@ -149,7 +149,8 @@ def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
         assert list(folder.glob(f"wandb/offline-run-*-{row.trial.id}"))
         kept = json.loads((folder / "config.json").read_text())["config"]
         assert kept["tracking"]["group"] == "first" and kept["name"] == f"first-{row.trial.number:04d}"
-    assert "<svg" in (sweep.path / "report.html").read_text() and (sweep.path / "trials.csv").exists()
+    page = (sweep.path / "report.html").read_text()
+    assert page.count('<img alt="Chart: ') == 3 and (sweep.path / "trials.csv").exists()
     second = command("ae", "--name", "first", cwd=tmp_path)
     out, _ = second.communicate(timeout=30)
     assert second.returncode == 2 and "--resume first" in out
