@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import itertools
 import json
 import math
@@ -18,6 +20,7 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import REPOSITORY, SMALL, digits_file
 
@@ -658,10 +661,27 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
     ):
         assert heading in page
     assert "PCA, code of 16" in page and "NonFinite: step 3" in page
+    charts = re.findall(r'alt="Chart: [^"]+" src="data:image/png;base64,([^"]+)"', page)
+    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(chart))).convert("L") for chart in charts]
+    assert len(pictures) == 3 and all(p.width > 900 and np.asarray(p).std() > 5 for p in pictures), "empty charts"
     rows = list(csv.DictReader((sweep.path / "trials.csv").read_text().splitlines()))
     assert [int(row["model.latent_dim"]) for row in rows] == [16, 8, 32, 2, 64]
     config = dist_ae.load_config(sweep.path / "best.json")
     assert (config.model.latent_dim, config.optim.lr, config.run_dir) == (16, 1e-4, None)
+
+
+def test_a_report_of_many_trials_and_hostile_words_stays_small_and_inert(tmp_path: Path) -> None:
+    from tune.report import write_report
+
+    trials = [("finished", {"model.latent_dim": 2 + i % 60}, mse(0.01 + 0.1 / (i + 1))) for i in range(300)]
+    sweep = sweep_with(tmp_path, trials)
+    for trial in sweep.trials()[:20]:
+        sweep.end_trial(trial.id, "failed", "<script>alert(1)</script>" + "x" * 100_000)
+        (sweep.run_dir(trial) / "result.json").unlink()
+    write_report(sweep, Selection("best-under-4"))
+    page = (sweep.path / "report.html").read_text()
+    assert len(page) < 2_000_000 and "<script" not in page
+    assert "The first 30 of 300" in page and "best-under-4" in page
 
 
 def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from .results import Row, Selection, front, number, results, select, spread, wri
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
 CHUNK = 4096  # images at once
+EXACT = 1e-15  # a squared error per pixel that is nothing but rounding
 COLORS = {"ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c"}  # by a preset's first word
 ACCENT, PCA = "#111827", "#6b7280"
 METRICS = {
@@ -150,8 +151,11 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     facts[sweep.metric] = number(winner.value)
     error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.latent_dim)
     if error is not None and linear:
-        change = f"{number(error)} beside {number(linear)} ({100 * (error / linear - 1):+.0f} %)"
-        facts[f"squared error beside PCA, code of {winner.latent_dim}"] = change
+        change = (
+            f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA is exact with a component for each pixel"
+        )
+        beside = f"{number(error)} beside {number(linear)} ({change})"
+        facts[f"squared error beside PCA, code of {winner.latent_dim}"] = beside
     again = spread(sweep, winner.trial)
     if again is not None:
         facts[f"{len(again[0])} further seeds"] = _mean(again)
@@ -204,7 +208,7 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     pca = {size: value for size, value in sorted(pca.items()) if value > min(error.values()) / 10}
     best = front(rows, error)
     figure, axes = _axes()
-    axes.plot(list(pca), list(pca.values()), "s--", color=PCA, markersize=4.5, linewidth=1.2)
+    axes.plot(list(pca), list(pca.values()), "s--", color=PCA, markersize=3.5, linewidth=1.2)
     axes.plot([r.latent_dim for r in best], [error[r.trial.id] for r in best], color=ACCENT, linewidth=1.8)
     for row in shown:
         size, alpha = (7, 1) if row in best else (5, 0.45)
@@ -213,9 +217,10 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
         if row is winner:
             axes.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=ACCENT)
     axes.set(xlabel="code size", ylabel="squared error per pixel", xscale="log")
-    sizes = sorted({row.latent_dim for row in shown})
-    sizes = sizes[:: math.ceil(len(sizes) / 9)]
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+    ticks: list[int] = []
+    for size in sorted({row.latent_dim for row in shown}):
+        ticks += [size] if not ticks or size >= 1.25 * ticks[-1] else []
+    axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     _logarithmic(axes)
     _legend(
@@ -241,7 +246,7 @@ def _curves(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, fl
         return None
     figure, axes = _axes()
     for row, steps, values in reversed(curves):  # the best are drawn last
-        color, width, alpha = (ACCENT, 2.4, 1) if row is winner else (_color(row), 1.2, 0.55)
+        color, width, alpha = (ACCENT, 2.4, 1) if row is winner else (_color(row), 1.2, _faint(curves))
         axes.plot(steps, values, color=color, linewidth=width, alpha=alpha)
         axes.plot(steps[-1:], values[-1:], "o", color=color, markersize=4, alpha=alpha, markeredgewidth=0)
     axes.set(xlabel="step", ylabel=sweep.metric, xlim=(0, None))
@@ -277,7 +282,7 @@ def _parallel(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, 
         axes.text(x, 1.06 + 0.08 * (x % 2), key.rpartition(".")[2], ha="center", fontsize=11)
     for place in reversed(range(len(good))):  # the best are drawn last
         row, heights = good[place], [column[place] for column in places]
-        color, width, alpha = (ACCENT, 2.4, 1) if row is winner else (_color(row), 1.1, 0.5)
+        color, width, alpha = (ACCENT, 2.4, 1) if row is winner else (_color(row), 1.2, _faint(good))
         points = [(x, height) for x, height in enumerate(heights) if not math.isnan(height)]
         axes.plot(*zip(*points, strict=True), color=color, linewidth=width, alpha=alpha)
     axes.set(xlim=(-0.3, len(columns) - 0.6), ylim=(-0.05, 1.2))
@@ -327,17 +332,21 @@ def _logarithmic(axes: Axes) -> None:
     """A logarithmic vertical axis, with plain numbers at round values."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low > 6 else MaxNLocator(5))
+    round_values = LogLocator(subs=(1,) if high / low > 1000 else (1, 2, 5))
+    axes.yaxis.set_major_locator(round_values if high / low > 6 else MaxNLocator(5))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _legend(figure: Figure, rows: Sequence[Row], more: dict[str, Line2D]) -> None:
     kinds = {row.trial.preset: Line2D([], [], color=_color(row), marker="o", linestyle="") for row in rows} | more
-    figure.legend(
-        kinds.values(), kinds, loc="outside upper left", ncols=4, frameon=False, fontsize=11, handlelength=1.2,
-        columnspacing=1.2, borderaxespad=0.2,
-    )  # fmt: skip
+    look: dict[str, Any] = {"ncols": 6, "frameon": False, "fontsize": 10, "handlelength": 1.1, "columnspacing": 1}
+    figure.legend(kinds.values(), kinds, loc="outside upper left", borderaxespad=0.2, **look)
+
+
+def _faint(lines: Sequence[object]) -> float:
+    """How opaque each of many lines is, so that where most of them run can still be seen."""
+    return min(0.55, max(0.08, 30 / len(lines)))
 
 
 def _color(row: Row) -> str:
@@ -346,7 +355,7 @@ def _color(row: Row) -> str:
 
 def _png(figure: Figure) -> str:
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=220, pil_kwargs={"optimize": True})
+    figure.savefig(content, format="png", dpi=180, pil_kwargs={"optimize": True})
     return _uri(content.getvalue())
 
 

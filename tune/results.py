@@ -46,6 +46,8 @@ def results(sweep: Sweep) -> list[Row]:
 
 def number(value: Any) -> str:
     """A value as a person reads it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
