@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 import time
@@ -11,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dist_ae.config import DESCRIPTIONS, PRESETS, Config, load_config
+from dist_ae.config import DESCRIPTIONS, PRESETS, Config, InputError, load_config
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 
@@ -32,6 +34,18 @@ def train(arguments: list[str]) -> None:
     result = train(config)
     if int(os.environ.get("RANK", 0)) == 0:
         show({**result.metrics, "steps": result.steps, "processes": result.world_size, "images/s": round(result.images_per_second)}, result.run_dir)
+
+
+def sweep(arguments: list[str]) -> None:
+    """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv."""
+    # A package of its own, on which this one does not depend: dist_ae_tune where installed, tune in a bare checkout.
+    # Of several, it is the one that belongs to this dist_ae; PyPI has another tune.
+    for name in ("dist_ae_tune", "tune"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None and Path(spec.origin).parents[1] == Path(__file__).parents[1]:
+            importlib.import_module(f"{name}.__main__").main(arguments, prog="dist-ae sweep")
+            return
+    raise InputError('dist-ae sweep: the sweeps are not installed; pip install "dist-ae[tune]"')
 
 
 def evaluate(
@@ -219,6 +233,8 @@ def main() -> None:
     try:
         if arguments[:1] == ["train"]:
             train(arguments[1:])
+        elif arguments[:1] == ["sweep"]:
+            sweep(arguments[1:])
         elif arguments and arguments[0] in COMMANDS:
             tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"dist-ae {arguments[0]}")
         elif arguments == ["--version"]:
@@ -227,7 +243,7 @@ def main() -> None:
             print(__version__)
         else:
             tyro.extras.subcommand_cli_from_dict(
-                {"train": _train_help, **COMMANDS}, args=arguments, prog="dist-ae", description="Trains and uses autoencoders."
+                {"train": _train_help, "sweep": _sweep_help, **COMMANDS}, args=arguments, prog="dist-ae", description="Trains and uses autoencoders."
             )
     except Exception as error:
         status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person
@@ -239,7 +255,10 @@ def main() -> None:
 def _train_help() -> None: ...
 
 
-_train_help.__doc__ = train.__doc__
+def _sweep_help() -> None: ...
+
+
+_train_help.__doc__, _sweep_help.__doc__ = train.__doc__, sweep.__doc__
 
 
 def _fail(message: str, status: int) -> None:
