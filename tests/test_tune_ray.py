@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import REPOSITORY, free_port
 
@@ -210,21 +211,50 @@ def test_a_killed_driver_is_resumed_without_rays_files(tmp_path: Path) -> None:
     )
 
 
-def test_an_interrupted_sweep_returns_in_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
-    process = command(
-        "ae",
-        "--num-trials",
-        "2",
-        "--name",
-        "i",
-        "--set",
-        "train.steps=1000000",
-        "--set",
-        "train.eval_every=50",
-        cwd=tmp_path,
+CLIENT = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("inside:", ray.get(ray.remote(lambda: 41 + 1).options(num_cpus=0).remote(), timeout=60))
+"""
+
+
+def client(address: str, **environment: str) -> subprocess.Popen[str]:
+    """Runs code on the Ray at an address, as another user of this machine would."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", CLIENT, address],
+        env={**inherited, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def test_a_running_sweep_is_closed_to_strangers_and_returns_in_seconds_when_interrupted(tmp_path: Path) -> None:
+    arguments = ["ae", "--num-trials", "2", "--name", "i", "--train.steps", "1000000", "--train.eval-every", "50"]
+    process = command(*arguments, cwd=tmp_path)
+    trials = tmp_path / "runs/sweeps/i/trials"
     try:
-        wait(lambda: any(reports(p.parent) >= 2 for p in (tmp_path / "runs/sweeps/i/trials").glob("*/reports.jsonl")))
+        wait(lambda: any(reports(path.parent) >= 2 for path in trials.glob("*/reports.jsonl")))
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        listening = [(p.name(), c.laddr) for p in family for c in p.net_connections("inet") if c.status == "LISTEN"]
+        assert len(listening) >= 5, "Ray's servers were not found"
+        assert not [found for found in listening if found[1].ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
+        (port,) = (address.port for name, address in listening if name == "gcs_server")
+        (server,) = (p for p in family if p.name() == "gcs_server")
+        # Loopback is open to every user of the machine: they need the token.
+        token, at = server.environ()["RAY_AUTH_TOKEN"], f"127.0.0.1:{port}"
+        friend = client(at, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+        guesser = client(at, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * len(token))
+        stranger = client(at, RAY_AUTH_MODE="disabled")
+        assert "inside: 42" in friend.communicate(timeout=90)[0]
+        for refused in (guesser, stranger):
+            out, err = refused.communicate(timeout=90)
+            assert refused.returncode != 0 and "inside" not in out and "AuthenticationError" in err, err
+        addresses = [a.address for all_ in psutil.net_if_addrs().values() for a in all_ if a.family == socket.AF_INET]
+        for outside in [address for address in addresses if not address.startswith("127.")]:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((outside, port), timeout=5)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)

@@ -39,7 +39,8 @@ def sweep(
 ) -> None:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
-    Options of ``dist-ae train``, such as ``--train.epochs 5`` or ``--data.root DIR``, hold for every trial.
+    Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial; a key
+    given one value is not searched.
 
     Args:
         which: space to search: ae, denoising, dropout, vae, or all, which chooses among the four.
@@ -59,8 +60,7 @@ def sweep(
         gpus_per_worker: GPUs of each; with one worker, a share such as 0.25 lets trials share a GPU.
         max_concurrent: most trials at once; left out, as many as fit.
         address: local (the default), auto for the running cluster of this machine, or HOST:PORT.
-        set: KEY=VALUE of the configuration for every trial; repeatable. The same as --KEY VALUE, and the way to keys
-            whose option means something else here, such as seed. A searched key is then not searched.
+        set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
         seed: of the search.
     """
     from .plan import Settings

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -293,7 +294,8 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     """Ray, started on this machine or joined, for the length of a sweep.
 
     A Ray of this machine alone listens on loopback, and asks every client for a token that only its processes know:
-    whoever reaches Ray runs code on it. Ray reads both settings when it is imported.
+    whoever reaches Ray runs code on it. Ray reads both settings when it is imported; a program that imported it earlier
+    has made them itself.
 
     Raises:
         InputError: no cluster there; too small; storage that some node does not see; nodes that cannot import the code.
@@ -306,9 +308,10 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if settings.address == "local":
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on every system: this machine is 127.0.0.1
+    if settings.address == "local" and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one a process: Ray reads it once
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # makes 127.0.0.1 this machine's address, on Linux too
     import ray
 
     # A stopped trial may take seconds to close its trackers; its actor, with torch imported, is worth waiting for.
