@@ -93,8 +93,9 @@ def test_sampling_is_a_pure_function_of_seed_and_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "low", "high"), [("uniform", 0.0, 0.5), ("loguniform", 1e-4, 1e-1), ("randint", 2, 5), ("lograndint", 2, 64)]
-)  # fmt: skip
+    ("kind", "low", "high"),
+    [("uniform", 0.0, 0.5), ("loguniform", 1e-4, 1e-1), ("randint", 2, 5), ("lograndint", 2, 64)],
+)
 def test_a_range_is_sampled_within_its_ends_and_over_all_of_it(kind: str, low: float, high: float) -> None:
     import random
 
@@ -112,7 +113,8 @@ def test_a_range_is_sampled_within_its_ends_and_over_all_of_it(kind: str, low: f
 
 def test_a_file_in_json_or_toml_is_a_space(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(
-        'metric = "val.mse"\n[presets.ae]\n"model.hidden_dims" = {choice = [[32, 16], [64]]}\n"optim.lr" = {loguniform = [1e-4, 1e-2]}\n'
+        'metric = "val.mse"\n[presets.ae]\n"model.hidden_dims" = {choice = [[32, 16], [64]]}\n'
+        '"optim.lr" = {loguniform = [1e-4, 1e-2]}\n'
     )
     (tmp_path / "a.json").write_text(
         json.dumps(

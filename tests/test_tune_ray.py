@@ -1,4 +1,4 @@
-"""Sweeps on real local Ray clusters: end to end, several workers, lost processes and nodes, a killed driver, cloning, early stopping."""
+"""Sweeps on real local Ray clusters: end to end, strangers, lost processes and nodes, cloning, early stopping."""
 
 from __future__ import annotations
 
@@ -111,11 +111,16 @@ def starts(folder: Path) -> int:
 def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": "/tmp"}
     return subprocess.Popen(
-        [sys.executable, "-m", "tune", *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )  # fmt: skip
+        [sys.executable, "-m", "tune", *arguments],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
-# ---------------------------------------------------------------------------------- on one machine, from the command line
+# -------------------------------------------------------------------------------- on one machine, from the command line
 
 
 def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
@@ -365,7 +370,7 @@ def test_population_based_training_clones_weights_and_optimizer(cluster: Cluster
         for name in (WEIGHTS, OPTIMIZER):
             copied = _hash(begin / name)
             assert copied in {_hash(source / name) for source in sources}, f"{name} is not the donor's"
-            # It really went on from there: the first checkpoint of the new generation is the copy, before any step of its own.
+            # It really went on from there: the new generation's first checkpoint is the copy, before any step.
             assert _hash(folder / "checkpoints" / begin.name / name) == copied
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert lines[0]["step"] == int(begin.name)
@@ -449,7 +454,7 @@ def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_whe
 @pytest.mark.long
 @pytest.mark.timeout(420)
 def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
-    """As in launch/ray/README.md: a head and two workers by `ray start`, token authentication, the sweep submitted as a job, one worker killed."""
+    """As in launch/ray/README.md: `ray start`, token authentication, a sweep submitted as a job, one worker killed."""
     port, dashboard = free_port(), free_port()
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)

@@ -14,7 +14,6 @@ import tyro
 from dist_ae.config import Config, InputError
 
 EXIT_FAULT, EXIT_STOPPED = 1, 75  # 75 is EX_TEMPFAIL: --resume goes on
-OWN = ("name", "seed", "run_dir")  # keys of the configuration whose option means something else here
 
 
 def sweep(
@@ -112,6 +111,8 @@ def spelled_as_set(arguments: Sequence[str]) -> list[str]:
     Raises:
         InputError: no value follows.
     """
+    from .spaces import OWN
+
     fields, made, rest = dict(Config().flat()), [], list(arguments)
     while rest:
         argument = rest.pop(0)

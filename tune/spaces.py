@@ -34,6 +34,9 @@ METRICS = {"val.mse": -1, "val.denoised_psnr": 1, "val.neg_elbo": -1, "val.probe
 # Searching these would change the question from trial to trial (or where the answer is kept), not the answer.
 FIXED = ("data.", "evaluation.", "tracking.", "name", "run_dir", "model.variational", "model.image_shape")
 
+# Keys whose option means something else in a sweep, which has a name and a seed of its own and many run directories.
+OWN = ("name", "seed", "run_dir")
+
 # What population-based training can change in the middle of a trial: nothing that a checkpoint's tensors depend on.
 MUTABLE = (
     "optim.lr",
@@ -134,7 +137,7 @@ def distribution(data: Any, where: str) -> Distribution:
         raise InputError(f"{where}: {kind} needs [low, high] as two {wanted}, got {shown(list(values))}")
     low, high = values
     if low >= high:
-        way_out = "low must be less than high (for one value, fix it with --set)"
+        way_out = "low must be less than high"
         raise InputError(f"{where}: the range {[low, high]} is empty; {way_out}")
     if "log" in kind and low <= 0:
         plain = kind.removeprefix("log")
@@ -206,7 +209,7 @@ class Space:
                 yield preset, dict(zip(part, values, strict=True))
 
     def pinned(self, overrides: Values) -> Space:
-        """Without the keys that ``--set`` gave one value."""
+        """Without the keys that the command line gave one value."""
         parts = {
             preset: {key: d for key, d in part.items() if key not in overrides} for preset, part in self.parts.items()
         }
@@ -330,7 +333,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_overrides(pairs: list[str]) -> Values:
-    """``KEY=VALUE`` pairs of ``--set``; values are JSON, a list may be written 512,256.
+    """``KEY=VALUE`` pairs of ``--set``. Values are JSON; a list may be written 512,256.
 
     Raises:
         InputError: not a pair.
@@ -348,6 +351,11 @@ def parse_overrides(pairs: list[str]) -> Values:
             value = [part for part in text.split(",") if part]
         values[key] = value
     return values
+
+
+def option(key: str) -> str:
+    """How the command line fixes a key."""
+    return f"--set {key}=VALUE" if key in OWN else f"--{key.replace('_', '-')} VALUE"
 
 
 def override(config: Config, values: Values, where: str) -> Config:
@@ -369,16 +377,16 @@ def check(space: Space, overrides: Values, workers: int) -> None:
     """
     for preset, part in space.parts.items():
         where = f"space {space.name}, preset {preset}: "
-        config = override(PRESETS[preset], overrides, "--set: ")
+        config = override(PRESETS[preset], overrides, "")
         if not part:
-            way_out = f"take a --set away, or train it: dist-ae train {preset}"
+            way_out = f"fix fewer keys, or train it: dist-ae train {preset}"
             raise InputError(f"{where}nothing is left to search; {way_out}")
         shape = image_shape(config)
         _check_sizes(config, shape, workers, where)
         for key, d in part.items():
             if key.startswith(FIXED):
                 reason = "trials would no longer answer the same question"
-                raise InputError(f"{where}{key} cannot be searched: {reason}; fix it with --set {key}=...")
+                raise InputError(f"{where}{key} cannot be searched: {reason}; fix it with {option(key)}")
             if key == "objective.likelihood" and space.metric == "val.neg_elbo":
                 reason = "densities and probabilities do not compare"
                 raise InputError(f"{where}{key} cannot be searched by val.neg_elbo: {reason}; use val.mse")
@@ -435,5 +443,5 @@ def check_mutable(space: Space) -> None:
         if key not in MUTABLE:
             raise InputError(
                 f"--scheduler pbt: {key} cannot change in the middle of training, the weights of a better trial would "
-                f"not fit; fix it with --set {key}=..., or use --scheduler asha. What can change: {', '.join(MUTABLE)}"
+                f"not fit; fix it with {option(key)}, or use --scheduler asha. What can change: {', '.join(MUTABLE)}"
             )

@@ -110,7 +110,7 @@ def _count(space: Space, settings: Settings, asked: int | None) -> int:
     if size > MAX_TRIALS:
         raise InputError(
             f"--search grid: the grid of space {space.name} has {size:,} points, more than {MAX_TRIALS:,}; "
-            "fix a key with --set KEY=VALUE, shorten a choice, or use --search random --num-trials N"
+            "fix a key (such as --optim.lr 1e-3), shorten a choice, or use --search random --num-trials N"
         )
     return size
 
@@ -187,7 +187,7 @@ def check_data(sweep: Sweep) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     for preset, part in sweep.space.parts.items():
         where = f"preset {preset}: "
-        config = override(PRESETS[preset], sweep.overrides, "--set: ")
+        config = override(PRESETS[preset], sweep.overrides, "")
         dataset = data.load(config.data)
         if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
             has = f"{config.data.name} has none"
