@@ -83,16 +83,8 @@ def sweep(
         from .sweep import start
 
         chosen = load_space(which, space)
-        settings = Settings(
-            scheduler=scheduler,
-            search=search,
-            workers_per_trial=workers_per_trial,
-            cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker,
-            max_concurrent=max_concurrent,
-            address=address or "local",
-            seed=seed,
-        )
+        limits = (workers_per_trial, cpus_per_worker, gpus_per_worker, max_concurrent)
+        settings = Settings(num_trials or 0, scheduler, search, *limits, address or "local", seed)
         name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
         found = checked(chosen, parse_overrides(set), metric, settings, num_trials, name, storage)
         print(f"sweep {name} of {found.settings.num_trials} trials → {found.path}", flush=True)

@@ -125,23 +125,19 @@ def _page(sweep: Sweep, rows: list[Row], winner: Row | None, selection: Selectio
     """The whole report as HTML."""
     pca = pca_errors(sweep, rows)
     statuses = [row.outcome.status for row in rows]
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    return (
-        jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            sweep=sweep,
-            judged_by=METRICS[sweep.metric],
-            counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
-            steps=sum(row.outcome.reports[-1]["step"] for row in rows if row.outcome.reports),
-            selection=selection,
-            answer=_answer(sweep, winner, pca) if winner else None,
-            charts=[chart for draw in (_front, _curves, _parallel) if (chart := draw(sweep, rows, winner, pca))],
-            pictures=_pictures(sweep, winner) if winner else [],
-            ranking=_ranking(sweep, rows, winner),
-            num_shown=min(SHOWN, len(rows)),
-            num_trials=len(rows),
-        )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        sweep=sweep,
+        judged_by=METRICS[sweep.metric],
+        counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
+        steps=sum(row.outcome.reports[-1]["step"] for row in rows if row.outcome.reports),
+        selection=selection,
+        answer=_answer(sweep, winner, pca) if winner else None,
+        charts=[chart for draw in (_front, _curves, _parallel) if (chart := draw(sweep, rows, winner, pca))],
+        pictures=_pictures(sweep, winner) if winner else [],
+        ranking=_ranking(sweep, rows, winner),
+        num_trials=len(rows),
     )
 
 
@@ -151,11 +147,10 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     facts[sweep.metric] = number(winner.value)
     error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.latent_dim)
     if error is not None and linear:
-        change = (
-            f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA is exact with a component for each pixel"
+        change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "with a component for each pixel"
+        facts[f"squared error beside PCA, code of {winner.latent_dim}"] = (
+            f"{number(error)} beside {number(linear)} ({change})"
         )
-        beside = f"{number(error)} beside {number(linear)} ({change})"
-        facts[f"squared error beside PCA, code of {winner.latent_dim}"] = beside
     again = spread(sweep, winner.trial)
     if again is not None:
         facts[f"{len(again[0])} further seeds"] = _mean(again)
@@ -178,10 +173,8 @@ def _pictures(sweep: Sweep, winner: Row) -> list[tuple[str, str]]:
 def _ranking(sweep: Sweep, rows: list[Row], winner: Row | None) -> list[tuple[bool, dict[str, str]]]:
     """(is it the answer, cells by column) of the first trials."""
     others = ("val.mse", "val.denoised_psnr", "val.neg_elbo", "val.rate", "val.probe_accuracy")
-    names = [
-        sweep.metric,
-        *(n for n in others if n != sweep.metric and any(r.outcome.metric(n) is not None for r in rows)),
-    ]
+    there = [n for n in others if any(row.outcome.metric(n) is not None for row in rows)]
+    names = dict.fromkeys([sweep.metric, *there])
     failed, table = any(row.outcome.error for row in rows), []
     for rank, row in enumerate(rows[:SHOWN], 1):
         last: dict[str, Any] = row.outcome.reports[-1] if row.outcome.reports else {}
@@ -223,9 +216,8 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     _logarithmic(axes)
-    _legend(
-        figure, shown, {"Pareto front": Line2D([], [], color=ACCENT), "PCA": Line2D([], [], color=PCA, linestyle="--")}
-    )
+    lines = {"Pareto front": Line2D([], [], color=ACCENT), "PCA": Line2D([], [], color=PCA, linestyle="--")}
+    _legend(figure, shown, lines)
     compared = [row for row in best if row.latent_dim in pca]
     below = [row for row in compared if error[row.trial.id] < pca[row.latent_dim]]
     note = f"Error of the {'denoised images' if _about_noise(sweep) else 'reconstructions'}, pixels on [0, 1]. "
@@ -265,9 +257,8 @@ def _parallel(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, 
     keys = [key for key in sweep.space.searched() if len({str(row.trial.values.get(key)) for row in good}) > 1]
     if len(good) < 2 or not keys:
         return None
-    columns = {key: [row.trial.values.get(key) for row in good] for key in keys} | {
-        sweep.metric: [r.value for r in good]
-    }
+    columns: dict[str, list[Any]] = {key: [row.trial.values.get(key) for row in good] for key in keys}
+    columns[sweep.metric] = [row.value for row in good]
     figure, axes = _axes()
     places: list[list[float]] = []
     for x, (key, values) in enumerate(columns.items()):
@@ -295,15 +286,15 @@ def _scale(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[fl
     """Heights from 0 to 1 for the values of an axis, NaN for None, and its labels as (height, text)."""
     there = [v for v in values if v is not None]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in there):
-        names = sorted({str(v) for v in there})
+        names = sorted({number(v) for v in there})
         at = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
-        return [math.nan if v is None else at[str(v)] for v in values], [(height, name) for name, height in at.items()]
+        return [at.get(number(v), math.nan) for v in values], [(height, name) for name, height in at.items()]
     low, high = min(there), max(there)
     log = log and low > 0
     to, back = (math.log, math.exp) if log else (float, float)
     width = to(high) - to(low)
     labels = [(0.0, low), (0.5, back((to(low) + to(high)) / 2)), (1.0, high)] if width else [(0.5, low)]
-    labels = [label for label in labels if not isinstance(low, int) or label[0] != 0.5 or not width]
+    labels = [labels[0], *labels[2:]] if isinstance(low, int) else labels  # the middle may be no whole number
     heights = [math.nan if v is None else (to(v) - to(low)) / width if width else 0.5 for v in values]
     return heights, [(height, f"{value:.3g}" if isinstance(value, float) else str(value)) for height, value in labels]
 
@@ -323,8 +314,8 @@ def _axes() -> tuple[Figure, Axes]:
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=11, color="#9ca3af")
-    axes.xaxis.label.set(fontsize=11, color="#4b5563")
-    axes.yaxis.label.set(fontsize=11, color="#4b5563")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(fontsize=11, color="#4b5563")
     return figure, axes
 
 

@@ -120,10 +120,8 @@ def distribution(data: Any, where: str) -> Distribution:
     """
     kinds = ("choice", "uniform", "loguniform", "randint", "lograndint")
     if not isinstance(data, dict) or len(data) != 1 or next(iter(data)) not in kinds:
-        example = "{'loguniform': [1e-4, 1e-2]}"
-        raise InputError(
-            f"{where}: expected one of {', '.join(kinds)} with its values, such as {example}, got {shown(data)}"
-        )
+        known = f"{', '.join(kinds)} with its values, such as {{'loguniform': [1e-4, 1e-2]}}"
+        raise InputError(f"{where}: expected one of {known}, got {shown(data)}")
     ((kind, values),) = data.items()
     if not isinstance(values, (list, tuple)) or not values:
         raise InputError(f"{where}: {kind} needs a list of values, got {shown(values)}")
@@ -137,8 +135,7 @@ def distribution(data: Any, where: str) -> Distribution:
         raise InputError(f"{where}: {kind} needs [low, high] as two {wanted}, got {shown(list(values))}")
     low, high = values
     if low >= high:
-        way_out = "low must be less than high"
-        raise InputError(f"{where}: the range {[low, high]} is empty; {way_out}")
+        raise InputError(f"{where}: the range {[low, high]} is empty; low must be less than high")
     if "log" in kind and low <= 0:
         plain = kind.removeprefix("log")
         raise InputError(f"{where}: {kind} needs low > 0, got {low}; use {plain} for a range that holds 0")
@@ -159,9 +156,7 @@ def _check_size(data: Any, where: str) -> None:
         value, depth = todo.pop()
         left -= 1
         if left < 0:
-            raise InputError(
-                f"{where}: more than {MAX_VALUES:,} values; use a range, such as randint, in place of a long choice"
-            )
+            raise InputError(f"{where}: more than {MAX_VALUES:,} values; use a range in place of a long choice")
         if depth > MAX_DEPTH:
             raise InputError(f"{where}: nested more than {MAX_DEPTH} levels deep; a space needs five")
         if isinstance(value, dict):
@@ -210,9 +205,7 @@ class Space:
 
     def pinned(self, overrides: Values) -> Space:
         """Without the keys that the command line gave one value."""
-        parts = {
-            preset: {key: d for key, d in part.items() if key not in overrides} for preset, part in self.parts.items()
-        }
+        parts = {p: {k: d for k, d in part.items() if k not in overrides} for p, part in self.parts.items()}
         return replace(self, parts=parts)
 
     def to_data(self) -> dict[str, Any]:
@@ -230,9 +223,7 @@ def parse_space(data: Any, name: str) -> Space:
     _check_size(data, where)
     known = isinstance(data, dict) and not set(data) - {"metric", "presets", "name"}
     if not known or not isinstance(data.get("presets"), dict) or not data["presets"]:
-        raise InputError(
-            f"{where}: expected 'presets', a table of presets with the keys searched in each, and optionally 'metric'"
-        )
+        raise InputError(f"{where}: expected 'presets', a table of presets with searched keys, and optionally 'metric'")
     parts: dict[str, dict[str, Distribution]] = {}
     for preset, part in data["presets"].items():
         if preset not in PRESETS:
@@ -242,10 +233,7 @@ def parse_space(data: Any, name: str) -> Space:
         parts[preset] = {}
         for key, d in part.items():
             if key in Config.model_fields and isinstance(d, dict) and f"{key}.{next(iter(d), '')}" in _FIELDS:
-                quoted = f'"{key}.{next(iter(d))}"'
-                raise InputError(
-                    f"{where}, preset {preset}: write the whole key in quotes, {quoted}, and not as a table"
-                )
+                raise InputError(f'{where}, preset {preset}: write the whole key in quotes, "{key}.{next(iter(d))}"')
             parts[preset][key] = distribution(d, f"{where}, preset {preset}, {shown(key)[1:-1]}")
     metric = data.get("metric")
     if metric is None:
@@ -294,10 +282,9 @@ def load_space(name: str | None, file: Path | None) -> Space:
     if file is None:
         if name not in SPACES:
             near = difflib.get_close_matches(str(name), SPACES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(
-                f"unknown space {shown(name)}{hint} There are {', '.join(SPACES)}; --space FILE takes your own"
-            )
+            hint = f"; did you mean {near[0]}?" if near else "."
+            known = f"There are {', '.join(SPACES)}; --space FILE takes your own"
+            raise InputError(f"unknown space {shown(name)}{hint} {known}")
         return parse_space(SPACES[name], name)
     return parse_space(_read(file), re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-")[:60] or "sweep")
 
@@ -368,23 +355,25 @@ def override(config: Config, values: Values, where: str) -> Config:
         raise InputError(f"{where}{first}{f' (and {len(more)} more)' if more else ''}") from None
 
 
-def check(space: Space, overrides: Values, workers: int) -> None:
+def check(space: Space, overrides: Values, workers: int, dataset: tuple[tuple[int, ...], int] | None = None) -> None:
     """Looks at every part of a space against the configuration.
+
+    Args:
+        dataset: image shape and number of training images, where the data is loaded.
 
     Raises:
         InputError: an unknown key, an illegal value, a key whose search would make trials incomparable, a code larger
-            than the image, a batch that does not divide over the workers.
+            than the image, a batch larger than the data or that does not divide over the workers.
     """
     for preset, part in space.parts.items():
         where = f"space {space.name}, preset {preset}: "
         config = override(PRESETS[preset], overrides, "")
         if not part:
-            way_out = f"fix fewer keys, or train it: dist-ae train {preset}"
-            raise InputError(f"{where}nothing is left to search; {way_out}")
-        shape = image_shape(config)
-        _check_sizes(config, shape, workers, where)
+            raise InputError(f"{where}nothing is left to search; fix fewer keys, or train it: dist-ae train {preset}")
+        shape, count = dataset or (image_shape(config), None)
+        _check_sizes(config, shape, count, workers, where)
         for key, d in part.items():
-            if key.startswith(FIXED):
+            if key in _FIELDS and key.startswith(FIXED):
                 reason = "trials would no longer answer the same question"
                 raise InputError(f"{where}{key} cannot be searched: {reason}; fix it with {option(key)}")
             if key == "objective.likelihood" and space.metric == "val.neg_elbo":
@@ -397,7 +386,7 @@ def check(space: Space, overrides: Values, workers: int) -> None:
                     inside = d.kind in ("uniform", "loguniform") and number >= len(d.values)  # both ends are legal
                     hint = f"; use {d.kind.replace('uniform', 'randint')} or choice" if inside else ""
                     raise InputError(f"{error}{hint}") from None
-                _check_sizes(changed, shape, workers, where)
+                _check_sizes(changed, shape, count, workers, where)
 
 
 def check_together(overrides: Values, points: Iterable[tuple[str, Values]]) -> None:
@@ -406,15 +395,16 @@ def check_together(overrides: Values, points: Iterable[tuple[str, Values]]) -> N
         override(PRESETS[preset], {**overrides, **values}, f"preset {preset} with {shown(values)}: ")
 
 
-def _check_sizes(config: Config, shape: tuple[int, ...] | None, workers: int, where: str) -> None:
+def _check_sizes(config: Config, shape: tuple[int, ...] | None, count: int | None, workers: int, where: str) -> None:
     size, batch = config.model.latent_dim, config.train.batch_size
     if shape is not None and size > math.prod(shape):
         image = f"{config.data.name} has {' × '.join(map(str, shape))} = {math.prod(shape)} values"
         raise InputError(f"{where}model.latent_dim {size} is larger than the image: {image}")
+    if count is not None and batch > count:
+        raise InputError(f"{where}train.batch_size {batch} is larger than the {count} training images")
     if batch % workers:
-        raise InputError(
-            f"{where}train.batch_size {batch} does not divide over {workers} workers; use a multiple of {workers}"
-        )
+        reason = f"does not divide over {workers} workers; use a multiple of {workers}"
+        raise InputError(f"{where}train.batch_size {batch} {reason}")
 
 
 def image_shape(config: Config) -> tuple[int, ...] | None:

@@ -183,24 +183,20 @@ def check_data(sweep: Sweep) -> None:
     from dist_ae import data
     from dist_ae.runtime import check_device
 
-    if not sweep.settings.gpus_per_worker:
+    settings, space = sweep.settings, sweep.space
+    if not settings.gpus_per_worker:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    for preset, part in sweep.space.parts.items():
-        where = f"preset {preset}: "
+    for preset, part in space.parts.items():
         config = override(PRESETS[preset], sweep.overrides, "")
         dataset = data.load(config.data)
         if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
-            has = f"{config.data.name} has none"
-            raise InputError(f"--metric val.probe_accuracy needs labels, and {has}; use another metric")
-        pixels, count = math.prod(dataset.image_shape), len(dataset.train)
-        for changed in (override(config, {key: value}, where) for key, d in part.items() for value in d.probes()):
+            reason = f"needs labels, and {config.data.name} has none"
+            raise InputError(f"--metric val.probe_accuracy {reason}; use another metric")
+        found, only = (dataset.image_shape, len(dataset.train)), dataclasses.replace(space, parts={preset: part})
+        check(only, sweep.overrides, settings.workers_per_trial, found)
+        for changed in (config.override({key: value}) for key, d in part.items() for value in d.probes()):
             check_device(changed)
-            size, batch = changed.model.latent_dim, changed.train.batch_size
-            if size > pixels:
-                raise InputError(f"{where}model.latent_dim {size} is larger than the image of {pixels} values")
-            if batch > count:
-                raise InputError(f"{where}train.batch_size {batch} is larger than the {count} training images")
-            _check_evaluations(sweep, changed, count)
+            _check_evaluations(sweep, changed, len(dataset.train))
 
 
 def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
