@@ -341,6 +341,27 @@ def test_a_grid_too_large_is_refused_by_its_size_without_counting_it(
     assert f"{99**3 * 4**3:,} points" in err and "--search random" in err
 
 
+UNTRAINABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no room for the principal components": ({"model.hidden_dims": {"choice": [[32], [1]]}}, {}, "at least 2 units"),
+    "pca of logits": (
+        {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}},
+        {},
+        "needs objective.likelihood",
+    ),
+    "precision of a GPU": ({"precision": {"choice": ["fp32", "fp16"]}}, {}, "fp16 needs a GPU"),
+    "batch larger than the data": ({"train.batch_size": {"choice": [100, 5000]}}, {}, "training images"),
+    "images of another shape": ({"optim.lr": {"choice": [1e-3]}}, {"model.image_shape": [1, 4, 4]}, "image_shape"),
+}
+
+
+@pytest.mark.parametrize("case", UNTRAINABLE)
+def test_what_no_trial_could_train_is_refused_before_ray_starts(case: str, tmp_path: Path) -> None:
+    part, overrides, word = UNTRAINABLE[case]
+    sweep = checked(parse_space({"presets": {"ae": part}}, "s"), overrides, None, Settings(), 4, "s", tmp_path)
+    with pytest.raises(InputError, match=word):
+        check_data(sweep)
+
+
 def test_a_pipe_in_place_of_data_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npy")
     name = f"array:{tmp_path}/pipe.npy"

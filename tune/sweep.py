@@ -72,8 +72,7 @@ def checked(
     settings = dataclasses.replace(settings, num_trials=_count(space, settings, num_trials))
     if settings.scheduler == "pbt" and settings.num_trials < 2:
         raise InputError("--scheduler pbt needs at least two trials to clone one into the other; raise --num-trials")
-    points = PROBED if settings.search == "optuna" else settings.num_trials
-    check_together(overrides, space.plan(settings.search, points, settings.seed))
+    check_together(overrides, _plan(space, settings))
     _check_local(settings)
     _check_address(settings.address)
     _check_storage(storage)
@@ -175,28 +174,46 @@ def _absolute(overrides: Values) -> Values:
 
 
 def check_data(sweep: Sweep) -> None:
-    """Loads the data once, here: what is missing or too small is said before any trial starts.
+    """Loads the data once, here: what is missing or too small, or cannot be trained, is said before any trial starts.
 
     Raises:
-        InputError: data that is not there; a batch or code too large for it; too few evaluations for the scheduler.
+        InputError: data that is not there; a batch or code too large for it; a configuration that this machine or the
+            data does not allow; too few evaluations for the scheduler.
     """
-    from dist_ae import data
+    from dist_ae import data, initialize
     from dist_ae.runtime import check_device
 
     settings, space = sweep.settings, sweep.space
     if not settings.gpus_per_worker:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     for preset, part in space.parts.items():
-        config = override(PRESETS[preset], sweep.overrides, "")
+        where = f"preset {preset}: "
+        config = override(PRESETS[preset], sweep.overrides, where)
         dataset = data.load(config.data)
+        shape, count = dataset.image_shape, len(dataset.train)
         if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
             reason = f"needs labels, and {config.data.name} has none"
             raise InputError(f"--metric val.probe_accuracy {reason}; use another metric")
-        found, only = (dataset.image_shape, len(dataset.train)), dataclasses.replace(space, parts={preset: part})
-        check(only, sweep.overrides, settings.workers_per_trial, found)
-        for changed in (config.override({key: value}) for key, d in part.items() for value in d.probes()):
-            check_device(changed)
-            _check_evaluations(sweep, changed, len(dataset.train))
+        if config.model.image_shape not in (None, shape):
+            raise InputError(f"{where}model.image_shape is {config.model.image_shape}, and the images are {shape}")
+        only = dataclasses.replace(space, parts={preset: part})
+        check(only, sweep.overrides, settings.workers_per_trial, (shape, count))
+        points = [{key: value} for key, d in part.items() for value in d.probes()]
+        points += [values for planned, values in _plan(space, settings) if planned == preset]
+        for values in points:
+            changed = override(config, values, where)
+            try:
+                check_device(changed)
+                initialize.check(changed, math.prod(shape))
+            except InputError as error:
+                raise InputError(f"{where}with {shown(values)}: {error}") from None
+            _check_evaluations(sweep, changed, count)
+
+
+def _plan(space: Space, settings: Settings) -> list[tuple[str, Values]]:
+    """The trials to come, as far as they are known; of an optimizer's, points that it might suggest."""
+    count = PROBED if settings.search == "optuna" else settings.num_trials
+    return space.plan(settings.search, count, settings.seed)
 
 
 def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
