@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -134,7 +135,7 @@ def _page(sweep: Sweep, rows: list[Row], winner: Row | None, selection: Selectio
         steps=sum(row.outcome.reports[-1]["step"] for row in rows if row.outcome.reports),
         selection=selection,
         answer=_answer(sweep, winner, pca) if winner else None,
-        charts=[chart for draw in (_front, _curves, _parallel) if (chart := draw(sweep, rows, winner, pca))],
+        charts=[chart for draw in (_front, _curves, _effects) if (chart := draw(sweep, rows, winner, pca))],
         pictures=_pictures(sweep, winner) if winner else [],
         ranking=_ranking(sweep, rows, winner),
         num_trials=len(rows),
@@ -147,7 +148,7 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     facts[sweep.metric] = number(winner.value)
     error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.latent_dim)
     if error is not None and linear:
-        change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "with a component for each pixel"
+        change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA has a component for each pixel"
         facts[f"squared error beside PCA, code of {winner.latent_dim}"] = (
             f"{number(error)} beside {number(linear)} ({change})"
         )
@@ -200,7 +201,7 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     # PCA with as many components as pixels is exact; on a logarithmic axis that point would press all others flat.
     pca = {size: value for size, value in sorted(pca.items()) if value > min(error.values()) / 10}
     best = front(rows, error)
-    figure, axes = _axes()
+    figure, (axes,) = _axes()
     axes.plot(list(pca), list(pca.values()), "s--", color=PCA, markersize=3.5, linewidth=1.2)
     axes.plot([r.latent_dim for r in best], [error[r.trial.id] for r in best], color=ACCENT, linewidth=1.8)
     for row in shown:
@@ -215,7 +216,8 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
         ticks += [size] if not ticks or size >= 1.25 * ticks[-1] else []
     axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    _logarithmic(axes)
+    axes.set_yscale("log")
+    _round_ticks(axes.yaxis)
     lines = {"Pareto front": Line2D([], [], color=ACCENT), "PCA": Line2D([], [], color=PCA, linestyle="--")}
     _legend(figure, shown, lines)
     compared = [row for row in best if row.latent_dim in pca]
@@ -236,7 +238,7 @@ def _curves(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, fl
             curves.append((row, [r["step"] for r in there], [r[sweep.metric] for r in there]))
     if not curves:
         return None
-    figure, axes = _axes()
+    figure, (axes,) = _axes()
     for row, steps, values in reversed(curves):  # the best are drawn last
         color, width, alpha = (ACCENT, 2.4, 1) if row is winner else (_color(row), 1.2, _faint(curves))
         axes.plot(steps, values, color=color, linewidth=width, alpha=alpha)
@@ -246,57 +248,42 @@ def _curves(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, fl
     if sweep.sign < 0 and lowest > 0:
         # One diverging trial would press all others flat.
         ceiling = 20 * sorted(values[-1] for _, _, values in curves)[len(curves) // 2]
-        axes.set_ylim(lowest * 0.95, min(ceiling, highest) * 1.05)
-        _logarithmic(axes)
+        axes.set(ylim=(lowest * 0.95, min(ceiling, highest) * 1.05), yscale="log")
+        _round_ticks(axes.yaxis)
     _legend(figure, [row for row, *_ in curves], {"the answer": Line2D([], [], color=ACCENT)} if winner else {})
     return "Learning curves", f"{sweep.metric} at each evaluation: {METRICS[sweep.metric]}.", _png(figure)
 
 
-def _parallel(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> Chart | None:
+def _effects(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> Chart | None:
     good = [row for row in rows if math.isfinite(row.value)]
     keys = [key for key in sweep.space.searched() if len({str(row.trial.values.get(key)) for row in good}) > 1]
     if len(good) < 2 or not keys:
         return None
-    columns: dict[str, list[Any]] = {key: [row.trial.values.get(key) for row in good] for key in keys}
-    columns[sweep.metric] = [row.value for row in good]
-    figure, axes = _axes()
-    places: list[list[float]] = []
-    for x, (key, values) in enumerate(columns.items()):
-        log = sweep.sign < 0 if key == sweep.metric else _is_log(sweep, key)
-        heights, labels = _scale(values, log)
-        places.append(heights)
-        axes.axvline(x, color="#9ca3af", linewidth=1)
-        for height, label in labels:
-            box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
-            axes.text(x + 0.03, height, label, va="center", fontsize=10, bbox=box, zorder=3)
-        # Neighbouring names would run into each other on one line.
-        axes.text(x, 1.06 + 0.08 * (x % 2), key.rpartition(".")[2], ha="center", fontsize=11)
-    for place in reversed(range(len(good))):  # the best are drawn last
-        row, heights = good[place], [column[place] for column in places]
-        color, width, alpha = (ACCENT, 2.4, 1) if row is winner else (_color(row), 1.2, _faint(good))
-        points = [(x, height) for x, height in enumerate(heights) if not math.isnan(height)]
-        axes.plot(*zip(*points, strict=True), color=color, linewidth=width, alpha=alpha)
-    axes.set(xlim=(-0.3, len(columns) - 0.6), ylim=(-0.05, 1.2))
-    axes.set_axis_off()
-    _legend(figure, good, {"the answer": Line2D([], [], color=ACCENT)} if winner else {})
-    return "Parameters and result", "Each line is a trial. Its height on an axis is its value there.", _png(figure)
-
-
-def _scale(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights from 0 to 1 for the values of an axis, NaN for None, and its labels as (height, text)."""
-    there = [v for v in values if v is not None]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in there):
-        names = sorted({number(v) for v in there})
-        at = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
-        return [at.get(number(v), math.nan) for v in values], [(height, name) for name, height in at.items()]
-    low, high = min(there), max(there)
-    log = log and low > 0
-    to, back = (math.log, math.exp) if log else (float, float)
-    width = to(high) - to(low)
-    labels = [(0.0, low), (0.5, back((to(low) + to(high)) / 2)), (1.0, high)] if width else [(0.5, low)]
-    labels = [labels[0], *labels[2:]] if isinstance(low, int) else labels  # the middle may be no whole number
-    heights = [math.nan if v is None else (to(v) - to(low)) / width if width else 0.5 for v in values]
-    return heights, [(height, f"{value:.3g}" if isinstance(value, float) else str(value)) for height, value in labels]
+    columns = min(2, len(keys))
+    figure, every = _axes(math.ceil(len(keys) / columns), columns)
+    for axes, key in zip(every, keys, strict=False):
+        known = [(row, row.trial.values[key]) for row in good if key in row.trial.values]
+        numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for _, value in known)
+        for row, value in reversed(known):  # the best are drawn last
+            color, size, alpha = (ACCENT, 9, 1.0) if row is winner else (_color(row), 5, max(0.3, _faint(good)))
+            place = [value if numeric else number(value)]
+            axes.plot(place, [row.value], "o", color=color, markersize=size, alpha=alpha, markeredgewidth=0)
+        axes.set_xlabel(key.rpartition(".")[2])
+        if numeric and _is_log(sweep, key):
+            axes.set_xscale("log")
+            _round_ticks(axes.xaxis)
+        if sweep.sign < 0 and min(row.value for row in good) > 0:
+            axes.set_yscale("log")
+            _round_ticks(axes.yaxis)
+    for axes in every[len(keys) :]:
+        axes.set_axis_off()
+    every[0].set_ylabel(sweep.metric)
+    _legend(figure, good, {"the answer": Line2D([], [], color=ACCENT, marker="o", linestyle="")} if winner else {})
+    return (
+        "Parameters and result",
+        f"Each point is a trial: its {sweep.metric} against one of its values.",
+        _png(figure),
+    )
 
 
 def _is_log(sweep: Sweep, key: str) -> bool:
@@ -307,26 +294,26 @@ def _is_log(sweep: Sweep, key: str) -> bool:
     return "log" in d.kind or (d.kind == "choice" and wide)
 
 
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.8, 4.1), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=11, color="#9ca3af")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(fontsize=11, color="#4b5563")
-    return figure, axes
+def _axes(rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.8, max(4.1, 2.2 * rows)), layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten().tolist()
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=11 if len(every) == 1 else 10, color="#9ca3af")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set(fontsize=11, color="#4b5563")
+    return figure, every
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic vertical axis, with plain numbers at round values."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    round_values = LogLocator(subs=(1,) if high / low > 1000 else (1, 2, 5))
-    axes.yaxis.set_major_locator(round_values if high / low > 6 else MaxNLocator(5))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def _round_ticks(axis: Axis) -> None:
+    """Plain numbers at round values of a logarithmic axis."""
+    low, high = axis.get_view_interval()
+    round_values = LogLocator(subs=(1,) if high / low > 1000 else (1, 2, 5) if high / low < 60 else (1, 3))
+    axis.set_major_locator(round_values if high / low > 6 else MaxNLocator(4))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
 def _legend(figure: Figure, rows: Sequence[Row], more: dict[str, Line2D]) -> None:
