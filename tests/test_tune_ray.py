@@ -455,6 +455,7 @@ def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_whe
 @pytest.mark.timeout(420)
 def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
     """As in launch/ray/README.md: `ray start`, token authentication, a sweep submitted as a job, one worker killed."""
+    pytest.importorskip("aiohttp", reason="submitting a job needs ray[default]")
     port, dashboard = free_port(), free_port()
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
@@ -516,7 +517,11 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
             str(dashboard),
         )
         wait(lambda: _answers(dashboard), 90)
-        workers = [node("--address", f"127.0.0.1:{port}", "--num-cpus", "1") for _ in range(2)]
+        workers = []
+        for number in (1, 2):  # one after the other: each then finds free ports
+            workers.append(node("--address", f"127.0.0.1:{port}", "--num-cpus", "1"))
+            log = tmp_path / f"node-{number}.log"
+            wait(lambda log=log: "Ray runtime started" in log.read_text(), 90)
         strangers = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"} | {
             "RAY_AUTH_MODE": "disabled"
         }

@@ -322,10 +322,12 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if settings.address == "local" and "ray" not in sys.modules:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one a process: Ray reads it once
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # makes 127.0.0.1 this machine's address, on Linux too
     import ray
+
+    # Before Ray is joined: nodes of one machine share a submitted job's code, and unpack it again while the job runs.
+    from . import live, schedule, trial  # noqa: F401
 
     # A stopped trial may take seconds to close its trackers; its actor, with torch imported, is worth waiting for.
     variables = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "15", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
