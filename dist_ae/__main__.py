@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dist_ae.config import Config, load_config
+from dist_ae.config import Config, InputError, load_config
 from dist_ae.presets import DESCRIPTIONS, PRESETS
 from dist_ae.terminal import prepare_streams, rank, say, silence
 
@@ -49,6 +51,18 @@ def train(arguments: list[str]) -> None:
             },
             result.run_dir,
         )
+
+
+def sweep(arguments: list[str]) -> None:
+    """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv."""
+    # A package of its own, on which this one does not depend: dist_ae_tune where installed, tune in a bare checkout.
+    # Of several, it is the one that belongs to this dist_ae; PyPI has another tune.
+    for name in ("dist_ae_tune", "tune"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None and Path(spec.origin).parents[1] == Path(__file__).parents[1]:
+            importlib.import_module(f"{name}.__main__").main(arguments, prog="dist-ae sweep")
+            return
+    raise InputError('dist-ae sweep: the sweeps are not installed; pip install "dist-ae[tune]"')
 
 
 def evaluate(
@@ -258,6 +272,8 @@ def main() -> None:
     try:
         if arguments[:1] == ["train"]:
             train(arguments[1:])
+        elif arguments[:1] == ["sweep"]:
+            sweep(arguments[1:])
         elif arguments and arguments[0] in COMMANDS:
             tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"dist-ae {arguments[0]}")
         elif arguments == ["--version"]:
@@ -266,7 +282,7 @@ def main() -> None:
             say(__version__)
         else:
             tyro.extras.subcommand_cli_from_dict(
-                {"train": _train_help, **COMMANDS},
+                {"train": _train_help, "sweep": _sweep_help, **COMMANDS},
                 args=arguments,
                 prog="dist-ae",
                 description="Trains and uses autoencoders.",
@@ -286,7 +302,10 @@ def main() -> None:
 def _train_help() -> None: ...
 
 
-_train_help.__doc__ = train.__doc__
+def _sweep_help() -> None: ...
+
+
+_train_help.__doc__, _sweep_help.__doc__ = train.__doc__, sweep.__doc__
 
 
 def _flush() -> None:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ae import timeline
-from dist_ae.capture import Graph, capture, wants_graph
-from dist_ae.config import Config
+from dist_ae.capture import Graph, capture
+from dist_ae.config import Config, InputError
 from dist_ae.data.order import epoch_order, share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
@@ -160,8 +160,38 @@ class Learner:
         for _ in range(3 if self.runtime.world > 1 else 1):
             self._backward(torch.empty(0, dtype=torch.int64), range(0), batch_size=1)
             self._zero_grad()
-        if wants_graph(self):
-            self.graph = capture(self)
+        if self._wants_graph():
+            size = self.config.train.batch_size
+            self.place(0)
+            self._rows = self._rows.clone()  # a place of its own, which every step's rows are copied to
+            self.graph = capture(lambda: self.compute(size), self._changed_by_a_step())
+
+    def _wants_graph(self) -> bool:
+        """Whether the step is to run as one CUDA graph.
+
+        Raises:
+            InputError: it is asked for and cannot be, with the reason.
+        """
+        config, device = self.config, self.runtime.device
+        obstacles = {
+            "it needs a CUDA device": device.type != "cuda",
+            "it is for one process": self.runtime.world > 1,
+            "its learning rate must live on the device, as that of adam and adamw can": "adam" not in config.optim.name,
+            "float64 keeps its learning rate on the host": config.precision == "fp64",
+            "fp16's gradient scaler reads back from the device": self.runtime.accelerator.scaler is not None,
+            "the images do not fit on the device": self.images.resident is None,
+            "its random draws need Triton": has_draws(config) and not drawn_on(device),
+            "torch.compile makes graphs of its own": config.train.compile,
+        }
+        reason = next((reason for reason, holds in obstacles.items() if holds), None)
+        if config.train.cuda_graph == "on" and reason is not None:
+            raise InputError(f"train.cuda_graph on: {reason}; use auto or off")
+        return config.train.cuda_graph != "off" and reason is None
+
+    def _changed_by_a_step(self) -> list[Tensor]:
+        """Every tensor that ``compute`` changes and that outlives it."""
+        kept = [tensor for part in self.tensors().values() for tensor in part.values()]
+        return [*kept, self.window, self.guard.poisoned, self.guard.first_bad_step]
 
     # -- what others need to know
 
@@ -175,16 +205,6 @@ class Learner:
             names = (name for name, _ in self.raw_model.named_parameters())
             parts["ema"] = dict(zip(names, self.ema, strict=True))
         return parts
-
-    def changed_by_a_step(self) -> list[Tensor]:
-        """Every tensor that ``compute`` changes and that outlives it."""
-        kept = [tensor for part in self.tensors().values() for tensor in part.values()]
-        return [*kept, self.window, self.guard.poisoned, self.guard.first_bad_step]
-
-    @property
-    def draws_on_device(self) -> bool:
-        """Whether the random draws of a step are made where the model computes."""
-        return not has_draws(self.config) or drawn_on(self.runtime.device)
 
     def rows(self, step: int) -> Tensor:
         """The rows of the dataset that a step sees over all processes, [B], on the host."""

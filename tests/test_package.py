@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
 from conftest import REPOSITORY
 
 SOURCES = sorted((REPOSITORY / "dist_ae").rglob("*.py"))
@@ -25,14 +28,82 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_only_dist_ae_is_in_the_wheel(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources: what an earlier build left in build/ must not get into it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("dist_ae", "tune"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, folder)
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder / "dist"),
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"dist_ae", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
-    assert {str(path.relative_to(REPOSITORY)) for path in SOURCES} | {"dist_ae/py.typed"} <= set(names)
+    (found,) = (folder / "dist").glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_library_and_the_sweeps_and_nothing_else(wheel: Path) -> None:
+    expected = {f"dist_ae/{path.relative_to(REPOSITORY / 'dist_ae')}" for path in SOURCES} | {"dist_ae/py.typed"}
+    expected |= {f"dist_ae_tune/{path.name}" for path in (REPOSITORY / "tune").iterdir() if path.is_file()}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_installed_wheel_trains_and_sweeps_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(tmp_path / "site"),
+    ]
+    subprocess.run([*pip, str(wheel)], check=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "RAY_TMPDIR": "/tmp"}
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+
+    def dist_ae(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(tmp_path / "site/bin/dist-ae"), *arguments]
+        return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=200)
+
+    small = ["--model.hidden-dims", "16", "--tracking.wandb", "off", "--train.steps", "20"]
+    trained = dist_ae("train", "ae", *small, "--run-dir", "run")
+    assert trained.returncode == 0 and (work / "run/result.json").exists(), trained.stderr
+    swept = dist_ae("sweep", "ae", "--num-trials", "2", "--name", "first", *small)
+    assert swept.returncode == 0, swept.stdout + swept.stderr
+    sweep = work / "runs/sweeps/first"
+    assert len(list(sweep.glob("trials/*/result.json"))) == 2 and "<img" in (sweep / "report.html").read_text()
+    again = dist_ae("sweep", "ae", "--name", "first", *small)
+    assert again.returncode == 2 and "--resume first" in again.stderr
+    shown = dist_ae("sweep", "--help")
+    assert shown.returncode == 0 and shown.stdout.split("\n\n")[1].startswith("Trains many configurations")
+    # What ran is what was installed, also in Ray's workers, which have the same path.
+    where = "import dist_ae, dist_ae_tune; print(dist_ae.__file__, dist_ae_tune.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=work, env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == [f"{tmp_path}/site/{name}/__init__.py" for name in ("dist_ae", "dist_ae_tune")]
+
+
+def test_without_ray_a_sweep_is_refused_with_the_way_to_get_it(tmp_path: Path) -> None:
+    hide = (
+        "import sys; sys.modules['ray'] = None; import dist_ae.__main__ as m; sys.argv[1:] = ['sweep', 'ae']; m.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", hide], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert 'pip install "dist-ae[tune]"' in done.stderr
 
 
 # What each room may import of the package, so that imports run downward. A new room needs a row.
@@ -56,7 +127,8 @@ ROOMS: dict[str, set[str]] = {
     "pca": TOGETHER,
     "evaluate": TOGETHER,
     "figures": MATHEMATICS | {"data", "evaluate"},
-    "step": TOGETHER,
+    "capture": GROUND,
+    "step": TOGETHER | {"capture"},
     "trainer": TOGETHER | {"run", "pca", "evaluate", "figures", "step"},
     "use": TOGETHER | {"presets", "run", "pca", "evaluate", "figures"},
     "__init__": GROUND | {"presets", "models", "objectives", "trainer", "use"},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
+import itertools
 import json
 import math
 import os
@@ -10,22 +13,27 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import REPOSITORY, SMALL, digits_file
 
 import dist_ae
-from dist_ae.config import DataConfig, InputError
+from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import sources
 from dist_ae.presets import PRESETS
+from tune.__main__ import main, spelled_as_set
 from tune.plan import (
     Settings,
     Sweep,
     append_report,
+    check_name,
     new_sweep,
     only_driver,
     plan_trials,
@@ -34,8 +42,17 @@ from tune.plan import (
     write_json,
 )
 from tune.results import Selection, front, parse_selection, results, retrained, select, spread
-from tune.spaces import IMAGE_SHAPES, SPACES, check, distribution, load_space, parse_overrides, parse_space
-from tune.sweep import checked
+from tune.spaces import (
+    IMAGE_SHAPES,
+    SPACES,
+    check,
+    check_together,
+    distribution,
+    load_space,
+    parse_overrides,
+    parse_space,
+)
+from tune.sweep import check_data, checked
 
 # --------------------------------------------------------------------------------------------------------------- spaces
 
@@ -77,8 +94,9 @@ def test_sampling_is_a_pure_function_of_seed_and_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "low", "high"), [("uniform", 0.0, 0.5), ("loguniform", 1e-4, 1e-1), ("randint", 2, 5), ("lograndint", 2, 64)]
-)  # fmt: skip
+    ("kind", "low", "high"),
+    [("uniform", 0.0, 0.5), ("loguniform", 1e-4, 1e-1), ("randint", 2, 5), ("lograndint", 2, 64)],
+)
 def test_a_range_is_sampled_within_its_ends_and_over_all_of_it(kind: str, low: float, high: float) -> None:
     import random
 
@@ -96,7 +114,8 @@ def test_a_range_is_sampled_within_its_ends_and_over_all_of_it(kind: str, low: f
 
 def test_a_file_in_json_or_toml_is_a_space(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(
-        'metric = "val.mse"\n[presets.ae]\n"model.hidden_dims" = {choice = [[32, 16], [64]]}\n"optim.lr" = {loguniform = [1e-4, 1e-2]}\n'
+        'metric = "val.mse"\n[presets.ae]\n"model.hidden_dims" = {choice = [[32, 16], [64]]}\n'
+        '"optim.lr" = {loguniform = [1e-4, 1e-2]}\n'
     )
     (tmp_path / "a.json").write_text(
         json.dumps(
@@ -156,6 +175,16 @@ def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, float]:
     )
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line says where it refuses, which must be one line and exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "") and err.startswith("error: ") and err.endswith("\n"), err
+    assert err.count("\n") == 1 and len(err) < 1000, err
+    return err
+
+
 BAD_SPACES = {
     "unknown key": ({"presets": {"ae": {"model.latent": {"choice": [2]}}}}, "model.latent_dim"),
     "empty range": ({"presets": {"ae": {"optim.lr": {"loguniform": [0.1, 0.1]}}}}, "empty"),
@@ -178,15 +207,221 @@ BAD_SPACES = {
     ),
     "code larger than the image": ({"presets": {"ae": {"model.latent_dim": {"choice": [8, 65]}}}}, "64 values"),
     "not a space": ({"optim.lr": [1, 2]}, "presets"),
+    "fractions of a whole number": (
+        {"presets": {"ae": {"model.latent_dim": {"uniform": [2, 5]}}}},
+        "use randint or choice",
+    ),
+    "fractions on a log scale": ({"presets": {"ae": {"train.batch_size": {"loguniform": [8, 64]}}}}, "use lograndint"),
+    "number of a flag": ({"presets": {"ae": {"train.compile": {"uniform": [0, 1]}}}}, "train.compile"),
+    "text of a number": ({"presets": {"ae": {"optim.lr": {"choice": [1e-3, "fast"]}}}}, "optim.lr"),
+    "metrics in a list": (
+        {"metric": ["val.mse"], "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}},
+        "unknown metric",
+    ),
+    "empty metric": ({"metric": "", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "unknown metric"),
+    "number beyond 64 bits": ({"presets": {"ae": {"model.latent_dim": {"lograndint": [1, 10**400]}}}}, "64 bits"),
+    "infinite width": ({"presets": {"ae": {"optim.lr": {"uniform": [-1e308, 1e308]}}}}, "finite"),
+    "choice without end": ({"presets": {"ae": {"optim.lr": {"choice": [1e-3] * 100_000}}}}, "more than 10,000 values"),
+    "many wrong values": ({"presets": {"ae": {"model.hidden_dims": {"choice": [[0] * 500]}}}}, "and 499 more"),
+    "long text": ({"presets": {"ae": {"x" * 100_000: {"choice": [1]}}}}, "longer than 1,000 characters"),
+    "table in place of a key": ({"presets": {"ae": {"optim": {"lr": {"choice": [1e-3]}}}}}, '"optim.lr"'),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SPACES)
-def test_a_bad_space_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_a_bad_space_is_refused_by_name(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, word = BAD_SPACES[case]
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=re.escape(word)):
-        check(load_space(None, tmp_path / "s.json"), {}, workers=1)
+    assert word in refused(capsys, "--space", str(tmp_path / "s.json"))
+
+
+RANGES = ("uniform", "loguniform", "randint", "lograndint")
+ODD = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 2**63, 1e308, -1e308, 5e-324]))
+PLAIN = st.recursive(
+    st.none() | st.booleans() | ODD | st.text(max_size=5) | st.sampled_from(["relu", "muon", "fp16", "fp64"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def ranges(numbers: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    pair = st.tuples(numbers, numbers).map(sorted)
+    return st.sampled_from(RANGES).flatmap(lambda kind: st.fixed_dictionaries({kind: pair}))
+
+
+def choices(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.fixed_dictionaries({"choice": st.lists(values, max_size=4)})
+
+
+TAME = st.integers(1, 70) | st.floats(0.001, 0.9)
+TAME_KEYS = ["model.latent_dim", "optim.lr", "model.dropout", "train.batch_size", "train.epochs", "objective.beta"]
+TAME_PART = st.dictionaries(st.sampled_from(TAME_KEYS), ranges(TAME) | choices(TAME), min_size=1, max_size=2)
+WILD_KEYS = st.sampled_from([*dict(Config().flat()), "model", "model.latent", ""])
+WILD_PART = st.dictionaries(WILD_KEYS, ranges(ODD | TAME) | choices(PLAIN) | PLAIN, max_size=3) | PLAIN
+METRIC = st.fixed_dictionaries({}, optional={"metric": st.sampled_from(["val.mse", "val.neg_elbo"]) | PLAIN})
+SPACE = st.one_of(
+    st.builds(lambda part: {"presets": {"ae": part}}, TAME_PART),
+    st.builds(
+        lambda parts, metric: {"presets": parts, **metric},
+        st.dictionaries(st.sampled_from([*PRESETS, "gan"]), TAME_PART | WILD_PART, max_size=3),
+        METRIC,
+    ),
+    PLAIN,
+)
+accepted: list[Any] = []
+
+
+@hypothesis.settings(
+    max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(SPACE, st.sampled_from([1, 2, 3]))
+def any_data_is_a_space_of_legal_configurations_or_refused(content: Any, workers: int) -> None:
+    try:
+        space = parse_space(content, "s")
+        check(space, {}, workers)
+        check_together({}, space.plan("random", 20, 0))
+    except InputError as error:
+        said = str(error)
+    else:
+        said = ""
+        accepted.append(content)
+        assert parse_space(space.to_data(), "s") == space
+        assert space.grid_size() == len(list(space.grid()))
+        for preset, values in [*space.plan("random", 20, 1), *space.grid()]:
+            PRESETS[preset].override(values)
+    assert "\n" not in said and len(said) < 1000
+
+
+def test_any_data_is_a_space_of_legal_configurations_or_refused_in_one_line() -> None:
+    accepted.clear()
+    any_data_is_a_space_of_legal_configurations_or_refused()
+    assert len(accepted) > 30
+
+
+FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "nested too deep": ("s.json", lambda path: path.write_text("[" * 100_000), "nested too deep"),
+    "nested too deep, in TOML": ("s.toml", lambda path: path.write_text("a = " + "[" * 100_000), "nested too deep"),
+    "nested a little too deep": ("s.json", lambda path: path.write_text("[" * 50 + "]" * 50), "levels deep"),
+    "pipe": ("s.json", os.mkfifo, "not a regular file"),
+    "folder": ("s.json", Path.mkdir, "not a regular file"),
+    "not UTF-8": ("s.json", lambda path: path.write_bytes(b'{"presets": "\xff"}'), "not a readable JSON file"),
+    "huge": ("s.json", lambda path: path.write_bytes(b" " * 3_000_000), "larger than 1 MiB"),
+    "device without end": ("s.json", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "not there": ("s.json", lambda path: None, "No such file"),
+    "name too long": ("s" * 300 + ".json", lambda path: None, "File name too long"),
+    "number of 5,000 digits": ("s.json", lambda path: path.write_text("9" * 5000), "not a readable JSON file"),
+    "number of 5,000 digits, in TOML": ("s.toml", lambda path: path.write_text("a = 0x" + "f" * 5000), "64 bits"),
+    "key given twice": ("s.json", lambda path: path.write_text('{"presets": {"ae": {}, "ae": {}}}'), "stands twice"),
+    "date": ("s.toml", lambda path: path.write_text("presets = 2020-01-01"), "neither a number nor"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_space_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, make, word = FILES[case]
+    make(tmp_path / name)
+    assert word in refused(capsys, "--space", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("search", ["grid", "random", "optuna"])
+def test_values_that_are_legal_only_apart_are_refused_before_a_trial_starts(
+    search: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"precision": {"choice": ["fp32", "fp64"]}, "train.gradient_type": {"choice": ["exact", "bf16"]}}
+    (tmp_path / "s.json").write_text(json.dumps({"presets": {"ae": both}}))
+    assert "rounds; use one of the two" in refused(capsys, "--space", str(tmp_path / "s.json"), "--search", search)
+
+
+def test_a_grid_too_large_is_refused_by_its_size_without_counting_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {key: {"choice": [i / 1000 for i in range(1, 100)]} for key in ("optim.lr", "optim.eps", "model.dropout")}
+    part |= {key: {"uniform": [0.1, 0.9]} for key in ("optim.momentum", "optim.weight_decay", "objective.beta")}
+    (tmp_path / "s.json").write_text(json.dumps({"presets": {"ae": part}}))
+    err = refused(capsys, "--space", str(tmp_path / "s.json"), "--search", "grid")
+    assert f"{99**3 * 4**3:,} points" in err and "--search random" in err
+
+
+UNTRAINABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no room for the principal components": ({"model.hidden_dims": {"choice": [[32], [1]]}}, {}, "at least 2 units"),
+    "pca of logits": (
+        {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}},
+        {},
+        "needs objective.likelihood",
+    ),
+    "precision of a GPU": ({"precision": {"choice": ["fp32", "fp16"]}}, {}, "fp16 needs a GPU"),
+    "batch larger than the data": ({"train.batch_size": {"choice": [100, 5000]}}, {}, "training images"),
+    "images of another shape": ({"optim.lr": {"choice": [1e-3]}}, {"model.image_shape": [1, 4, 4]}, "image_shape"),
+}
+
+
+@pytest.mark.parametrize("case", UNTRAINABLE)
+def test_what_no_trial_could_train_is_refused_before_ray_starts(case: str, tmp_path: Path) -> None:
+    part, overrides, word = UNTRAINABLE[case]
+    sweep = checked(parse_space({"presets": {"ae": part}}, "s"), overrides, None, Settings(), 4, "s", tmp_path)
+    with pytest.raises(InputError, match=word):
+        check_data(sweep)
+
+
+def test_a_pipe_in_place_of_data_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npy")
+    name = f"array:{tmp_path}/pipe.npy"
+    sweep = checked(load_space("ae", None), {"data.name": name}, None, Settings(), 2, "s", tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        check_data(sweep)
+
+
+def test_options_of_training_are_spelled_as_in_dist_ae_train() -> None:
+    given = ["ae", "--train.batch-size", "64", "--model.hidden_dims", "64", "32", "--model.variational", "--seed", "3"]
+    given += [
+        "--data.root=/data",
+        "--train.no-compile",
+        "--precision",
+        "fp64",
+        "--train.steps",
+        "None",
+        "--set",
+        "seed=4",
+    ]
+    made = spelled_as_set(given)
+    assert made[:1] == ["ae"] and made[7:9] == ["--seed", "3"]
+    values = parse_overrides([word for before, word in itertools.pairwise(made) if before == "--set"])
+    assert values == {
+        "train.batch_size": 64, "model.hidden_dims": ["64", "32"], "model.variational": True, "data.root": "/data",
+        "train.compile": False, "precision": "fp64", "train.steps": None, "seed": 4,
+    }  # fmt: skip
+    assert PRESETS["ae"].override(values).model.hidden_dims == (64, 32)
+
+
+@pytest.mark.parametrize("stem", ["mein Raum!", ".hidden", "-dash", "räume", "x" * 200, "***"])
+def test_any_file_name_gives_a_sweep_a_legal_name(stem: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{stem}.toml"
+    path.write_text('[presets.ae]\n"optim.lr" = {choice = [1e-3]}\n')
+    check_name(f"{load_space(None, path).name}-20260101-120000")
+
+
+def test_a_damaged_sweep_or_a_wrong_limit_of_a_resumed_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = checked(load_space("ae", None), {}, None, Settings(), 2, "s", tmp_path)
+    plan_trials(good)
+    sweep_json, trial_json = good.path / "sweep.json", good.trial_dir(good.trials()[1].id) / "trial.json"
+    again = ("--resume", "s", "--storage", str(tmp_path))
+    assert "--max-concurrent -1" in refused(capsys, *again, "--max-concurrent", "-1")
+    whole = json.loads(sweep_json.read_text())
+    damages = [
+        {"settings": {"num_trials": "x"}},
+        {"space": []},
+        {"metric": []},
+        {"overrides": 3},
+        {"space": {"name": "s"}},
+    ]
+    for damaged in ({"format": whole["format"]}, *({**whole, **damage} for damage in damages)):
+        sweep_json.write_text(json.dumps(damaged))
+        assert "sweep.json is damaged" in refused(capsys, *again)
+    sweep_json.write_text(json.dumps(whole))
+    trial_json.write_text('{"id": 3}')
+    assert "trial.json is missing or damaged" in refused(capsys, *again)
 
 
 REFUSED = {
@@ -200,7 +435,7 @@ REFUSED = {
         ["ae", "--workers-per-trial", "512", "--set", "train.batch_size=512"],
         "this machine has",
     ),
-    "batch that does not divide": (["ae", "--workers-per-trial", "3"], "multiple of 3"),
+    "workers without an image": (["ae", "--workers-per-trial", "3", "--set", "train.batch_size=2"], "without an image"),
     "unwritable storage": (["ae", "--storage", "/proc/sweeps"], "cannot be written"),
     "storage that is a file": (["ae", "--storage", "empty.toml"], "cannot be written"),
     "clones of another size": (["ae", "--scheduler", "pbt"], "model.latent_dim cannot change"),
@@ -218,6 +453,17 @@ REFUSED = {
     "choice unknown": (["ae", "--select", "smallest"], "smallest-within-PCT"),
     "bad name": (["ae", "--name", "../x"], "--name"),
     "address": (["ae", "--address", "somewhere"], "HOST:PORT"),
+    "port that is none": (["ae", "--address", "127.0.0.1:99999"], "HOST:PORT"),
+    "host that is none": (["ae", "--address", "a" * 70 + ":80"], "nothing answers"),
+    "trials without end": (["ae", "--num-trials", "1000000000"], "1 to 10,000"),
+    "CPUs that are no number": (["ae", "--cpus-per-worker", "nan"], "greater than 0"),
+    "GPUs that are no number": (["ae", "--gpus-per-worker", "nan"], "0 or more"),
+    "seeds without end": (["ae", "--retrain", "1000000000"], "0 to 1000"),
+    "nested value": (["ae", "--set", "train.epochs=" + "[" * 100_000], "train.epochs"),
+    "dotted option without a value": (["ae", "--train.epochs"], "expected a value"),
+    "dotted option unknown": (["ae", "--model.latent", "3"], "model.latent_dim"),
+    "nothing to search": (["ae", "--model.latent-dim", "3", "--optim.lr", "1e-3"], "nothing is left to search"),
+    "empty name": (["ae", "--name", ""], "--name"),
 }
 
 
@@ -439,10 +685,27 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
     ):
         assert heading in page
     assert "PCA, code of 16" in page and "NonFinite: step 3" in page
+    charts = re.findall(r'alt="Chart: [^"]+" src="data:image/png;base64,([^"]+)"', page)
+    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(chart))).convert("L") for chart in charts]
+    assert len(pictures) == 3 and all(p.width > 900 and np.asarray(p).std() > 5 for p in pictures), "empty charts"
     rows = list(csv.DictReader((sweep.path / "trials.csv").read_text().splitlines()))
     assert [int(row["model.latent_dim"]) for row in rows] == [16, 8, 32, 2, 64]
     config = dist_ae.load_config(sweep.path / "best.json")
     assert (config.model.latent_dim, config.optim.lr, config.run_dir) == (16, 1e-4, None)
+
+
+def test_a_report_of_many_trials_and_hostile_words_stays_small_and_inert(tmp_path: Path) -> None:
+    from tune.report import write_report
+
+    trials = [("finished", {"model.latent_dim": 2 + i % 60}, mse(0.01 + 0.1 / (i + 1))) for i in range(300)]
+    sweep = sweep_with(tmp_path, trials)
+    for trial in sweep.trials()[:20]:
+        sweep.end_trial(trial.id, "failed", "<script>alert(1)</script>" + "x" * 100_000)
+        (sweep.run_dir(trial) / "result.json").unlink()
+    write_report(sweep, Selection("best-under-4"))
+    page = (sweep.path / "report.html").read_text()
+    assert len(page) < 2_000_000 and "<script" not in page
+    assert "The first 30 of 300" in page and "best-under-4" in page
 
 
 def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path) -> None:

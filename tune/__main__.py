@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from dist_ae.config import InputError
+from dist_ae.config import Config, InputError
 
-EXIT_FAULT, EXIT_INPUT, EXIT_STOPPED = 1, 2, 75  # 75 is EX_TEMPFAIL: --resume goes on
+EXIT_FAULT, EXIT_STOPPED = 1, 75  # 75 is EX_TEMPFAIL: --resume goes on
 
 
-def tune(
+def sweep(
     which: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SPACE")] = None,
     space: Path | None = None,
     num_trials: int | None = None,
@@ -34,16 +36,20 @@ def tune(
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
     seed: int = 0,
 ) -> None:
-    """Searches over latent size, learning rate, noise and dropout with Ray Tune, and answers: trials.csv, best.json, report.html.
+    """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
+
+    Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial; a key
+    given one value is not searched.
 
     Args:
         which: space to search: ae, denoising, dropout, vae, or all, which chooses among the four.
         space: your own space, a JSON or TOML file (docs/sweeps.md shows one).
         num_trials: trials to run; left out, 16, or all points of a grid.
-        scheduler: asha and median stop weak trials early; pbt clones strong ones and changes lr, noise and dropout on the way.
+        scheduler: asha and median stop weak trials early; pbt clones strong ones and changes lr, noise and dropout.
         search: where the next configuration comes from.
         metric: what trials are judged by; left out, the space's own.
-        select: the answer: best, smallest-within-PCT (the smallest code within PCT percent of the best), best-under-SIZE (of codes up to SIZE).
+        select: the answer: best, smallest-within-PCT (the smallest code within PCT percent of the best),
+            best-under-SIZE (the best of codes up to SIZE).
         name: the sweep's folder under the storage, and its group in W&B; left out, the space and the time.
         resume: name of an interrupted sweep to go on with.
         retrain: train the winner with this many further seeds and report mean and standard deviation.
@@ -53,57 +59,90 @@ def tune(
         gpus_per_worker: GPUs of each; with one worker, a share such as 0.25 lets trials share a GPU.
         max_concurrent: most trials at once; left out, as many as fit.
         address: local (the default), auto for the running cluster of this machine, or HOST:PORT.
-        set: fixes a configuration key in every trial, such as train.epochs=5; repeatable. A searched key is then no longer searched.
+        set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
         seed: of the search.
     """
-    from tune.plan import Settings
-    from tune.results import parse_selection
-    from tune.spaces import load_space, parse_overrides
-    from tune.sweep import checked
+    from .plan import Settings
+    from .results import parse_selection
+    from .spaces import load_space, parse_overrides
+    from .sweep import checked
 
+    for needed in ("ray", "optuna", "jinja2"):
+        if importlib.util.find_spec(needed) is None:
+            raise InputError(f'a sweep needs {needed}, which is not installed; pip install "dist-ae[tune]"')
     selection = parse_selection(select)
-    if retrain < 0:
-        raise InputError(f"--retrain {retrain}: 0 or more seeds")
+    if not 0 <= retrain <= 1000:
+        raise InputError(f"--retrain {retrain}: 0 to 1000 seeds")
     if resume is not None:
-        if which is not None or space is not None:
-            raise InputError("--resume takes the space from the sweep; leave the space out")
-        from tune.sweep import resume as go_on
+        if which is not None or space is not None or set:
+            raise InputError("--resume takes the space and what is fixed from the sweep; leave them out")
+        from .sweep import resume as go_on
 
-        sweep = go_on(storage.resolve() / resume, address, max_concurrent, selection, retrain)
+        found = go_on(storage.resolve() / resume, address, max_concurrent, selection, retrain)
     else:
-        from tune.sweep import start
+        from .sweep import start
 
         chosen = load_space(which, space)
-        settings = Settings(
-            scheduler=scheduler, search=search, workers_per_trial=workers_per_trial, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
-            max_concurrent=max_concurrent, address=address or "local", seed=seed,
-        )  # fmt: skip
-        name = name or f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        sweep = checked(chosen, parse_overrides(set), metric, settings, num_trials, name, storage)
-        print(f"sweep {name} of {sweep.settings.num_trials} trials → {sweep.path}", flush=True)
-        start(sweep, selection, retrain)
+        limits = (workers_per_trial, cpus_per_worker, gpus_per_worker, max_concurrent)
+        settings = Settings(num_trials or 0, scheduler, search, *limits, address or "local", seed)
+        name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
+        found = checked(chosen, parse_overrides(set), metric, settings, num_trials, name, storage)
+        print(f"sweep {name} of {found.settings.num_trials} trials → {found.path}", flush=True)
+        start(found, selection, retrain)
 
-    from tune.report import write_report
+    from .report import write_report
 
-    if not write_report(sweep, selection):
+    if not write_report(found, selection):
         print("error: no trial finished; the reasons stand in trials.csv and in trials/*/error.txt", file=sys.stderr)
         sys.exit(EXIT_FAULT)
 
 
-def main() -> None:
-    """Entry point of ``python -m tune``."""
+def spelled_as_set(arguments: Sequence[str]) -> list[str]:
+    """``--train.epochs 5``, as ``dist-ae train`` spells it, becomes ``--set train.epochs=5``.
+
+    Raises:
+        InputError: no value follows.
+    """
+    from .spaces import OWN
+
+    fields, made, rest = dict(Config().flat()), [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        option, given, value = argument.partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        section, dot, leaf = key.partition(".")
+        if (
+            not option.startswith("--")
+            or key in OWN
+            or (key not in fields and not (dot and section in Config.model_fields))
+        ):
+            made.append(argument)
+            continue
+        if not given and isinstance(fields.get(f"{section}.{leaf.removeprefix('no_')}"), bool):
+            value, key = str(not leaf.startswith("no_")).lower(), f"{section}.{leaf.removeprefix('no_')}"
+        elif not given:
+            values: list[str] = []
+            while rest and not rest[0].startswith("--") and (not values or isinstance(fields.get(key), tuple)):
+                values.append(rest.pop(0))
+            if not values:
+                raise InputError(f"{option}: expected a value")
+            value = ",".join(values)
+        made += ["--set", f"{key}={'null' if value == 'None' else value}"]
+    return made
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tune") -> None:
+    """Entry point of ``python -m tune`` and ``dist-ae sweep``."""
     try:
-        tyro.cli(tune, prog="python -m tune")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_INPUT)
+        tyro.cli(sweep, prog=prog, args=spelled_as_set(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
     except Exception as error:
-        if type(error).__name__ == "Interrupted":
-            print(error, file=sys.stderr, flush=True)
-            sys.exit(EXIT_STOPPED)
-        raise
+        status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person
+        if status is None:
+            raise
+        print(f"{'' if status == EXIT_STOPPED else 'error: '}{error}", file=sys.stderr, flush=True)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,32 @@
-"""The sweep's folder: what was planned and what became of it. Ray's own files are not needed to go on; these are.
+"""The sweep's folder: what was planned and what became of it. A sweep goes on from these files, without Ray's own.
 
 sweep.json                     the space, the settings, the metric; written once, after the first trials are planned
 trials/<id>/trial.json         preset and sampled values, written before the trial starts
-trials/<id>/                   the trial's run directory (dist_ae's): checkpoints, metrics, result.json once it is finished
+trials/<id>/                   the trial's run directory, as dist-ae train writes it; result.json once it is finished
 trials/<id>/reports.jsonl      what the trial reported, one line an evaluation
 trials/<id>/outcome.json       only if it was stopped early or failed for good
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
-from tune.spaces import METRICS, Space, Values, parse_space
+
+from .spaces import METRICS, Space, Values, check_metric, parse_space, shown
 
 FORMAT = 1
 
@@ -46,7 +48,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as planned. Population-based training changes values on the way; each clone is a new generation with a run directory of its own."""
+    """One trial as planned.
+
+    Population-based training changes values on the way: each clone is a new generation with a run directory of its own.
+    """
 
     id: str
     preset: str
@@ -62,7 +67,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial has come to: ``pending``, ``unfinished``, ``finished``, ``stopped`` by the scheduler, or ``failed`` for good."""
+    """What a trial has come to.
+
+    ``pending``, ``unfinished``, ``finished``, ``stopped`` by the scheduler, or ``failed`` for good.
+    """
 
     status: str
     error: str | None = None
@@ -101,18 +109,13 @@ class Sweep:
         return sorted(found, key=lambda t: t.number)
 
     def trial(self, trial_id: str) -> Trial:
-        data = read_json(self.trial_dir(trial_id) / "trial.json")
-        if data is None:
-            raise FileNotFoundError(
-                f"{self.trial_dir(trial_id)}/trial.json is missing or damaged; is {self.path} on storage that every node sees?"
-            )
-        return Trial(
-            **{
-                **data,
-                "donors": tuple(data["donors"]),
-                "values": {k: tuple(v) if isinstance(v, list) else v for k, v in data["values"].items()},
-            }
-        )
+        path = self.trial_dir(trial_id) / "trial.json"
+        try:
+            found = TypeAdapter(Trial).validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            hint = f"is {self.path} on storage that every node sees?"
+            raise InputError(f"{path} is missing or damaged; {hint}") from None
+        return replace(found, values={k: tuple(v) if isinstance(v, list) else v for k, v in found.values.items()})
 
     def new_trial(self, number: int, preset: str, values: Values) -> Trial:
         """Plans a trial: from here on it is never forgotten."""
@@ -130,13 +133,8 @@ class Sweep:
 
     def config(self, trial: Trial) -> Config:
         """The complete configuration of a trial."""
-        values = {
-            **self.overrides,
-            **trial.values,
-            "name": f"{self.name}-{trial.number:04d}",
-            "tracking.group": self.name,
-            "run_dir": self.run_dir(trial),
-        }
+        values = {**self.overrides, **trial.values, "name": f"{self.name}-{trial.number:04d}"}
+        values |= {"tracking.group": self.name, "run_dir": self.run_dir(trial)}
         if self.settings.scheduler == "pbt":
             values["train.save_every"] = None  # whatever is reported can be cloned
         return PRESETS[trial.preset].override(values)
@@ -170,22 +168,9 @@ class Sweep:
 
     def write(self) -> None:
         """Writes sweep.json: from here on the sweep exists."""
-        data = {
-            "format": FORMAT,
-            "name": self.name,
-            "key": self.key,
-            "space": self.space.to_data(),
-            "overrides": self.overrides,
-        }
-        write_json(
-            self.path / "sweep.json",
-            {
-                **data,
-                "metric": self.metric,
-                "settings": asdict(self.settings),
-                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            },
-        )
+        data = {"format": FORMAT, "name": self.name, "key": self.key, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        data |= {"space": self.space.to_data(), "overrides": self.overrides, "metric": self.metric}
+        write_json(self.path / "sweep.json", {**data, "settings": asdict(self.settings)})
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -198,10 +183,15 @@ def read_sweep(path: Path) -> Sweep:
     if data is None or data.get("format") != FORMAT:
         others = ", ".join(sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))) or "none"
         raise InputError(f"no sweep in {path}; the sweeps in {path.parent} are: {others}")
-    space = parse_space(data["space"], data["space"]["name"])
-    known = {f.name for f in fields(Settings)}
-    settings = Settings(**{k: v for k, v in data["settings"].items() if k in known})
-    return Sweep(path, data["name"], space, data["overrides"], data["metric"], settings, data["key"])
+    try:
+        space = parse_space(data["space"], data["space"]["name"])
+        settings = TypeAdapter(Settings).validate_python(data["settings"])
+        check_metric(data["metric"], space.parts)
+        return Sweep(
+            path, str(data["name"]), space, dict(data["overrides"]), data["metric"], settings, str(data["key"])
+        )
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}/sweep.json is damaged ({str(error).splitlines()[0]}); begin a new sweep") from None
 
 
 def new_sweep(path: Path, space: Space, overrides: Values, metric: str, settings: Settings) -> Sweep:
@@ -210,15 +200,12 @@ def new_sweep(path: Path, space: Space, overrides: Values, metric: str, settings
 
 
 def plan_trials(sweep: Sweep) -> None:
-    """Plans what can be planned ahead (all of a random search or grid), then writes sweep.json."""
+    """Plans what can be planned ahead, all of a random search or grid, then writes sweep.json."""
     shutil.rmtree(sweep.path / "trials", ignore_errors=True)  # of a driver that died before it wrote sweep.json
-    if sweep.settings.search != "optuna":
-        chosen = (
-            list(sweep.space.grid())
-            if sweep.settings.search == "grid"
-            else [sweep.space.sample(sweep.settings.seed, i) for i in range(sweep.settings.num_trials)]
-        )
-        for number, (preset, values) in enumerate(chosen):
+    settings = sweep.settings
+    if settings.search != "optuna":
+        points = sweep.space.plan(settings.search, settings.num_trials, settings.seed)
+        for number, (preset, values) in enumerate(points):
             sweep.new_trial(number, preset, values)
     sweep.write()
 
@@ -226,41 +213,36 @@ def plan_trials(sweep: Sweep) -> None:
 def check_name(name: str) -> None:
     """Raises InputError unless a name can be a folder's and a W&B group's."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
+        hint = "use at most 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        raise InputError(f"--name {shown(name)}: {hint}")
 
 
 @contextmanager
 def only_driver(path: Path, new: bool) -> Iterator[None]:
-    """Locks a sweep's folder for one driver; a dead driver's lock is gone with it.
+    """Locks a sweep's folder for one driver. The lock of a dead driver is free.
 
     Raises:
         InputError: the folder cannot be written, is in use, or (for a new sweep) holds one already.
     """
+    if new:
+        path.mkdir(parents=True, exist_ok=True)
+    elif not path.is_dir():
+        read_sweep(path)  # says that there is none
     try:
-        if new:
-            path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except FileNotFoundError:
-        yield  # no such sweep: reading it says so
-        return
+        lock = FileLock(path / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"the sweep {path.name} is running: another process holds {path}; wait for it or stop it"
+        ) from None
     except OSError as error:
         raise InputError(
-            f"the sweep's folder {path} cannot be written: {error.strerror}; choose another --storage"
+            f"--storage {path.parent}: {path} cannot be written: {error.strerror}; choose another"
         ) from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"the sweep {path.name} is running: another process holds {path}; wait for it or stop it"
-            ) from None
+    with lock:
         if new and (path / "sweep.json").exists():
-            raise InputError(
-                f"there is a sweep {path.name} in {path.parent} already; --resume {path.name} goes on with it, another --name begins a new one"
-            )
+            ways_out = f"--resume {path.name} goes on with it, another --name begins a new one"
+            raise InputError(f"there is a sweep {path.name} in {path.parent} already; {ways_out}")
         yield
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------------- small files
@@ -268,7 +250,7 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file: the old content or the new is there, whole, whenever the machine stops."""
-    from dist_ae.files import to_json, write_atomically  # torch: only where there is something to write
+    from dist_ae.files import to_json, write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_json(value))
@@ -290,7 +272,7 @@ def append_report(trial_dir: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
-    """What a trial reported, by rising step. A retry or a clone goes on from an earlier step: what it reports then holds."""
+    """What a trial reported, by rising step. A retry or a clone goes on from an earlier step, and its reports count."""
     kept: list[dict[str, Any]] = []
     try:
         lines = (trial_dir / "reports.jsonl").read_text().splitlines()
@@ -299,7 +281,7 @@ def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             report = json.loads(line)
-            step = report["step"]
+            step, _ = int(report["step"]), float(report["progress"])
         except (ValueError, KeyError, TypeError):
             continue  # an empty line, or one torn by a kill
         while kept and kept[-1]["step"] >= step:

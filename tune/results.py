@@ -1,4 +1,4 @@
-"""What a sweep found: the ranking, the choice, trials.csv and best.json. Reads the sweep's folder; needs neither torch nor ray."""
+"""What a sweep found: the ranking, the choice, trials.csv and best.json. Needs neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_ae.config import InputError
-from tune.plan import Outcome, Sweep, Trial, write_json
+
+from .plan import Outcome, Sweep, Trial, write_json
+from .spaces import shown
 
 ORDER = ("finished", "stopped", "unfinished", "pending", "failed")
 
@@ -28,21 +30,25 @@ class Row:
 
 
 def results(sweep: Sweep) -> list[Row]:
-    """All trials, best first: finished ones by the metric, then those stopped early by theirs (at fewer steps), then the others; NaN last of all."""
+    """All trials, best first: finished ones, those stopped early (at fewer steps), then the others; NaN last."""
     rows = []
     for trial in sweep.trials():
         outcome = sweep.outcome(trial)
         value = outcome.metric(sweep.metric)
         rows.append(Row(trial, outcome, math.nan if value is None else value, sweep.answer(trial).model.latent_dim))
-    return sorted(
-        rows,
-        key=lambda r: (
-            ORDER.index(r.outcome.status),
-            not math.isfinite(r.value),
-            -sweep.sign * r.value if math.isfinite(r.value) else 0,
-            r.trial.number,
-        ),
-    )
+
+    def rank(row: Row) -> tuple[int, bool, float, int]:
+        good = math.isfinite(row.value)
+        return ORDER.index(row.outcome.status), not good, -sweep.sign * row.value if good else 0, row.trial.number
+
+    return sorted(rows, key=rank)
+
+
+def number(value: Any) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,8 @@ def parse_selection(text: str) -> Selection:
         return Selection("best")
     match = re.fullmatch(r"(smallest-within|best-under)-([0-9]+(?:\.[0-9]+)?)%?", text)
     if match is None:
-        raise InputError(
-            f"--select {text}: expected best, smallest-within-PCT (such as smallest-within-3) or best-under-SIZE (such as best-under-32)"
-        )
+        kinds = "best, smallest-within-PCT (such as smallest-within-3) or best-under-SIZE (such as best-under-32)"
+        raise InputError(f"--select {shown(text)}: expected {kinds}")
     return Selection(match[1], float(match[2]))
 
 
@@ -91,24 +96,22 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
 def retrained(sweep: Sweep, winner: Trial) -> Sweep:
     """The folder in which a winner is trained again, as a sweep of its own without a scheduler."""
     settings = dataclasses.replace(sweep.settings, scheduler="none", search="random", num_trials=0)
-    return dataclasses.replace(
-        sweep,
-        path=sweep.path / f"retrain-{winner.id}",
-        name=f"{sweep.name}-retrain",
-        settings=settings,
-        key=f"{winner.id}s",
-    )
+    path, name = sweep.path / f"retrain-{winner.id}", f"{sweep.name}-retrain"
+    return dataclasses.replace(sweep, path=path, name=name, settings=settings, key=f"{winner.id}s")
 
 
 def spread(sweep: Sweep, winner: Trial) -> tuple[list[float], float, float] | None:
-    """(values, mean, standard deviation) of the winner over the seeds it was trained with again, if two or more finished."""
-    again = retrained(sweep, winner)
-    values = [row.value for row in results(again) if row.outcome.status == "finished" and math.isfinite(row.value)]
+    """(values, mean, standard deviation) of the winner over its further seeds, if two or more of them finished."""
+    rows = results(retrained(sweep, winner))
+    values = [row.value for row in rows if row.outcome.status == "finished" and math.isfinite(row.value)]
     return (values, statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
 
 
 def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
-    """The Pareto front of code size against error: trials than which none is both no larger and better. ``error`` by trial id, smaller is better."""
+    """The Pareto front of code size against error: the trials that no trial of the same size or smaller beats.
+
+    ``error`` is by trial id; smaller is better.
+    """
     best: list[Row] = []
     for row in sorted((r for r in rows if r.trial.id in error), key=lambda r: (r.latent_dim, error[r.trial.id])):
         if not best or error[row.trial.id] < error[best[-1].trial.id]:
@@ -117,41 +120,21 @@ def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
 
 
 def write_table(sweep: Sweep, rows: list[Row]) -> None:
-    """trials.csv: a line per trial in the order of the ranking, with its values, last metrics, steps and seconds."""
+    """trials.csv: a line a trial in the order of the ranking, with its values, last metrics, steps and seconds."""
     keys = [key for key in sweep.space.searched() if key != "model.latent_dim"]
-    names = sorted(
-        {name for row in rows for report in row.outcome.reports for name in report if name.startswith("val.")}
-    )
+    reports = [report for row in rows for report in row.outcome.reports]
+    names = sorted({name for report in reports for name in report if name.startswith("val.")})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(
-        [
-            "rank",
-            "trial",
-            "status",
-            "preset",
-            "model.latent_dim",
-            *keys,
-            *names,
-            "steps",
-            "seconds",
-            "cloned_from",
-            "error",
-        ]
-    )
+    head = ["rank", "trial", "status", "preset", "model.latent_dim", *keys, *names]
+    table.writerow([*head, "steps", "seconds", "cloned_from", "error"])
     for rank, row in enumerate(rows, 1):
         last: dict[str, Any] = row.outcome.reports[-1] if row.outcome.reports else {}
         values = [row.trial.values.get(key, "") for key in keys]
         metrics = [last.get(name, "") for name in names]
-        tail = [
-            last.get("step", 0),
-            round(last.get("seconds", 0.0), 3),
-            " ".join(row.trial.donors),
-            row.outcome.error or "",
-        ]
-        table.writerow(
-            [rank, row.trial.id, row.outcome.status, row.trial.preset, row.latent_dim, *values, *metrics, *tail]
-        )
+        begin: list[Any] = [rank, row.trial.id, row.outcome.status, row.trial.preset, row.latent_dim]
+        tail = [last.get("step", 0), round(last.get("seconds", 0.0), 3), " ".join(row.trial.donors)]
+        table.writerow([*begin, *values, *metrics, *tail, row.outcome.error or ""])
     from dist_ae.files import write_atomically
 
     write_atomically(sweep.path / "trials.csv", text.getvalue().encode())

@@ -1,4 +1,7 @@
-"""Ray Tune's schedulers and searchers, made to follow the sweep's folder: what they must remember is replayed from it after a restart."""
+"""Ray Tune's schedulers and searchers, made to follow the sweep's folder.
+
+What they must remember is replayed from that folder after a restart.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from tune.plan import Sweep, Trial
-from tune.spaces import Distribution, Values
+from .plan import Sweep, Trial
+from .spaces import Distribution, Values
+from .trial import free_workers
 
-# Schedulers count in percent of a trial's own budget, so trials of different batch sizes compare, and 100 is always the end.
+# Schedulers count in percent of a trial's own budget: trials of different batch sizes compare, and 100 is the end.
 TIME = "progress"
 GRACE, REDUCTION = 100 / 27, 3  # ASHA: the best third goes on at 1/27, 1/9 and 1/3 of the budget
 MEDIAN_GRACE, MEDIAN_SAMPLES = 10.0, 3
@@ -39,6 +43,18 @@ def scheduler(sweep: Sweep) -> TrialScheduler:
     return FIFOScheduler()
 
 
+class FreeWorkers(ray.tune.Callback):  # type: ignore[misc]
+    """Gives back what a trial's workers hold, whenever the trial ends or is to be tried again."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        free_workers(self._sweep.trial_dir(trial.config["id"]))
+
+    on_trial_error = on_trial_recover = on_trial_complete
+
+
 class _Gone:
     """Stands for a trial of an earlier driver."""
 
@@ -47,7 +63,10 @@ class _Gone:
 
 
 class _Recorded:
-    """In front of an early-stopping scheduler: notes each stop in the trial's folder, and tells the scheduler on the start what trials reported before."""
+    """Stands before an early-stopping scheduler.
+
+    Notes each stop in the trial's folder. At the start, tells the scheduler what trials reported to an earlier driver.
+    """
 
     def __init__(self, sweep: Sweep, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -98,12 +117,11 @@ def _pbt(sweep: Sweep) -> PopulationBasedTraining:
         clipped = {key: d.clip(config[key]) for key, d in part.items()}
         return {**config, **clipped, "donor": config["id"], "clone": uuid.uuid4().hex}
 
-    mutations = {key: list(d.values) if d.kind == "choice" else _domain(d) for key, d in part.items()}
     return _Pbt(
         sweep,
         time_attr=TIME,
         perturbation_interval=PERTURB_EVERY,
-        hyperparam_mutations=mutations,
+        hyperparam_mutations={key: _domain(d) for key, d in part.items()},
         custom_explore_fn=explore,
         log_config=False,
     )
@@ -124,7 +142,7 @@ class _Pbt(PopulationBasedTraining):  # type: ignore[misc]
         if result[TIME] >= 100 or result.get("failed"):
             return str(
                 TrialScheduler.CONTINUE
-            )  # a finished trial neither clones nor is cloned: there is nothing left to train
+            )  # a finished trial neither clones nor is cloned: nothing is left to train
         return str(super().on_trial_result(controller, trial, result))
 
     def _exploit(self, controller: Any, trial: Any, trial_to_clone: Any) -> None:
@@ -134,18 +152,15 @@ class _Pbt(PopulationBasedTraining):  # type: ignore[misc]
 
 
 def _domain(d: Distribution) -> Any:
+    """A distribution in Ray's terms. Ray's ranges of whole numbers leave their upper end out."""
+    if d.kind == "choice":
+        return list(d.values)
     low, high = d.values
-    kinds = {
-        "uniform": ray.tune.uniform,
-        "loguniform": ray.tune.loguniform,
-        "randint": ray.tune.randint,
-        "lograndint": ray.tune.lograndint,
-    }
-    return kinds[d.kind](low, high + 1 if "int" in d.kind else high)
+    return getattr(ray.tune, d.kind)(low, high + 1 if "int" in d.kind else high)
 
 
 class Planned(Searcher):  # type: ignore[misc]
-    """Hands out the trials that are planned and not done; with an optimizer, plans further ones as results come in."""
+    """Hands out the trials that are planned and not done. With an optimizer, plans further ones as results come in."""
 
     def __init__(self, sweep: Sweep, todo: list[Trial], optimizer: Optimizer | None = None) -> None:
         super().__init__(metric=sweep.metric, mode="max" if sweep.sign > 0 else "min")
@@ -166,9 +181,8 @@ class Planned(Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._optimizer is not None:
-            self._optimizer.tell(
-                self._given[trial_id], self._sweep.outcome(self._given[trial_id]).metric(self._sweep.metric)
-            )
+            trial = self._given[trial_id]
+            self._optimizer.tell(trial, self._sweep.outcome(trial).metric(self._sweep.metric))
 
     def save(self, checkpoint_path: str) -> None:
         """Ray wants a file; the sweep's folder is what counts."""
@@ -189,44 +203,36 @@ class Optimizer:
         self._optuna, self._space = optuna, sweep.space
         known = [(trial, sweep.outcome(trial)) for trial in sweep.trials()]
         # Another seed for each restart, else a resumed sweep would ask its first questions again.
-        sampler = optuna.samplers.TPESampler(
-            seed=sweep.settings.seed + len(known), n_startup_trials=min(10, max(2, sweep.settings.num_trials // 4))
-        )
-        self._study = optuna.create_study(direction="maximize" if sweep.sign > 0 else "minimize", sampler=sampler)
+        seed, at_random = (sweep.settings.seed + len(known)) % 2**32, min(10, max(2, sweep.settings.num_trials // 4))
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random)
+        direction = optuna.study.StudyDirection.MAXIMIZE if sweep.sign > 0 else optuna.study.StudyDirection.MINIMIZE
+        self._study = optuna.create_study(direction=direction, sampler=sampler)
         for trial, outcome in known:
             if outcome.status not in ("pending", "unfinished"):  # those tell when they are done
                 self.tell(trial, outcome.metric(sweep.metric))
 
     def ask(self) -> tuple[str, Values]:
-        """(preset, values) of the next trial; the preset is one of the choices, the others depend on it."""
+        """(preset, values) of the next trial. The preset is one of the choices; the others depend on it."""
         trial = self._study.ask()
         preset = str(trial.suggest_categorical("preset", list(self._space.parts)))
         values = {}
         for key, d in self._space.parts[preset].items():
+            name = f"{preset} {key}"
             if d.kind == "choice":
-                # Optuna's choices are scalars: a list (hidden_dims) is chosen by its place.
-                values[key] = d.values[trial.suggest_categorical(f"{preset} {key}", list(range(len(d.values))))]
-            elif "int" in d.kind:
-                values[key] = trial.suggest_int(f"{preset} {key}", *d.values, log="log" in d.kind)
+                values[key] = d.values[trial.suggest_categorical(name, list(range(len(d.values))))]
             else:
-                values[key] = trial.suggest_float(f"{preset} {key}", *d.values, log="log" in d.kind)
+                suggest = trial.suggest_int if "int" in d.kind else trial.suggest_float
+                values[key] = suggest(name, *d.values, log="log" in d.kind)
         return preset, values
 
     def tell(self, trial: Trial, value: float | None) -> None:
         """A trial's result; None or NaN counts as failed."""
-        distributions = self._optuna.distributions
         parameters: dict[str, Any] = {"preset": trial.preset}
-        kinds: dict[str, Any] = {"preset": distributions.CategoricalDistribution(list(self._space.parts))}
+        kinds: dict[str, Any] = {"preset": self._optuna.distributions.CategoricalDistribution(list(self._space.parts))}
         for key, d in self._space.parts[trial.preset].items():
             name, given = f"{trial.preset} {key}", trial.values[key]
-            if d.kind == "choice":
-                parameters[name], kinds[name] = (
-                    d.values.index(given),
-                    distributions.CategoricalDistribution(list(range(len(d.values)))),
-                )
-            else:
-                make = distributions.IntDistribution if "int" in d.kind else distributions.FloatDistribution
-                parameters[name], kinds[name] = given, make(*d.values, log="log" in d.kind)
+            parameters[name] = d.values.index(given) if d.kind == "choice" else given
+            kinds[name] = self._distribution(d)
         states = self._optuna.trial.TrialState
         good = value is not None and math.isfinite(value)
         made = self._optuna.trial.create_trial(
@@ -236,3 +242,11 @@ class Optimizer:
             state=states.COMPLETE if good else states.FAIL,
         )
         self._study.add_trial(made)
+
+    def _distribution(self, d: Distribution) -> Any:
+        """A distribution in Optuna's terms. Its choices are scalars: a list (hidden_dims) is chosen by its place."""
+        distributions = self._optuna.distributions
+        if d.kind == "choice":
+            return distributions.CategoricalDistribution(list(range(len(d.values))))
+        made = distributions.IntDistribution if "int" in d.kind else distributions.FloatDistribution
+        return made(*d.values, log="log" in d.kind)

@@ -1,4 +1,4 @@
-"""A sweep from its request to its answer: check everything, plan, run on Ray Tune, write the report."""
+"""A sweep from its request to its answer: check everything, plan, run on Ray Tune."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import dataclasses
 import logging
 import math
 import os
+import secrets
 import shutil
+import signal
 import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -18,15 +21,19 @@ from typing import Any
 
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
-from tune.plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
-from tune.results import Selection, results, retrained, select
-from tune.spaces import Space, Values, check, check_metric, check_mutable
+
+from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
+from .results import Selection, results, retrained, select
+from .spaces import MAX_TRIALS, Space, Values, check, check_metric, check_mutable, check_together, override, shown
 
 CONNECT_SECONDS = 2.0
+PROBED = 100  # points of an optimizer's space that are looked at before it suggests its own
 
 
 class Interrupted(Exception):
-    """The sweep was interrupted; the message says how to go on with it."""
+    """The sweep was interrupted. The message says how to go on with it."""
+
+    exit_status = 75
 
 
 # ------------------------------------------------------------------------------- what can be wrong, before Ray starts
@@ -50,52 +57,60 @@ def checked(
     if metric is not None:
         check_metric(metric, space.parts)
         space = dataclasses.replace(space, metric=metric)
-    for bad, message in (
-        (num_trials is not None and num_trials < 1, f"--num-trials {num_trials}: at least 1"),
-        (settings.workers_per_trial < 1, f"--workers-per-trial {settings.workers_per_trial}: at least 1"),
-        (settings.cpus_per_worker <= 0, f"--cpus-per-worker {settings.cpus_per_worker}: more than 0"),
-        (settings.gpus_per_worker < 0, f"--gpus-per-worker {settings.gpus_per_worker}: 0 or more"),
-        (
-            settings.max_concurrent is not None and settings.max_concurrent < 1,
-            f"--max-concurrent {settings.max_concurrent}: at least 1",
-        ),
-    ):
-        if bad:
-            raise InputError(message)
-    if settings.workers_per_trial > 1 and settings.gpus_per_worker % 1:
-        raise InputError(
-            f"--gpus-per-worker {settings.gpus_per_worker}: workers of one trial cannot share a GPU (NCCL refuses it); "
-            "use whole GPUs, or --workers-per-trial 1 with a share of one"
-        )
+    _check_numbers(settings, num_trials)
     space = space.pinned(overrides)
     check(space, overrides, settings.workers_per_trial)
     if settings.scheduler == "pbt":
         if settings.workers_per_trial > 1:
             raise InputError(
-                "--scheduler pbt works with --workers-per-trial 1 only: the workers of a larger trial belong to Ray Train, and Ray Tune, "
-                "which owns none of their checkpoints, would skip the cloning without a word. Use --scheduler asha"
+                "--scheduler pbt works with --workers-per-trial 1 only: Ray Train owns the checkpoints of a trial of "
+                "several workers, and Ray Tune would skip the cloning without a word. Use --scheduler asha"
             )
         if settings.search == "optuna":
-            raise InputError(
-                "--scheduler pbt changes the values of running trials, which would mislead --search optuna; use --search random"
-            )
+            reason = "changes the values of running trials, which would mislead --search optuna"
+            raise InputError(f"--scheduler pbt {reason}; use --search random")
         check_mutable(space)
     settings = dataclasses.replace(settings, num_trials=_count(space, settings, num_trials))
     if settings.scheduler == "pbt" and settings.num_trials < 2:
         raise InputError("--scheduler pbt needs at least two trials to clone one into the other; raise --num-trials")
+    check_together(overrides, _plan(space, settings))
     _check_local(settings)
     _check_address(settings.address)
     _check_storage(storage)
     return new_sweep((storage / name).resolve(), space, _absolute(overrides), space.metric, settings)
 
 
+def _check_numbers(settings: Settings, num_trials: int | None) -> None:
+    whole = {
+        "--num-trials": num_trials,
+        "--workers-per-trial": settings.workers_per_trial,
+        "--max-concurrent": settings.max_concurrent,
+    }
+    for option, value in whole.items():
+        if value is not None and not 1 <= value <= MAX_TRIALS:
+            raise InputError(f"{option} {value}: expected 1 to {MAX_TRIALS:,}")
+    if not 0 < settings.cpus_per_worker < math.inf:
+        raise InputError(f"--cpus-per-worker {settings.cpus_per_worker}: expected a number greater than 0")
+    if not 0 <= settings.gpus_per_worker < math.inf:
+        raise InputError(f"--gpus-per-worker {settings.gpus_per_worker}: expected 0 or more")
+    if settings.workers_per_trial > 1 and settings.gpus_per_worker % 1:
+        raise InputError(
+            f"--gpus-per-worker {settings.gpus_per_worker}: workers of one trial cannot share a GPU (NCCL refuses it); "
+            "use whole GPUs, or --workers-per-trial 1 with a share of one"
+        )
+
+
 def _count(space: Space, settings: Settings, asked: int | None) -> int:
     if settings.search != "grid":
         return 16 if asked is None else asked
-    size = sum(1 for _ in space.grid())
+    size = space.grid_size()
     if asked not in (None, size):
+        ways_out = "leave --num-trials out, or use --search random"
+        raise InputError(f"--num-trials {asked}: the grid of space {space.name} has {size:,} points; {ways_out}")
+    if size > MAX_TRIALS:
         raise InputError(
-            f"--num-trials {asked}: the grid of space {space.name} has {size} points; leave --num-trials out, or use --search random"
+            f"--search grid: the grid of space {space.name} has {size:,} points, more than {MAX_TRIALS:,}; "
+            "fix a key (such as --optim.lr 1e-3), shorten a choice, or use --search random --num-trials N"
         )
     return size
 
@@ -104,12 +119,16 @@ def _check_local(settings: Settings) -> None:
     """Refuses workers that this machine cannot hold, where Ray is to run on it alone."""
     if settings.address != "local":
         return
-    have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    _check_fits(settings, {"CPU": float(have)}, "this machine")
+    have = {"CPU": float(_cores())}
+    _check_fits(settings, have, "this machine")
     if settings.gpus_per_worker:
         import torch
 
-        _check_fits(settings, {"CPU": float(have), "GPU": float(torch.cuda.device_count())}, "this machine")
+        _check_fits(settings, {**have, "GPU": float(torch.cuda.device_count())}, "this machine")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_fits(settings: Settings, have: dict[str, float], where: str) -> None:
@@ -117,24 +136,23 @@ def _check_fits(settings: Settings, have: dict[str, float], where: str) -> None:
         needed = settings.workers_per_trial * each
         if needed > have.get(kind, math.inf):
             raise InputError(
-                f"a trial of {settings.workers_per_trial} workers with {each:g} {kind} each needs {needed:g} {kind}, and {where} has {have[kind]:g}; "
-                f"lower --workers-per-trial or --{kind.lower()}s-per-worker"
+                f"a trial of {settings.workers_per_trial} workers with {each:g} {kind} each needs {needed:g} {kind}, "
+                f"and {where} has {have[kind]:g}; lower --workers-per-trial or --{kind.lower()}s-per-worker"
             )
 
 
 def _check_address(address: str) -> None:
     """Ray tries an address that does not answer for a long time."""
-    host, separator, port = address.rpartition(":")
     if address in ("auto", "local"):
         return
-    if not separator or not port.isdigit():
-        raise InputError(f"--address {address!r}: expected auto, local or HOST:PORT")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65536:
+        raise InputError(f"--address {shown(address)}: expected auto, local or HOST:PORT")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise InputError(
-            f"--address {address}: nothing answers there ({error}); start a cluster with `ray start --head`, or use --address local"
-        ) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be a host's name
+        ways_out = "start a cluster with `ray start --head`, or use --address local"
+        raise InputError(f"--address {shown(address)}: nothing answers there ({error}); {ways_out}") from None
 
 
 def _check_storage(storage: Path) -> None:
@@ -150,42 +168,55 @@ def _absolute(overrides: Values) -> Values:
     """Paths as every process sees them, whatever folder it works in."""
     made = dict(overrides)
     if str(made.get("data.name", "")).startswith("array:"):
-        made["data.name"] = "array:" + str(Path(made["data.name"].removeprefix("array:")).expanduser().resolve())
+        made["data.name"] = f"array:{Path(made['data.name'].removeprefix('array:')).expanduser().resolve()}"
     if made.get("data.root") is not None:
         made["data.root"] = str(Path(made["data.root"]).expanduser().resolve())
     return made
 
 
 def check_data(sweep: Sweep) -> None:
-    """Loads the data once, here: what is missing or too small is said before any trial starts.
+    """Loads the data once, here: what is missing or too small, or cannot be trained, is said before any trial starts.
 
     Raises:
-        InputError: data that is not there; a batch or code too large for it; too few evaluations for the scheduler.
+        InputError: data that is not there; a batch or code too large for it; a configuration that this machine or the
+            data does not allow; too few evaluations for the scheduler.
     """
+    from dist_ae import pca
     from dist_ae.data import sources
+    from dist_ae.models import blank
     from dist_ae.processes.runtime import check_device
 
-    for preset, part in sweep.space.parts.items():
-        config = PRESETS[preset].override(sweep.overrides)
+    settings, space = sweep.settings, sweep.space
+    if not settings.gpus_per_worker:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    for preset, part in space.parts.items():
+        where = f"preset {preset}: "
+        config = override(PRESETS[preset], sweep.overrides, where)
         dataset = sources.load(config.data)
+        shape, count = dataset.image_shape, len(dataset.train)
         if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
-            raise InputError(
-                f"--metric val.probe_accuracy needs labels, and {config.data.name} has none; use another metric"
-            )
-        if not sweep.settings.gpus_per_worker:
-            os.environ["ACCELERATE_USE_CPU"] = "true"
-        for changed in (config.override({key: value}) for key, d in part.items() for value in d.ends()):
-            check_device(changed)
-            pixels = dataset.train.images[0].size
-            if changed.model.latent_dim > pixels:
-                raise InputError(
-                    f"preset {preset}: model.latent_dim {changed.model.latent_dim} is larger than the image of {pixels} values"
-                )
-            if changed.train.batch_size > len(dataset.train):
-                raise InputError(
-                    f"preset {preset}: train.batch_size {changed.train.batch_size} is larger than the {len(dataset.train)} training images"
-                )
-            _check_evaluations(sweep, changed, len(dataset.train))
+            reason = f"needs labels, and {config.data.name} has none"
+            raise InputError(f"--metric val.probe_accuracy {reason}; use another metric")
+        if config.model.image_shape not in (None, shape):
+            raise InputError(f"{where}model.image_shape is {config.model.image_shape}, and the images are {shape}")
+        only = dataclasses.replace(space, parts={preset: part})
+        check(only, sweep.overrides, settings.workers_per_trial, (shape, count))
+        points = [{key: value} for key, d in part.items() for value in d.probes()]
+        points += [values for planned, values in _plan(space, settings) if planned == preset]
+        for values in points:
+            changed = override(config, values, where)
+            try:
+                check_device(changed)
+                pca.check(changed, blank(changed, shape))
+            except InputError as error:
+                raise InputError(f"{where}with {shown(values)}: {error}") from None
+            _check_evaluations(sweep, changed, count)
+
+
+def _plan(space: Space, settings: Settings) -> list[tuple[str, Values]]:
+    """The trials to come, as far as they are known; of an optimizer's, points that it might suggest."""
+    count = PROBED if settings.search == "optuna" else settings.num_trials
+    return space.plan(settings.search, count, settings.seed)
 
 
 def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
@@ -194,8 +225,8 @@ def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
     evaluations = steps // (config.train.eval_every or an_epoch)
     if sweep.settings.scheduler != "none" and evaluations < 4:
         raise InputError(
-            f"--scheduler {sweep.settings.scheduler} compares trials while they run, and these are evaluated {evaluations} times in {steps} steps; "
-            f"use --set train.eval_every={max(1, steps // 10)}, or longer trials"
+            f"--scheduler {sweep.settings.scheduler} compares trials while they run, and these are evaluated "
+            f"{evaluations} times in {steps} steps; use --train.eval-every {max(1, steps // 10)}, or longer trials"
         )
 
 
@@ -219,16 +250,18 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
 
 
 def resume(path: Path, address: str | None, max_concurrent: int | None, selection: Selection, seeds: int) -> Sweep:
-    """Goes on with a sweep: finished, stopped and failed trials stay as they are, the others continue from their checkpoints."""
+    """Goes on with a sweep.
+
+    Finished, stopped and failed trials stay as they are. The others continue from their checkpoints.
+    """
     with only_driver(path, new=False):
         sweep = read_sweep(path)
-        was = sweep.settings
-        settings = dataclasses.replace(
-            was, address=address or was.address, max_concurrent=max_concurrent or was.max_concurrent
-        )
+        new: Values = {"address": address, "max_concurrent": max_concurrent}
+        settings = dataclasses.replace(sweep.settings, **{k: v for k, v in new.items() if v is not None})
         sweep = dataclasses.replace(sweep, settings=settings)
-        _check_local(sweep.settings)
-        _check_address(sweep.settings.address)
+        _check_numbers(settings, None)
+        _check_local(settings)
+        _check_address(settings.address)
         if left(sweep) or seeds:
             check_data(sweep)
             with cluster(sweep):
@@ -238,22 +271,24 @@ def resume(path: Path, address: str | None, max_concurrent: int | None, selectio
 
 
 def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
-    """Trains the winner with further seeds, as trials of a folder of their own. Its own seed was chosen for its luck and is not among them."""
+    """Trains the winner with further seeds, as trials of a folder of their own.
+
+    The winner's own seed was chosen for its luck and is not among them.
+    """
     winner = select(results(sweep), selection, sweep)
     if not seeds or winner is None:
         return
-    again = retrained(sweep, winner.trial)
+    again, seed = retrained(sweep, winner.trial), sweep.answer(winner.trial).seed
     for number in range(1, seeds + 1):
         if not (again.trial_dir(f"{again.key}-{number:04d}") / "trial.json").exists():
-            again.new_trial(
-                number, winner.trial.preset, {**winner.trial.values, "seed": sweep.answer(winner.trial).seed + number}
-            )
+            values = {**winner.trial.values, "seed": (seed + number) % 2**63}
+            again.new_trial(number, winner.trial.preset, values)
     again.write()
     run(again)
 
 
 def _tracking(sweep: Sweep) -> Values:
-    """Decides on W&B once, here: workers elsewhere may not know the key, and trials of one sweep belong in one place."""
+    """Decides on W&B once, here: workers elsewhere may not know the key, and the trials belong in one place."""
     from dist_ae.run.tracking import wandb_mode
 
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
@@ -266,7 +301,7 @@ def unfinished(sweep: Sweep) -> list[Trial]:
 
 
 def left(sweep: Sweep) -> int:
-    """How many trials are still to be run or finished; with an optimizer, some of them are not planned yet."""
+    """How many trials are still to be run or finished. With an optimizer, some of them are not planned yet."""
     return len(unfinished(sweep)) + max(0, sweep.settings.num_trials - len(sweep.trials()))
 
 
@@ -274,50 +309,52 @@ def left(sweep: Sweep) -> int:
 def cluster(sweep: Sweep) -> Iterator[None]:
     """Ray, started on this machine or joined, for the length of a sweep.
 
+    A Ray of this machine alone listens on loopback, and asks every client for a token that only its processes know:
+    whoever reaches Ray runs code on it. Ray reads both settings when it is imported; a program that imported it earlier
+    has made them itself.
+
     Raises:
         InputError: no cluster there; too small; storage that some node does not see; nodes that cannot import the code.
     """
     settings = sweep.settings
-    # Ray reads these when it is imported or started; Tune's own tables and files are not wanted.
-    quiet = {
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    }
-    quiet |= {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    }
-    for key, value in quiet.items():
-        os.environ.setdefault(key, value)
+    # Tune's own tables and files are not wanted.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if settings.address == "local" and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # makes 127.0.0.1 this machine's address, on Linux too
     import ray
+
+    # Before Ray is joined: nodes of one machine share a submitted job's code, and unpack it again while the job runs.
+    from . import live, schedule, trial  # noqa: F401
 
     # A stopped trial may take seconds to close its trackers; its actor, with torch imported, is worth waiting for.
     variables = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "15", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
-    variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = (
-        "0.1"  # how often a report of several workers is fetched; each waits for it
-    )
+    # How often a report of several workers is fetched, in seconds. The workers wait for it.
+    variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     variables |= {key: os.environ[key] for key in ("WANDB_BASE_URL", "OMP_NUM_THREADS") if key in os.environ}
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": variables},
-    }
-    if settings.address == "local":
-        ray.init(address="local", include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **common)
-    else:
-        try:
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    common["runtime_env"] = {"env_vars": variables}
+    try:
+        if settings.address == "local":
+            ray.init(address="local", include_dashboard=False, num_cpus=_cores(), **common)
+        else:
             ray.init(address=settings.address, **common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"--address {settings.address}: no Ray cluster there ({str(error).splitlines()[0]}); start one with `ray start --head`"
-            ) from None
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if settings.address == "local":
+            raise InputError(f"Ray did not start on this machine: {reason}") from None
+        raise InputError(
+            f"--address {settings.address}: no Ray cluster there ({reason}); start one with `ray start --head`"
+        ) from None
     try:
         if settings.address != "local":
-            _check_fits(
-                settings, {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}, "the cluster"
-            )
+            have = {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
+            _check_fits(settings, have, "the cluster")
             _check_shared(sweep)
         yield
     finally:
@@ -325,31 +362,30 @@ def cluster(sweep: Sweep) -> Iterator[None]:
 
 
 def _check_shared(sweep: Sweep) -> None:
+    """Asks every node whether it can import this code and sees the sweep's folder."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from tune.trial import sees
+    from .trial import sees
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     token = sweep.path / f".seen-{uuid.uuid4().hex}"
     token.touch()
     try:
-        for node in nodes:
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        for node in (node for node in ray.nodes() if node["Alive"]):
+            strategy, host = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), node["NodeManagerAddress"]
+            task = ray.remote(sees).options(num_cpus=0, scheduling_strategy=strategy)
             try:
-                seen = ray.get(
-                    ray.remote(sees).options(num_cpus=0, scheduling_strategy=strategy).remote(str(token)), timeout=60
-                )
+                seen = ray.get(task.remote(str(token)), timeout=60)
             except Exception as error:
-                reason = str(error).strip().splitlines()
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 raise InputError(
-                    f"node {node['NodeManagerAddress']} cannot run this code ({reason[-1] if reason else type(error).__name__}); "
+                    f"node {host} cannot run this code ({reason}); "
                     "install the project there, or submit the sweep with launch/ray/submit.sh, which sends it along"
                 ) from None
             if not seen:
                 raise InputError(
-                    f"--storage {sweep.path.parent}: node {node['NodeManagerAddress']} does not see this folder, and a trial may go on on any node; "
-                    "use a folder on storage that all nodes share (NFS, Lustre, a mounted bucket)"
+                    f"--storage {sweep.path.parent}: node {host} does not see this folder, and a trial may go on on "
+                    "any node; use a folder on storage that all nodes share (NFS, Lustre, a mounted bucket)"
                 )
     finally:
         token.unlink(missing_ok=True)
@@ -361,31 +397,30 @@ def run(sweep: Sweep) -> None:
     Raises:
         Interrupted: by Ctrl-C or SIGTERM.
     """
-    import signal
-
     import ray.tune
 
-    from tune.live import Progress
-    from tune.schedule import Optimizer, Planned, scheduler
-    from tune.trial import RETRIES, run_distributed_trial, run_trial
+    from .live import Progress
+    from .schedule import FreeWorkers, Optimizer, Planned, scheduler
+    from .trial import RETRIES, run_distributed_trial, run_trial
 
-    settings, several = sweep.settings, sweep.settings.workers_per_trial > 1
-    todo = unfinished(sweep)
+    settings, todo = sweep.settings, unfinished(sweep)
+    several, pbt = settings.workers_per_trial > 1, settings.scheduler == "pbt"
     if not left(sweep):
         return
     optimizer = Optimizer(sweep) if settings.search == "optuna" else None
     done = {t.id: o.reports[-1] for t in sweep.trials() for o in [sweep.outcome(t)] if o.reports and t not in todo}
-    each = {"cpu": settings.cpus_per_worker, "gpu": settings.gpus_per_worker}
+    progress = Progress(sweep, len(done) + left(sweep), done)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    pbt = settings.scheduler == "pbt"
+    if several:
+        # The driver of several workers computes nothing: they hold the resources. Ray wants it to hold something.
+        trainable = ray.tune.with_resources(run_distributed_trial, {"memory": 1})
+    else:
+        each = {"cpu": settings.cpus_per_worker, "gpu": settings.gpus_per_worker}
+        trainable = ray.tune.with_resources(run_trial, each)
+    ids = {"id": ray.tune.grid_search([trial.id for trial in todo]), "sweep_dir": str(sweep.path)}
     tuner = ray.tune.Tuner(
-        # The driver of several workers computes nothing, they hold the resources. Ray wants it to hold something: a byte of memory.
-        ray.tune.with_resources(run_distributed_trial, {"memory": 1})
-        if several
-        else ray.tune.with_resources(run_trial, each),
-        param_space={"id": ray.tune.grid_search([trial.id for trial in todo]), "sweep_dir": str(sweep.path)}
-        if pbt
-        else {},
+        trainable,
+        param_space=ids if pbt else {},
         tune_config=ray.tune.TuneConfig(
             metric=sweep.metric,
             mode="max" if sweep.sign > 0 else "min",
@@ -401,7 +436,7 @@ def run(sweep: Sweep) -> None:
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
             storage_path=str(sweep.path / "ray"),
             failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[progress := Progress(sweep, len(done) + left(sweep), done)],
+            callbacks=[FreeWorkers(sweep), progress],
             verbose=0,
         ),
     )
@@ -415,26 +450,18 @@ def run(sweep: Sweep) -> None:
     finally:
         signal.signal(signal.SIGTERM, old)
     remaining = left(sweep)
-    if not remaining:
-        shutil.rmtree(
-            sweep.path / "ray", ignore_errors=True
-        )  # Ray's own records; with pbt they hold copies of checkpoints
-    else:
-        raise Interrupted(
-            f"{remaining} trials are not finished; python -m tune --resume {sweep.name} --storage {sweep.path.parent} goes on with them"
-        )
+    if remaining:
+        command = f"--resume {sweep.name} --storage {sweep.path.parent}"
+        raise Interrupted(f"{remaining} trials are not finished; {command} goes on with them")
+    shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt they hold copies of checkpoints
 
 
 def _concurrency(settings: Settings) -> int | None:
-    """Most trials at once. Drivers of several workers need next to nothing, so Tune must be told what their workers need."""
+    """Most trials at once. Drivers of several workers need next to nothing: Tune must be told what the workers need."""
     if settings.workers_per_trial == 1:
         return settings.max_concurrent
     import ray
 
-    have = ray.cluster_resources()
-    fits = [
-        int(have.get(kind, 0) // (settings.workers_per_trial * each))
-        for kind, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker))
-        if each
-    ]
-    return max(1, min([*fits, *([settings.max_concurrent] if settings.max_concurrent else [])]))
+    have, each = ray.cluster_resources(), {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+    fits = [int(have.get(kind, 0) // (settings.workers_per_trial * share)) for kind, share in each.items() if share]
+    return max(1, min([*fits, settings.max_concurrent or MAX_TRIALS]))

@@ -1,4 +1,7 @@
-"""One trial. It trains in its own run directory, so a retry anywhere is the same call again: dist_ae goes on from the last checkpoint."""
+"""One trial. It trains in a run directory of its own.
+
+A retry, on whatever node, is the same call again: dist_ae goes on from the last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tune.plan import Sweep, Trial, append_report, read_json, read_reports, read_sweep, write_json
+from filelock import FileLock
+
+from .plan import Sweep, Trial, append_report, read_json, read_reports, read_sweep, write_json
 
 RETRIES = 5  # how often a trial goes on after losing its process, before it is left for --resume
 LOCK_SECONDS = 120  # how long the run directory may still be held by the process that a retry replaces
-WORKERS = "workers.json"  # which of Ray's placement groups the workers of a trial hold, while they do
+WORKERS = "workers.json"  # names Ray's placement group of a trial's workers, while they hold one
 Send = Callable[[dict[str, Any]], None]
 
 
@@ -57,23 +62,20 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
     sweep = read_sweep(Path(assignment["sweep_dir"]))
     trial = sweep.trial(ray.tune.get_context().get_trial_name())
     settings = sweep.settings
-    resources = {"CPU": settings.cpus_per_worker} | (
-        {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
-    )
+    gpu = settings.gpus_per_worker > 0
+    each = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if gpu else {})
+    num_workers, timeout = settings.workers_per_trial, int(sweep.config(trial).train.timeout)
+    scaling = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=gpu, resources_per_worker=each)
     TorchTrainer(
         run_worker,
         train_loop_config={"sweep_dir": assignment["sweep_dir"], "id": trial.id},
-        torch_config=TorchConfig(
-            backend="nccl" if settings.gpus_per_worker else "gloo", timeout_s=int(sweep.config(trial).train.timeout)
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers_per_trial, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources
-        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout),
+        scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            # Of this attempt alone: the state of an earlier one is in the run directory, Ray Train's idea of it is not wanted.
+            # A name for this attempt alone. The state of an earlier one is in the run directory.
             name=f"{trial.id}-{uuid.uuid4().hex[:6]}",
             storage_path=str(sweep.path / "ray"),
-            # Tune tries the whole trial again. Were Ray Train to do so as well, it would begin anew when a stopped trial's workers are ended.
+            # Tune tries the whole trial again. Ray Train would do so even for a trial that was stopped.
             failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=[TuneReportCallback()],
         ),
@@ -98,7 +100,7 @@ def run_worker(loop: dict[str, Any]) -> None:
 def free_workers(trial_dir: Path) -> None:
     """Gives back what the workers of a trial held, and ends them, whatever became of their driver.
 
-    Ray keeps the resources reserved by a Ray Train run that was cut off until the whole job ends, unless the dashboard runs: the
+    Without the dashboard, Ray keeps the resources of a Ray Train run that was cut off until the whole job ends. The
     next trial would wait for them for ever.
     """
     from ray._raylet import PlacementGroupID
@@ -111,9 +113,9 @@ def free_workers(trial_dir: Path) -> None:
 
 
 def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
-    """Trains, or goes on training, and reports each evaluation; what every form of a trial calls, on each of its workers.
+    """Trains, or goes on training, and reports each evaluation. Every worker of every kind of trial calls this.
 
-    Returns normally after an error of the code, the data or the arithmetic, noting it: Ray would only repeat it. What a retry can
+    An error of the code, the data or the arithmetic is noted and not raised: Ray would only repeat it. What a retry can
     mend (memory, storage, a lost peer) is raised.
     """
     folder = sweep.trial_dir(trial.id)
@@ -125,9 +127,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
     settings = sweep.settings
     if not settings.gpus_per_worker:
-        os.environ["ACCELERATE_USE_CPU"] = (
-            "true"  # Ray hides a machine's GPUs from an actor without any, not in every version
-        )
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # not every version of Ray hides the GPUs from an actor without any
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     main = int(os.environ.get("RANK", 0)) == 0
     run_dir, started = sweep.run_dir(trial), time.monotonic()
@@ -136,10 +136,8 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
     def announce(step: int, progress: float, metrics: dict[str, float]) -> None:
         if sweep.metric == "val.probe_accuracy":
-            metrics = {
-                **metrics,
-                "val.probe_accuracy": probe_accuracy(run_dir) if main else math.nan,
-            }  # rank 0 speaks for the trial
+            # Rank 0 speaks for the trial.
+            metrics = {**metrics, "val.probe_accuracy": probe_accuracy(run_dir) if main else math.nan}
         report = {"step": step, "progress": progress, **metrics, "seconds": before + time.monotonic() - started}
         last.update(step=step, progress=progress)
         if main:
@@ -160,9 +158,8 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     except Exception as error:
         if _can_be_mended(error):
             raise
-        if main or not isinstance(
-            error, (dist_ae.InputError, dist_ae.NonFinite)
-        ):  # those two are raised by all workers at once
+        # Those two are raised by all workers at once.
+        if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):
             sweep.end_trial(trial.id, "failed", f"{type(error).__name__}: {error}")
             import traceback
 
@@ -175,26 +172,17 @@ def _can_be_mended(error: Exception) -> bool:
     import torch
 
     kinds = (MemoryError, OSError, torch.OutOfMemoryError, torch.distributed.DistError)
-    return isinstance(error, kinds) or (
-        isinstance(error, RuntimeError)
-        and bool(re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error)))
-    )
+    said = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and said is not None)
 
 
 def _wait_for_lock(run_dir: Path) -> None:
-    """Waits for the process that this one replaces (stopped, paused, or cut off on a node given up) to let go of the run directory."""
-    import fcntl
+    """Waits until the process that this one replaces lets go of the run directory.
 
-    deadline = time.monotonic() + LOCK_SECONDS
-    while (run_dir / ".lock").exists():
-        with open(run_dir / ".lock", "r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{run_dir} has been held by another process for {LOCK_SECONDS} s") from None
-        time.sleep(0.1)
+    That process was stopped or paused, or is cut off on a node that Ray gave up.
+    """
+    if (run_dir / ".lock").exists():
+        FileLock(run_dir / ".lock").acquire(timeout=LOCK_SECONDS).lock.release()
 
 
 def _fix_tracking_id(run_dir: Path, trial_id: str) -> None:
@@ -211,15 +199,13 @@ def _own_log(folder: Path, name: str = "log.txt") -> Iterator[None]:
 
 
 def adopt(sweep: Sweep, trial: Trial, assignment: dict[str, Any], checkpoint: Path) -> Trial:
-    """Begins a trial's next generation with a better trial's weights, optimizer state and step, and with mutated values.
+    """Begins a trial's next generation with a better trial's weights, optimizer state and step, and with new values.
 
     The copy is complete before trial.json names the generation, so a crash leaves the old generation or the new one.
     """
     values = {key: assignment[key] for key in trial.values}
-    donor = str(assignment["donor"])
-    clone = replace(
-        trial, values=values, generation=trial.generation + 1, clone=assignment["clone"], donors=(*trial.donors, donor)
-    )
+    donors, generation = (*trial.donors, str(assignment["donor"])), trial.generation + 1
+    clone = replace(trial, values=values, generation=generation, clone=assignment["clone"], donors=donors)
     start = sweep.run_dir(clone) / "start"
     shutil.rmtree(sweep.run_dir(clone), ignore_errors=True)
     start.mkdir(parents=True)
@@ -230,29 +216,26 @@ def adopt(sweep: Sweep, trial: Trial, assignment: dict[str, Any], checkpoint: Pa
 
 
 def probe_accuracy(run_dir: Path) -> float:
-    """Share of validation images whose label a linear map of the code tells: ridge regression on one-hot labels, fitted on training codes."""
+    """Share of validation images whose label a linear map of the code tells, fitted on the training images' codes."""
     import numpy as np
-    import torch
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     import dist_ae
     from dist_ae.data import sources
 
     model = dist_ae.load(run_dir)
     dataset = sources.load(model.config.data)
-    codes, labels = [], []
+    codes = []
     for split in (dataset.train, dataset.val):
         if split.labels is None:
-            raise dist_ae.InputError(
-                f"val.probe_accuracy needs labels, and {dataset.name} has none; use another --metric"
-            )
+            reason = f"needs labels, and {dataset.name} has none"
+            raise dist_ae.InputError(f"val.probe_accuracy {reason}; use another --metric")
         images = split.images if split.rows is None else split.images[split.rows]
-        codes.append(model.embed(np.ascontiguousarray(images)).double())
-        labels.append(torch.from_numpy(split.labels))
-    mean, deviation = codes[0].mean(0), codes[0].std(0) + 1e-6
-    train, val = (torch.cat([(c - mean) / deviation, torch.ones(len(c), 1, dtype=c.dtype)], dim=1) for c in codes)
-    one_hot = torch.nn.functional.one_hot(labels[0]).double()
-    weights = torch.linalg.solve(train.T @ train + torch.eye(train.shape[1], dtype=train.dtype), train.T @ one_hot)
-    return float(((val @ weights).argmax(1) == labels[1]).double().mean())
+        codes.append(model.embed(np.ascontiguousarray(images)).double().numpy())
+    probe = make_pipeline(StandardScaler(), RidgeClassifier()).fit(codes[0], dataset.train.labels)
+    return float(probe.score(codes[1], dataset.val.labels))
 
 
 def sees(path: str) -> bool:

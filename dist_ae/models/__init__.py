@@ -27,13 +27,21 @@ __all__ = [
     "Components",
     "LinearCode",
     "Output",
+    "blank",
     "build",
     "centred",
     "initialize",
     "pixels",
 ]
 
+ARCHITECTURES: dict[str, Callable[[Config, Sequence[int]], Autoencoder]] = {"mlp": MLP}
 Builder = Callable[[tuple[int, ...]], Autoencoder]  # a model of the user's own, from the shape of an image
+
+
+def blank(config: Config, image_shape: Sequence[int]) -> Autoencoder:
+    """The model of a configuration without weights (on torch's meta device): its shapes, for nothing."""
+    with torch.device("meta"):
+        return ARCHITECTURES[config.model.architecture](config, image_shape)
 
 
 def build(config: Config, image_shape: Sequence[int], own: Builder | None = None) -> Autoencoder:
@@ -51,10 +59,7 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
             "or load(run_dir, model=build)"
         )
     if own is None:
-        architectures: dict[str, Callable[[Config, Sequence[int]], Autoencoder]] = {"mlp": MLP}
-        with torch.device("meta"):
-            model = architectures[config.model.architecture](config, image_shape)
-        return initialize(model, config.seed)
+        return initialize(blank(config, image_shape), config.seed)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = own(tuple(image_shape))
