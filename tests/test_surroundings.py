@@ -1,0 +1,432 @@
+"""What comes from outside (environment, terminal, disk, damaged folders, signals) ends in a result or a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, SMALL, environment, finish, forked, free_port, start
+
+import dist_ae
+from dist_ae import trainer
+from dist_ae.config import Config, InputError
+from dist_ae.presets import PRESETS
+from dist_ae.use.doctor import examine, replay
+
+QUICK = ("--model.hidden-dims", "16", "--tracking.wandb", "off")
+
+
+def config(run_dir: Path, **more: Any) -> Config:
+    return PRESETS["ae"].override({**SMALL, "train.steps": 8, "run_dir": str(run_dir), **more})
+
+
+def cli(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dist_ae", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=60)
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own; ``resize(size)`` by remounting it."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(path)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def resize(path: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(path)], check=True)
+
+
+def test_a_run_is_not_finished_until_its_last_checkpoint_is_on_the_disk(small_disk: Path, tmp_path: Path) -> None:
+    run_dir = small_disk / "run"
+    full = config(run_dir, **{"model.hidden_dims": (256, 64)})  # a checkpoint of some 500 kB
+
+    def train(rank: int) -> None:
+        with mock.patch.object(trainer, "LAST_SAVE_SECONDS", 1.0):
+            dist_ae.train(full)
+
+    assert forked(2, train, tmp_path / "first") == [1, 1]
+    said = (tmp_path / "first-0.log").read_text()
+    assert "the last checkpoint, of step 8, could not be written" in said and "The run is not finished" in said
+    assert not (run_dir / "result.json").exists()
+    resize(small_disk, "20m")
+    assert forked(2, train, tmp_path / "second") == [0, 0]
+    assert json.loads((run_dir / "result.json").read_text())["steps"] == 8
+    assert (run_dir / "checkpoints" / "00000008").is_dir() and all(whole for whole, _ in examine(run_dir))
+
+
+def test_a_stop_on_a_full_disk_says_which_step_is_really_saved(small_disk: Path, tmp_path: Path) -> None:
+    endless = config(
+        small_disk / "run", **{"model.hidden_dims": (256, 64), "train.steps": 10**6, "train.save_every": 10**6}
+    )
+    endless = endless.override({"train.eval_every": 10**6})
+
+    def train(rank: int) -> None:
+        real, steps = trainer.Learner.step, 0
+
+        def step(self: trainer.Learner, number: int) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+            real(self, number)
+
+        with mock.patch.object(trainer.Learner, "step", step), mock.patch.object(trainer, "STOP_SAVE_SECONDS", 0.5):
+            dist_ae.train(endless)
+
+    assert forked(1, train, tmp_path / "log") == [75]
+    said = (tmp_path / "log-0.log").read_text()
+    assert re.search(r"stopped at step 20 .*no checkpoint of it could be written.*of step 0", said), said
+
+
+def test_a_result_without_its_checkpoint_is_noticed_and_trained_again(tmp_path: Path) -> None:
+    first = dist_ae.train(config(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
+    assert any(not whole and "no checkpoint of it" in what for whole, what in examine(tmp_path / "run"))
+    assert dist_ae.train(config(tmp_path / "run")).weights_sha256 == first.weights_sha256
+    assert all(whole for whole, _ in examine(tmp_path / "run"))
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_sentence(small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"\0" * 299_000)
+    done = cli("train", "ae", *QUICK, "--train.steps", "4", "--run-dir", str(small_disk / "run"))
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr and "No space left" in done.stderr
+
+
+def test_the_best_weights_are_kept_wherever_the_best_evaluation_was(tmp_path: Path) -> None:
+    settings = {"train.steps": 40, "train.eval_every": 7, "train.save_every": 20, "optim.lr": 0.05}
+    result = dist_ae.train(config(tmp_path / "run", **settings))
+    assert dist_ae.load(tmp_path / "run", which="best") is not None
+    assert (tmp_path / "run" / "checkpoints" / f"{result.best_step:08d}").is_dir()
+    with pytest.raises(InputError, match="expected 'last' or 'best', got 'worst'"):
+        dist_ae.load(tmp_path / "run", which="worst")  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_evaluates_nothing_again(tmp_path: Path) -> None:
+    settings = {"train.eval_every": 4, "optim.schedule": "constant"}
+    dist_ae.train(config(tmp_path / "run", **settings))
+    with mock.patch.object(trainer, "evaluate", side_effect=AssertionError("evaluated again")):
+        (tmp_path / "run" / "result.json").unlink()
+        dist_ae.train(config(tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize("shape", [(40, 1, 512), (40, 512, 1), (40, 1, 1)])
+def test_a_picture_never_fails_a_run(shape: tuple[int, ...], tmp_path: Path) -> None:
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    settings = {"data.name": f"array:{tmp_path / 'wide.npy'}", "train.batch_size": 8, "model.latent_dim": 1}
+    dist_ae.train(config(tmp_path / "run", **settings))
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- environment
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        {"ACCELERATE_MIXED_PRECISION": "bf16"},
+    ],
+    ids=str,
+)
+def test_what_a_launcher_asks_for_does_not_change_the_experiment_and_is_said(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ("train", "ae", *QUICK, "--train.steps", "4", "--run-dir")
+    expected, found = cli(*arguments, str(tmp_path / "a")), cli(*arguments, str(tmp_path / "b"), **variables)
+    assert expected.returncode == found.returncode == 0, found.stderr
+    hashes = {json.loads((tmp_path / run / "result.json").read_text())["weights_sha256"] for run in "ab"}
+    assert len(hashes) == 1 and "note: the launcher asks for" in found.stdout and "note:" not in expected.stdout
+
+
+def test_a_callers_settings_of_torch_do_not_change_the_experiment(tmp_path: Path) -> None:
+    expected = dist_ae.train(config(tmp_path / "plain")).weights_sha256
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        assert dist_ae.train(config(tmp_path / "dtype")).weights_sha256 == expected
+        assert torch.get_default_dtype() == torch.float64 and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    with torch.no_grad():
+        assert dist_ae.train(config(tmp_path / "no_grad")).weights_sha256 == expected
+    with torch.inference_mode():
+        assert dist_ae.train(config(tmp_path / "inference")).weights_sha256 == expected
+    for enabled in (True, False):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+            pytest.raises(InputError, match=r"torch\.autocast"),
+        ):
+            dist_ae.train(config(tmp_path / "autocast"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "word"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"RANK": "abc"}, "RANK"),
+        ({"RANK": "5"}, "RANK is 5"),
+        ({"PMI_SIZE": "abc"}, "PMI_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "xyz"}, "PORT"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"},
+            "PORT",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "no.such.host.", "MASTER_PORT": "1"},
+            "host",
+        ),
+        ({"ACCELERATE_USE_CPU": "garbage"}, "ACCELERATE_USE_CPU"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "BF16"}, "DNNL_DEFAULT_FPMATH_MODE"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_cannot_be_is_named_in_one_sentence(
+    variables: dict[str, str], word: str, tmp_path: Path
+) -> None:
+    done = cli("train", "ae", *QUICK, "--train.steps", "2", "--run-dir", str(tmp_path / "run"), **variables)
+    refused(done, word)
+
+
+def test_accelerates_own_default_file_is_answered(tmp_path: Path) -> None:
+    folder = tmp_path / "accelerate"
+    folder.mkdir()
+    text = (REPOSITORY / "launch/accelerate/cpu_processes.yaml").read_text()
+    text = text.replace('"MULTI_GPU"', '"MULTI_CPU"').replace('mixed_precision: "no"', 'mixed_precision: "bf16"')
+    (folder / "default_config.yaml").write_text(text)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "dist_ae", "train", "ae", *QUICK]
+    command += ["--train.steps", "2", "--run-dir", str(tmp_path / "run")]
+    variables = environment(HF_HOME=str(tmp_path))
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=REPOSITORY, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert "the launcher asks for mixed precision bf16; the experiment says fp32" in done.stdout
+    assert "asks for 2 processes on the CPU, and Accelerate started one" in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------------------- terminal
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "{train} | head -1",
+        "{train} >&-",
+        "{train} 2>&-",
+        "{train} >&- 2>&- <&-",
+        "{train} > /dev/full",
+        "PYTHONIOENCODING=ascii {train}",
+        "LC_ALL=C PYTHONUTF8=0 {train}",
+    ],
+)
+def test_no_terminal_ends_a_run(command: str, tmp_path: Path) -> None:
+    train = f"{sys.executable} -m dist_ae train ae {' '.join(QUICK)} --train.steps 40 --run-dir {tmp_path / 'run'}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.format(train=train)],
+        env=environment(), capture_output=True, text=True, timeout=60, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_help_may_be_cut_off_by_its_reader() -> None:
+    for what in ("--help", "train --help", "train ae --help"):
+        command = f"{sys.executable} -m dist_ae {what} | head -1"
+        done = subprocess.run(
+            ["bash", "-c", command], env=environment(), capture_output=True, text=True, cwd=REPOSITORY
+        )
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_all_have_joined_ends_the_process_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    # Rank 0 of two, alone: it waits for the other inside of C++, where Python runs no handler.
+    variables = environment(0, 2, free_port())
+    command = [sys.executable, "-u", "-m", "dist_ae", "train", "ae", *QUICK, "--run-dir", str(tmp_path / "run")]
+    waiting = subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1.5)
+        waiting.send_signal(number)
+        struck = time.monotonic()
+        _, said = waiting.communicate(timeout=20)
+        assert time.monotonic() - struck < 5
+        assert waiting.returncode == 75 and "Traceback" not in said and "nothing to save" in said
+    finally:
+        waiting.kill()
+
+
+# --------------------------------------------------------------------------------------------------------------- network
+
+
+def test_a_run_of_two_processes_listens_on_the_loopback_alone_but_for_torchs_rendezvous(tmp_path: Path) -> None:
+    command = ["-m", "dist_ae", "train", "ae", *QUICK, "--train.steps", "1000000", "--run-dir", str(tmp_path / "run")]
+    processes = start(2, *command)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "run").glob("checkpoints/0*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        listening = {
+            (c.laddr.ip, c.laddr.port)
+            for process in processes
+            for c in psutil.Process(process.pid).net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        }
+        outside = {port for address, port in listening if address not in ("127.0.0.1", "::1")}
+        # torch's store of MASTER_PORT listens everywhere and takes no address; all that is ours, and gloo, does not.
+        assert len(listening) >= 2 and len(outside) == 1, listening
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        assert [status for status, _, _ in finish(processes, 30)] == [75, 75]
+
+
+# ------------------------------------------------------------------------------------------------------- run directories
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dist_ae.train(config(tmp_path_factory.mktemp("trained") / "run")).run_dir
+
+
+def deep(path: Path) -> None:
+    path.write_text("[" * 5000 + "]" * 5000)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    tree = json.loads(path.read_text())
+    for key, value in changes.items():
+        node = tree
+        *parents, leaf = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        node.pop(leaf, None) if value is KeyError else node.__setitem__(leaf, value)
+    path.write_text(json.dumps(tree))
+
+
+def reseal(run: Path, name: str, change: Any) -> None:
+    """Changes a file of the last checkpoint and makes the manifest fit again."""
+    import hashlib
+
+    folder = run / "checkpoints" / "00000008"
+    change(folder / name)
+    data = (folder / name).read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = entry
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def sparse(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(3 << 30)
+
+
+WRONG: dict[str, Any] = {
+    "config.json is a pipe": lambda run: ((run / "config.json").unlink(), os.mkfifo(run / "config.json")),
+    "config.json is a folder": lambda run: ((run / "config.json").unlink(), (run / "config.json").mkdir()),
+    "config.json is deep": lambda run: deep(run / "config.json"),
+    "config.json is binary": lambda run: (run / "config.json").write_bytes(bytes(range(256))),
+    "config.json is a list": lambda run: (run / "config.json").write_text("[]"),
+    "no image shape": lambda run: edit(run / "config.json", config__model__image_shape=None),
+    "trajectory is a number": lambda run: edit(run / "config.json", trajectory=3),
+    "metrics.jsonl is a folder": lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
+    "metrics.jsonl is a pipe": lambda run: ((run / "metrics.jsonl").unlink(), os.mkfifo(run / "metrics.jsonl")),
+    "a checkpoint named ²": lambda run: (run / "checkpoints" / "²").mkdir(),
+    "checkpoints is a file": lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()),
+    "result.json is deep": lambda run: deep(run / "result.json"),
+    "result.json has a key too many": lambda run: edit(run / "result.json", more=1),
+    "result.json lacks a key": lambda run: edit(run / "result.json", metrics=KeyError),
+    "result.json is text": lambda run: edit(run / "result.json", steps="eight"),
+    "state.json lacks a field": lambda run: reseal(run, "state.json", lambda p: edit(p, window_images=KeyError)),
+    "state.json says nonsense": lambda run: reseal(run, "state.json", lambda p: edit(p, best=3, window="no")),
+    "a huge sparse weights file": lambda run: sparse(run / "checkpoints" / "00000008" / "weights.safetensors"),
+    "tracking.json is a folder": lambda run: ((run / "tracking.json").unlink(), (run / "tracking.json").mkdir()),
+}
+USES: dict[str, Any] = {
+    "train": lambda run: dist_ae.train(config(run)),
+    "prolong": lambda run: dist_ae.train(config(run, **{"train.steps": 9})),
+    "load": dist_ae.load,
+    "examine": lambda run: list(examine(run)),
+    "replay": replay,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_whatever_lies_in_a_run_directory_ends_in_a_result_or_a_sentence(
+    wrong: str, use: str, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    WRONG[wrong](run)
+    try:
+        USES[use](run)
+    except Exception as error:
+        # Those with an exit status were written to be read by a person.
+        assert hasattr(error, "exit_status") and str(error), repr(error)
+
+
+def test_a_step_on_record_that_names_images_out_of_range_is_refused(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    kept = json.loads((run / "config.json").read_text())["config"]
+    shutil.copy(run / "checkpoints" / "00000008" / "weights.safetensors", run / "nonfinite.safetensors")
+    for rows in ([0, 10**6], [-1], [], [[1]], ["a"], 7):
+        (run / "nonfinite.json").write_text(json.dumps({"step": 1, "seed": 0, "rows": rows, "config": kept}))
+        with pytest.raises(InputError, match=r"nonfinite\.json"):
+            replay(run)
+    (run / "nonfinite.json").write_text(json.dumps({"step": 1, "seed": 0, "rows": [1, 2], "config": kept}))
+    assert replay(run) == []
+
+
+def test_names_of_hosts_are_told_without_a_packet() -> None:
+    from dist_ae.processes.environment import choose_interface
+
+    loopback = next(n for n, a in psutil.net_if_addrs().items() if any(x.address == "127.0.0.1" for x in a))
+    with mock.patch.dict(os.environ, {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "WORLD_SIZE": "2"}):
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        choose_interface()
+        assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
+        os.environ["LOCAL_WORLD_SIZE"] = "1"  # two hosts: the loopback of one of them is no address for the other
+        del os.environ["GLOO_SOCKET_IFNAME"]
+        with mock.patch.object(socket, "gethostname", lambda: "localhost"), pytest.raises(InputError, match="loopback"):
+            choose_interface()
