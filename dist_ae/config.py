@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import reprlib
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
-        """Raises InputError in place of pydantic's report, naming every wrong key."""
+        # InputError in place of pydantic's report, naming every wrong key. No docstring: help would show it to users.
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -54,6 +55,8 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
+    """The images."""
+
     name: str = trajectory(
         "digits", "digits (embedded), fashion_mnist, mnist, kmnist, cifar10, or array:PATH to a .npy or .npz of images"
     )
@@ -66,6 +69,8 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
+    """The network and its code."""
+
     architecture: Literal["mlp", "own"] = trajectory("mlp", "mlp; own is set by train(config, model=...) from Python")
     latent_dim: int = trajectory(32, "size of the code", gt=0)
     hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
@@ -83,6 +88,8 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
+    """What is minimized, and what is done to the input."""
+
     likelihood: Literal["gaussian", "bernoulli"] = trajectory("gaussian", "distribution of a pixel given the code")
     # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a constant.
     sigma: float | Literal["learned"] = trajectory(
@@ -104,6 +111,8 @@ class ObjectiveConfig(Section):
 
 
 class OptimConfig(Section):
+    """How the weights are changed."""
+
     name: Literal["adam", "adamw", "muon", "sgd"] = trajectory(
         "adam", "muon: Muon on the matrices, Adam with lr_adam on everything else"
     )
@@ -127,6 +136,8 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """How long, in which batches, and how often things are looked at and kept."""
+
     batch_size: int = trajectory(128, "images one optimizer step sees, over all processes", gt=0)
     epochs: int = free(20, "passes over the training images", gt=0)
     steps: int | None = free(None, "optimizer steps; overrides epochs", gt=0)
@@ -153,11 +164,15 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """How the validation images are evaluated."""
+
     batch_size: int = free(1000, "images evaluated at once, over all processes; changes no figure", gt=0)
     noise_std: float = free(0.3, "noise, on [0, 1] pixels, of the fixed noisy copy of the validation images", ge=0)
 
 
 class TrackingConfig(Section):
+    """Weights & Biases and TensorBoard."""
+
     wandb: Literal["auto", "online", "offline", "off"] = free(
         "auto", "auto: online where a key is configured, else offline"
     )
@@ -278,7 +293,7 @@ def _explain(error: ValidationError, prefix: str) -> str:
     lines = []
     for e in error.errors():
         key = ".".join(str(part) for part in e["loc"] if part not in ("float", "int", "literal['learned']"))
-        got = "" if isinstance(e["input"], dict) else f", got {e['input']!r}"
+        got = "" if isinstance(e["input"], dict) else f", got {reprlib.repr(e['input'])}"
         lines.append(f"{prefix}{key}: {e['msg'].removeprefix('Value error, ')}{got}".replace(".: ", ": "))
     return "\n".join(lines)
 
