@@ -31,7 +31,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """One line, at once. A reader that is gone or a full disk silences the stream and ends nothing."""
     stream = stream or sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        stream.write(f"{text}\n")  # not print, which Ray Train replaces by one that writes twice
+        stream.flush()
     except (OSError, ValueError):
         silence(stream)
 

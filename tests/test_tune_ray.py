@@ -91,7 +91,7 @@ def meanwhile(action: Callable[[], None]) -> threading.Thread:
 
 def holder(folder: Path) -> int | None:
     """The process that trains in a run directory."""
-    match = re.match(r"pid (\d+)", (folder / ".lock").read_text()) if (folder / ".lock").exists() else None
+    match = re.match(r"pid (\d+)", (folder / ".holder").read_text()) if (folder / ".holder").exists() else None
     return int(match[1]) if match else None
 
 
