@@ -1,8 +1,10 @@
 """Trains recipes side by side and prints one line of figures each: what `benchmarks/recipes.md` was made from.
 
-    python -m benchmarks.recipes ae "optim.name=muon optim.lr=0.02 train.batch_size=512" "train.batch_size=256" [--seeds 3] [--set train.epochs=20]
+    python -m benchmarks.recipes ae "optim.name=muon optim.lr=0.02 train.batch_size=512" "train.batch_size=256" [--seeds
+    3] [--set train.epochs=20]
 
-A recipe is a preset with `key=value` pairs over it, as in `python -m tune --set`. Runs stay in `--storage` and are not trained twice.
+A recipe is a preset with `key=value` pairs over it, as in `python -m tune --set`. Runs stay in `--storage` and are not
+trained twice.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ METRICS = ("val.mse", "val.denoised_psnr", "val.neg_elbo")
 
 
 def figures(config: dist_ae.Config) -> dict[str, float]:
-    """What one run came to, with the seconds it trained (evaluation and saving not counted) and the error after its first epoch."""
+    """What one run came to, with the seconds it trained (evaluation and saving not counted) and the error after its
+    first epoch.
+    """
     result = dist_ae.train(config)
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["split"] == "val")

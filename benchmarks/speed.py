@@ -1,10 +1,13 @@
-"""Training speed on Fashion-MNIST (D→512→256→128) beside what people would write, and what the trainer costs beside training.
+"""Training speed on Fashion-MNIST (D→512→256→128) beside what people would write, and what the trainer costs beside
+training.
 
-    python -m benchmarks.speed [--rounds 5] [--only WORD]        (make bench; Lightning and pythae: pip install -e ".[bench]")
+    python -m benchmarks.speed [--rounds 5] [--only WORD]        (make bench; Lightning and pythae: pip install -e
+    ".[bench]")
 
-Each contestant runs in a process of its own, in turn, several rounds; ratios are taken round by round. Medians, ranges and ratios
-go to benchmarks/speed.json and into benchmarks/README.md. Rivals are written as their documentation says; the upper marks are a
-bare loop over a uint8 tensor and the machine's own limit in matrix products, measured in the same rounds.
+Each contestant runs in a process of its own, in turn, several rounds; ratios are taken round by round. Medians, ranges
+and ratios go to benchmarks/speed.json and into benchmarks/README.md. Rivals are written as their documentation says;
+the upper marks are a bare loop over a uint8 tensor and the machine's own limit in matrix products, measured in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ def bare(batch: int, bf16: bool = False) -> float:
 
 
 def loader(batch: int, workers: int, accelerate: bool) -> float:
-    """The tutorial's script with its shapes fixed; with ``accelerate``, a prepared DataLoader over tensors that are decoded already."""
+    """The tutorial's script with its shapes fixed; with ``accelerate``, a prepared DataLoader over tensors that are
+    decoded already.
+    """
     import torch
     from torch.utils.data import DataLoader, Dataset, TensorDataset
     from torchvision import transforms
@@ -151,7 +156,9 @@ def lightning(batch: int) -> float:
 
 
 def pythae(batch: int) -> float:
-    """pythae's own trainer and AE with its default MLP widened to the same layers; a whole epoch, since it has no steps."""
+    """pythae's own trainer and AE with its default MLP widened to the same layers; a whole epoch, since it has no
+    steps.
+    """
     import torch
     from pythae.data.datasets import BaseDataset
     from pythae.models import AE, AEConfig
@@ -210,7 +217,8 @@ def limit(bf16: bool) -> float:
 
 
 def ours(batch: int, *more: str, world: int = 1) -> float:
-    """`dist-ae train` with everything on: Accelerate, metrics, W&B offline, evaluation, checkpoints. The second half of a run: the
+    """`dist-ae train` with everything on: Accelerate, metrics, W&B offline, evaluation, checkpoints. The second half of
+    a run: the
     rivals, too, are timed after their start."""
     with tempfile.TemporaryDirectory() as folder:
         steps = 2 * max(STEPS * 128 // batch, 40)
@@ -266,11 +274,13 @@ def ours(batch: int, *more: str, world: int = 1) -> float:
         return (steps - half) * batch / (times[steps] - times[half])
 
 
-# ------------------------------------------------------------------------------------------ what training costs beside
+# -- what training costs beside
 
 
 def evaluation() -> float:
-    """Seconds to evaluate the 10,000 validation images of the plain `ae`: clean and noisy, once more after a first time."""
+    """Seconds to evaluate the 10,000 validation images of the plain `ae`: clean and noisy, once more after a first
+    time.
+    """
     import dist_ae
     from dist_ae.data import sources
     from dist_ae.data.reader import Reader

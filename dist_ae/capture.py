@@ -33,7 +33,8 @@ class Graph:
 
 
 def capture(work: Callable[[], None], state: list[Tensor]) -> Graph | None:
-    """A graph of ``work`` that was seen to give what the work gives, to the bit; None, with a warning, where it did not.
+    """A graph of ``work`` that was seen to give what the work gives, to the bit; None, with a warning, where it did
+    not.
 
     Warm-ups, capture and trial leave no trace: all that the work changes, ``state``, is put back.
     """

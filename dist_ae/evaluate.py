@@ -25,9 +25,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Deterministic metrics of a split; each image counts once, whatever the number of processes.
 
-    ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code. ``denoised_psnr`` beside
-    ``noisy_psnr`` use one noisy copy, keyed by image index. A variational model adds ``neg_elbo``, ``rate`` and ``distortion``: nats
-    per image at β = 1, one ε keyed by image index.
+    ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code.
+    ``denoised_psnr`` beside ``noisy_psnr`` use one noisy copy, keyed by image index. A variational model adds
+    ``neg_elbo``, ``rate`` and ``distortion``: nats per image at β = 1, one ε keyed by image index.
 
     Args:
         model: the prepared module, in evaluation only through its ``forward``.
@@ -67,18 +67,24 @@ def psnr(mse: float) -> float:
 
 
 def fixed_noise(config: Config, rows: range, image_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W], standard deviation on [0, 1] pixels."""
+    """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W], standard deviation on
+    [0, 1] pixels.
+    """
     std = config.evaluation.noise_std
     return normal(EVALUATION_SEED, "evaluation.noise", Step(0), rows, image_shape, device, std)
 
 
 def fixed_epsilon(rows: range, code_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The ε with which a variational model is evaluated on images ``rows``: [len(rows), *code_shape], standard normal."""
+    """The ε with which a variational model is evaluated on images ``rows``: [len(rows), *code_shape], standard
+    normal.
+    """
     return normal(EVALUATION_SEED, "evaluation.epsilon", Step(0), rows, code_shape, device)
 
 
 def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> Tensor:
-    """Sums over ``rows``, float64 where the device has it, [7]: three squared errors, three ELBO terms, the number of images."""
+    """Sums over ``rows``, float64 where the device has it, [7]: three squared errors, three ELBO terms, the number
+    of images.
+    """
     images = reader.span(rows)
     clean = model(images, None)
     noise = fixed_noise(config, rows, images.shape[1:], images.device).to(images.dtype)
@@ -106,7 +112,10 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
 
 
 def selection(config: Config) -> tuple[str, int]:
-    """What 'best' means for a run: (metric, +1 if larger is better else -1). The task it trains for, never its own training loss."""
+    """What 'best' means for a run: (metric, +1 if larger is better else -1).
+
+    The task it trains for, never its own training loss.
+    """
     if config.model.variational:
         return "neg_elbo", -1
     return ("denoised_psnr", 1) if config.objective.noise_std else ("mse", -1)

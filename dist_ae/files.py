@@ -17,7 +17,7 @@ class Damaged(Exception):
     """A file that is not what was written; the message says which and what is wrong with it."""
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+# -- writing
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -58,7 +58,7 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=True) + "\n").encode()
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# -- reading
 
 
 def open_plainly(path: Path) -> int:

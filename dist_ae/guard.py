@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 class Guard:
     """Keeps a non-finite gradient out of the weights without reading anything back to the host.
 
-    ``poisoned`` is a scalar on the device that turns 1 at the first non-finite gradient and stays so: from then on every update
-    is skipped, and whoever reads it (the logging steps, before a checkpoint) finds the weights of the last good step.
-    One pass over the gradients: 1 % of a step.
+    ``poisoned`` is a scalar on the device that turns 1 at the first non-finite gradient and stays so: from then on
+    every update is skipped, and whoever reads it (the logging steps, before a checkpoint) finds the weights of the last
+    good step. One pass over the gradients: 1 % of a step.
     """
 
     def __init__(self, optimizers: list[Optimizer], device: torch.device) -> None:
@@ -48,7 +48,8 @@ class Guard:
             optimizer.grad_scale, optimizer.found_inf = None, self.poisoned  # type: ignore[attr-defined]
             optimizer.step()
             return
-        # Other optimizers cannot skip on the device: step, then take the old weights back where poisoned. One copy of the weights.
+        # Other optimizers cannot skip on the device: step, then take the old weights back where poisoned. One copy of
+        # the weights.
         parameters: list[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
         before = [p.clone() for p in parameters]
         optimizer.step()

@@ -30,8 +30,8 @@ def gaussian_kl(
 ) -> Tensor:
     """KL(N(mean, exp(logvar)) ‖ N(prior_mean, exp(prior_logvar))) summed over the code, [B, …] → [B], nats.
 
-    Per dimension ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma & Welling 2014, appendix B,
-    for any prior). Computed in at least float32.
+    Per dimension ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma & Welling
+    2014, appendix B, for any prior). Computed in at least float32.
     """
     mean, logvar = _at_least_float(mean), _at_least_float(logvar)
     prior = torch.as_tensor(prior_logvar, dtype=logvar.dtype, device=logvar.device)
@@ -69,7 +69,8 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
         distortion = bernoulli_distortion(images, output.raw)
     else:
         log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
-        # On [-1, 1], where the model works, with twice the σ: the density there is half as high. It saves three passes over the pixels.
+        # On [-1, 1], where the model works, with twice the σ: the density there is half as high. It saves three passes
+        # over the pixels.
         distortion = gaussian_distortion(centred(images), output.raw, log_sigma + math.log(2)) - math.prod(
             images.shape[1:]
         ) * math.log(2)
@@ -93,5 +94,6 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 def _same_shape(images: Tensor, reconstruction: Tensor) -> None:
     if images.shape != reconstruction.shape:
         raise ValueError(
-            f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} must have one and the same shape"
+            f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} must have one and the "
+            "same shape"
         )

@@ -13,7 +13,8 @@ from dist_ae.config import OptimConfig
 
 
 class Uncompiled(Optimizer):
-    """Without torch's compiler: on its first call each of these methods imports it, only to say that it is not to be compiled.
+    """Without torch's compiler: on its first call each of these methods imports it, only to say that it is not to be
+    compiled.
 
     That is 1.2 s of a run's start and 150 MB of every process.
     """
@@ -37,11 +38,11 @@ class SGD(Uncompiled, torch.optim.SGD):
 def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
-    The learning rate of Adam is a tensor on the device, so that a step can be captured as a graph. torch's CUDA kernel reads it as
-    float32, so float64 weights keep it as a number there.
+    The learning rate of Adam is a tensor on the device, so that a step can be captured as a graph. torch's CUDA kernel
+    reads it as float32, so float64 weights keep it as a number there.
 
-    Learning rates are set before each step by ``set_learning_rate``. Adam is fused where torch has that kernel for the device:
-    one pass over the weights, and the only one that can be told on the device to skip a poisoned update.
+    Learning rates are set before each step by ``set_learning_rate``. Adam is fused where torch has that kernel for the
+    device: one pass over the weights, and the only one that can be told on the device to skip a poisoned update.
     """
     parameters = list(model.parameters())
     adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay, "fused": True}
@@ -64,9 +65,11 @@ def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -
 
 
 class Muon(Uncompiled, torch.optim.Muon):
-    """torch's Muon (Jordan 2024), but for float64 weights, whose updates it would orthogonalize in bfloat16 all the same.
+    """torch's Muon (Jordan 2024), but for float64 weights, whose updates it would orthogonalize in bfloat16 all the
+    same.
 
-    Rounding to 8 bits makes of a difference in the 16th digit one in the third, so a run in fp64 could not show that it is exact.
+    Rounding to 8 bits makes of a difference in the 16th digit one in the third, so a run in fp64 could not show that it
+    is exact.
     """
 
     @torch.no_grad()
@@ -86,7 +89,9 @@ class Muon(Uncompiled, torch.optim.Muon):
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """The nearest matrix with singular values about 1, by Newton-Schulz steps of degree five (Jordan 2024), in the type of ``matrix``."""
+    """The nearest matrix with singular values about 1, by Newton-Schulz steps of degree five (Jordan 2024), in the
+    type of ``matrix``.
+    """
     a, b, c = coefficients
     x: Tensor = matrix / matrix.norm().clamp(min=1e-7)
     for _ in range(steps):
@@ -96,7 +101,9 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 def materialize(optimizers: list[Optimizer]) -> None:
-    """Creates every state tensor as zeros, which is what the first step would do: a checkpoint then always holds the same tensors."""
+    """Creates every state tensor as zeros, which is what the first step would do: a checkpoint then always holds the
+    same tensors.
+    """
     for optimizer in optimizers:
         adam = isinstance(optimizer, Adam)
         for group in optimizer.param_groups:
@@ -121,8 +128,8 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
 def set_learning_rate(optimizers: list[Optimizer], factor: float, config: OptimConfig) -> None:
     """Sets every optimizer's learning rate to a share of its peak.
 
-    By hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share the groups. A rate
-    that is a tensor keeps its place, where a captured graph reads it.
+    By hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share the
+    groups. A rate that is a tensor keeps its place, where a captured graph reads it.
     """
     for optimizer in optimizers:
         rate = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)

@@ -1,4 +1,6 @@
-"""Principal components of a data set, found by all processes together: the start of a model, and what it is compared with."""
+"""Principal components of a data set, found by all processes together: the start of a model, and what it is compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def sample_rows(num_images: int, size: int) -> Tensor:
 
 
 def patches(images: Tensor, side: int) -> Tensor:
-    """images [B, C, H, W] → patches [B·h·w, C·side·side], padded at the lower and right edge by repeating the last pixels."""
+    """images [B, C, H, W] → patches [B·h·w, C·side·side], padded at the lower and right edge by repeating the last
+    pixels.
+    """
     padded = pad_to_multiple(images, side)
     return F.unfold(padded, side, stride=side).transpose(1, 2).flatten(0, 1)
 
@@ -55,9 +59,10 @@ def principal_components(
 ) -> Components:
     """The ``num`` leading principal components of images, or of their patches, on [-1, 1]; fewer where no more vary.
 
-    A fixed sample is used. Small vectors get the exact decomposition of the sample's covariance. Large ones get a randomized
-    subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), whose cost grows with ``num`` and not with the square of
-    their size. Each process takes its part of the chunks, so the result does not depend on their number but for rounding.
+    A fixed sample is used. Small vectors get the exact decomposition of the sample's covariance. Large ones get a
+    randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), whose cost grows with ``num`` and
+    not with the square of their size. Each process takes its part of the chunks, so the result does not depend on their
+    number but for rounding.
 
     Raises:
         StopRequested: ``stop`` said so; it is asked before every chunk, equally often on every process.

@@ -40,8 +40,8 @@ class Learner:
         materialize(self.optimizers)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
-        # Sums of loss, distortion and rate over this process's images since the last line of metrics, and the images of all
-        # processes.
+        # Sums of loss, distortion and rate over this process's images since the last line of metrics, and the images of
+        # all processes.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(dataset.train, runtime.device, runtime.dtype)
@@ -81,8 +81,8 @@ class Learner:
         set_learning_rate(self.optimizers, factor, self.config.optim)
 
     def compute(self, batch_size: int) -> None:
-        """The arithmetic of the placed step: gradient, guard, clipping, update, average. Nothing in it depends on the step's
-        number, so that the same operations, with the same arguments, are every step of a run.
+        """The arithmetic of the placed step: gradient, guard, clipping, update, average. Nothing in it depends on the
+        step's number, so that the same operations, with the same arguments, are every step of a run.
 
         Args:
             batch_size: images of the global batch.
@@ -103,7 +103,9 @@ class Learner:
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.train.ema_decay)
 
     def _batch(self, step: int) -> Tensor:
-        """The rows of the dataset that a step sees over all processes, [B], from the epoch's order, kept where rows are used."""
+        """The rows of the dataset that a step sees over all processes, [B], from the epoch's order, kept where rows
+        are used.
+        """
         epoch = self.timeline.epoch(step)
         if epoch != self._epoch:
             order = epoch_order(self.config.seed, epoch, self.timeline.num_images)
@@ -117,7 +119,8 @@ class Learner:
         Args:
             rows: this process's part of the batch as rows of the dataset, maybe none.
             mine: the places of these rows in the batch.
-            batch_size: images of the global batch. Gradients are added up over processes, so every image weighs 1 / batch_size.
+            batch_size: images of the global batch. Gradients are added up over processes, so every image weighs 1 /
+                batch_size.
         """
         accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
         now = Step(self._number, self._now if runtime.device.type == "cuda" else None)
@@ -129,8 +132,8 @@ class Learner:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 terms = objective(self.model, images, draws, config, self._beta)
                 total = terms.loss.sum()
-                # A loss that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient, on all
-                # processes.
+                # A loss that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient,
+                # on all processes.
                 accelerator.backward(total * (1 / batch_size + total.detach() * 0))
             self._count(terms)
 
@@ -145,7 +148,9 @@ class Learner:
     # -- before the first step
 
     def prepare(self) -> None:
-        """Hands the model to Accelerate: DDP takes rank 0's weights to all, the optimizer's state follows, then a dry run."""
+        """Hands the model to Accelerate: DDP takes rank 0's weights to all, the optimizer's state follows, then a
+        dry run.
+        """
         accelerator = self.runtime.accelerator
         if self.config.train.compile:
             self.raw_model.compile()
@@ -154,9 +159,9 @@ class Learner:
             sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
             for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
-        # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes the
-        # order in which gradients are added up. Empty batches get that over with, so a resumed run adds as the uninterrupted
-        # one does.
+        # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes
+        # the order in which gradients are added up. Empty batches get that over with, so a resumed run adds as the
+        # uninterrupted one does.
         for _ in range(3 if self.runtime.world > 1 else 1):
             self._backward(torch.empty(0, dtype=torch.int64), range(0), batch_size=1)
             self._zero_grad()
@@ -223,7 +228,8 @@ class Learner:
         largest, smallest = self.runtime.largest(digest, -digest)
         if largest != -smallest:
             raise RuntimeError(
-                "the weights differ between processes; please report this: it cannot happen while the gradient is averaged exactly"
+                "the weights differ between processes; please report this: it cannot happen while the gradient is "
+                "averaged exactly"
             )
 
     @contextlib.contextmanager

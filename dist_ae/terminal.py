@@ -10,8 +10,8 @@ from typing import TextIO
 def prepare_streams() -> None:
     """Makes standard output and error safe to write to: called once, before any file is opened.
 
-    A closed stream (``>&-``) would hand its number to the next file opened, so it becomes the null device. A character that the
-    terminal's encoding lacks is replaced.
+    A closed stream (``>&-``) would hand its number to the next file opened, so it becomes the null device. A character
+    that the terminal's encoding lacks is replaced.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:

@@ -119,10 +119,10 @@ def train(
     Args:
         config: the experiment. Neither the hardware nor the number of processes is in it.
         report: called after each evaluation on every process; a sweep's seam.
-        start_from: a checkpoint folder of another run of the same model. A run directory without a checkpoint begins with its
-            weights, optimizer state and step. Population-based training clones a trial with it.
-        data: images in place of ``config.data``: an array or tensor, uint8 or floats on [0, 1], [N, H, W], [N, C, H, W] or
-            [N, H, W, C]; a torch ``Dataset`` of them; or a pair of these, for training and validation.
+        start_from: a checkpoint folder of another run of the same model. A run directory without a checkpoint begins
+            with its weights, optimizer state and step. Population-based training clones a trial with it.
+        data: images in place of ``config.data``: an array or tensor, uint8 or floats on [0, 1], [N, H, W], [N, C, H, W]
+            or [N, H, W, C]; a torch ``Dataset`` of them; or a pair of these, for training and validation.
         model: a function that makes a model of your own from the shape of an image; see ``examples/own_model.py``.
 
     Raises:
@@ -143,7 +143,9 @@ def train(
 def prepare(
     config: Config, data: Given | None = None, own: Builder | None = None
 ) -> tuple[Config, Dataset, Autoencoder]:
-    """Finds everything that can be wrong with the input, before any process group starts, and fills in the image shape."""
+    """Finds everything that can be wrong with the input, before any process group starts, and fills in the image
+    shape.
+    """
     launched_world()
     check_environment()
     check_device(config)
@@ -154,7 +156,8 @@ def prepare(
     dataset = sources.load(config.data) if data is None else given_dataset(data, config.data.val_fraction)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(
-            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are {dataset.image_shape}"
+            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are "
+            f"{dataset.image_shape}"
         )
     if config.train.batch_size > len(dataset.train):
         raise InputError(
@@ -178,8 +181,10 @@ def _run_directory(config: Config, dataset: Dataset) -> Iterator[RunDirectory | 
         kept = folder.read("config.json")
         if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
             raise InputError(
-                f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and this is version "
-                f"{DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as it is; to train, "
+                f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and "
+                "this is version "
+                f"{DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as it is; "
+                "to train, "
                 "choose another --run-dir"
             )
         trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
@@ -323,7 +328,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
         return Result(**result, run_dir=config.directory())
 
 
-# ------------------------------------------------------------------------------------------------- the parts of the loop
+# -- the parts of the loop
 
 
 def _finished(folder: RunDirectory, steps: Timeline) -> dict[str, Any] | None:
@@ -380,7 +385,8 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
         state = State(int(kept["step"]), bool(kept["evaluated"]), kept.get("metrics") or {}, kept["best"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"checkpoint {kept['step']} of {learner.config.directory()}: its state.json lacks what a resume needs ({error!r}). "
+            f"checkpoint {kept['step']} of {learner.config.directory()}: its state.json lacks what a resume needs "
+            f"({error!r}). "
             "Remove that checkpoint to resume from the one before it"
         ) from None
     state.pca_mse = kept.get("pca_mse")
@@ -431,7 +437,8 @@ def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
         folder.write("nonfinite.json", bundle)
         write_atomically(folder.path / "nonfinite.safetensors", safetensors.torch.save(learner.tensors()["weights"]))
     raise NonFinite(
-        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is from "
+        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last "
+        "checkpoint is from "
         f"before it. `dist-ae doctor {learner.config.directory()} --replay` repeats that step on one process; a lower "
         "optim.lr or optim.clip_norm may help"
     )
@@ -514,7 +521,7 @@ def _prefixed(state: State) -> dict[str, float]:
     return {f"val.{name}": value for name, value in state.metrics.items()}
 
 
-# --------------------------------------------------------------------------------------------------------- what is said
+# -- what is said
 
 
 def _headline(job: Job, learner: Learner, state: State) -> list[str]:
@@ -539,14 +546,16 @@ def _stopped(state: State, saved: tuple[int, bool], steps: Timeline, config: Con
     if saved[0] == state.step:
         return f"stopped at step {state.step} of {steps.total_steps}; {where}"
     return (
-        f"stopped at step {state.step} of {steps.total_steps}, and no checkpoint of it could be written. The last one on the "
+        f"stopped at step {state.step} of {steps.total_steps}, and no checkpoint of it could be written. The "
+        "last one on the "
         f"disk is of step {saved[0]}: free some room, and {where}"
     )
 
 
 def _unsaved(state: State, saved: tuple[int, bool], config: Config) -> str:
     return (
-        f"the last checkpoint, of step {state.step}, could not be written to {config.directory()}. The run is not finished: the "
+        f"the last checkpoint, of step {state.step}, could not be written to {config.directory()}. The run is "
+        "not finished: the "
         f"last checkpoint on the disk is of step {saved[0]}. Free some room; the same command resumes there"
     )
 
@@ -561,7 +570,8 @@ def _against_pca(model: Autoencoder, state: State) -> str:
     if mse <= linear:
         return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
     return (
-        f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} ABOVE {name} with {numbers:,} numbers ({linear:.3g}), the best "
+        f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} ABOVE {name} with {numbers:,} numbers "
+        f"({linear:.3g}), the best "
         "linear code of that size. Train longer, lower optim.lr, or begin with --model.start pca"
     )
 

@@ -86,7 +86,9 @@ def run(world: int, *command: str, timeout: float = 120, **more: str) -> list[tu
 
 
 class Forked:
-    """``work(rank)`` in forked processes of one group: as real as any, and started in milliseconds, since torch is already there."""
+    """``work(rank)`` in forked processes of one group: as real as any, and started in milliseconds, since torch is
+    already there.
+    """
 
     def __init__(self, world: int, work: Callable[[int], object], log: Path) -> None:
         port = free_port()

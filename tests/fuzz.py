@@ -1,6 +1,8 @@
-"""Random experiments, process counts, kills and resumes, checked against the straight run: ``python tests/fuzz.py --cases 500``.
+"""Random experiments, process counts, kills and resumes, checked against the straight run: ``python tests/fuzz.py
+--cases 500``.
 
-Each case is drawn from its seed alone, which is printed, so a failure can be repeated: ``python tests/fuzz.py --seed 17``, one case unless more are asked for.
+Each case is drawn from its seed alone, which is printed, so a failure can be repeated: ``python tests/fuzz.py --seed
+17``, one case unless more are asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ KILLED = -signal.SIGKILL
 
 
 def experiment(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """A preset and settings that go together. The start is random: from PCA rounding grows, which the guarantees say."""
+    """A preset and settings that go together. The start is random: from PCA rounding grows, which the guarantees
+    say.
+    """
     preset = rng.choice(["ae", "denoising", "dropout", "vae"])
     values: dict[str, Any] = {
         "precision": "fp64",

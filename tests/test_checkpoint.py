@@ -1,4 +1,6 @@
-"""Checkpoints survive a kill at every file operation, a power cut at every one of them, damage, malice, and a full disk."""
+"""Checkpoints survive a kill at every file operation, a power cut at every one of them, damage, malice, and a full
+disk.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def watched(
     before: Callable[[int, str, tuple[Any, ...]], None],
     after: Callable[[str, tuple[Any, ...], Any], None] = lambda *_: None,
 ) -> Iterator[None]:
-    """Calls ``before`` with the number and name of every file operation the checkpoint writer does, and ``after`` with its result."""
+    """Calls ``before`` with the number and name of every file operation the checkpoint writer does, and ``after``
+    with its result.
+    """
     count = 0
 
     def wrap(name: str) -> Callable[..., Any]:
@@ -139,7 +143,9 @@ def test_sigkill_at_every_file_operation_loses_no_checkpoint(
 
 
 class Disk:
-    """What a power cut leaves: names and contents that were synced are there; of the rest either nothing or, as bad, the names alone."""
+    """What a power cut leaves: names and contents that were synced are there; of the rest either nothing or, as bad,
+    the names alone.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.journal, self.paths = root, [], {}  # type: ignore[var-annotated]
@@ -219,7 +225,8 @@ def test_a_power_cut_at_every_file_operation_loses_no_checkpoint(
         survived += 1
     with capsys.disabled():
         print(
-            f"\n{survived} of {len(disk.journal) + 1} power cuts survived (unsynced names {'kept' if names_persist else 'dropped'})"
+            f"\n{survived} of {len(disk.journal) + 1} power cuts survived (unsynced names "
+            f"{'kept' if names_persist else 'dropped'})"
         )
     assert survived > 50
 
@@ -242,7 +249,7 @@ def test_the_power_cut_test_notices_a_missing_fsync(tmp_path: Path) -> None:
     assert found is None or found.step < 4  # step 4 was published without its content: noticed, and set aside
 
 
-# ----------------------------------------------------------------------------------------------------------------- damage
+# -- damage
 
 
 def zero(path: Path) -> None:
@@ -293,7 +300,7 @@ def test_with_no_good_checkpoint_left_there_is_an_error_and_never_a_fresh_start(
     assert len(list((tmp_path / "checkpoints").glob("*.corrupt"))) == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------- malice
+# -- malice
 
 
 class Payload:
@@ -371,7 +378,7 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_in_it_is_executed(tmp_path:
     assert not Path("/tmp/dist-ae-payload-executed").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- full disk
+# -- full disk
 
 
 @contextlib.contextmanager
@@ -425,7 +432,7 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in folder.metrics_path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-# ------------------------------------------------------------------------------------------------------------------- lock
+# -- lock
 
 
 def test_a_second_job_is_refused_and_names_the_first_and_a_dead_one_s_lock_is_taken_over(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ PRESETS = ("ae", "denoising", "dropout", "vae")
 
 
 def job(preset: str, run_dir: Path, **overrides: object) -> dict[str, object]:
-    # 1,003 training images in batches of 96 leave 43 for the last batch of an epoch: the shares of it differ in size, and no block of draws is whole.
+    # 1,003 training images in batches of 96 leave 43 for the last batch of an epoch: the shares of it differ in size,
+    # and no block of draws is whole.
     data = digits_file(run_dir.parent, 1115)
     return {
         "preset": preset,
@@ -31,7 +32,9 @@ def job(preset: str, run_dir: Path, **overrides: object) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every preset on 1, 2 and 4 processes and with 1, 2 and 4 accumulation steps, in float64; without accumulation in fp32, too."""
+    """Every preset on 1, 2 and 4 processes and with 1, 2 and 4 accumulation steps, in float64; without accumulation
+    in fp32, too.
+    """
     root = tmp_path_factory.mktemp("runs")
     for world in (1, 2, 3, 4, 5):
         jobs = []

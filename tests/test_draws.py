@@ -39,7 +39,8 @@ def test_masks_average_to_exactly_one_and_take_two_values() -> None:
         assert limit * np.float32(LEVELS / limit) / LEVELS == pytest.approx(1, rel=1e-7)
         values = mask(0, "mask", Step(0), range(500), (40,), CPU, keep)
         assert set(values.unique().tolist()) <= {0.0, float(np.float32(LEVELS / limit))}
-    # 4 million units: their share is within 5 standard deviations of what was asked for, which a fault of 0.12 % would miss.
+    # 4 million units: their share is within 5 standard deviations of what was asked for, which a fault of 0.12 % would
+    # miss.
     kept = mask(1, "mask", Step(2), range(10_000), (400,), CPU, 0.7).ne(0).double().mean()
     assert float(kept) == pytest.approx(0.7, abs=5 * (0.21 / 4e6) ** 0.5 + 1 / LEVELS)
 
@@ -47,7 +48,8 @@ def test_masks_average_to_exactly_one_and_take_two_values() -> None:
 def test_normals_have_the_moments_and_tails_of_a_normal_distribution() -> None:
     values = normal(0, "noise", Step(0), range(20_000), (200,), CPU).double().flatten()  # 4 million
     n = len(values)
-    # Five standard errors each: a mean off by 0.25 %, a variance off by 0.36 %, a kurtosis off by 0.012 would be noticed.
+    # Five standard errors each: a mean off by 0.25 %, a variance off by 0.36 %, a kurtosis off by 0.012 would be
+    # noticed.
     assert abs(float(values.mean())) < 5 / n**0.5
     assert abs(float(values.square().mean()) - 1) < 5 * (2 / n) ** 0.5
     assert abs(float(values.pow(3).mean())) < 5 * (15 / n) ** 0.5

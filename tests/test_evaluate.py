@@ -23,7 +23,9 @@ VAE = PRESETS["vae"].override({"model.hidden_dims": (16,), "model.latent_dim": 3
 
 
 def main(path: str) -> None:
-    """What each process of the test below runs: a validation set that divides by nothing, three evaluation batch sizes."""
+    """What each process of the test below runs: a validation set that divides by nothing, three evaluation batch
+    sizes.
+    """
     found = {}
     dataset = sources.load(VAE.data.model_copy(update={"name": f"array:{path}"}))
     runtime = Runtime(VAE)
@@ -48,7 +50,8 @@ def test_10007_images_give_the_same_figures_on_1_2_and_3_processes_and_any_batch
         outputs = run(
             world,
             "-c",
-            f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_evaluate; test_evaluate.main({str(tmp_path / 'odd.npz')!r})",
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_evaluate; "
+            f"test_evaluate.main({str(tmp_path / 'odd.npz')!r})",
         )
         assert all(status == 0 for status, _, _ in outputs), outputs
         figures += json.loads(outputs[0][1].splitlines()[-1])

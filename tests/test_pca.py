@@ -128,7 +128,8 @@ def test_training_from_pca_beats_pca_and_is_the_same_on_1_and_3_processes(tmp_pa
         assert forked(world, lambda rank, config=config: dist_ae.train(config), tmp_path / "log") == [0] * world  # type: ignore[misc]
     losses = [[line["loss"] for line in metrics(tmp_path / world)] for world in ("1", "3")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-10)
-    # PCA is a stationary point of the linear model: some gradients there are rounding and nothing else, which Adam scales up.
+    # PCA is a stationary point of the linear model: some gradients there are rounding and nothing else, which Adam
+    # scales up.
     assert relative_difference(weights(tmp_path / "3"), weights(tmp_path / "1")) < 1e-6
     pca = PCA(8, svd_solver="full").fit(TRAIN)
     linear = float(((pca.inverse_transform(pca.transform(VAL)) - VAL) ** 2).mean())

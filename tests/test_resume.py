@@ -92,7 +92,9 @@ def same_records(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_the_test_above_all_others(preset: str, tmp_path: Path) -> None:
-    """1 process, SIGKILL, 2 processes, SIGKILL inside a checkpoint write, 4 processes: as N steps uninterrupted on one process."""
+    """1 process, SIGKILL, 2 processes, SIGKILL inside a checkpoint write, 4 processes: as N steps uninterrupted on
+    one process.
+    """
     plain, broken = (experiment(preset, tmp_path / name, precision="fp64") for name in ("plain", "broken"))
     assert run(1, train(plain), tmp_path / "plain") == [0]
     assert run(1, train_and_die(broken, at_step=7), tmp_path / "broken") == [KILLED]
@@ -165,7 +167,7 @@ def test_a_mutation_that_forgets_the_optimizer_is_noticed(tmp_path: Path) -> Non
     assert relative_difference(weights(tmp_path / "broken"), weights(tmp_path / "plain")) > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------- changed configurations
+# -- changed configurations
 
 
 def test_free_fields_may_change_on_resume_and_a_constant_schedule_may_be_prolonged(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_changed_data_is_refused(tmp_path: Path) -> None:
         dist_ae.train(experiment("ae", tmp_path / "run", **{"train.steps": 4}))
 
 
-# ------------------------------------------------------------------------------------------------------------ small data
+# -- small data
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 9])
@@ -259,7 +261,7 @@ def test_small_data_takes_each_image_once_an_epoch_or_is_refused(count: int, tmp
         assert found == pytest.approx(losses[1], rel=1e-10)
 
 
-# --------------------------------------------------------------------------------------------------------------- signals
+# -- signals
 
 
 def stop_and_resume(tmp_path: Path, world: int, where: str, victim: int, number: signal.Signals) -> None:
@@ -324,7 +326,7 @@ def test_a_signal_to_any_one_process_stops_all_at_the_same_step(victim: int, tmp
     stop_and_resume(tmp_path, 2, "training", victim, signal.SIGTERM)
 
 
-# ---------------------------------------------------------------------------------------------- a process dead or frozen
+# -- a process dead or frozen
 
 
 @pytest.mark.parametrize(
@@ -365,7 +367,7 @@ def test_silence_of_the_store_is_blamed_on_rank_0_alone() -> None:
     assert blame({0: 93.5, 2: 86.0}, answered=93.0, now=100, limit=6) == [2]
 
 
-# ------------------------------------------------------------------------------------------------------------ non-finite
+# -- non-finite
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -76,7 +76,8 @@ def test_the_number_of_operations_does_not_depend_on_the_batch(preset: str) -> N
             made.step(0)
             counts[kind, size] = len(operations(made, 1))
     assert counts[preset, 96] == counts[preset, 1500]
-    # Each stream adds few operations to those of the plain autoencoder: here the mathematics of the system and its draws.
+    # Each stream adds few operations to those of the plain autoencoder: here the mathematics of the system and its
+    # draws.
     streams = {"ae": 0, "denoising": 1, "dropout": 4, "vae": 1}[preset]
     mathematics = {"ae": 0, "denoising": 0, "dropout": 0, "vae": 60}[preset]
     assert counts[preset, 96] - counts["ae", 96] <= 4 * streams + mathematics

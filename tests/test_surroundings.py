@@ -45,7 +45,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert all(word in done.stderr for word in words), done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------- full disk
+# -- full disk
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_picture_never_fails_a_run(shape: tuple[int, ...], tmp_path: Path) -> 
     assert (tmp_path / "run" / "result.json").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------- environment
+# -- environment
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_accelerates_own_default_file_is_answered(tmp_path: Path) -> None:
     assert "asks for 2 processes on the CPU, and Accelerate started one" in done.stdout
 
 
-# -------------------------------------------------------------------------------------------------------------- terminal
+# -- terminal
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_help_may_be_cut_off_by_its_reader() -> None:
         assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
-# --------------------------------------------------------------------------------------------------------------- signals
+# -- signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -293,7 +293,7 @@ def test_a_signal_before_all_have_joined_ends_the_process_at_once(number: signal
         waiting.kill()
 
 
-# --------------------------------------------------------------------------------------------------------------- network
+# -- network
 
 
 def test_a_run_of_two_processes_listens_on_the_loopback_alone_but_for_torchs_rendezvous(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_run_of_two_processes_listens_on_the_loopback_alone_but_for_torchs_ren
         assert [status for status, _, _ in finish(processes, 30)] == [75, 75]
 
 
-# ------------------------------------------------------------------------------------------------------- run directories
+# -- run directories
 
 
 @pytest.fixture(scope="module")

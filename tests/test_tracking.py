@@ -1,4 +1,7 @@
-"""Trackers get what metrics.jsonl gets, once a run, and never stop it. What W&B really wrote is read back from its file."""
+"""Trackers get what metrics.jsonl gets, once a run, and never stop it.
+
+What W&B really wrote is read back from its file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from dist_ae.run.tracking import wandb_mode
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: a LevelDB-style log (32 KiB blocks; each record crc32, length, type) of protobuf messages."""
+    """The records of a .wandb file: a LevelDB-style log (32 KiB blocks; each record crc32, length, type) of protobuf
+    messages.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record = path.read_bytes(), 7, b""

@@ -294,7 +294,8 @@ def test_a_poisoned_gradient_changes_no_weight_from_then_on(name: str) -> None:
 def test_reference_on_fashion_mnist_beats_a_broadcasting_loss_after_one_epoch(
     fashion_mnist: Path, tmp_path: Path
 ) -> None:
-    # Erratum 1 of the tutorial learns the mean image: 0.347 on [-1, 1], 0.087 on [0, 1]. One epoch of the fixed recipe is at about 0.02.
+    # Erratum 1 of the tutorial learns the mean image: 0.347 on [-1, 1], 0.087 on [0, 1]. One epoch of the fixed recipe
+    # is at about 0.02.
     config = PRESETS["ae-reference"].override(
         {"train.epochs": 1, "tracking.wandb": "off", "run_dir": str(tmp_path / "run")}
     )

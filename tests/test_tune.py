@@ -54,7 +54,7 @@ from tune.spaces import (
 )
 from tune.sweep import check_data, checked
 
-# --------------------------------------------------------------------------------------------------------------- spaces
+# -- spaces
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -150,7 +150,7 @@ def test_the_known_image_shapes_are_the_datas(fashion_mnist: Path) -> None:
         assert sources.load(DataConfig(name=name)).image_shape == IMAGE_SHAPES[name]
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# -- refusals
 
 
 def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, float]:
@@ -485,7 +485,7 @@ def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     assert seconds < 3
 
 
-# ------------------------------------------------------------------------------------------------- folder and choice
+# -- folder and choice
 
 
 def sweep_with(
@@ -636,7 +636,7 @@ def test_further_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:
     assert spread(sweep, winner) == (pytest.approx([0.1, 0.12, 0.14]), pytest.approx(0.12), pytest.approx(0.02))
 
 
-# ------------------------------------------------------------------------------------------------------------ report
+# -- report
 
 
 def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
@@ -719,7 +719,7 @@ def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path)
     assert "No trial finished" in (sweep.path / "report.html").read_text()
 
 
-# ------------------------------------------------------------------------------------------- the seams of the trainer
+# -- the seams of the trainer
 
 
 def test_a_run_starts_from_another_runs_checkpoint_with_its_weights_and_optimizer(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-# -------------------------------------------------------------------------------- on one machine, from the command line
+# -- on one machine, from the command line
 
 
 def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_running_sweep_is_closed_to_strangers_and_returns_in_seconds_when_inte
     assert "--resume i" in out
 
 
-# ---------------------------------------------------------------------------------------------------------- a cluster
+# -- a cluster
 
 
 def test_one_and_two_workers_give_the_same_trials(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training jobs for the tests, and errors put into the trainer on purpose.
 
-A job is {"preset", "overrides", "mutation"}; a mutation is an error put into the trainer on purpose, to see the tests notice it.
+A job is {"preset", "overrides", "mutation"}; a mutation is an error put into the trainer on purpose, to see the tests
+notice it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def mutated(name: str) -> Any:
 
 
 def run(jobs: list[dict[str, Any]]) -> None:
-    """The jobs, one after the other, in this process's group: one for all of them, as Ray Train makes it, which the trainer joins."""
+    """The jobs, one after the other, in this process's group: one for all of them, as Ray Train makes it, which the
+    trainer joins.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("gloo")
     for job in jobs:

@@ -245,7 +245,7 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------------- small files
+# -- small files
 
 
 def write_json(path: Path, value: Any) -> None:

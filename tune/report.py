@@ -64,7 +64,7 @@ def _mean(found: tuple[list[float], float, float]) -> str:
     return f"{number(found[1])} ± {number(found[2])} (mean ± standard deviation)"
 
 
-# --------------------------------------------------------------------------------------------------------------- PCA
+# -- PCA
 
 
 def errors(sweep: Sweep, rows: Sequence[Row]) -> dict[str, float]:
@@ -119,7 +119,7 @@ def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
     return {size: value / (num_val * pixels) for size, value in squared.items()}
 
 
-# -------------------------------------------------------------------------------------------------------------- page
+# -- page
 
 
 def _page(sweep: Sweep, rows: list[Row], winner: Row | None, selection: Selection) -> str:
@@ -188,7 +188,7 @@ def _ranking(sweep: Sweep, rows: list[Row], winner: Row | None) -> list[tuple[bo
     return table
 
 
-# ------------------------------------------------------------------------------------------------------------ charts
+# -- charts
 
 Chart = tuple[str, str, str]  # heading, what is to be seen, data URI
 

@@ -36,7 +36,7 @@ class Interrupted(Exception):
     exit_status = 75
 
 
-# ------------------------------------------------------------------------------- what can be wrong, before Ray starts
+# -- what can be wrong, before Ray starts
 
 
 def checked(
@@ -230,7 +230,7 @@ def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- the run
+# -- the run
 
 
 def start(sweep: Sweep, selection: Selection, seeds: int) -> None:

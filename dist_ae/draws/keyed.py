@@ -46,7 +46,10 @@ class Step(NamedTuple):
 
 
 def keyed_seed(*key: int | str) -> int:
-    """A 63-bit seed from any key, for torch's generators. Its CPU generator uses the low 32 bits, which a hash fills evenly."""
+    """A 63-bit seed from any key, for torch's generators.
+
+    Its CPU generator uses the low 32 bits, which a hash fills evenly.
+    """
     packed = b"".join(struct.pack("<q", part) if isinstance(part, int) else part.encode() + b"\0" for part in key)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 

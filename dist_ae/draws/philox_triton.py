@@ -1,4 +1,7 @@
-"""The same draws on a GPU, to the bit: one kernel per stream and step. Imported only where it is used, since it needs Triton."""
+"""The same draws on a GPU, to the bit: one kernel per stream and step.
+
+Imported only where it is used, since it needs Triton.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,8 @@ def _key(device: torch.device, seed: int, stream: int) -> Tensor:
 def draw_on_device(
     seed: int, stream: int, step: Tensor, rows: range, width: int, device: torch.device, std: float | None, keep: float
 ) -> Tensor:
-    """Rows of a table of draws, float32 [len(rows), width], as ``philox.normals`` (with ``std``) or ``philox.masks`` give them.
+    """Rows of a table of draws, float32 [len(rows), width], as ``philox.normals`` (with ``std``) or ``philox.masks``
+    give them.
 
     Args:
         step: int64 [], on the device, so that a captured kernel can be replayed at another step.

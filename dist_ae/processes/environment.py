@@ -1,4 +1,6 @@
-"""What the launcher and the user's shell put into the environment: read strictly, and kept from changing the experiment."""
+"""What the launcher and the user's shell put into the environment: read strictly, and kept from changing the
+experiment.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def launched_world() -> tuple[int, int]:
     rank = _whole_number("RANK", 0)
     if rank >= world:
         raise InputError(
-            f"the environment variable RANK is {rank}, but {world} process{'es are' if world > 1 else ' is'} announced. "
+            f"the environment variable RANK is {rank}, but {world} process{'es are' if world > 1 else ' is'} "
+            "announced. "
             f"Unset it, or: {HOW_TO_START}"
         )
     wanted = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -93,7 +96,8 @@ def notes(config: Config) -> list[str]:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", config.precision):
         found.append(
-            f"note: the launcher asks for mixed precision {asked}; the experiment says {config.precision}, which is used. "
+            f"note: the launcher asks for mixed precision {asked}; the experiment says {config.precision}, which "
+            "is used. "
             f"--precision {asked} changes the experiment"
         )
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
@@ -120,18 +124,20 @@ def _default_file_note() -> list[str]:
     if kind != "MULTI_CPU" or processes == 1:
         return []
     return [
-        f"note: {default_config_file} asks for {processes} processes on the CPU, and Accelerate started one, as it does for MULTI_CPU. "
+        f"note: {default_config_file} asks for {processes} processes on the CPU, and Accelerate started one, "
+        "as it does for MULTI_CPU. "
         "launch/accelerate/cpu_processes.yaml starts several"
     ]
 
 
 @contextlib.contextmanager
 def pinned_torch(precision: str) -> Iterator[None]:
-    """Settings of torch that a caller may have changed: for the length of a run as the experiment says, then as they were.
+    """Settings of torch that a caller may have changed: for the length of a run as the experiment says, then as they
+    were.
 
     Raises:
-        InputError: another default device; inside ``torch.autocast``, which would keep the first step's rounded weights for all
-            later ones.
+        InputError: another default device; inside ``torch.autocast``, which would keep the first step's rounded weights
+            for all later ones.
     """
     nested = torch.autocast_increment_nesting() > 1
     torch.autocast_decrement_nesting()
@@ -139,7 +145,8 @@ def pinned_torch(precision: str) -> Iterator[None]:
         raise InputError("train is called inside torch.autocast; leave it: the configuration says the precision")
     if torch.get_default_device().type != "cpu":
         raise InputError(
-            f"torch's default device is set to {torch.get_default_device()}; the launcher decides where a run computes. "
+            f"torch's default device is set to {torch.get_default_device()}; the launcher decides where a run "
+            "computes. "
             "Call torch.set_default_device(None) first"
         )
     dtype, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
@@ -173,8 +180,9 @@ def without_accelerates_variables() -> Iterator[None]:
 def choose_interface() -> None:
     """Names the network interface that reaches the main process, for gloo.
 
-    gloo announces the address that the host's own name resolves to. On Debian that is 127.0.1.1, which no other host can reach. A
-    UDP socket that is connected, through which nothing is sent, tells the right one; on one machine that is the loopback.
+    gloo announces the address that the host's own name resolves to. On Debian that is 127.0.1.1, which no other host
+    can reach. A UDP socket that is connected, through which nothing is sent, tells the right one; on one machine that
+    is the loopback.
 
     Raises:
         InputError: several hosts, and the main process's address is this host's loopback.
@@ -194,7 +202,8 @@ def choose_interface() -> None:
         ) from None
     if several_hosts and ipaddress.ip_address(address).is_loopback:
         raise InputError(
-            f"MASTER_ADDR {main!r} is this host's loopback ({target[0]}), which other hosts cannot reach; Debian's /etc/hosts "
+            f"MASTER_ADDR {main!r} is this host's loopback ({target[0]}), which other hosts cannot reach; "
+            "Debian's /etc/hosts "
             "says so of a host's own name. Give the address of a network: --main_process_ip ADDRESS, or for torchrun "
             "--rdzv-endpoint ADDRESS:PORT and --local-addr ADDRESS"
         )

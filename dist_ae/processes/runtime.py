@@ -60,11 +60,12 @@ class Runtime:
         """Starts (or joins) the process group.
 
         Raises:
-            InputError: the launcher promised another number of processes than Accelerate sees, or the hosts cannot meet.
+            InputError: the launcher promised another number of processes than Accelerate sees, or the hosts cannot
+                meet.
         """
         _, launched = launched_world()
-        # A second run in one process (a sweep's reused actor, a notebook) may want another precision: Accelerate's state
-        # is process-wide.
+        # A second run in one process (a sweep's reused actor, a notebook) may want another precision: Accelerate's
+        # state is process-wide.
         self._owns_group = not dist.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -114,7 +115,8 @@ class Runtime:
         return [float(v) for v in tensor]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns on rank 0, on every process: small and JSON-ready (it travels as text, never as a pickle).
+        """What ``work`` returns on rank 0, on every process: small and JSON-ready (it travels as text, never as a
+        pickle).
 
         Raises:
             InputError, Fault: where ``work`` raises one, on every process, so that none waits for the others.

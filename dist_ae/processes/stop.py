@@ -26,8 +26,8 @@ class StopRequested(Exception):
 class Signals:
     """SIGTERM and SIGINT as a request that is looked at between two steps.
 
-    Until there is something to save (``has_work``) a signal ends the process at once. A thread does that, since Python's own
-    handlers wait until a blocking call into C++ returns, such as waiting for the other processes to join.
+    Until there is something to save (``has_work``) a signal ends the process at once. A thread does that, since
+    Python's own handlers wait until a blocking call into C++ returns, such as waiting for the other processes to join.
     """
 
     def __init__(self) -> None:
@@ -103,8 +103,8 @@ class Agreement:
         if self._calls < self._every:
             return False
         now = time.monotonic()
-        # The largest of both, bit-equal everywhere, so that all count to the same next time. At most twice as far as the last time:
-        # the first calls come faster than the work they are to measure.
+        # The largest of both, bit-equal everywhere, so that all count to the same next time. At most twice as far as
+        # the last time: the first calls come faster than the work they are to measure.
         wanted, seconds = self._runtime.largest(float(self._signals.requested), now - self._since)
         self._every = max(1, min(2 * self._every, int(self.SECONDS * self._calls / max(seconds, 1e-6))))
         self._calls, self._since = 0, now

@@ -32,17 +32,20 @@ def blame(silent_since: Mapping[int, float], answered: float, now: float, limit:
         silent_since: when each other rank's heartbeat was last seen to change.
         answered: when the store, which rank 0 keeps, last answered.
 
-    Silence is counted up to the store's last answer, since of the time after it nothing is known: who was silent by then went
-    first, and a store that just froze is no one else's silence. Only when all others were well by then is it rank 0.
+    Silence is counted up to the store's last answer, since of the time after it nothing is known: who was silent by
+    then went first, and a store that just froze is no one else's silence. Only when all others were well by then is it
+    rank 0.
     """
     silent = [rank for rank, since in silent_since.items() if answered - since > limit]
     return silent or ([0] if now - answered > limit else [])
 
 
 class Watch:
-    """Each process's heartbeat, once a second, so that the others can name who is lost and end instead of waiting for ever.
+    """Each process's heartbeat, once a second, so that the others can name who is lost and end instead of waiting for
+    ever.
 
-    A collective that waits for a dead or frozen process cannot be interrupted from Python: a thread ends the process instead.
+    A collective that waits for a dead or frozen process cannot be interrupted from Python: a thread ends the process
+    instead.
     """
 
     def __init__(self, runtime: Runtime, timeout: float) -> None:
@@ -97,7 +100,8 @@ class Watch:
             return f"rank {rank} (last known at step {step}, on host {host})"
 
         return (
-            f"lost {', '.join(map(known, lost))} of {self._runtime.world} processes at step {self.step}; this one ends. "
+            f"lost {', '.join(map(known, lost))} of {self._runtime.world} processes at step {self.step}; this one "
+            "ends. "
             "The same command resumes from the last checkpoint"
         )
 
@@ -105,8 +109,8 @@ class Watch:
         """What a failed collective was: the processes that no longer answer, or the error itself where all do."""
         if not self._watching:
             return error
-        # Rank 0 stays longer: some wait for it and not for the one that died, and find out when it leaves. By then they must
-        # have heard who was silent.
+        # Rank 0 stays longer: some wait for it and not for the one that died, and find out when it leaves. By then they
+        # must have heard who was silent.
         time.sleep(KNOWN_AFTER + (4 if self._runtime.is_main else 1) * INTERVAL)
         lost = self._lost(KNOWN_AFTER)
         self._done.set()
@@ -116,7 +120,8 @@ class Watch:
         """Ends watching, together with the others: none takes the first to leave for lost."""
         self._done.set()
         if self._watching:
-            # A thread that still talks to the store while the interpreter ends can abort the process after all its work.
+            # A thread that still talks to the store while the interpreter ends can abort the process after all its
+            # work.
             for thread in self._threads:
                 thread.join(10 * INTERVAL)
             self._runtime.wait()

@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     sync(folder)
 
 
-# ------------------------------------------------------------------------------------------------ reading with suspicion
+# -- reading with suspicion
 
 
 def parse_tensors(data: bytes, name: str, template: Template | None = None) -> Tensors:
@@ -135,8 +135,8 @@ def read_checkpoint(folder: Path, templates: Mapping[str, Template], part: bool 
         part: files without a template are left alone, and those that are missing left out.
 
     Raises:
-        Damaged: naming the file and what is wrong. Nothing of a damaged checkpoint is executed or kept; memory stays within
-            twice what the templates need.
+        Damaged: naming the file and what is wrong. Nothing of a damaged checkpoint is executed or kept; memory stays
+            within twice what the templates need.
     """
     entries = _entries(folder)
     if not part and set(entries) - {STATE} != set(templates):

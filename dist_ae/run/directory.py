@@ -171,8 +171,8 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint, keep: int, best_step: int | None, patience: float = 0.0) -> bool:
         """Publishes a checkpoint, then prunes older ones down to ``keep`` and the best.
 
-        A checkpoint is whole or absent at every instant, and older ones go only when the new one is on the disk. Returns
-        False, with a warning, where the disk does not take it; the files written so far are removed.
+        A checkpoint is whole or absent at every instant, and older ones go only when the new one is on the disk.
+        Returns False, with a warning, where the disk does not take it; the files written so far are removed.
 
         Args:
             patience: seconds to go on trying.

@@ -1,4 +1,5 @@
-"""Weights & Biases and TensorBoard, through Accelerate's trackers, on rank 0, in a thread of their own: they never stop or slow training.
+"""Weights & Biases and TensorBoard, through Accelerate's trackers, on rank 0, in a thread of their own: they never stop
+or slow training.
 
 ``metrics.jsonl`` is the record; what a tracker misses can be rebuilt from it.
 """
@@ -208,7 +209,9 @@ class Tracking:
 
 
 def _forget_wandb() -> None:
-    """Keeps wandb's exit hook from waiting without end for a server that does not answer; there is no public way to say so."""
+    """Keeps wandb's exit hook from waiting without end for a server that does not answer; there is no public way to
+    say so.
+    """
     setup = sys.modules.get("wandb.sdk.wandb_setup")
     connection = getattr(getattr(setup, "_singleton", None), "_connection", None)
     unregister = getattr(connection, "_cleanup", None)

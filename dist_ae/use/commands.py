@@ -61,7 +61,7 @@ def evaluate_run(
             runtime.close()
 
 
-# ----------------------------------------------------------------------------------------------- what is written to files
+# -- what is written to files
 # Each loads a run, applies its model to the user's images or else to the run's validation images, writes one file and returns its path.
 # All raise InputError: no such run; images that are not there, not readable or not the model's; a file that cannot be written.
 
