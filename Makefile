@@ -1,17 +1,31 @@
-# make train: an autoencoder on real images from a bare checkout. make test: everything that is tested. Each does its own set-up, once.
+# make train: an autoencoder on real images from a bare checkout. make test: everything that is tested.
+# Each does its own set-up, once.
 PYTHON ?= python3
 BIN := .venv/bin
+# Files side by side: most of a test's time is waiting for processes that start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test test-long lint bench
+.PHONY: train test test-fast test-long test-gpu fuzz lint bench
 
 train: .venv/installed
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml --num_cpu_threads_per_process 1 -m dist_ae train ae
 
 test: .venv/installed-for-test
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long and not gpu"
+
+# The loop to live in: no clusters, no kills, no installed wheels.
+test-fast: .venv/installed-for-test
+	$(PYTEST) -m "not long and not gpu and not slow"
 
 test-long: .venv/installed-for-test
 	$(BIN)/python -m pytest -m long
+
+# What needs CUDA; elsewhere one line says that it was skipped.
+test-gpu: .venv/installed-for-test
+	$(BIN)/python -m pytest -m gpu
+
+fuzz: .venv/installed-for-test
+	$(BIN)/python tests/fuzz.py --cases 500
 
 lint: .venv/installed-for-test
 	$(BIN)/ruff check .
@@ -24,14 +38,14 @@ bench: .venv/installed-for-bench
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: pyproject.toml | .venv/bin/python
+.venv/installed: pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-.venv/installed-for-test: pyproject.toml | .venv/bin/python
+.venv/installed-for-test: pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@ .venv/installed
 
-.venv/installed-for-bench: pyproject.toml | .venv/bin/python
+.venv/installed-for-bench: pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	touch $@ .venv/installed .venv/installed-for-test

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, digits_file, metrics, relative_difference, train_jobs, weights
 
+pytestmark = pytest.mark.slow
+
 # Processes and accumulation steps. 3 and 5 do not divide the batch of 96: their shares differ by one image.
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (5, 1))
 PRESETS = ("ae", "denoising", "dropout", "vae")

@@ -8,6 +8,8 @@ from pathlib import Path
 import fuzz
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FIRST = int(os.environ.get("FUZZ_SEED", "1"))
 
 

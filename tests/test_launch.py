@@ -15,6 +15,8 @@ import yaml
 from accelerate.commands.config.config_args import BaseConfig, ClusterConfig
 from conftest import REPOSITORY, environment, metrics
 
+pytestmark = pytest.mark.slow
+
 FILES = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
 
 

@@ -26,6 +26,8 @@ from dist_ae.run import checkpoint
 from dist_ae.run.directory import RunDirectory
 from dist_ae.use import doctor
 
+pytestmark = pytest.mark.slow
+
 PRESET_NAMES = ("ae", "denoising", "dropout", "vae")
 KILLED = -signal.SIGKILL
 

@@ -28,6 +28,8 @@ from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
 from dist_ae.use.doctor import examine, replay
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--model.hidden-dims", "16", "--tracking.wandb", "off")
 
 

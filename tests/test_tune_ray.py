@@ -32,6 +32,8 @@ from tune.results import Selection, results  # noqa: E402
 from tune.spaces import parse_space  # noqa: E402
 from tune.sweep import checked, start  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 BEST = Selection("best")
 TINY = {"model.hidden_dims": (16,), "train.batch_size": 100, "tracking.wandb": "off", "train.log_every": 1000}
 LR = {"choice": [1e-3, 3e-3]}

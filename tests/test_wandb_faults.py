@@ -17,6 +17,8 @@ from conftest import REPOSITORY, environment, free_port, metrics
 
 from dist_ae.use import doctor
 
+pytestmark = pytest.mark.slow
+
 
 class Answering(http.server.BaseHTTPRequestHandler):
     status = 500
