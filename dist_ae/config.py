@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 
 class InputError(Exception):
@@ -25,6 +27,12 @@ class InputError(Exception):
 def trajectory(default: Any, description: str, **bounds: Any) -> Any:
     """A field that decides what is computed: a run cannot be resumed with another value."""
     return Field(default, description=description, json_schema_extra={"on_resume": "trajectory"}, **bounds)
+
+
+def added(description: str, **bounds: Any) -> Any:
+    """A trajectory field that older runs lack. None means "as it was", and leaves the default run directory's name as it was."""
+    extra = {"on_resume": "trajectory", "added": True}
+    return Field(None, description=description, json_schema_extra=extra, **bounds)
 
 
 def free(default: Any, description: str, **bounds: Any) -> Any:
@@ -46,14 +54,35 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     name: str = trajectory(
-        "digits", "digits (embedded), fashion_mnist, mnist, kmnist, cifar10, or array:PATH to a .npy or .npz of images"
+        "digits",
+        "digits and photos (embedded), fashion_mnist, mnist, kmnist, cifar10; pictures in folder:PATH, tar:PATTERN or "
+        "hf:NAME; packed:PATH; array:PATH to a .npy or .npz; or the path of a folder, array file or packed set",
     )
     root: Path | None = free(
         None, "folder that holds the files of a named dataset; missing ones are downloaded into it"
     )
     val_fraction: float = trajectory(
-        0.1, "share of array:PATH held out for validation, where the file has no split of its own", gt=0, lt=1
+        0.1,
+        "share held out for validation where the data has no split of its own; of pictures by a hash of their names",
+        gt=0,
+        lt=1,
     )
+    image_size: int | None = added(
+        "height and width that pictures get; left out, they must all have one size", gt=0, le=4096
+    )
+    fit: Literal["crop", "pad", "stretch"] | None = added(
+        "how a picture becomes square: crop its middle (as left out), pad its shorter side, or stretch it"
+    )
+    channels: Literal["auto", "grey", "rgb"] | None = added(
+        "colour of pictures; auto, as left out: grey where all of them are, else rgb"
+    )
+    background: str | None = added("colour behind transparent and padded pictures, by name or #rrggbb; left out, white")
+    window: int | None = added(
+        "shuffle within groups of this many shards of a packed set, for disks that read single pictures slowly; left out, all",
+        gt=0,
+    )
+    corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
+    cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")
 
 
 class ModelConfig(Section):
@@ -219,23 +248,36 @@ class Config(Section):
         if self.run_dir is not None:
             return self.run_dir
         # The length of the run is part of the name (not of the trajectory): training longer by default starts a run of its own.
-        identity = json.dumps([self.trajectory_values(), self.train.epochs, self.train.steps], sort_keys=True)
-        data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name
+        values = self.trajectory_values()
+        for key in [key for key, field in _fields(type(self)) if _extra(field).get("added") and values[key] is None]:
+            del values[key]
+        identity = json.dumps([values, self.train.epochs, self.train.steps], sort_keys=True)
+        data = self.data.name
+        if data.startswith("array:"):
+            data = Path(data).stem
+        elif not re.fullmatch(r"[\w.-]+", data):  # a path or a pattern: its last name, with nothing that a path or a shell minds
+            data = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.") or "data"
         return Path("runs") / f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str | None]]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _walk(value, f"{prefix}{name}.")
+    for key, field in _fields(type(section), prefix):
+        value: Any = section
+        for part in key.removeprefix(prefix).split("."):
+            value = getattr(value, part)
+        yield key, value, _extra(field).get("on_resume")
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
         else:
-            extra = field.json_schema_extra
-            yield (
-                f"{prefix}{name}",
-                value,
-                str(extra["on_resume"]) if isinstance(extra, dict) and "on_resume" in extra else None,
-            )
+            yield f"{prefix}{name}", field
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def _at(tree: Any, key: str) -> Any:

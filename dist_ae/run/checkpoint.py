@@ -22,6 +22,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dist_ae.files import sync_folder as _sync_folder
+from dist_ae.files import write_atomically
+from dist_ae.files import write_new as _write_new
+
 FORMAT = 1
 WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST = (
     "weights.safetensors",
@@ -51,38 +55,6 @@ class Checkpoint:
 
 
 # -------------------------------------------------------------------------------------------------------- durable files
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file: whenever the machine stops, the old content or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        _write_new(temporary, data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def _remove_folder(path: Path) -> None:
