@@ -31,7 +31,7 @@ def trajectory(default: Any, description: str, **bounds: Any) -> Any:
 
 def added(description: str, **bounds: Any) -> Any:
     """A trajectory field that older runs lack. None means "as it was", and leaves the default run directory's name as it was."""
-    extra = {"on_resume": "trajectory", "added": True}
+    extra: Any = {"on_resume": "trajectory", "added": True}
     return Field(None, description=description, json_schema_extra=extra, **bounds)
 
 
@@ -255,8 +255,12 @@ class Config(Section):
         data = self.data.name
         if data.startswith("array:"):
             data = Path(data).stem
-        elif not re.fullmatch(r"[\w.-]+", data):  # a path or a pattern: its last name, with nothing that a path or a shell minds
-            data = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.") or "data"
+        elif not re.fullmatch(
+            r"[\w.-]+", data
+        ):  # a path or a pattern: its last name, with nothing that a path or a shell minds
+            data = (
+                re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.") or "data"
+            )
         return Path("runs") / f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 

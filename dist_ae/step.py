@@ -31,7 +31,7 @@ class Learner:
 
     def __init__(self, config: Config, dataset: Dataset, runtime: Runtime, total_steps: int) -> None:
         self.config, self.runtime, self.total_steps = config, runtime, total_steps
-        self.image_shape, self.num_images = dataset.image_shape, len(dataset.train)
+        self.image_shape, self.num_images, self.shards = dataset.image_shape, len(dataset.train), dataset.shards
         self.steps_per_epoch = -(-self.num_images // config.train.batch_size)
         self.accumulate = plan_batch(config.train.batch_size, runtime.world, config.train.max_per_process)[1]
         self.raw_model = initialize(Autoencoder(config, dataset.image_shape), config.seed).to(
@@ -156,14 +156,14 @@ class Learner:
     def rows(self, step: int) -> Tensor:
         """The rows of the dataset that step ``step`` sees over all processes, [B]."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.config.seed, epoch, self.num_images)
+        order = epoch_order(self.config.seed, epoch, self.num_images, self.shards, self.config.data.window)
         return order[within * self.config.train.batch_size : (within + 1) * self.config.train.batch_size]
 
     def _batch(self, step: int) -> Tensor:
         # As `rows`, with the epoch's permutation kept on the device: one copy an epoch instead of one a step.
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            order = epoch_order(self.config.seed, epoch, self.num_images)
+            order = epoch_order(self.config.seed, epoch, self.num_images, self.shards, self.config.data.window)
             self._epoch, self._order = epoch, order if self.images.resident is None else order.to(self.runtime.device)
         return self._order[within * self.config.train.batch_size : (within + 1) * self.config.train.batch_size]
 
@@ -172,7 +172,7 @@ class Learner:
         accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
         for part in range(self.accumulate):
             piece = share(mine, part, self.accumulate)
-            images = self.images.take(batch[piece.start : piece.stop])
+            images = self.images.take(batch[piece.start : piece.stop], self._then(mine, part, batch, step))
             draws = draw(config, self.image_shape, step, piece, runtime.device, runtime.dtype)
             last = part == self.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
@@ -182,6 +182,20 @@ class Learner:
                 # that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient, on all processes.
                 accelerator.backward(total * (runtime.world / batch_size + total.detach() * 0))
             self._count(terms)
+
+    def _then(self, mine: range, part: int, batch: Tensor, step: int) -> Tensor | None:
+        """The rows that are taken next, for the thread that reads ahead where images are not resident."""
+        if self.images.resident is not None or not len(batch):
+            return None
+        if part + 1 < self.accumulate:
+            piece = share(mine, part + 1, self.accumulate)
+            return batch[piece.start : piece.stop]
+        if step + 1 == self.total_steps:
+            return None
+        following = self._batch(step + 1)
+        mine = share(range(len(following)), self.runtime.rank, self.runtime.world)
+        piece = share(mine, 0, self.accumulate)
+        return following[piece.start : piece.stop]
 
     @torch.no_grad()
     def _count(self, terms: Terms) -> None:

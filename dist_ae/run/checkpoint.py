@@ -22,9 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dist_ae.files import sync_folder as _sync_folder
-from dist_ae.files import write_atomically
-from dist_ae.files import write_new as _write_new
+from dist_ae import files
+
+write_atomically, _write_new, _sync_folder = files.write_atomically, files.write_new, files.sync_folder
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, EMA, STATE, MANIFEST = (
