@@ -41,7 +41,10 @@ def make_tar(path: Path, count: int, label: str = "cls") -> Path:
         for index in range(count):
             content = io.BytesIO()
             cut(index, 24, 24).save(content, "png")
-            members = {"png": content.getvalue(), label: str(index % 3).encode() if label == "cls" else b'{"label": "a"}'}
+            members = {
+                "png": content.getvalue(),
+                label: str(index % 3).encode() if label == "cls" else b'{"label": "a"}',
+            }
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"sub/{index:04d}.{extension}")
                 info.size = len(data)

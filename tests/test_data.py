@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data import arrays, named
+from dist_ae.data import arrays, named, reader
 from dist_ae.data.named import read_idx
 from dist_ae.data.order import epoch_order, share
 from dist_ae.data.reader import Reader
@@ -136,20 +136,27 @@ def test_own_npz_with_a_split_or_labels(tmp_path: Path) -> None:
     assert labelled.val.labels is not None and len(labelled.val.labels) == 1
 
 
-def test_a_memory_mapped_array_gives_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["u1", "<f4", ">f4", "f2", ">f8", "g"])
+@pytest.mark.parametrize("shape", [(50, 3, 4, 4), (50, 4, 4, 3), (50, 4, 4)])
+def test_a_memory_mapped_array_gives_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, shape: tuple[int, ...]
+) -> None:
     path = tmp_path / "own.npy"
-    np.save(path, np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8))
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(path, images if dtype == "u1" else (images / 255).astype(dtype))
     whole = load(DataConfig(name=f"array:{path}"))
-    monkeypatch.setattr(arrays, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(arrays, "READ_BYTES", 10)
+    monkeypatch.setattr(reader, "SHARE_OF_MEMORY", 0)
     mapped = load(DataConfig(name=f"array:{path}"))
     assert isinstance(mapped.train.images, np.memmap) and len(mapped.train) == 45
-    rows = torch.tensor([3, 0, 44])
+    assert mapped.fingerprint == whole.fingerprint
     cpu = torch.device("cpu")
     for split in ("train", "val"):
-        picked = rows if split == "train" else rows[:2].clamp(max=4)
-        assert torch.equal(
-            Reader(getattr(mapped, split), cpu).take(picked), Reader(getattr(whole, split), cpu).take(picked)
-        )
+        rows = torch.tensor([3, 0, 44] if split == "train" else [3, 0, 4])
+        readers = [Reader(getattr(dataset, split), cpu) for dataset in (whole, mapped)]
+        assert readers[0].resident is not None and readers[1].resident is None
+        taken = [each.take(rows, rows) for each in readers]
+        assert torch.equal(*taken) and taken[1].is_contiguous() and taken[1].dtype == torch.float32
 
 
 def _floats(value: float, at: tuple[int, ...]) -> np.ndarray:

@@ -57,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
     "trainer": MATHEMATICS | {"data", "processes", "run", "pca", "evaluate", "figures", "step"},
     "use": MATHEMATICS | {"presets", "data", "processes", "run", "pca", "evaluate", "figures", "use"},
     "__init__": GROUND | {"presets", "objectives", "trainer", "use"},
-    "__main__": GROUND | {"presets", "trainer", "use", "__init__"},
+    "__main__": GROUND | {"presets", "data", "trainer", "use", "__init__"},
 }
 NO_TORCH = {"config", "files", "presets", "__init__", "__main__"}
 NO_SERVICES = {"accelerate", "torch.distributed", "ray", "wandb"}  # the mathematics and the data know no processes

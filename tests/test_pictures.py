@@ -133,7 +133,10 @@ def test_a_folder_s_first_level_names_the_classes_and_what_is_no_picture_is_coun
     labels = {picture.name: picture.label for picture in source.pictures()}
     assert labels.pop("top.png") is None and labels.pop("in.png") is None
     assert labels.pop("flower/deep/er/x.PNG") == "flower"
-    assert labels == {f"{('flower', 'temple')[i % 2]}/{i:05d}.{'jpg' if i % 3 else 'png'}": ("flower", "temple")[i % 2] for i in range(6)}
+    assert labels == {
+        f"{('flower', 'temple')[i % 2]}/{i:05d}.{'jpg' if i % 3 else 'png'}": ("flower", "temple")[i % 2]
+        for i in range(6)
+    }
     assert dict(source.ignored) == {
         "hidden": 2, "not pictures": 1, "links that lead out of the folder": 1, "links to folders": 1, "not files": 1
     }  # fmt: skip
@@ -158,7 +161,9 @@ def test_pictures_that_come_later_move_none_to_the_other_side(tmp_path: Path) ->
         (folder,) = packed_sets(f"{tmp_path / str(count)}/packed/p-*")
         names = packed_names(folder, read_manifest(folder))
         assert dataset.train.rows is not None and dataset.val.rows is not None
-        return {names[row]: held for held, rows in ((False, dataset.train.rows), (True, dataset.val.rows)) for row in rows}
+        return {
+            names[row]: held for held, rows in ((False, dataset.train.rows), (True, dataset.val.rows)) for row in rows
+        }
 
     few, many = sides(40), sides(60)
     assert few.items() <= many.items() and len(many) == 60 and 10 <= sum(many.values()) <= 28
@@ -177,7 +182,9 @@ def test_a_tar_s_labels_belong_to_the_pictures_of_their_stem(tmp_path: Path) -> 
     assert len(dataset.train) + len(dataset.val) == 15 and dataset.image_shape == (3, 24, 24)
 
 
-def test_hugging_face_data_is_read_from_a_saved_set_and_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_data_is_read_from_a_saved_set_and_from_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     columns = {"image": [cut(i, 24, 24) for i in range(12)], "label": [i % 2 for i in range(12)]}
@@ -223,7 +230,12 @@ def bomb() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10_000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 DAMAGED = {

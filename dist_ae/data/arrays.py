@@ -50,7 +50,7 @@ def _arrays(path: Path) -> dict[str, Array]:
         loaded = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
     except Exception as error:  # OSError, ValueError, zipfile.BadZipFile and what else a damaged archive raises
-        if "bject" in str(error) and isinstance(error, ValueError):
+        if "Object arrays" in str(error) or "Python objects" in str(error):
             raise InputError(
                 f"{shown(path)}: holds objects, not one array of numbers; images of differing shapes? Bring them to one shape first"
             ) from None

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,7 +134,7 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
     manifest = read_manifest(out)
     if (manifest.identity, manifest.settings) != (wanted.identity, wanted.settings):
         raise InputError(f"{shown(out)} holds other pictures or settings: remove it, or give another name")
-    _refuse_unreadable(manifest, what, config)
+    refuse_unreadable(what, manifest.unreadable, manifest.read, manifest.reasons, config)
     return manifest
 
 
@@ -202,7 +202,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
             else f"{what}: no pictures in it"
         )
     # Pictures that cannot be read are refused after all are packed: the message counts them, and `skip` has nothing left to do.
-    _refuse_unreadable(done, what, config)
+    refuse_unreadable(what, done.unreadable, done.read, done.reasons, config)
     write_atomically(partial / MANIFEST, _json(done))
     (partial / PROGRESS).unlink()
     if out.is_dir():
@@ -234,11 +234,14 @@ def _write_all(
     return _write_shards(source, partial, done, form_of(config, "rgb"), what)
 
 
-def _refuse_unreadable(manifest: Manifest, what: str, config: DataConfig) -> None:
-    if manifest.unreadable and config.corrupt == "refuse":
-        first = "; ".join(f"{name}: {why}" for name, why in manifest.reasons)
-        more = ", …" if manifest.unreadable > len(manifest.reasons) else ""
-        of = f"{manifest.unreadable:,} of {manifest.read:,} pictures"
+def refuse_unreadable(
+    what: str, unreadable: int, read: int, reasons: Sequence[tuple[str, str]], config: DataConfig
+) -> None:
+    """Raises InputError for pictures that cannot be read, unless they are to be skipped."""
+    if unreadable and config.corrupt == "refuse":
+        first = "; ".join(f"{name}: {why}" for name, why in reasons)
+        more = ", …" if unreadable > len(reasons) else ""
+        of = f"{unreadable:,} of {read:,} pictures"
         raise InputError(
             f"{what}: {of} cannot be read ({first}{more}); mend or remove them, or add --data.corrupt skip"
         )
@@ -275,7 +278,7 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
 
     try:
         with _progress_bar(done.read, source.count) as advance:
-            for picture, result in _decoded(pictures, form, source.count):
+            for picture, result in decoded(pictures, form, source.count):
                 if result is None:
                     raise _AllAnew
                 done.read += 1
@@ -378,8 +381,9 @@ class _Shard:
         return ShardRecord(images=len(self.labels), files=files)
 
     def abandon(self) -> None:
-        self._file.close()
         self._temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk does not take what is left in the buffer
+            self._file.close()
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
@@ -417,8 +421,8 @@ def _remove(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- processes that decode
 
 
-def _decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
-    """Each picture and what became of it, in order, with a bounded number of them under way."""
+def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
+    """Each picture and what became of it, in order, decoded on all cores with a bounded number of them under way."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     head = list(itertools.islice(pictures, INLINE))
     if workers == 1 or len(head) < INLINE or count == INLINE:
@@ -499,6 +503,11 @@ def _progress_bar(start: int, total: int | None) -> Iterator[Any]:
 
 
 # -------------------------------------------------------------------------------------------------------- packed sets
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder says that it is a packed set; a run directory has a ``config.json``."""
+    return (folder / MANIFEST).is_file() and not (folder / "config.json").exists()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -659,6 +668,13 @@ def _open_shard(
             raise InputError(f"{shown(path)}: damaged, {array.dtype} {array.shape}{way_out}")
         loaded[kind] = array
     return loaded["images"], loaded["labels"], loaded["keys"]
+
+
+def open_packed(folder: Path, manifest: Manifest) -> list[Array]:
+    """The images of each shard of a packed set, memory-mapped."""
+    assert manifest.image_shape is not None
+    shards = enumerate(manifest.shards)
+    return [_open_shard(folder, number, shard, manifest.image_shape)[0] for number, shard in shards]
 
 
 def packed_names(folder: Path, manifest: Manifest) -> list[str]:

@@ -230,12 +230,10 @@ def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
             archive.fileobj.seek(archive.offset)  # a header cut short counts as the end for tarfile
             if 0 < len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
                 raise EOFError("it ends within a header")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{shown(path)}: not a whole tar file ({error})") from None
-    except Exception as error:  # zlib.error, lzma.LZMAError and what else a damaged archive raises
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{shown(path)}: not a whole tar file ({error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # tarfile.TarError, zlib.error, lzma.LZMAError and what else a damaged archive raises
+        raise InputError(f"{shown(path)}: not a whole tar file ({reason(error).rstrip(':')})") from None
 
 
 def _tar_label(content: bytes, extension: str, where: str, before: str | int | None) -> str | int | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-CHUNK_BYTES = 2**24  # looked at, hashed or copied together: what reading all of a mapped file takes of memory
+CHUNK_BYTES = 2**22  # looked at, hashed or copied together: what reading all of a mapped file takes of memory
 
 
 class Shards:
@@ -97,7 +97,7 @@ def gather(images: Images, rows: Array) -> Array:
 
 
 def chunks(split: Split) -> list[range]:
-    """The positions of a split in pieces of some 16 MB."""
+    """The positions of a split in pieces of some 4 MB."""
     size = max(1, CHUNK_BYTES // max(1, split.images.nbytes // max(1, len(split.images))))
     return [range(start, min(start + size, len(split))) for start in range(0, len(split), size)]
 
