@@ -413,7 +413,9 @@ def test_commands_write_a_file_for_each_picture_and_tables_with_their_paths(
     status, out, err = dist_ae_command("reconstruct", run_dir, "--images", folder, "--out", tmp_path / "out")
     assert status == 0 and str(tmp_path / "out") in out, err
     written = sorted((tmp_path / "out").rglob("*.png"))
-    assert [str(path.relative_to(tmp_path / "out").with_suffix("")) for path in written] == [name[:-4] for name in names]
+    assert [str(path.relative_to(tmp_path / "out").with_suffix("")) for path in written] == [
+        name[:-4] for name in names
+    ]
     pictures = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in written])
     assert np.abs(pictures / 255 - model.reconstruct(folder).numpy()).max() <= 0.5 / 255 + 1e-6
     (tmp_path / "out" / "mine.txt").write_text("kept")
@@ -440,7 +442,13 @@ def test_commands_write_a_file_for_each_picture_and_tables_with_their_paths(
 
 
 def test_denoise_takes_the_noise_away_from_the_validation_images(tmp_path: Path) -> None:
-    overrides = {**SMALL, "train.steps": 150, "model.latent_dim": 16, "model.hidden_dims": (64,), "run_dir": tmp_path / "run"}
+    overrides = {
+        **SMALL,
+        "train.steps": 150,
+        "model.latent_dim": 16,
+        "model.hidden_dims": (64,),
+        "run_dir": tmp_path / "run",
+    }
     result = dist_ae.train(PRESETS["denoising"].override(overrides))
     status, out, err = dist_ae_command("denoise", tmp_path / "run")
     assert status == 0 and "denoised.npy" in out, err
@@ -468,3 +476,43 @@ def test_the_root_of_the_data_has_one_spelling(trained: Path, tmp_path: Path) ->
         assert status == 0 and "--data.root" in out and "--data-root" not in out, err
     status, _, err = dist_ae_command("evaluate", trained / "ae", "--data.root", tmp_path / "none")
     assert status == 2 and "does not exist" in err
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 512), (3, 512, 1), (1, 1, 1), (2, 5, 7), (3, 64, 64)])
+@pytest.mark.parametrize("preset", ["denoising", "vae"])
+def test_a_run_s_pictures_are_drawn_for_every_shape_of_image(
+    tmp_path: Path, shape: tuple[int, int, int], preset: str
+) -> None:
+    from dist_ae.data.reader import Reader
+    from dist_ae.figures import run_pictures
+    from dist_ae.models import Autoencoder, initialize
+
+    config = PRESETS[preset].override({"model.hidden_dims": (4,), "model.latent_dim": 2, "model.start": "random"})
+    model = initialize(Autoencoder(config, shape), 0)
+    images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
+    (tmp_path / "metrics.jsonl").write_text("")
+    validation = Reader(Split(images), torch.device("cpu"))
+    pictures = run_pictures(model, config, validation, tmp_path, step=1234)
+    for path in pictures.values():
+        assert path.stat().st_size > 1000 and min(pixels(path).shape[:2]) > 50
+    rows = 4 if preset == "denoising" else 3
+    height, width = pixels(pictures["reconstructions"]).shape[:2]
+    assert rows * 0.62 / 8 * 150 < height < rows * 0.62 * 8 * 150 + 150 and width > 5 * 0.62 * 150
+
+
+def test_differences_and_errors_are_those_of_the_reconstructions(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_ae import figures
+    from dist_ae.data.reader import Reader
+
+    model = dist_ae.load(trained / "ae")
+    drawn: list[tuple[object, ...]] = []
+    monkeypatch.setattr(figures, "image_rows", lambda *arguments: drawn.append(arguments))
+    shutil.copy(trained / "ae" / "metrics.jsonl", tmp_path)
+    validation = Reader(Split(IMAGES), torch.device("cpu"))
+    figures.run_pictures(model.model, model.config, validation, tmp_path, step=100)
+    ((rows, _, title, notes, _),) = drawn
+    assert list(rows) == ["original", "reconstruction", "difference"] and title == f"{tmp_path.name}, step 100"
+    torch.testing.assert_close(2 * (rows["difference"] - 0.5), rows["reconstruction"] - rows["original"])
+    assert [float(note) for note in notes] == pytest.approx(model.score(IMAGES[:12]).tolist(), rel=0.05)
