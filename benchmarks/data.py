@@ -5,13 +5,16 @@
 Everything is on two processes or workers, because that is what the rivals get too; ratios are taken within a round.
 
 - packing: `dist-ae pack` against Pillow alone, the same decoding in a pool of two processes that throw the result away
-- training: ImageFolder and a DataLoader with two workers, as people write it, against ours after packing; same pictures, same MLP
-- mapped: training from a warm memory map against the same images held in memory, MLP on 32×32×3, batches of 128 and 1024
+- training: ImageFolder and a DataLoader with two workers, as people write it, against ours after packing; same
+pictures, same MLP
+- mapped: training from a warm memory map against the same images held in memory, MLP on 32×32×3, batches of 128 and
+1024
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -94,7 +97,7 @@ def image_folder_rate(folder: Path, batch: int, images: int) -> float:
     loader = DataLoader(datasets.ImageFolder(str(folder), transform), batch, shuffle=True, num_workers=2)
     sizes = (SIZE * SIZE * 3, 512, 256, 32, 256, 512, SIZE * SIZE * 3)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.Adam(model.parameters())
@@ -123,11 +126,14 @@ from dist_ae.data import reader
 if {mapped}:
     reader.SHARE_OF_MEMORY = 0
 config = dist_ae.PRESETS["ae"].override({{
-    "data.name": {data!r}, "model.start": "random", "train.batch_size": {batch}, "train.steps": {steps}, "train.eval_every": {steps},
+    "data.name": {data!r}, "model.start": "random", "train.batch_size": {batch}, "train.steps": {steps},
+    "train.eval_every": {steps},
     "train.log_every": 50, "tracking.wandb": "off", "run_dir": {folder + "/run"!r}}})
 print("RATE", dist_ae.train(config).images_per_second)
 """
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=_environment())
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=_environment()
+        )
         return float(done.stdout.rpartition("RATE")[2])
 
 

@@ -22,7 +22,8 @@ Which = Literal["last", "best"]
 
 
 def train(arguments: list[str]) -> None:
-    """Trains a preset (ae, denoising, dropout, vae, or each with -reference), or --config FILE; the same command again resumes."""
+    """Trains a preset (ae, denoising, dropout, vae, or each with -reference), or --config FILE; the same command again
+    resumes."""
     if arguments[:1] == ["--config"] and len(arguments) > 1:
         config = tyro.cli(
             Config,
@@ -87,7 +88,8 @@ def reconstruct(
         run_dir: the run.
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
             validation images.
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder, a .png
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
+            folder, a .png
             for each image; left out, RUN_DIR/reconstructions.npy.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
@@ -109,11 +111,14 @@ def denoise(
 
     Args:
         run_dir: the run.
-        images: noisy pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
+        images: noisy pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out,
+            the run's
             validation images with noise added.
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png for each
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png
+            for each
             image; left out, RUN_DIR/denoised.npy.
-        noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation images
+        noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
+            images
             the run's evaluation.noise_std.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
@@ -155,7 +160,8 @@ def interpolate(
         steps: images from one reconstruction to the other, both counted.
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
             validation images.
-        out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out, RUN_DIR/interpolation.png.
+        out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
+            RUN_DIR/interpolation.png.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
@@ -177,7 +183,8 @@ def embed(
         run_dir: the run.
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
             validation images.
-        out: .npy, float32 [N, latent_dim], or .csv or .parquet, with the path of each image; left out, RUN_DIR/codes.npy.
+        out: .npy, float32 [N, latent_dim], or .csv or .parquet, with the path of each image; left out,
+            RUN_DIR/codes.npy.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
@@ -193,7 +200,8 @@ def score(
     which: Which = "last",
     data_root: Root = None,
 ) -> None:
-    """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative ELBO in nats.
+    """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative
+    ELBO in nats.
 
     Args:
         run_dir: the run.
@@ -224,7 +232,8 @@ def score(
 
 
 def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> None:
-    """Writes the deterministic model as a program that needs torch and nothing else: images on [0, 1] to reconstruction and code.
+    """Writes the deterministic model as a program that needs torch and nothing else: images on [0, 1] to
+    reconstruction and code.
 
     Args:
         run_dir: the run.
@@ -236,7 +245,8 @@ def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> N
     path = commands.export_run(run_dir, out, which)
     _written(path)
     print(
-        f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] on [0, 1], any N"
+        f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] "
+        "on [0, 1], any N"
     )
 
 
@@ -253,7 +263,8 @@ def pack(
     background: str = "white",
     corrupt: Literal["refuse", "skip"] = "refuse",
 ) -> None:
-    """Packs pictures into a folder that `train --data.name packed:OUT` reads, here or on another machine. The same command resumes.
+    """Packs pictures into a folder that `train --data.name packed:OUT` reads, here or on another machine. The same
+    command resumes.
 
     Args:
         source: folder:PATH, tar:PATTERN, hf:NAME, or the path of a folder.

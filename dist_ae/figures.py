@@ -22,7 +22,8 @@ from dist_ae.models import Autoencoder
 def run_pictures(
     model: Autoencoder, config: Config, validation: Reader, run_dir: Path, columns: int = 12, step: int | None = None
 ) -> dict[str, Path]:
-    """Draws a run's pictures into ``figures/``: the loss curve; originals, reconstructions and their differences with the error under
+    """Draws a run's pictures into ``figures/``: the loss curve; originals, reconstructions and their differences with
+    the error under
     each (noisy images in place of the originals where noise is trained against); samples of a variational model.
 
     Args:
@@ -60,7 +61,8 @@ def run_pictures(
 
 
 def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
-    """Training and validation over the steps, from metrics.jsonl: the objective on the left, the validation error on the right."""
+    """Training and validation over the steps, from metrics.jsonl: the objective on the left, the validation error on
+    the right."""
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -93,12 +95,14 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
 def image_rows(
     rows: dict[str, Tensor], figure_path: Path, title: str = "", notes: Sequence[str] = (), note_label: str = ""
 ) -> Path:
-    """One labelled row of images per entry, each [N, C, H, W] on [0, 1] (values outside are clipped); ``notes`` stand under the columns."""
+    """One labelled row of images per entry, each [N, C, H, W] on [0, 1] (values outside are clipped); ``notes`` stand
+    under the columns."""
     return _tiles(torch.stack(list(rows.values())), list(rows), figure_path, title, notes, note_label)
 
 
 def image_grid(images: Tensor, figure_path: Path, columns: int = 8, title: str = "") -> Path:
-    """A grid of images [N, C, H, W] on [0, 1], row by row; where N is no multiple of ``columns`` the last row ends in white."""
+    """A grid of images [N, C, H, W] on [0, 1], row by row; where N is no multiple of ``columns`` the last row ends in
+    white."""
     columns = min(columns, len(images))
     white = images.new_ones(-len(images) % columns, *images.shape[1:])
     return _tiles(torch.cat([images, white]).view(-1, columns, *images.shape[1:]), [], figure_path, title)
@@ -116,7 +120,8 @@ def _tiles(
     notes: Sequence[str] = (),
     note_label: str = "",
 ) -> Path:
-    """Images [rows, columns, C, H, W] as one picture: a single array is drawn fifty times faster than an axis an image."""
+    """Images [rows, columns, C, H, W] as one picture: a single array is drawn fifty times faster than an axis an
+    image."""
     rows, columns, channels, height, width = images.shape
     gap_y, gap_x = max(1, height // 14), max(1, width // 14)
     tiles = images.new_ones(rows, columns, channels, height + gap_y, width + gap_x)

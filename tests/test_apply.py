@@ -273,10 +273,15 @@ def test_images_that_do_not_fit_are_refused_naming_the_file_and_nothing_is_writt
     (tmp_path / "text.npy").write_text("not an array")
     before = sorted(tmp_path.iterdir())
     for name, expected in {
-        "shapes.npy": r"takes images of shape \[N, 1, 8, 8\], got \[3, 1, 9, 9\]", "nan.npy": r"value nan at image 1, index \(0, 2, 3\)",
-        "scale.npy": "divide by 255", "integers.npy": "int64", "flat.npy": "got shape", "two.npz": "found a, b", "text.npy": "neither format",
+        "shapes.npy": r"takes images of shape \[N, 1, 8, 8\], got \[3, 1, 9, 9\]",
+        "nan.npy": r"value nan at image 1, index \(0, 2, 3\)",
+        "scale.npy": "divide by 255",
+        "integers.npy": "int64",
+        "flat.npy": "got shape",
+        "two.npz": "found a, b",
+        "text.npy": "neither format",
         "missing.npy": "no such file",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(InputError, match=rf"{name}.*{expected}") as error:
             commands.reconstruct_run(trained / "ae", tmp_path / name, tmp_path / "out.npy")
         assert "pickle" not in str(error.value)
@@ -361,9 +366,17 @@ def test_a_picture_is_a_picture_in_whatever_form_it_comes(coloured: tuple[Path, 
     pixels = np.stack([decode(str(path), Form((16, 16))) for path in paths])
     opened = [Image.open(path) for path in paths]
     for form in (
-        f"folder:{folder}", paths, [str(path) for path in paths], opened, pixels, torch.from_numpy(pixels), list(pixels),
-        pixels.transpose(0, 2, 3, 1), pixels.astype(">f4") / 255, (pixels / 255).astype(np.longdouble),
-    ):  # fmt: skip
+        f"folder:{folder}",
+        paths,
+        [str(path) for path in paths],
+        opened,
+        pixels,
+        torch.from_numpy(pixels),
+        list(pixels),
+        pixels.transpose(0, 2, 3, 1),
+        pixels.astype(">f4") / 255,
+        (pixels / 255).astype(np.longdouble),
+    ):
         torch.testing.assert_close(model.reconstruct(form), expected)
     for one in (str(paths[0]), paths[0], opened[0], pixels[0], pixels[0].transpose(1, 2, 0), [pixels[0]], (paths[0],)):
         torch.testing.assert_close(model.embed(one), model.embed(pixels[:1]))
@@ -384,15 +397,31 @@ def test_what_is_no_image_of_the_model_is_refused_in_one_sentence(
     pack_source(f"folder:{coloured[1]}", tmp_path / "set", DataConfig(image_size=9))
     images = np.zeros((2, 1, 8, 8), np.uint8)
     for bad, expected in (
-        (None, "got NoneType"), (7, "got int"), ({"a": 1}, "got dict"), (b"x.png", "got bytes"), ([], "empty list"),
-        ([images[0], "x.png"], "item 1 is of type str"), ([images[0], images[0] / 255], "not both"), ([images], "is 2 of them"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "takes images of shape"), (np.zeros((0, 1, 8, 8), np.uint8), "takes images of shape"),
-        (np.zeros((2, 8, 8), complex), "complex128"), (np.zeros((2, 8, 8), bool), "bool"), (np.array("x"), "got <U1"),
-        (np.full((2, 8, 8), np.inf), "inf"), (torch.zeros(2, 1, 8, 8, dtype=torch.int32), "int32"), (torch.zeros(3), "takes images"),
-        (tmp_path / "text.png", "cannot be read as a picture"), (tmp_path / "folder", "no pictures in it"), ("~nobody-here/x.png", "in full"),
-        (tmp_path / "pipe.npy", "not a file"), (tmp_path / "none.png", "no such file"), ([tmp_path / "none.png"], "no such file"),
-        (tmp_path / "set", r"takes images of shape \[N, 1, 8, 8\], got \[3, 9, 9\]"), ("tar:nothing-*.tar", "no such file"),
-    ):  # fmt: skip
+        (None, "got NoneType"),
+        (7, "got int"),
+        ({"a": 1}, "got dict"),
+        (b"x.png", "got bytes"),
+        ([], "empty list"),
+        ([images[0], "x.png"], "item 1 is of type str"),
+        ([images[0], images[0] / 255], "not both"),
+        ([images], "is 2 of them"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "takes images of shape"),
+        (np.zeros((0, 1, 8, 8), np.uint8), "takes images of shape"),
+        (np.zeros((2, 8, 8), complex), "complex128"),
+        (np.zeros((2, 8, 8), bool), "bool"),
+        (np.array("x"), "got <U1"),
+        (np.full((2, 8, 8), np.inf), "inf"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int32), "int32"),
+        (torch.zeros(3), "takes images"),
+        (tmp_path / "text.png", "cannot be read as a picture"),
+        (tmp_path / "folder", "no pictures in it"),
+        ("~nobody-here/x.png", "in full"),
+        (tmp_path / "pipe.npy", "not a file"),
+        (tmp_path / "none.png", "no such file"),
+        ([tmp_path / "none.png"], "no such file"),
+        (tmp_path / "set", r"takes images of shape \[N, 1, 8, 8\], got \[3, 9, 9\]"),
+        ("tar:nothing-*.tar", "no such file"),
+    ):
         with pytest.raises(InputError, match=expected) as error:
             model.embed(bad)
         assert "\n" not in str(error.value), bad

@@ -1,4 +1,5 @@
-"""Pictures are packed once: whole or not at all, the same bytes however often the packing was killed, and read as they were written."""
+"""Pictures are packed once: whole or not at all, the same bytes however often the packing was killed, and read as they
+were written."""
 
 from __future__ import annotations
 
@@ -98,7 +99,7 @@ def test_packing_killed_again_and_again_resumes_to_the_same_bytes(folder: Path, 
             break
         shards.append(len(json.loads((partial / "progress.json").read_text())["shards"]))
         assert "resuming" in process.stderr.read() or kills == 0  # type: ignore[union-attr]
-    assert shards and shards == sorted(shards) and 2 <= shards[-1], "killed before it wrote, or after its end"
+    assert shards and shards == sorted(shards) and shards[-1] >= 2, "killed before it wrote, or after its end"
     process = start_packing(folder, out)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and (
@@ -367,9 +368,16 @@ def test_packed_mapped_held_and_array_train_to_the_same_bits_on_one_and_two_proc
     last = np.ascontiguousarray(np.concatenate([arrays["train"], arrays["val"]]).transpose(0, 2, 3, 1))
     np.save(tmp_path / "nhwc.npy", np.concatenate([last, last, last]))
     jobs = [
-        {"preset": "denoising", "overrides": {**SMALL, "train.steps": 9, "data.name": name, "run_dir": str(tmp_path / f"{{}}-{run}")}}
-        for run, name in (("array", f"array:{tmp_path}/array.npz"), ("packed", str(packed)), ("nhwc", f"{tmp_path}/nhwc.npy"))
-    ]  # fmt: skip
+        {
+            "preset": "denoising",
+            "overrides": {**SMALL, "train.steps": 9, "data.name": name, "run_dir": str(tmp_path / f"{{}}-{run}")},
+        }
+        for run, name in (
+            ("array", f"array:{tmp_path}/array.npz"),
+            ("packed", str(packed)),
+            ("nhwc", f"{tmp_path}/nhwc.npy"),
+        )
+    ]
     jobs.append(
         {
             "preset": "denoising",
@@ -410,8 +418,10 @@ import threading, time
 peak, base = 0, 0
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-config = dist_ae.PRESETS["ae"].override({"data.name": sys.argv[1], "run_dir": sys.argv[2], "tracking.wandb": "off", "train.steps": 3,
-    "model.start": "random", "model.hidden_dims": (16,), "train.batch_size": 64, "train.save_every": 100, "train.eval_every": 100,
+config = dist_ae.PRESETS["ae"].override({"data.name": sys.argv[1], "run_dir": sys.argv[2], "tracking.wandb": "off",
+"train.steps": 3,
+    "model.start": "random", "model.hidden_dims": (16,), "train.batch_size": 64, "train.save_every": 100,
+    "train.eval_every": 100,
     "evaluation.batch_size": 50})
 import accelerate, dist_ae.trainer, dist_ae.figures
 base = anonymous()

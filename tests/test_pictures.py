@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import cut, make_folder, make_tar
+from PIL import Image
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.pictures import Form, braces, decode, open_source, scan
@@ -138,8 +138,12 @@ def test_a_folder_s_first_level_names_the_classes_and_what_is_no_picture_is_coun
         for i in range(6)
     }
     assert dict(source.ignored) == {
-        "hidden": 2, "not pictures": 1, "links that lead out of the folder": 1, "links to folders": 1, "not files": 1
-    }  # fmt: skip
+        "hidden": 2,
+        "not pictures": 1,
+        "links that lead out of the folder": 1,
+        "links to folders": 1,
+        "not files": 1,
+    }
 
 
 @pytest.mark.parametrize("held_out", ["val", "test"])
@@ -200,8 +204,8 @@ def test_hugging_face_data_is_read_from_a_saved_set_and_from_a_folder(
     make_folder(tmp_path / "plain", 6, sizes=False)
     plain = load(DataConfig(name=f"hf:{tmp_path / 'plain'}", cache=tmp_path / "cache"))
     assert (len(plain.train) + len(plain.val), plain.classes) == (6, ("flower", "temple"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="cannot be loaded"):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         open_source("hf:nobody/nothing-of-that-name")
 
 
@@ -213,7 +217,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_photos_are_in_colour_and_no_pixel_of_the_validation_is_trained_on() -> None:
     dataset = load(DataConfig(name="photos"))
-    assert dataset.image_shape == (3, 64, 64) and 2000 < len(dataset.train) < 9000 and 100 < len(dataset.val)
+    assert dataset.image_shape == (3, 64, 64) and 2000 < len(dataset.train) < 9000 and len(dataset.val) > 100
     assert load(DataConfig(name="photos")).fingerprint == dataset.fingerprint
     small = load(DataConfig(name="photos", image_size=16, channels="grey"))
     assert small.image_shape == (1, 16, 16)
@@ -299,7 +303,7 @@ def bad_sources(tmp_path: Path) -> dict[str, tuple[str, dict[str, object], str]]
         "settings of pictures for digits": ("digits", {"image_size": 9}, "leave it out"),
         "a name with a slip": ("fashionmnist", {}, "did you mean fashion_mnist"),
         "a NUL in the name": ("folder:\0", {}, "cannot be read|embedded null"),
-    }  # fmt: skip
+    }
 
 
 def test_bad_sources_are_refused_in_one_sentence_and_leave_nothing(tmp_path: Path) -> None:

@@ -18,13 +18,16 @@ NOISY_RANGE = (-2.0, 3.0)  # noise takes images on [0, 1] no further; what is ou
 
 
 def read_images(path: Path) -> Array:
-    """A user's images for a trained model: those of a .npy; of a .npz its ``images``, else its ``val``, else its only array.
+    """A user's images for a trained model: those of a .npy; of a .npz its ``images``, else its ``val``, else its only
+    array.
 
-    Layouts and types as for ``array:PATH``, but floats may leave [0, 1] as far as noise takes them. Returns [N, C, H, W], uint8 or
+    Layouts and types as for ``array:PATH``, but floats may leave [0, 1] as far as noise takes them. Returns [N, C, H,
+    W], uint8 or
     floats, memory-mapped where the file is.
 
     Raises:
-        InputError: naming the file: not there or not readable, several arrays, another layout or type, the first value out of range.
+        InputError: naming the file: not there or not readable, several arrays, another layout or type, the first value
+        out of range.
     """
     path = expand(path)
     arrays = _arrays(path)
@@ -52,19 +55,21 @@ def _arrays(path: Path) -> dict[str, Array]:
     except Exception as error:  # OSError, ValueError, zipfile.BadZipFile and what else a damaged archive raises
         if "Object arrays" in str(error) or "Python objects" in str(error):
             raise InputError(
-                f"{shown(path)}: holds objects, not one array of numbers; images of differing shapes? Bring them to one shape first"
+                f"{shown(path)}: holds objects, not one array of numbers; images of differing shapes? Bring them to "
+                "one shape first"
             ) from None
         # What is neither format numpy takes for a pickle, and its advice is to load it unsafely.
         reason = "it is in neither format" if "pickle" in str(error) else error
         raise InputError(f"{shown(path)}: not a readable .npy or .npz file ({reason})") from None
     other = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if other:
-        raise InputError(f"{shown(path)}: holds what is no array: {ascii(other[0])}")
+        raise InputError(f"{shown(path)}: holds what is no array: {other[0]!a}")
     return arrays
 
 
 def array_dataset(path: Path, val_fraction: float) -> Dataset:
-    """The images of a file, split as it says, else by ``val_fraction``. Nothing is copied: ``Reader`` decides what is held in memory."""
+    """The images of a file, split as it says, else by ``val_fraction``. Nothing is copied: ``Reader`` decides what is
+    held in memory."""
     arrays = _arrays(path)
     name = f"array:{path.name}"
     sampled = path.suffix == ".npy" and path.stat().st_size > SAMPLED_BYTES
@@ -72,7 +77,8 @@ def array_dataset(path: Path, val_fraction: float) -> Dataset:
         train, val = (Split(check_images(arrays[key], f"{shown(path)}[{key}]")) for key in ("train", "val"))
         if train.images.shape[1:] != val.images.shape[1:]:
             raise InputError(
-                f"{shown(path)}: train images {train.images.shape[1:]} and val images {val.images.shape[1:]} have differing shapes"
+                f"{shown(path)}: train images {train.images.shape[1:]} and val images {val.images.shape[1:]} have "
+                "differing shapes"
             )
         return Dataset(name, train, val, fingerprint(train, val))
     key = "images" if "images" in arrays else next(iter(arrays), None)
@@ -122,7 +128,8 @@ def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0)
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or 0 in images.shape:
         raise InputError(
-            f"{where}: expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with at least one, got shape {images.shape}"
+            f"{where}: expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with at least one, got shape "
+            f"{images.shape}"
         )
     if images.dtype == np.uint8:
         return images
@@ -135,6 +142,7 @@ def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0)
         if bad.any():
             first = tuple(int(i) for i in np.argwhere(bad)[0])
             raise InputError(
-                f"{where}: value {part[first]} at image {start + first[0]}, index {first[1:]}; expected floats on [0, 1] (divide by 255?)"
+                f"{where}: value {part[first]} at image {start + first[0]}, index {first[1:]}; expected floats on "
+                "[0, 1] (divide by 255?)"
             )
     return images if isinstance(images, np.memmap) else images.astype(np.float32, copy=False)

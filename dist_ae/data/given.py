@@ -45,8 +45,10 @@ def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
     """A user's images for a model of ``image_shape``.
 
     Args:
-        images: a path (a picture, a folder, .npy, .npz, a packed set; also ``folder:``, ``tar:``, ``hf:``, ``array:``, ``packed:``), a
-            PIL image, an array or tensor ([N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image), or a list of such.
+        images: a path (a picture, a folder, .npy, .npz, a packed set; also ``folder:``, ``tar:``, ``hf:``, ``array:``,
+            ``packed:``), a
+            PIL image, an array or tensor ([N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image), or a list of
+            such.
         config: the run's own settings, by which pictures get the model's size. Arrays are taken as they are.
 
     Raises:
@@ -235,7 +237,8 @@ def _decode_pictures(
 
 
 def file_names(one: Given) -> list[Path]:
-    """A relative path that ends in .png for each image: its own name where it has one, never one that leads elsewhere."""
+    """A relative path that ends in .png for each image: its own name where it has one, never one that leads
+    elsewhere."""
     if one.names is None:
         width = len(str(max(1, len(one.split) - 1)))
         return [Path(f"{index:0{width}d}.png") for index in range(len(one.split))]

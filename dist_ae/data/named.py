@@ -32,7 +32,8 @@ PHOTO_SIZE, LARGEST_PHOTO = 64, 256
 
 
 def photos(config: DataConfig) -> tuple[Split, Split]:
-    """Square patches of the two photographs that ship with scikit-learn, a temple and a flower, 427×640 pixels in colour.
+    """Square patches of the two photographs that ship with scikit-learn, a temple and a flower, 427×640 pixels in
+    colour.
 
     Training sees patches of the left part, validation those of the right part. No pixel is in both.
     """
@@ -54,7 +55,8 @@ def photos(config: DataConfig) -> tuple[Split, Split]:
             chosen = windows[:, ::stride, ::stride].transpose(1, 2, 0, 3, 4)
             parts.append(chosen.reshape(-1, len(picture), size, size))
         patches = np.concatenate(parts)
-        # Neighbours overlap; in a fixed order of chance the first dozen, which a run's pictures show, are of everything.
+        # Neighbours overlap; in a fixed order of chance the first dozen, which a run's pictures show, are of
+        # everything.
         return Split(patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0)).numpy()])
 
     return patches(0, border, max(1, size // 8)), patches(border, 640, max(1, size // 4))
@@ -155,7 +157,8 @@ def _find(
                 download()
                 paths = look()
     except Exception as error:  # whatever a download can raise: no network, no space, a wrong checksum
-        reason = f"the download failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
+        first = next(iter(str(error).splitlines()), "no reason given")
+        reason = f"the download failed ({type(error).__name__}: {first})"
     else:
         reason = "the download did not bring them"
     if paths is not None:
@@ -166,7 +169,8 @@ def _find(
         "--data.name digits (embedded)",
     ]
     raise InputError(
-        f"no files of {config.name} found: looked in {', '.join(map(str, places))}; {reason}. Ways out: {'; or '.join(options)}"
+        f"no files of {config.name} found: looked in {', '.join(map(str, places))}; {reason}. Ways out: "
+        f"{'; or '.join(options)}"
     )
 
 
@@ -197,6 +201,7 @@ def read_idx(path: Path, dims: int) -> Array:
     expected = header + int(np.prod(shape, dtype=object))
     if len(data) != expected or 0 in shape:
         raise InputError(
-            f"{path}: the header says {' × '.join(map(str, shape))}, so {expected} bytes with at least one image, got {len(data)}"
+            f"{path}: the header says {' × '.join(map(str, shape))}, so {expected} bytes with at least one image, "
+            f"got {len(data)}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

@@ -15,7 +15,8 @@ def epoch_order(
 ) -> Tensor:
     """The permutation [num_images] of an epoch: a pure function, so resuming anywhere is arithmetic.
 
-    With ``window``, the shards (of ``shards`` images each) are permuted, then the images within each group of ``window`` shards:
+    With ``window``, the shards (of ``shards`` images each) are permuted, then the images within each group of
+    ``window`` shards:
     only so many shards are read from at a time, which a slow disk or network needs.
     """
     generator = torch.Generator().manual_seed(keyed_seed(seed, "order", epoch))
@@ -34,7 +35,8 @@ def epoch_order(
 
 
 def share(rows: range, rank: int, world: int) -> range:
-    """The contiguous part of ``rows`` that is this process's. The first parts are full, so a short batch leaves the last ones short or empty."""
+    """The contiguous part of ``rows`` that is this process's. The first parts are full, so a short batch leaves the
+    last ones short or empty."""
     size = -(-len(rows) // world)
     start = min(rows.start + rank * size, rows.stop)
     return range(start, min(start + size, rows.stop))

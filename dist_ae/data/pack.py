@@ -1,7 +1,10 @@
-"""Pictures packed once into fixed-size bytes: shards that training maps into memory, and a manifest that says what they are.
+"""Pictures packed once into fixed-size bytes: shards that training maps into memory, and a manifest that says what
+they are.
 
-A packed set is a folder: ``manifest.json`` and per shard ``images-00000.npy`` (uint8 [n, C, H, W]), ``labels-00000.npy`` (int64 [n], -1
-where there is none), ``keys-00000.npy`` (uint64 [n], where a picture lies on [0, 2^64): what is below the validation fraction is held
+A packed set is a folder: ``manifest.json`` and per shard ``images-00000.npy`` (uint8 [n, C, H, W]),
+``labels-00000.npy`` (int64 [n], -1
+where there is none), ``keys-00000.npy`` (uint64 [n], where a picture lies on [0, 2^64): what is below the validation
+fraction is held
 out) and ``names-00000.json``. Imports no torch.
 """
 
@@ -97,9 +100,11 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
 
 
 def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: int | None = None) -> Manifest:
-    """Packs a source into the folder ``out``; where that is done already, by this or another process, nothing is done again.
+    """Packs a source into the folder ``out``; where that is done already, by this or another process, nothing is done
+    again.
 
-    Killed at any time, the same call resumes after the last whole shard. Processes that want the same set wait for the one that packs.
+    Killed at any time, the same call resumes after the last whole shard. Processes that want the same set wait for the
+    one that packs.
 
     Args:
         config: image size, fit, channels, background, and what to do about pictures that cannot be read.
@@ -107,7 +112,8 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
         shard_bytes: most bytes of images in a shard.
 
     Raises:
-        InputError: pictures that cannot be read or differ in size, no room, no permission, a source that changes meanwhile.
+        InputError: pictures that cannot be read or differ in size, no room, no permission, a source that changes
+        meanwhile.
     """
     wanted = Manifest(
         format=FORMAT,
@@ -129,7 +135,8 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
         raise _no_room(error, out, config) from None
     except BrokenProcessPool:
         raise InputError(
-            f"{what}: a process that decodes pictures was killed, most likely for lack of memory; the same command resumes"
+            f"{what}: a process that decodes pictures was killed, most likely for lack of memory; the same command "
+            "resumes"
         ) from None
     manifest = read_manifest(out)
     if (manifest.identity, manifest.settings) != (wanted.identity, wanted.settings):
@@ -201,7 +208,8 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
             if done.unreadable
             else f"{what}: no pictures in it"
         )
-    # Pictures that cannot be read are refused after all are packed: the message counts them, and `skip` has nothing left to do.
+    # Pictures that cannot be read are refused after all are packed: the message counts them, and `skip` has nothing
+    # left to do.
     refuse_unreadable(what, done.unreadable, done.read, done.reasons, config)
     write_atomically(partial / MANIFEST, _json(done))
     (partial / PROGRESS).unlink()
@@ -219,7 +227,8 @@ def _write_all(
     if channels != "auto":
         return _write_shards(source, partial, done, form_of(config, channels), what)
     if done.image_shape is None:
-        # Most sets are all grey or all in colour, so the first pictures tell; a wrong guess costs what was packed until then.
+        # Most sets are all grey or all in colour, so the first pictures tell; a wrong guess costs what was packed
+        # until then.
         contents = [picture.content for picture in itertools.islice(source.pictures(), INLINE)]
         colour = any(result is None for result in decode_all(contents, form_of(config, "grey", (1, 1), True)))
     else:
@@ -293,7 +302,8 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
                     _check_room(partial, source.count, result.nbytes)
                 elif result.shape != done.image_shape:
                     raise InputError(
-                        f"{what}: {shown(picture.name)} is {_size(result.shape)}, and pictures before it are {_size(done.image_shape)}; "
+                        f"{what}: {shown(picture.name)} is {_size(result.shape)}, and pictures before it are "
+                        f"{_size(done.image_shape)}; "
                         "give them one size with --data.image-size S (of `dist-ae pack`: --image-size S)"
                     )
                 if shard is None:
@@ -316,7 +326,8 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def key_of(picture: Picture) -> int:
-    """Where a picture lies on [0, 2^64): a hash of its name, so that pictures that come later move none to the other side."""
+    """Where a picture lies on [0, 2^64): a hash of its name, so that pictures that come later move none to the other
+    side."""
     if picture.split is not None:
         return VAL_KEY if picture.split == "val" else TRAIN_KEY
     digest = hashlib.blake2b(picture.name.encode(errors="surrogateescape"), digest_size=8).digest()
@@ -418,7 +429,8 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-# ------------------------------------------------------------------------------------------------- processes that decode
+# ------------------------------------------------------------------------------------------------- processes that
+# decode
 
 
 def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
@@ -453,7 +465,8 @@ def _delivered(chunk: list[Picture], future: Future[list[Decoded]]) -> Iterator[
 
 
 def _begin() -> None:
-    """Starts a decoding process: Ctrl-C is its parent's to handle, and it does not outlive it, however that one ends."""
+    """Starts a decoding process: Ctrl-C is its parent's to handle, and it does not outlive it, however that one
+    ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -467,7 +480,8 @@ def _begin() -> None:
 
 class _Process(SpawnProcess):
     def start(self) -> None:
-        # A spawned process imports the main script again, which would train again where it does so without a __main__ guard.
+        # A spawned process imports the main script again, which would train again where it does so without a __main__
+        # guard.
         # What decodes needs nothing of it.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -586,7 +600,8 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     """The images of packed sets, one after the other, memory-mapped.
 
     Raises:
-        InputError: a file of a set is missing or short; sets of differing shapes; settings that the sets were not packed with.
+        InputError: a file of a set is missing or short; sets of differing shapes; settings that the sets were not
+        packed with.
     """
     parts: list[Array] = []
     labels: list[Array] = []
@@ -640,14 +655,16 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
     for key, value in given.items():
         if value is not None and manifest.settings.get(key) not in (None, value):
             raise InputError(
-                f"{shown(folder)} was packed with {key} {manifest.settings.get(key)}, not {value}; leave --data.{key.replace('_', '-')} out, or pack again"
+                f"{shown(folder)} was packed with {key} {manifest.settings.get(key)}, not {value}; leave "
+                f"--data.{key.replace('_', '-')} out, or pack again"
             )
 
 
 def _open_shard(
     folder: Path, number: int, shard: ShardRecord, image_shape: tuple[int, int, int]
 ) -> tuple[Array, Array, Array]:
-    """A shard's images, mapped, with their labels and keys. Compares sizes, not every byte: `dist-ae doctor` does that."""
+    """A shard's images, mapped, with their labels and keys. Compares sizes, not every byte: `dist-ae doctor` does
+    that."""
     way_out = "; restore it from a copy, or pack again"
     loaded = {}
     for kind, dtype, shape in (
@@ -701,7 +718,8 @@ def pack_source(name: str, out: Path, config: DataConfig, shard_bytes: int | Non
 
 
 def cached(name: str, source: Source, config: DataConfig, cache: Path) -> Path:
-    """The packed form of a source in a cache, packed now if it is not there. Other pictures or settings have another place."""
+    """The packed form of a source in a cache, packed now if it is not there. Other pictures or settings have another
+    place."""
     key = hashlib.sha256(json.dumps([FORMAT, source.identity, settings_of(config)]).encode()).hexdigest()[:16]
     stem = (
         re.sub(r"[^\w.-]+", "-", shown(name).rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.")[:40]

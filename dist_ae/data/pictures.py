@@ -119,7 +119,8 @@ Entry = tuple[str, int, int]  # relative name, bytes, nanoseconds of the last ch
 
 
 def scan(root: str) -> tuple[list[Entry], Counter[str]]:
-    """The pictures below a folder, sorted by name, and how much of what else was ignored. Opens no file: 10^5 take about 1 s."""
+    """The pictures below a folder, sorted by name, and how much of what else was ignored. Opens no file: 10^5 take
+    about 1 s."""
     found: list[Entry] = []
     ignored: Counter[str] = Counter()
     pending, real = [""], os.path.realpath(root)
@@ -366,7 +367,8 @@ def _formed(image: Image.Image, form: Form) -> Array:
         raise ColourMet
     extent = None
     if form.size is not None:
-        # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost; twice the size leaves the filter its work.
+        # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost; twice the size leaves the filter its
+        # work.
         drafted = image.draft("", (2 * max(form.size), 2 * max(form.size)))
         extent = drafted and drafted[1][2:]  # without the rest of the last blocks
     image.load()

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, span, stored_order
+from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
 
 SHARE_OF_MEMORY = (
     0.5  # of what is free, for images held in memory: the rest is for weights, activations and other programs
@@ -24,7 +24,8 @@ SHARE_OF_MEMORY = (
 class Reader:
     """Images of a split on a device, as floats on [0, 1]. The same values wherever they are read from.
 
-    A split that fits lives on the device in its stored type and is indexed there. A larger one is read batch by batch from the
+    A split that fits lives on the device in its stored type and is indexed there. A larger one is read batch by batch
+    from the
     file that it is mapped from; a thread can gather the next batch in the meantime (``then`` of ``take``).
 
     ``resident`` is the split on the device, or None; ``held`` says in words what was chosen.
@@ -63,7 +64,8 @@ class Reader:
         """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1].
 
         Args:
-            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. A hint: a next call
+            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. A hint:
+                a next call
                 with other rows gets those.
 
         Raises:
@@ -100,7 +102,10 @@ class Reader:
 
 def _collect(split: Split, index: Array, axes: tuple[int, ...], pin: bool) -> Tensor:
     """Images at positions ``index``, with their axes as they are stored."""
-    images = _tensor(gather(split.images, index if split.rows is None else split.rows[index]), axes)
+    rows = index if split.rows is None else split.rows[index]
+    if is_mapped(split.images):
+        read_ahead(split.images, rows)
+    images = _tensor(gather(split.images, rows), axes)
     return images.pin_memory() if pin else images
 
 
@@ -125,7 +130,8 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process can still have: what the machine has free, what its control groups (v1 and v2) leave, and `ulimit -v`."""
+    """Bytes that this process can still have: what the machine has free, what its control groups (v1 and v2) leave,
+    and `ulimit -v`."""
     free: int = psutil.virtual_memory().available
     with contextlib.suppress(OSError):
         for line in cgroup.read_text().splitlines():
@@ -142,7 +148,8 @@ def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
 
 
 def _group_free(root: Path, path: str, limit: str, used: str, cache: str) -> list[int]:
-    """What each control group from this process's up to the root leaves; file pages that can be dropped count as free."""
+    """What each control group from this process's up to the root leaves; file pages that can be dropped count as
+    free."""
     free = []
     group = root / path.strip("/")
     for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):

@@ -25,7 +25,8 @@ def load(config: DataConfig) -> Dataset:
     """The dataset a configuration names. Pictures are packed into the cache first, where they are not yet.
 
     Raises:
-        InputError: an unknown name; no source found (every place tried, each way out); a file that is not what it should be.
+        InputError: an unknown name; no source found (every place tried, each way out); a file that is not what it
+        should be.
     """
     name = with_prefix(config.name)
     if name.startswith(PREFIXES):
@@ -41,7 +42,8 @@ def load(config: DataConfig) -> Dataset:
         near = difflib.get_close_matches(name, NAMED, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(
-            f"unknown dataset {shown(name)!r}: {hint}expected {', '.join(NAMED)}, folder:PATH, tar:PATTERN, hf:NAME, packed:PATH, "
+            f"unknown dataset {shown(name)!r}: {hint}expected {', '.join(NAMED)}, folder:PATH, tar:PATTERN, hf:NAME, "
+            "packed:PATH, "
             "array:PATH, or the path of a folder, array file or packed set"
         )
     if config.root is not None and not config.root.is_dir():
@@ -49,7 +51,8 @@ def load(config: DataConfig) -> Dataset:
     train, val = NAMED[name](config)
     if train.images.shape[1:] != val.images.shape[1:]:
         raise InputError(
-            f"{name}: training images {train.images.shape[1:]} and test images {val.images.shape[1:]} have differing shapes"
+            f"{name}: training images {train.images.shape[1:]} and test images {val.images.shape[1:]} have differing "
+            "shapes"
         )
     return Dataset(name, train, val, fingerprint(train, val))
 
@@ -70,5 +73,6 @@ def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
     for key in ("image_size", "fit", "channels", "background"):
         if getattr(config, key) is not None and key not in but:
             raise InputError(
-                f"data.{key} is about pictures (folder:, tar:, hf: and photos), and {shown(config.name)} is none; leave it out"
+                f"data.{key} is about pictures (folder:, tar:, hf: and photos), and {shown(config.name)} is none; "
+                "leave it out"
             )

@@ -61,9 +61,12 @@ def evaluate_run(
         runtime.close()
 
 
-# ---------------------------------------------------------------------------------------------- what is written to files
-# Each loads a run, applies its model to the user's images or else to the run's validation images, writes and returns a path.
-# All raise InputError: no such run; images that are not there, not readable or not the model's; a place that cannot be written.
+# ---------------------------------------------------------------------------------------------- what is written to
+# files
+# Each loads a run, applies its model to the user's images or else to the run's validation images, writes and returns a
+# path.
+# All raise InputError: no such run; images that are not there, not readable or not the model's; a place that cannot be
+# written.
 
 
 def reconstruct_run(
@@ -73,7 +76,8 @@ def reconstruct_run(
     which: Which = "last",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes reconstructions: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
+    """Writes reconstructions: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their
+    reconstructions; or a
     folder, a .png for each image."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "reconstructions.npy", (".npy", ".png", ""), images)
@@ -89,7 +93,8 @@ def denoise_run(
     data_root: Path | None = None,
     noise_std: float | None = None,
 ) -> Path:
-    """Writes noisy images denoised, as ``reconstruct_run`` does; validation images get noise first, as at an evaluation.
+    """Writes noisy images denoised, as ``reconstruct_run`` does; validation images get noise first, as at an
+    evaluation.
 
     Args:
         noise_std: noise to add, on [0, 1] pixels; None adds none to ``images``, and the run's own to validation images.
@@ -138,7 +143,8 @@ def _write_reconstructions(
 
 
 def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "last") -> Path:
-    """Writes ``num`` new images of a variational run: .png, eight in a row, or .npy, float32 [num, C, H, W] on [0, 1]."""
+    """Writes ``num`` new images of a variational run: .png, eight in a row, or .npy, float32 [num, C, H, W] on [0,
+    1]."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "samples.png", (".png", ".npy"))
     if out.suffix == ".png" and num > TILES * SAMPLE_COLUMNS:
@@ -158,7 +164,8 @@ def interpolate_run(
     which: Which = "last",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or .npy, float32
+    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or
+    .npy, float32
     [pairs, steps, C, H, W] on [0, 1]."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
@@ -190,7 +197,8 @@ def embed_run(
     which: Which = "last",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes codes, of a variational model their means: .npy, float32 [N, latent_dim], or .csv or .parquet with the images' paths."""
+    """Writes codes, of a variational model their means: .npy, float32 [N, latent_dim], or .csv or .parquet with the
+    images' paths."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"), images)
     one = _given(trained, images, data_root)
@@ -207,7 +215,8 @@ def score_run(
     which: Which = "last",
     data_root: Path | None = None,
 ) -> tuple[Path, Tensor, Literal["neg_elbo", "mse"], list[str] | None]:
-    """Writes scores, high where the model expects an image little: .npy, float32 [N], or .csv or .parquet with the images' paths.
+    """Writes scores, high where the model expects an image little: .npy, float32 [N], or .csv or .parquet with the
+    images' paths.
 
     Returns them too, which figure they are, and the images' paths where they have some.
     """
@@ -221,7 +230,8 @@ def score_run(
 
 
 def export_run(run_dir: Path, out: Path | None = None, which: Which = "last") -> Path:
-    """Writes the deterministic model (see ``TrainedModel.export``) for ``torch.export.load``: a .pt2 that needs torch and nothing of this package."""
+    """Writes the deterministic model (see ``TrainedModel.export``) for ``torch.export.load``: a .pt2 that needs torch
+    and nothing of this package."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "model.pt2", (".pt2",))
     program = io.BytesIO()
@@ -246,7 +256,8 @@ def _given(trained: TrainedModel, images: Path | str | None, data_root: Path | N
 def _destination(
     run_dir: Path, out: Path | None, name: str, suffixes: tuple[str, ...], images: Path | str | None = None
 ) -> Path:
-    """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed. The suffix "" is a folder's."""
+    """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed. The suffix "" is a
+    folder's."""
     if out is None:
         return run_dir / name
     out = expand(out)

@@ -25,9 +25,12 @@ Which = Literal["last", "best"]
 class TrainedModel:
     """A trained autoencoder.
 
-    Images go in as a path (a picture, a folder, an array file, a packed set), a PIL image, a list of paths or of PIL images, or an
-    array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image. Pictures get the
-    model's size by the run's own data settings; arrays must have it. Results are float32 tensors on the CPU, a row an image.
+    Images go in as a path (a picture, a folder, an array file, a packed set), a PIL image, a list of paths or of PIL
+    images, or an
+    array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image.
+    Pictures get the
+    model's size by the run's own data settings; arrays must have it. Results are float32 tensors on the CPU, a row an
+    image.
     """
 
     def __init__(self, model: Autoencoder, config: Config, device: torch.device | str = "cpu") -> None:
@@ -44,7 +47,8 @@ class TrainedModel:
         return self._map(lambda x, rows: self.model.encode(x)[0], images, batch_size)
 
     def score(self, images: Images, batch_size: int = 1000) -> Tensor:
-        """How little the model expects each image, [N]: the negative ELBO in nats of a variational model (one ε keyed by the image's
+        """How little the model expects each image, [N]: the negative ELBO in nats of a variational model (one ε keyed
+        by the image's
         place in the call), else the squared error per pixel on [0, 1]."""
 
         def score(x: Tensor, rows: range) -> Tensor:
@@ -74,7 +78,8 @@ class TrainedModel:
         return self.decode(code)
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:
-        """Decoded codes on the straight line from each first image's code to its second's, [N, steps, C, H, W] on [0, 1].
+        """Decoded codes on the straight line from each first image's code to its second's, [N, steps, C, H, W] on [0,
+        1].
 
         The lines begin and end in the reconstructions of the two images.
 
@@ -102,7 +107,8 @@ class TrainedModel:
         return given(images, self.config.data, (channels, height, width))
 
     def export(self) -> torch.export.ExportedProgram:
-        """The deterministic model as one program for any number of images: floats [N, C, H, W] on [0, 1] → reconstruction, clamped to [0, 1], and
+        """The deterministic model as one program for any number of images: floats [N, C, H, W] on [0, 1] →
+        reconstruction, clamped to [0, 1], and
         (mean) code [N, latent_dim]."""
         example = torch.zeros(2, *self.model.image_shape, device=self.device)
         program = torch.export.export(
