@@ -264,8 +264,8 @@ def test_what_is_no_file_of_arrays_is_refused(tmp_path: Path) -> None:
         f"array:{tmp_path}/huge.npy": "not a readable",
         f"{tmp_path}/text.npy": "neither format",
         "array:": "not a file|no such file",
-        "array:a\0b": "no such file",
-        "a\0b": "unknown dataset",
+        "array:a\0b": "cannot hold a NUL",
+        "a\0b": "cannot hold a NUL",
         "fashionmnist": "did you mean fashion_mnist",
     }.items():
         with pytest.raises(InputError, match=expected) as error:

@@ -302,7 +302,7 @@ def bad_sources(tmp_path: Path) -> dict[str, tuple[str, dict[str, object], str]]
         "no colour": (whole, {"background": "no-colour"}, r"data\.background"),
         "settings of pictures for digits": ("digits", {"image_size": 9}, "leave it out"),
         "a name with a slip": ("fashionmnist", {}, "did you mean fashion_mnist"),
-        "a NUL in the name": ("folder:\0", {}, "cannot be read|embedded null"),
+        "a NUL in the name": ("folder:\0", {}, "cannot hold a NUL"),
     }
 
 
@@ -327,7 +327,7 @@ def test_names_that_are_not_utf_8_are_kept_and_can_be_printed(tmp_path: Path) ->
         file.write(b"x")
     with pytest.raises(InputError, match=r"temple/\\xff\\xfe") as error:
         load(DataConfig(name=f"folder:{root}", cache=tmp_path / "cache"))
-    str(error.value).encode()
+    assert str(error.value).isprintable()
 
 
 def test_a_folder_of_many_files_is_only_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import types
 from collections import deque
@@ -126,6 +127,8 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
     try:
         if not (out / MANIFEST).exists():
             out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out.parent):  # said at once: a lock that cannot be made is waited for
+                pass
             lock_path = out.with_name(f".{out.name}.lock")
             with _only_one(lock_path, what):
                 if not (out / MANIFEST).exists():
@@ -133,6 +136,10 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
             lock_path.unlink(missing_ok=True)  # whoever still waits for it finds the packed set
     except OSError as error:
         raise _no_room(error, out, config) from None
+    except NotImplementedError:
+        raise InputError(
+            f"{shown(out.parent)}: this file system has no locks; pack on another one, and copy the packed set here"
+        ) from None
     except BrokenProcessPool:
         raise InputError(
             f"{what}: a process that decodes pictures was killed, most likely for lack of memory; the same command "

@@ -52,8 +52,9 @@ class Source:
 
 
 def shown(name: str | Path) -> str:
-    """A name that can be printed on any terminal: bytes that are no UTF-8 as \\xNN."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """A name that can be printed on one line: bytes that are no UTF-8 as \\xNN, and what is not printable escaped."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def open_source(name: str) -> Source:
@@ -73,7 +74,9 @@ def open_source(name: str) -> Source:
 
 
 def expand(path: str | Path) -> Path:
-    """``~`` replaced. Raises InputError for a user that does not exist."""
+    """``~`` replaced. Raises InputError for a user that does not exist, and for what can be no path."""
+    if "\0" in os.fspath(path):
+        raise InputError(f"{shown(path)}: a path cannot hold a NUL")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -59,7 +59,7 @@ def load(config: DataConfig) -> Dataset:
 
 def with_prefix(name: str) -> str:
     """A bare path with what it is before it: folder, packed, array or tar. Any other name as it is."""
-    if name in NAMED or name.startswith((*PREFIXES, "packed:", "array:")) or "\0" in name:
+    if name in NAMED or name.startswith((*PREFIXES, "packed:", "array:")):
         return name
     path = expand(name)
     if os.path.isdir(path):
@@ -67,6 +67,14 @@ def with_prefix(name: str) -> str:
     if os.path.exists(path):
         return f"{'tar' if name.endswith(('.tar', '.tar.gz', '.tgz')) else 'array'}:{name}"
     return name
+
+
+def absolute(name: str) -> str:
+    """The same source from whatever folder it is named: paths made absolute, other names as they are."""
+    name = with_prefix(name)
+    prefix, _, path = name.partition(":")
+    is_path = prefix in ("folder", "tar", "packed", "array") or (prefix == "hf" and expand(path).is_dir())
+    return f"{prefix}:{os.path.abspath(expand(path))}" if path and is_path else name
 
 
 def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
