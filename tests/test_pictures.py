@@ -129,6 +129,9 @@ def test_a_folder_s_first_level_names_the_classes_and_what_is_no_picture_is_coun
     (root / "in.png").symlink_to(root / "top.png")
     (root / "loop").symlink_to(root, target_is_directory=True)
     os.mkfifo(root / "pipe.png")
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "gone.png").symlink_to(root / "nothing.png")
+    (root / "self").symlink_to(root / "self")
     source = open_source(f"folder:{root}")
     labels = {picture.name: picture.label for picture in source.pictures()}
     assert labels.pop("top.png") is None and labels.pop("in.png") is None
@@ -139,10 +142,10 @@ def test_a_folder_s_first_level_names_the_classes_and_what_is_no_picture_is_coun
     }
     assert dict(source.ignored) == {
         "hidden": 2,
-        "not pictures": 1,
+        "not pictures": 2,
         "links that lead out of the folder": 1,
         "links to folders": 1,
-        "not files": 1,
+        "not files": 3,
     }
 
 

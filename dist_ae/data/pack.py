@@ -38,7 +38,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.pictures import Decoded, Form, Picture, Source, decode_all, form_of, open_source, shown
+from dist_ae.data.pictures import Decoded, Form, Picture, Source, decode_all, expand, form_of, open_source, shown
 from dist_ae.data.records import Array, Dataset, Shards, Split
 from dist_ae.files import sync_folder, write_atomically
 
@@ -101,8 +101,7 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
 
 
 def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: int | None = None) -> Manifest:
-    """Packs a source into the folder ``out``; where that is done already, by this or another process, nothing is done
-    again.
+    """Packs a source into the folder ``out``, unless this or another process has done that already.
 
     Killed at any time, the same call resumes after the last whole shard. Processes that want the same set wait for the
     one that packs.
@@ -113,8 +112,7 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
         shard_bytes: most bytes of images in a shard.
 
     Raises:
-        InputError: pictures that cannot be read or differ in size, no room, no permission, a source that changes
-        meanwhile.
+        InputError: pictures that cannot be read or differ in size, no room, no permission, a source that changes.
     """
     wanted = Manifest(
         format=FORMAT,
@@ -140,11 +138,6 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
         raise InputError(
             f"{shown(out.parent)}: this file system has no locks; pack on another one, and copy the packed set here"
         ) from None
-    except BrokenProcessPool:
-        raise InputError(
-            f"{what}: a process that decodes pictures was killed, most likely for lack of memory; the same command "
-            "resumes"
-        ) from None
     manifest = read_manifest(out)
     if (manifest.identity, manifest.settings) != (wanted.identity, wanted.settings):
         raise InputError(f"{shown(out)} holds other pictures or settings: remove it, or give another name")
@@ -157,11 +150,11 @@ def _no_room(error: OSError, out: Path, config: DataConfig) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(
             f"{shown(out)}: the disk is full; make room there and run the same command again, which resumes, "
-            "or give another place with --data.cache DIR"
+            "or give another place: --data.cache DIR, or another OUT of `dist-ae pack`"
         )
     return InputError(
-        f"{where}: cannot be written ({error.strerror or error}); give another place with --data.cache DIR, or pack "
-        "where there is one with `dist-ae pack SOURCE OUT` and train from packed:OUT"
+        f"{where}: cannot be written ({error.strerror or error}); give another place: --data.cache DIR, or OUT of "
+        "`dist-ae pack SOURCE OUT` with --data.name packed:OUT"
     )
 
 
@@ -201,6 +194,8 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
     _say(f"packing {count}pictures of {what} into {shown(out)}")
     try:
         done = _write_all(source, partial, done, wanted, config, what)
+    except DecoderKilled:
+        raise
     except InputError:  # other pictures or settings are needed, for which nothing here is of use
         _remove(partial)
         raise
@@ -215,8 +210,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
             if done.unreadable
             else f"{what}: no pictures in it"
         )
-    # Pictures that cannot be read are refused after all are packed: the message counts them, and `skip` has nothing
-    # left to do.
+    # Unreadable pictures are refused after all are packed: the message counts them, and `skip` has nothing left to do.
     refuse_unreadable(what, done.unreadable, done.read, done.reasons, config)
     write_atomically(partial / MANIFEST, _json(done))
     (partial / PROGRESS).unlink()
@@ -259,7 +253,8 @@ def refuse_unreadable(
         more = ", …" if unreadable > len(reasons) else ""
         of = f"{unreadable:,} of {read:,} pictures"
         raise InputError(
-            f"{what}: {of} cannot be read ({first}{more}); mend or remove them, or add --data.corrupt skip"
+            f"{what}: {of} cannot be read ({first}{more}); mend or remove them, or add --data.corrupt skip "
+            "(of `dist-ae pack`: --corrupt skip)"
         )
 
 
@@ -440,6 +435,10 @@ def _remove(folder: Path) -> None:
 # decode
 
 
+class DecoderKilled(InputError):
+    """What is packed so far stays of use."""
+
+
 def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
     """Each picture and what became of it, in order, decoded on all cores with a bounded number of them under way."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -458,6 +457,11 @@ def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Itera
                 yield from _delivered(*pending.popleft())
         while pending:
             yield from _delivered(*pending.popleft())
+    except BrokenProcessPool:
+        raise DecoderKilled(
+            "a process that decodes pictures was killed, most likely for lack of memory; the same command goes on "
+            "from there"
+        ) from None
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -592,7 +596,7 @@ def packed_sets(pattern: str) -> list[Path]:
     """The packed sets that a path or a pattern with braces and globs names, in the order of their names."""
     import glob
 
-    from dist_ae.data.pictures import braces, expand
+    from dist_ae.data.pictures import braces
 
     whole = expand(pattern)
     if whole.exists():
@@ -721,6 +725,9 @@ def packed_names(folder: Path, manifest: Manifest) -> list[str]:
 
 def pack_source(name: str, out: Path, config: DataConfig, shard_bytes: int | None = None) -> Manifest:
     """``dist-ae pack``: packs ``folder:``, ``tar:``, ``hf:`` or a bare path into ``out``."""
+    out = Path(os.path.abspath(expand(out)))
+    if not out.name:
+        raise InputError(f"{out}: name a folder to make")
     return pack(open_source(name), out, config, shown(name), shard_bytes)
 
 

@@ -138,10 +138,11 @@ def scan(root: str) -> tuple[list[Entry], Counter[str]]:
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(f"{prefix}{name}/")
                     elif name.rpartition(".")[2].lower() not in EXTENSIONS:
-                        ignored["links to folders" if entry.is_dir() else "not pictures"] += 1
+                        is_link = entry.is_symlink() and os.path.isdir(entry.path)
+                        ignored["links to folders" if is_link else "not pictures"] += 1
                     elif entry.is_symlink() and not os.path.realpath(entry.path).startswith(real + os.sep):
                         ignored["links that lead out of the folder"] += 1
-                    elif not entry.is_file():
+                    elif not (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()):
                         ignored["not files"] += 1
                     else:
                         stat = entry.stat()
