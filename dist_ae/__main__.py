@@ -279,11 +279,7 @@ def pack(
     from dist_ae.data.pack import pack_source
 
     config = DataConfig(image_size=image_size, fit=fit, channels=channels, background=background, corrupt=corrupt)
-    try:
-        manifest = pack_source(source, out, config)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from there", EXIT_STOPPED)
-        raise
+    manifest = pack_source(source, out, config)
     sizes = [record.bytes for shard in manifest.shards for record in shard.files.values()]
     skipped = f", {manifest.unreadable:,} skipped that cannot be read" if manifest.unreadable else ""
     ignored = "".join(f", {count:,} ignored: {what}" for what, count in manifest.ignored.items())

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from conftest import SMALL, environment, forked, run, train_jobs, weights
 from pictures import cut, make_folder, photographs
 
+import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import pack, reader
 from dist_ae.data.order import epoch_order
@@ -50,6 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 PACK = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from dist_ae.config import DataConfig
 from dist_ae.data import pack
@@ -288,6 +291,17 @@ def test_free_memory_counts_control_groups_of_both_versions(tmp_path: Path) -> N
     assert free_memory(tmp_path / "none", tmp_path) > 2**24
 
 
+def test_free_memory_counts_what_ulimit_leaves() -> None:
+    code = """
+import resource, psutil
+from dist_ae.data.reader import free_memory
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**26,) * 2)
+print("FREE", free_memory())
+"""
+    ((status, out, err),) = run(1, "-c", code)
+    assert status == 0 and 0 < int(out.rpartition("FREE")[2]) <= 2**26, err
+
+
 def test_a_window_is_a_permutation_that_keeps_to_groups_of_shards() -> None:
     shards = (40, 7, 1, 52, 30, 70)
     assert torch.equal(epoch_order(3, 5, 200), epoch_order(3, 5, 200, shards, None))
@@ -413,6 +427,7 @@ import dist_ae
 from dist_ae.data import reader
 if sys.argv[3] == "mapped":
     reader.SHARE_OF_MEMORY = 0
+from collections.abc import Iterator
 from pathlib import Path
 import threading, time
 peak, base = 0, 0
@@ -459,6 +474,34 @@ def test_memory_is_the_file_once_where_it_is_held_and_a_constant_where_it_is_map
 
 def _leave(contents: object, form: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_packing_before_training_and_the_same_command_goes_on(
+    folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real = pack.decoded
+
+    def decode_and_signal(*arguments: object) -> Iterator[object]:
+        for count, each in enumerate(real(*arguments)):  # type: ignore[arg-type]
+            if count == 150:
+                os.kill(os.getpid(), number)
+            yield each
+
+    monkeypatch.setattr(pack, "SHARD_BYTES", SHARD)
+    overrides = {**SMALL, "data.name": f"folder:{folder}", "data.image_size": 24, "data.cache": tmp_path / "cache"}
+    config = PRESETS["ae"].override({**overrides, "train.steps": 2, "run_dir": tmp_path / "run"})
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "decoded", decode_and_signal)
+        with pytest.raises(pack.PackingStopped, match="the same command goes on") as error:
+            dist_ae.train(config)
+    assert error.value.exit_status == 75 and signal.getsignal(number) is before
+    (partial,) = (tmp_path / "cache" / "packed").glob("*.partial")
+    assert len(json.loads((partial / "progress.json").read_text())["shards"]) == 2
+    assert dist_ae.train(config).steps == 2
+    (whole,) = (tmp_path / "cache" / "packed").glob("pictures-*")
+    assert contents(whole) == contents(packed)
 
 
 def test_a_pool_that_is_killed_is_told_in_one_sentence(

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import types
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -49,7 +49,14 @@ INLINE = 64  # so few pictures are decoded before a process has started
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json"}
 VAL_KEY, TRAIN_KEY = 0, 2**64 - 1  # the keys of pictures whose source says on which side they are
+Check = Callable[[], None]  # raises where a signal asked to stop
 NAMED = 5  # unreadable pictures that are named
+
+
+class PackingStopped(Exception):
+    """A signal stopped the packing; what is packed so far is kept and the same command goes on from there."""
+
+    exit_status = 75  # EX_TEMPFAIL
 
 
 class FileRecord(BaseModel):
@@ -128,9 +135,9 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
             with tempfile.TemporaryFile(dir=out.parent):  # said at once: a lock that cannot be made is waited for
                 pass
             lock_path = out.with_name(f".{out.name}.lock")
-            with _only_one(lock_path, what):
+            with _obeying_signals(what) as check, _only_one(lock_path, what, check):
                 if not (out / MANIFEST).exists():
-                    _pack(source, out, wanted, config, what)
+                    _pack(source, out, wanted, config, what, check)
             lock_path.unlink(missing_ok=True)  # whoever still waits for it finds the packed set
     except OSError as error:
         raise _no_room(error, out, config) from None
@@ -159,14 +166,38 @@ def _no_room(error: OSError, out: Path, config: DataConfig) -> InputError:
 
 
 @contextmanager
-def _only_one(lock_path: Path, what: str) -> Iterator[None]:
+def _obeying_signals(what: str) -> Iterator[Check]:
+    """A function that raises PackingStopped once SIGINT or SIGTERM has come, whatever else listened to them before."""
+    received: list[int] = []
+
+    def check() -> None:
+        if received:
+            raise PackingStopped(f"stopped while {what} was being packed; the same command goes on from there")
+
+    if threading.current_thread() is not threading.main_thread():  # a sweep's actor: nothing to handle
+        yield check
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _only_one(lock_path: Path, what: str, check: Check) -> Iterator[None]:
     """Holds a lock that a dead process cannot keep, and says so while another one has it."""
     lock = FileLock(lock_path)
-    try:
-        lock.acquire(timeout=0.2)
-    except Timeout:
-        _say(f"waiting for another process that packs {what}")
-        lock.acquire()
+    for attempt in itertools.count():
+        try:
+            lock.acquire(timeout=0.2)
+            break
+        except Timeout:
+            check()
+            if attempt == 0:
+                _say(f"waiting for another process that packs {what}")
     try:
         yield
     finally:
@@ -178,7 +209,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what: str) -> None:
+def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what: str, check: Check) -> None:
     partial = out.with_name(f"{out.name}.partial")
     done = _progress(partial, wanted)
     if done is None:
@@ -193,7 +224,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
     count = f"{source.count:,} " if source.count is not None else ""
     _say(f"packing {count}pictures of {what} into {shown(out)}")
     try:
-        done = _write_all(source, partial, done, wanted, config, what)
+        done = _write_all(source, partial, done, wanted, config, what, check)
     except DecoderKilled:
         raise
     except InputError:  # other pictures or settings are needed, for which nothing here is of use
@@ -221,12 +252,12 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
 
 
 def _write_all(
-    source: Source, partial: Path, done: Manifest, wanted: Manifest, config: DataConfig, what: str
+    source: Source, partial: Path, done: Manifest, wanted: Manifest, config: DataConfig, what: str, check: Check
 ) -> Manifest:
     """Writes the shards; where all pictures seemed grey and one is not, again in colour."""
     channels = config.channels or "auto"
     if channels != "auto":
-        return _write_shards(source, partial, done, form_of(config, channels), what)
+        return _write_shards(source, partial, done, form_of(config, channels), what, check)
     if done.image_shape is None:
         # Most sets are all grey or all in colour, so the first pictures tell; a wrong guess costs what was packed
         # until then.
@@ -236,12 +267,12 @@ def _write_all(
         colour = done.image_shape[0] == 3
     if not colour:
         try:
-            return _write_shards(source, partial, done, form_of(config, "grey", colour_is_news=True), what)
+            return _write_shards(source, partial, done, form_of(config, "grey", colour_is_news=True), what, check)
         except _AllAnew:
             _remove(partial)
             partial.mkdir()
             done = wanted.model_copy(deep=True)
-    return _write_shards(source, partial, done, form_of(config, "rgb"), what)
+    return _write_shards(source, partial, done, form_of(config, "rgb"), what, check)
 
 
 def refuse_unreadable(
@@ -272,7 +303,7 @@ class _AllAnew(Exception):
     """A picture in colour where all before it were grey."""
 
 
-def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, what: str) -> Manifest:
+def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, what: str, check: Check) -> Manifest:
     """Writes what is missing, shard by shard, and after each how far it came."""
     classes = {name: number for number, name in enumerate(done.classes or source.classes)}
     shard: _Shard | None = None
@@ -292,6 +323,7 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
             for picture, result in decoded(pictures, form, source.count):
                 if result is None:
                     raise _AllAnew
+                check()
                 done.read += 1
                 advance()
                 if isinstance(result, str):
