@@ -80,8 +80,11 @@ def stored_order(images: Array) -> tuple[int, ...]:
 def gather(images: Images, rows: Array) -> Array:
     """Rows of images, [len(rows), C, H, W] with the axes in memory as they are stored."""
     if isinstance(images, Shards):
-        if len(images.parts) == 1:
-            return gather(images.parts[0], rows)
+        if len(rows) == 0:
+            return np.empty((0, *images.shape[1:]), images.dtype)
+        first, last = (int(each) for each in np.searchsorted(images.starts, [rows.min(), rows.max()], side="right") - 1)
+        if first == last:
+            return gather(images.parts[first], rows - images.starts[first])
         result = np.empty((len(rows), *images.shape[1:]), images.dtype)
         shard = np.searchsorted(images.starts, rows, side="right") - 1
         order = np.argsort(rows, kind="stable")  # each shard is read once, from its beginning to its end
