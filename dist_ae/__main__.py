@@ -6,9 +6,9 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
@@ -20,11 +20,13 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 
 RunDir = Annotated[Path, tyro.conf.Positional]
+Root = Annotated[Path | None, tyro.conf.arg(name="data.root")]  # the spelling that `train` has
 Which = Literal["last", "best"]
 
 
 def train(arguments: list[str]) -> None:
-    """Trains a preset (ae, denoising, dropout, vae, or each with -reference), or --config FILE; the same command again resumes."""
+    """Trains a preset (ae, denoising, dropout, vae, or each with -reference), or --config FILE; the same command again
+    resumes."""
     if arguments[:1] == ["--config"] and len(arguments) > 1:
         config = tyro.cli(
             Config,
@@ -71,7 +73,7 @@ def evaluate(
     which: Which = "last",
     noise_std: float | None = None,
     batch_size: int | None = None,
-    data_root: Path | None = None,
+    data_root: Root = None,
 ) -> None:
     """Exact metrics of a trained run, on any number of processes.
 
@@ -91,20 +93,56 @@ def evaluate(
 
 
 def reconstruct(
-    run_dir: RunDir, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None
-) -> None:  # fmt: skip
+    run_dir: RunDir,
+    images: str | None = None,
+    out: Path | None = None,
+    which: Which = "last",
+    data_root: Root = None,
+) -> None:
     """Writes what the model makes of images; noisy images come out denoised.
 
     Args:
         run_dir: the run.
-        images: .npy or .npz, uint8 or floats on [0, 1] (noise may leave it); left out, the run's validation images.
-        out: .npy, float32 [N, C, H, W] on [0, 1], or .png, the first 12 originals over their reconstructions; left out, RUN_DIR/reconstructions.npy.
+        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
+            validation images.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
+            folder, a .png
+            for each image; left out, RUN_DIR/reconstructions.npy.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
 
     _written(commands.reconstruct_run(run_dir, images, out, which, data_root))
+
+
+def denoise(
+    run_dir: RunDir,
+    images: str | None = None,
+    out: Path | None = None,
+    noise_std: float | None = None,
+    which: Which = "last",
+    data_root: Root = None,
+) -> None:
+    """Writes noisy images without their noise: what `reconstruct` makes of them.
+
+    Args:
+        run_dir: the run.
+        images: noisy pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out,
+            the run's
+            validation images with noise added.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png
+            for each
+            image; left out, RUN_DIR/denoised.npy.
+        noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
+            images
+            the run's evaluation.noise_std.
+        which: the newest checkpoint, or the best by validation.
+        data_root: where the run's data lies here, if elsewhere than where it was trained.
+    """
+    from dist_ae.use import commands
+
+    _written(commands.denoise_run(run_dir, images, out, which, data_root, noise_std))
 
 
 def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "last") -> None:
@@ -123,16 +161,24 @@ def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = Non
 
 
 def interpolate(
-    run_dir: RunDir, pairs: int = 8, steps: int = 10, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None
-) -> None:  # fmt: skip
+    run_dir: RunDir,
+    pairs: int = 8,
+    steps: int = 10,
+    images: str | None = None,
+    out: Path | None = None,
+    which: Which = "last",
+    data_root: Root = None,
+) -> None:
     """Writes what lies between images: straight lines between the codes of images 0 and 1, 2 and 3, …, decoded.
 
     Args:
         run_dir: the run.
         pairs: how many pairs of images.
         steps: images from one reconstruction to the other, both counted.
-        images: .npy or .npz, uint8 or floats on [0, 1]; left out, the run's validation images.
-        out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out, RUN_DIR/interpolation.png.
+        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
+            validation images.
+        out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
+            RUN_DIR/interpolation.png.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
@@ -143,17 +189,19 @@ def interpolate(
 
 def embed(
     run_dir: RunDir,
-    images: Path | None = None,
+    images: str | None = None,
     out: Path | None = None,
     which: Which = "last",
-    data_root: Path | None = None,
+    data_root: Root = None,
 ) -> None:
     """Writes the codes of images; of a variational run, their means.
 
     Args:
         run_dir: the run.
-        images: .npy or .npz, uint8 or floats on [0, 1]; left out, the run's validation images.
-        out: .npy, float32 [N, latent_dim]; left out, RUN_DIR/codes.npy.
+        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
+            validation images.
+        out: .npy, float32 [N, latent_dim], or .csv or .parquet, with the path of each image; left out,
+            RUN_DIR/codes.npy.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
@@ -164,17 +212,19 @@ def embed(
 
 def score(
     run_dir: RunDir,
-    images: Path | None = None,
+    images: str | None = None,
     out: Path | None = None,
     which: Which = "last",
-    data_root: Path | None = None,
+    data_root: Root = None,
 ) -> None:
-    """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative ELBO in nats.
+    """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative
+    ELBO in nats.
 
     Args:
         run_dir: the run.
-        images: .npy or .npz, uint8 or floats on [0, 1]; left out, the run's validation images.
-        out: .npy, float32 [N]; left out, RUN_DIR/scores.npy.
+        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
+            validation images.
+        out: .npy, float32 [N], or .csv or .parquet, with the path of each image; left out, RUN_DIR/scores.npy.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
@@ -182,7 +232,7 @@ def score(
 
     from dist_ae.use import commands
 
-    path, scores, figure = commands.score_run(run_dir, images, out, which, data_root)
+    path, scores, figure, names = commands.score_run(run_dir, images, out, which, data_root)
     show(
         {
             f"min.{figure}": float(scores.min()),
@@ -191,12 +241,16 @@ def score(
         }
     )
     highest = scores.argsort(descending=True, stable=True)[:10].tolist()
-    say(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
+    if names is None:
+        say(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
+    else:
+        say("highest at\n  " + "\n  ".join(names[image] for image in highest))
     _written(path)
 
 
 def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> None:
-    """Writes the deterministic model as a program that needs torch and nothing else: images on [0, 1] to reconstruction and code.
+    """Writes the deterministic model as a program that needs torch and nothing else: images on [0, 1] to
+    reconstruction and code.
 
     Args:
         run_dir: the run.
@@ -208,7 +262,8 @@ def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> N
     path = commands.export_run(run_dir, out, which)
     _written(path)
     say(
-        f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] on [0, 1], any N"
+        f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] "
+        "on [0, 1], any N"
     )
 
 
@@ -216,14 +271,52 @@ def _written(path: Path) -> None:
     say(f"written: {path}")
 
 
-def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) -> None:
-    """Verifies a run directory and says what is wrong with it: exit status 1 where something is.
+def pack(
+    source: Annotated[str, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    image_size: int | None = None,
+    fit: Literal["crop", "pad", "stretch"] = "crop",
+    channels: Literal["auto", "grey", "rgb"] = "auto",
+    background: str = "white",
+    corrupt: Literal["refuse", "skip"] = "refuse",
+) -> None:
+    """Packs pictures into a folder that `train --data.name packed:OUT` reads, here or on another machine. The same
+    command resumes.
 
     Args:
-        run_dir: the run.
+        source: folder:PATH, tar:PATTERN, hf:NAME, or the path of a folder.
+        out: the folder to make.
+        image_size: height and width that pictures get; left out, they must all have one size.
+        fit: how a picture becomes square: crop its middle, pad its shorter side, or stretch it.
+        channels: colour; auto: grey where all pictures are, else rgb.
+        background: colour behind transparent and padded pictures, by name or #rrggbb.
+        corrupt: what to do about pictures that cannot be read.
+    """
+    from dist_ae.config import DataConfig
+    from dist_ae.data.pack import pack_source
+
+    config = DataConfig(image_size=image_size, fit=fit, channels=channels, background=background, corrupt=corrupt)
+    manifest = pack_source(source, out, config)
+    sizes = [record.bytes for shard in manifest.shards for record in shard.files.values()]
+    skipped = f", {manifest.unreadable:,} skipped that cannot be read" if manifest.unreadable else ""
+    ignored = "".join(f", {count:,} ignored: {what}" for what, count in manifest.ignored.items())
+    shape = "×".join(map(str, manifest.image_shape or ()))
+    say(f"{manifest.images:,} pictures of {shape}, {sum(sizes):,} bytes{skipped}{ignored}")
+    say(f"train from it: dist-ae train ae --data.name packed:{out}")
+
+
+def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) -> None:
+    """Verifies a run directory or a packed set and says what is wrong with it: exit status 1 where something is.
+
+    Args:
+        run_dir: the run, or the packed set.
         replay: repeat, on one process, the step whose loss or gradient was not finite.
         replay_wandb: rebuild an offline Weights & Biases run from metrics.jsonl.
     """
+    from dist_ae.data.pack import examine_packed, is_packed
+
+    if is_packed(run_dir):
+        _examined(examine_packed(run_dir))
     from dist_ae.use import doctor
 
     if replay:
@@ -233,8 +326,12 @@ def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) ->
     if replay_wandb:
         say(f"offline run written; upload it with: wandb sync {doctor.rebuild_wandb(run_dir)}")
         return
+    _examined(doctor.examine(run_dir))
+
+
+def _examined(found: Iterator[tuple[bool, str]]) -> NoReturn:
     whole = True
-    for good, what in doctor.examine(run_dir):
+    for good, what in found:
         whole &= good
         say(f"{'ok     ' if good else 'DAMAGED'} {what}")
     sys.exit(0 if whole else 1)
@@ -260,8 +357,8 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "evaluate": evaluate, "reconstruct": reconstruct, "sample": sample, "interpolate": interpolate, "embed": embed, "score": score, "export": export,
-    "doctor": doctor,
+    "evaluate": evaluate, "reconstruct": reconstruct, "denoise": denoise, "sample": sample, "interpolate": interpolate,
+    "embed": embed, "score": score, "export": export, "pack": pack, "doctor": doctor,
 }  # fmt: skip
 
 

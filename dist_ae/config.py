@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import reprlib
 import typing
 from collections.abc import Iterator, Mapping
@@ -58,14 +59,38 @@ class DataConfig(Section):
     """The images."""
 
     name: str = trajectory(
-        "digits", "digits (embedded), fashion_mnist, mnist, kmnist, cifar10, or array:PATH to a .npy or .npz of images"
+        "digits",
+        "digits and photos (embedded), fashion_mnist, mnist, kmnist, cifar10; pictures in folder:PATH, tar:PATTERN or "
+        "hf:NAME; packed:PATH; array:PATH to a .npy or .npz; or the path of a folder, array file or packed set",
     )
     root: Path | None = free(
         None, "folder that holds the files of a named dataset; missing ones are downloaded into it"
     )
     val_fraction: float = trajectory(
-        0.1, "share of array:PATH held out for validation, where the file has no split of its own", gt=0, lt=1
+        0.1,
+        "share held out for validation where the data has no split of its own; of pictures by a hash of their names",
+        gt=0,
+        lt=1,
     )
+    image_size: int | None = trajectory(
+        None, "height and width that pictures get; left out, they must all have one size", gt=0, le=4096
+    )
+    fit: Literal["crop", "pad", "stretch"] | None = trajectory(
+        None, "how a picture becomes square: crop its middle (as left out), pad its shorter side, or stretch it"
+    )
+    channels: Literal["auto", "grey", "rgb"] | None = trajectory(
+        None, "colour of pictures; auto, as left out: grey where all of them are, else rgb"
+    )
+    background: str | None = trajectory(
+        None, "colour behind transparent and padded pictures, by name or #rrggbb; left out, white"
+    )
+    window: int | None = trajectory(
+        None,
+        "shuffle within groups of this many shards of a packed set, for disks that read single pictures slowly; left out, all",
+        gt=0,
+    )
+    corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
+    cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")
 
 
 class ModelConfig(Section):
@@ -246,12 +271,16 @@ class Config(Section):
         """The run directory: the one given, else one that the same command always finds again."""
         if self.run_dir is not None:
             return self.run_dir
-        # What differs from the defaults, so that a field added later leaves the folder where it is. The length of the run is part of
-        # the name (not of the trajectory): training longer by default starts a run of its own.
+        # What differs from the defaults, so that a field added later leaves the folder where it is. The length of the
+        # run is part of the name (not of the trajectory): training longer by default starts a run of its own.
         usual = Config().trajectory_values()
         differs = {key: value for key, value in self.trajectory_values().items() if value != usual[key]}
         identity = json.dumps([differs, self.train.epochs, self.train.steps], sort_keys=True)
         data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name
+        if not re.fullmatch(r"[\w.-]+", data):  # a path or a pattern: its last name, with nothing that a shell minds
+            data = (
+                re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.") or "data"
+            )
         return Path("runs") / f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 

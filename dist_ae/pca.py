@@ -20,7 +20,7 @@ from dist_ae.processes.stop import StopRequested
 
 SAMPLE_IMAGES = 65_536  # images looked at, at most: of 60,000 all, of a million a fixed sample
 SAMPLE_VALUES = 2**28  # and pixels looked at, which bounds the time for large images
-CHUNK_VALUES = 2**22  # pixels in one product
+CHUNK_VALUES = 2**20  # pixels in one product: some 20 MB with all that is made of them
 EXACT_SIZE = (
     1024  # up to here the covariance matrix is decomposed; beyond, its leading directions are found by products
 )
@@ -99,22 +99,19 @@ class _Vectors:
         chunks = torch.split(rows, max(1, CHUNK_VALUES // math.prod(shape)))
         self._turns = -(-len(chunks) // runtime.world)
         mine = share(range(len(chunks)), runtime.rank, runtime.world)
-        self._sample: list[Tensor] = []
-        for turn in range(self._turns):
-            self._ask()
-            if turn < len(mine):
-                self._sample.append(reader.raw(chunks[mine.start + turn]))
-
-    def _ask(self) -> None:
-        if self._stop():
-            raise StopRequested
+        self._reader, self._mine = reader, chunks[mine.start : mine.stop]
 
     def chunks(self) -> Iterator[Tensor]:
-        """This process's vectors, chunk by chunk, [n, size]: whole numbers 0…255 in float32 for bytes, else float64."""
+        """This process's vectors, chunk by chunk, [n, size]: whole numbers 0…255 in float32 for bytes, else float64.
+
+        They are read anew in every pass: a copy of the sample would be as large as the data set often is.
+        """
         for turn in range(self._turns):
-            self._ask()
-            if turn < len(self._sample):
-                images = self._sample[turn].float() if self._bytes else self._sample[turn].double()
+            if self._stop():
+                raise StopRequested
+            if turn < len(self._mine):
+                images = self._reader.raw(self._mine[turn])
+                images = images.float() if self._bytes else images.double()
                 yield images.flatten(1) if self._patch is None else patches(images, self._patch)
 
     def _sum(self, values: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Learner:
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(dataset.train, runtime.device, runtime.dtype)
-        self._shapes = self.raw_model.draw_shapes()
+        self._shapes, self._shards = self.raw_model.draw_shapes(), dataset.shards
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         # What changes from step to step, where a captured graph can read it.
         self._now = torch.zeros((), dtype=torch.int64, device=runtime.device)
@@ -108,10 +108,13 @@ class Learner:
         """
         epoch = self.timeline.epoch(step)
         if epoch != self._epoch:
-            order = epoch_order(self.config.seed, epoch, self.timeline.num_images)
+            order = self._epoch_order(epoch)
             self._epoch, self._order = epoch, order if self.images.resident is None else order.to(self.runtime.device)
         positions = self.timeline.positions(step)
         return self._order[positions.start : positions.stop]
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        return epoch_order(self.config.seed, epoch, self.timeline.num_images, self._shards, self.config.data.window)
 
     def _backward(self, rows: Tensor, mine: range, batch_size: int) -> None:
         """Adds up the gradient of the mean loss over the global batch.
@@ -126,7 +129,8 @@ class Learner:
         now = Step(self._number, self._now if runtime.device.type == "cuda" else None)
         for part in range(self.accumulate):
             piece = share(mine, part, self.accumulate)
-            images = self.images.take(rows[piece.start - mine.start : piece.stop - mine.start])
+            first, last_row = piece.start - mine.start, piece.stop - mine.start
+            images = self.images.take(rows[first:last_row], self._then(rows[last_row:], part))
             draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
             last = part == self.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
@@ -136,6 +140,24 @@ class Learner:
                 # on all processes.
                 accelerator.backward(total * (1 / batch_size + total.detach() * 0))
             self._count(terms)
+
+    def _then(self, rest: Tensor, part: int) -> Tensor | None:
+        """The rows that are taken next, for the thread that reads ahead where images are not resident.
+
+        Args:
+            rest: what is left of this process's part of the batch after piece ``part``.
+        """
+        if self.images.resident is not None:
+            return None
+        if part + 1 < self.accumulate:
+            piece = share(self._mine, part + 1, self.accumulate)
+            return rest[: len(piece)]
+        if self._number + 1 >= self.timeline.total_steps:
+            return None
+        following = self._batch(self._number + 1)
+        mine = share(range(len(following)), self.runtime.rank, self.runtime.world)
+        piece = share(mine, 0, self.accumulate)
+        return following[piece.start : piece.stop]
 
     @torch.no_grad()
     def _count(self, terms: Terms) -> None:

@@ -16,7 +16,7 @@ import torch
 from dist_ae import pca, timeline
 from dist_ae.config import Config, Fault, InputError
 from dist_ae.data import sources
-from dist_ae.data.given import Given, given_dataset
+from dist_ae.data.memory import Given, memory_dataset
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
@@ -153,7 +153,7 @@ def prepare(
         config = config.override({"data.name": "memory"})
     if own is not None:
         config = config.override({"model.architecture": "own"})
-    dataset = sources.load(config.data) if data is None else given_dataset(data, config.data.val_fraction)
+    dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data.val_fraction)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(
             f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are "
@@ -531,7 +531,7 @@ def _headline(job: Job, learner: Learner, state: State) -> list[str]:
     where = f"{world} process{'es' if world > 1 else ''} on {learner.runtime.device.type}, {config.precision}"
     start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
     lines = [
-        f"{config.name} on {job.dataset.name}: {len(job.dataset.train):,} images ({learner.images.placement}), "
+        f"{config.name} on {job.dataset.name}: {len(job.dataset.train):,} images ({learner.images.held}), "
         f"code of {numbers:,} numbers, {parameters:,} parameters, {where}; {start} → {config.directory()}"
     ]
     batch = config.train.batch_size

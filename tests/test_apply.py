@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -12,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, run
+from pictures import make_folder
+from PIL import Image
 
 import dist_ae
-from dist_ae.config import InputError
+from dist_ae.config import DataConfig, InputError
 from dist_ae.data import arrays, sources
+from dist_ae.data.given import Given, file_names
+from dist_ae.data.pack import pack_source
+from dist_ae.data.pictures import Form, decode
+from dist_ae.data.records import Split
 from dist_ae.presets import PRESETS
 from dist_ae.use import commands
 
@@ -77,7 +84,7 @@ def test_samples_follow_from_the_seed_and_look_like_images(trained: Path) -> Non
 def test_wrong_images_are_refused(trained: Path) -> None:
     model = dist_ae.load(trained / "ae")
     for images, expected in (
-        (IMAGES[:, 0], r"shape \[N, 1, 8, 8\]"),
+        (IMAGES[:, 0, 0], r"shape \[N, 1, 8, 8\]"),
         (IMAGES[:0], "shape"),
         (IMAGES.astype(np.float32), "divide by 255"),
         (IMAGES.astype(np.int64), "int64"),
@@ -199,8 +206,8 @@ def test_an_interpolation_is_the_straight_line_between_two_codes(trained: Path, 
     assert status == 0 and "interpolation.png" in out, err
     height, width = pixels(trained / "ae" / "interpolation.png").shape[:2]
     assert width / height == pytest.approx(
-        (4 * 9 - 1) / (2 * 9 - 1), rel=0.1
-    )  # two rows of four, 8 pixels and a gap each
+        (6 * 9 - 1) / (2 * 9 - 1), rel=0.1
+    )  # two rows of four and an original at each end, 8 pixels and a gap each
     with pytest.raises(InputError, match="at least 2"):
         model.interpolate(first, second, 1)
     with pytest.raises(InputError, match="3 and 2"):
@@ -266,10 +273,15 @@ def test_images_that_do_not_fit_are_refused_naming_the_file_and_nothing_is_writt
     (tmp_path / "text.npy").write_text("not an array")
     before = sorted(tmp_path.iterdir())
     for name, expected in {
-        "shapes.npy": r"takes images of shape \[N, 1, 8, 8\], got \[3, 1, 9, 9\]", "nan.npy": r"value nan at image 1, index \(0, 2, 3\)",
-        "scale.npy": "divide by 255", "integers.npy": "int64", "flat.npy": "got shape", "two.npz": "found a, b", "text.npy": "neither format",
+        "shapes.npy": r"takes images of shape \[N, 1, 8, 8\], got \[3, 1, 9, 9\]",
+        "nan.npy": r"value nan at image 1, index \(0, 2, 3\)",
+        "scale.npy": "divide by 255",
+        "integers.npy": "int64",
+        "flat.npy": "got shape",
+        "two.npz": "found a, b",
+        "text.npy": "neither format",
         "missing.npy": "no such file",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(InputError, match=rf"{name}.*{expected}") as error:
             commands.reconstruct_run(trained / "ae", tmp_path / name, tmp_path / "out.npy")
         assert "pickle" not in str(error.value)
@@ -289,7 +301,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
         patch.setattr(dist_ae.TrainedModel, "_map", None)
         for out, expected in {
             "nowhere/x.npy": "does not exist",
-            "x.jpg": "ends in .npy or .png",
+            "x.jpg": "ends in .npy or .png, or a folder",
             "folder.npy": "is a folder",
             "own.npy": "would replace",
         }.items():
@@ -325,10 +337,211 @@ def test_images_too_many_for_memory_are_read_from_the_file(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     np.save(tmp_path / "own.npy", IMAGES)
-    monkeypatch.setattr(arrays, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(arrays, "READ_BYTES", 10)
     assert isinstance(arrays.read_images(tmp_path / "own.npy"), np.memmap)
     codes = np.load(
         commands.embed_run(trained / "ae", tmp_path / "own.npy", tmp_path / "codes.npy"), allow_pickle=False
     )
     assert np.array_equal(codes, dist_ae.load(trained / "ae").embed(IMAGES))
     assert not [warning for warning in recwarn if "writable" in str(warning.message)]
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on pictures in colour, and the folder of them."""
+    root = tmp_path_factory.mktemp("coloured")
+    folder = make_folder(root / "pictures", 24)
+    overrides = {**SMALL, "data.name": f"folder:{folder}", "data.image_size": 16, "data.cache": root / "cache"}
+    overrides |= {"train.batch_size": 8, "train.steps": 20, "run_dir": root / "run"}
+    dist_ae.train(PRESETS["denoising"].override(overrides))
+    return root / "run", folder
+
+
+def test_a_picture_is_a_picture_in_whatever_form_it_comes(coloured: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir, folder = coloured
+    model = dist_ae.load(run_dir)
+    paths = sorted(folder.rglob("*.*"))
+    expected = model.reconstruct(folder)
+    assert expected.shape == (24, 3, 16, 16)
+    pixels = np.stack([decode(str(path), Form((16, 16))) for path in paths])
+    opened = [Image.open(path) for path in paths]
+    for form in (
+        f"folder:{folder}",
+        paths,
+        [str(path) for path in paths],
+        opened,
+        pixels,
+        torch.from_numpy(pixels),
+        list(pixels),
+        pixels.transpose(0, 2, 3, 1),
+        pixels.astype(">f4") / 255,
+        (pixels / 255).astype(np.longdouble),
+    ):
+        torch.testing.assert_close(model.reconstruct(form), expected)
+    for one in (str(paths[0]), paths[0], opened[0], pixels[0], pixels[0].transpose(1, 2, 0), [pixels[0]], (paths[0],)):
+        torch.testing.assert_close(model.embed(one), model.embed(pixels[:1]))
+    pack_source(f"folder:{folder}", tmp_path / "set", DataConfig(image_size=16))
+    torch.testing.assert_close(model.reconstruct(tmp_path / "set"), expected)
+    grey = opened[0].convert("L")
+    assert model.reconstruct(grey).shape == (1, 3, 16, 16)
+    torch.testing.assert_close(model.interpolate(paths[0], paths[1], 3)[0, 0], expected[0])
+
+
+def test_what_is_no_image_of_the_model_is_refused_in_one_sentence(
+    trained: Path, coloured: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, colour = dist_ae.load(trained / "ae"), dist_ae.load(coloured[0])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.npy")
+    pack_source(f"folder:{coloured[1]}", tmp_path / "set", DataConfig(image_size=9))
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    for bad, expected in (
+        (None, "got NoneType"),
+        (7, "got int"),
+        ({"a": 1}, "got dict"),
+        (b"x.png", "got bytes"),
+        ([], "empty list"),
+        ([images[0], "x.png"], "item 1 is of type str"),
+        ([images[0], images[0] / 255], "not both"),
+        ([images], "is 2 of them"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "takes images of shape"),
+        (np.zeros((0, 1, 8, 8), np.uint8), "takes images of shape"),
+        (np.zeros((2, 8, 8), complex), "complex128"),
+        (np.zeros((2, 8, 8), bool), "bool"),
+        (np.array("x"), "got <U1"),
+        (np.full((2, 8, 8), np.inf), "inf"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int32), "int32"),
+        (torch.zeros(3), "takes images"),
+        (tmp_path / "text.png", "cannot be read as a picture"),
+        (tmp_path / "folder", "no pictures in it"),
+        ("~nobody-here/x.png", "in full"),
+        (tmp_path / "pipe.npy", "not a file"),
+        (tmp_path / "none.png", "no such file"),
+        ([tmp_path / "none.png"], "no such file"),
+        (tmp_path / "set", r"takes images of shape \[N, 1, 8, 8\], got \[3, 9, 9\]"),
+        ("tar:nothing-*.tar", "no such file"),
+    ):
+        with pytest.raises(InputError, match=expected) as error:
+            model.embed(bad)
+        assert "\n" not in str(error.value), bad
+    with pytest.raises(InputError, match="at least 1"):
+        model.embed(images, batch_size=0)
+    with pytest.raises(InputError, match="'last' or 'best'"):
+        dist_ae.load(trained / "ae", which="worst")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"text\.png"):
+        colour.embed([tmp_path / "text.png", *sorted(coloured[1].rglob("*.*"))])
+
+
+def test_commands_write_a_file_for_each_picture_and_tables_with_their_paths(
+    coloured: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run_dir, folder = coloured
+    model = dist_ae.load(run_dir)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    status, out, err = dist_ae_command("reconstruct", run_dir, "--images", folder, "--out", tmp_path / "out")
+    assert status == 0 and str(tmp_path / "out") in out, err
+    written = sorted((tmp_path / "out").rglob("*.png"))
+    assert [str(path.relative_to(tmp_path / "out").with_suffix("")) for path in written] == [
+        name[:-4] for name in names
+    ]
+    pictures = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in written])
+    assert np.abs(pictures / 255 - model.reconstruct(folder).numpy()).max() <= 0.5 / 255 + 1e-6
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    commands.denoise_run(run_dir, folder, tmp_path / "out", noise_std=0.1)
+    assert (tmp_path / "out" / "mine.txt").exists() and len(list(tmp_path.glob(".*"))) == 0
+    again = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in written])
+    assert not np.array_equal(again, pictures)
+
+    status, out, err = dist_ae_command("score", run_dir, "--images", f"folder:{folder}", "--out", tmp_path / "s.csv")
+    assert status == 0 and names[int(model.score(folder).argmax())] in out, err
+    table = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [row["path"] for row in table] == names
+    assert [float(row["score"]) for row in table] == pytest.approx(model.score(folder).tolist(), rel=1e-6)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    commands.embed_run(run_dir, str(folder), tmp_path / "codes.parquet")
+    codes = parquet.read_table(tmp_path / "codes.parquet").to_pydict()
+    assert codes["path"] == names and np.allclose(codes["code_7"], model.embed(folder)[:, 7])
+    commands.embed_run(run_dir, None, tmp_path / "val.csv")
+    assert next(csv.DictReader((tmp_path / "val.csv").open()))["path"] == "0"
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(InputError, match="would replace"):
+        commands.reconstruct_run(run_dir, folder, folder)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_denoise_takes_the_noise_away_from_the_validation_images(tmp_path: Path) -> None:
+    overrides = {
+        **SMALL,
+        "train.steps": 150,
+        "model.latent_dim": 16,
+        "model.hidden_dims": (64,),
+        "run_dir": tmp_path / "run",
+    }
+    result = dist_ae.train(PRESETS["denoising"].override(overrides))
+    status, out, err = dist_ae_command("denoise", tmp_path / "run")
+    assert status == 0 and "denoised.npy" in out, err
+    denoised = np.load(tmp_path / "run" / "denoised.npy", allow_pickle=False)
+    psnr = -10 * np.log10(np.square(denoised - IMAGES / 255).mean())
+    exact = result.metrics["val.denoised_psnr"]  # of what is not clipped to [0, 1], which is further away
+    assert exact <= psnr < exact + 0.5
+    assert pixels(commands.denoise_run(tmp_path / "run", out=tmp_path / "rows.png")).std() > 0.1
+    for value in (-1.0, float("nan")):
+        with pytest.raises(InputError, match="standard deviation"):
+            commands.denoise_run(tmp_path / "run", noise_std=value)
+
+
+def test_a_name_from_elsewhere_never_leads_out_of_the_folder(tmp_path: Path) -> None:
+    names = ["../../etc/x.jpg", "/abs/y.png", "a/../../b/y.gif", "..", "a/same.jpg", "a/same.png", "\udcff.png"]
+    paths = file_names(Given(Split(np.zeros((7, 1, 2, 2), np.uint8)), names))
+    assert len(set(paths)) == 7 and all(path.suffix == ".png" for path in paths)
+    for path in paths:
+        assert (tmp_path / path).resolve().is_relative_to(tmp_path)
+
+
+def test_the_root_of_the_data_has_one_spelling(trained: Path, tmp_path: Path) -> None:
+    for command in ("evaluate", "reconstruct", "denoise", "interpolate", "embed", "score"):
+        ((status, out, err),) = run(1, "-m", "dist_ae", command, "--help")
+        assert status == 0 and "--data.root" in out and "--data-root" not in out, err
+    status, _, err = dist_ae_command("evaluate", trained / "ae", "--data.root", tmp_path / "none")
+    assert status == 2 and "does not exist" in err
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 512), (3, 512, 1), (1, 1, 1), (2, 5, 7), (3, 64, 64)])
+@pytest.mark.parametrize("preset", ["denoising", "vae"])
+def test_a_run_s_pictures_are_drawn_for_every_shape_of_image(
+    tmp_path: Path, shape: tuple[int, int, int], preset: str
+) -> None:
+    from dist_ae.data.reader import Reader
+    from dist_ae.figures import run_pictures
+    from dist_ae.models import build
+
+    config = PRESETS[preset].override({"model.hidden_dims": (4,), "model.latent_dim": 2, "model.start": "random"})
+    model = build(config, shape)
+    images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
+    (tmp_path / "metrics.jsonl").write_text("")
+    validation = Reader(Split(images), torch.device("cpu"))
+    pictures = run_pictures(model, config, validation, tmp_path, step=1234)
+    for path in pictures.values():
+        assert path.stat().st_size > 1000 and min(pixels(path).shape[:2]) > 50
+    rows = 4 if preset == "denoising" else 3
+    height, width = pixels(pictures["reconstructions"]).shape[:2]
+    assert rows * 0.62 / 8 * 150 < height < rows * 0.62 * 8 * 150 + 150 and width > 5 * 0.62 * 150
+
+
+def test_differences_and_errors_are_those_of_the_reconstructions(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_ae import figures
+    from dist_ae.data.reader import Reader
+
+    model = dist_ae.load(trained / "ae")
+    drawn: list[tuple[object, ...]] = []
+    monkeypatch.setattr(figures, "image_rows", lambda *arguments: drawn.append(arguments))
+    shutil.copy(trained / "ae" / "metrics.jsonl", tmp_path)
+    validation = Reader(Split(IMAGES), torch.device("cpu"))
+    figures.run_pictures(model.model, model.config, validation, tmp_path, step=100)
+    ((rows, _, title, notes, _),) = drawn
+    assert list(rows) == ["original", "reconstruction", "difference"] and title == f"{tmp_path.name}, step 100"
+    torch.testing.assert_close(2 * (rows["difference"] - 0.5), rows["reconstruction"] - rows["original"])
+    assert [float(note) for note in notes] == pytest.approx(model.score(IMAGES[:12]).tolist(), rel=0.05)

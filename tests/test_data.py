@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import io
+import math
+import os
 import struct
+import warnings
+import zipfile
 from pathlib import Path
+from unittest import mock
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data import arrays, named
+from dist_ae.data import arrays, named, reader
 from dist_ae.data.named import read_idx
 from dist_ae.data.order import epoch_order, share
 from dist_ae.data.reader import Reader
@@ -71,9 +79,11 @@ def test_a_bad_idx_file_is_refused_naming_file_and_expectation(tmp_path: Path, k
 
 def test_mnist_from_a_root_and_a_missing_source_names_every_place_and_way_out(tmp_path: Path) -> None:
     for name, array in {
-        "train-images-idx3-ubyte": np.ones((6, 4, 5), np.uint8), "train-labels-idx1-ubyte": np.ones(6, np.uint8),
-        "t10k-images-idx3-ubyte": np.ones((2, 4, 5), np.uint8), "t10k-labels-idx1-ubyte": np.ones(2, np.uint8),
-    }.items():  # fmt: skip
+        "train-images-idx3-ubyte": np.ones((6, 4, 5), np.uint8),
+        "train-labels-idx1-ubyte": np.ones(6, np.uint8),
+        "t10k-images-idx3-ubyte": np.ones((2, 4, 5), np.uint8),
+        "t10k-labels-idx1-ubyte": np.ones(2, np.uint8),
+    }.items():
         (tmp_path / name).write_bytes(idx(array))
     assert load(DataConfig(name="mnist", root=tmp_path)).image_shape == (1, 4, 5)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.ones(3, np.uint8)))
@@ -136,20 +146,27 @@ def test_own_npz_with_a_split_or_labels(tmp_path: Path) -> None:
     assert labelled.val.labels is not None and len(labelled.val.labels) == 1
 
 
-def test_a_memory_mapped_array_gives_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["u1", "<f4", ">f4", "f2", ">f8", "g"])
+@pytest.mark.parametrize("shape", [(50, 3, 4, 4), (50, 4, 4, 3), (50, 4, 4)])
+def test_a_memory_mapped_array_gives_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, shape: tuple[int, ...]
+) -> None:
     path = tmp_path / "own.npy"
-    np.save(path, np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8))
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(path, images if dtype == "u1" else (images / 255).astype(dtype))
     whole = load(DataConfig(name=f"array:{path}"))
-    monkeypatch.setattr(arrays, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(arrays, "READ_BYTES", 10)
+    monkeypatch.setattr(reader, "SHARE_OF_MEMORY", 0)
     mapped = load(DataConfig(name=f"array:{path}"))
     assert isinstance(mapped.train.images, np.memmap) and len(mapped.train) == 45
-    rows = torch.tensor([3, 0, 44])
+    assert mapped.fingerprint == whole.fingerprint
     cpu = torch.device("cpu")
     for split in ("train", "val"):
-        picked = rows if split == "train" else rows[:2].clamp(max=4)
-        assert torch.equal(
-            Reader(getattr(mapped, split), cpu).take(picked), Reader(getattr(whole, split), cpu).take(picked)
-        )
+        rows = torch.tensor([3, 0, 44] if split == "train" else [3, 0, 4])
+        readers = [Reader(getattr(dataset, split), cpu) for dataset in (whole, mapped)]
+        assert readers[0].resident is not None and readers[1].resident is None
+        taken = [each.take(rows, rows) for each in readers]
+        assert torch.equal(*taken) and taken[1].is_contiguous() and taken[1].dtype == torch.float32
 
 
 def _floats(value: float, at: tuple[int, ...]) -> np.ndarray:
@@ -187,11 +204,146 @@ def test_bad_array_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
     for name, expected in {
-        "ragged.npy": "differing shapes", "shapes.npz": "differing shapes", "torn.npy": "not a readable", "empty.npy": "not a readable",
-        "torn.npz": "not a readable", "missing.npy": "no such file",
-    }.items():  # fmt: skip
+        "ragged.npy": "differing shapes",
+        "shapes.npz": "differing shapes",
+        "torn.npy": "not a readable",
+        "empty.npy": "not a readable",
+        "torn.npz": "not a readable",
+        "missing.npy": "no such file",
+    }.items():
         with pytest.raises(InputError, match=expected):
             load(DataConfig(name=f"array:{tmp_path / name}"))
+
+
+LABELS = {
+    "strings": (np.array(["a", "b"] * 5), "whole numbers, got <U1"),
+    "void": (np.zeros(10, "V4"), "whole numbers, got"),
+    "NaN": (np.array([0.0, np.nan] * 5), "got nan at image 1"),
+    "infinite": (np.full(10, np.inf), "got inf at image 0"),
+    "halves": (np.arange(10) / 2, "got 0.5 at image 1"),
+    "complex": (np.zeros(10, complex), "complex128"),
+    "dates": (np.zeros(10, "datetime64[s]"), "datetime64"),
+    "too large": (np.array([2**64 - 1] * 10, np.uint64), "18446744073709551615"),
+    "one too few": (np.arange(9), "one label per image"),
+    "two axes": (np.zeros((10, 1)), "one label per image"),
+    "one number": (np.array(3), "one label per image"),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_that_are_no_classes_are_refused(tmp_path: Path, kind: str) -> None:
+    labels, expected = LABELS[kind]
+    np.savez(tmp_path / "own.npz", images=np.zeros((10, 4, 4), np.uint8), labels=labels)
+    with pytest.raises(InputError, match=expected) as error:
+        load(DataConfig(name=f"array:{tmp_path / 'own.npz'}"))
+    assert "own.npz[labels]" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_labels_of_every_type_of_whole_number_are_taken(tmp_path: Path) -> None:
+    for dtype in ("i1", ">i4", "u8", "?", "f4", ">f8", "g"):
+        labels = (np.arange(10) % 2).astype(dtype)
+        np.savez(tmp_path / "own.npz", images=np.zeros((10, 4, 4), np.uint8), labels=labels)
+        train = load(DataConfig(name=f"array:{tmp_path / 'own.npz'}")).train
+        assert train.labels is not None and train.labels.dtype == np.int64 and set(train.labels) == {0, 1}
+
+
+def test_what_is_no_file_of_arrays_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("readme.txt", "no array")
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "text.npy").write_text("text")
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 8, 8)})
+    (tmp_path / "huge.npy").write_bytes(huge.getvalue())
+    for name, expected in {
+        f"array:{tmp_path}/text.npz": "no array",
+        f"array:{tmp_path}/pipe.npy": "not a file",
+        f"array:{tmp_path}/folder.npy": "not a file",
+        "array:~nobody-of-that-name/x.npy": "give the path in full",
+        f"array:{tmp_path}/huge.npy": "not a readable",
+        f"{tmp_path}/text.npy": "neither format",
+        "array:": "not a file|no such file",
+        "array:a\0b": "cannot hold a NUL",
+        "a\0b": "cannot hold a NUL",
+        "fashionmnist": "did you mean fashion_mnist",
+    }.items():
+        with pytest.raises(InputError, match=expected) as error:
+            load(DataConfig(name=name))
+        assert "\n" not in str(error.value) and "pickle" not in str(error.value)
+
+
+def test_training_and_test_files_of_differing_sizes_are_refused(tmp_path: Path) -> None:
+    for name, array in {
+        "train-images-idx3-ubyte": np.ones((6, 4, 5), np.uint8),
+        "train-labels-idx1-ubyte": np.ones(6, np.uint8),
+        "t10k-images-idx3-ubyte": np.ones((2, 5, 4), np.uint8),
+        "t10k-labels-idx1-ubyte": np.ones(2, np.uint8),
+    }.items():
+        (tmp_path / name).write_bytes(idx(array))
+    with pytest.raises(InputError, match="differing shapes"):
+        load(DataConfig(name="mnist", root=tmp_path))
+
+
+DTYPES = [
+    "u1",
+    "i1",
+    "<u2",
+    ">i4",
+    "i8",
+    "f2",
+    ">f4",
+    "f8",
+    "g",
+    "c8",
+    "?",
+    "S3",
+    "U2",
+    "V5",
+    "M8[s]",
+    "m8[D]",
+    "O",
+    "u1,f4",
+]
+
+
+@hypothesis.settings(max_examples=250, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(0, 9) | st.sampled_from([28, 2**31, 2**62]), max_size=6),
+    fortran=st.booleans(),
+    size=st.integers(0, 5000) | st.none(),
+    flip=st.none() | st.tuples(st.integers(0, 127), st.integers(0, 255)),
+    mapped=st.booleans(),
+)
+def test_any_array_file_gives_images_or_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory,
+    dtype: str,
+    shape: list[int],
+    fortran: bool,
+    size: int | None,
+    flip: tuple[int, int] | None,
+    mapped: bool,
+) -> None:
+    head = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": fortran, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(head, header)
+    whole = math.prod(shape) * np.dtype(dtype).itemsize
+    content = bytearray(head.getvalue() + bytes(min(whole if size is None else size, 10**6)))
+    if flip is not None:
+        content[flip[0]] = flip[1]
+    path = tmp_path_factory.getbasetemp() / "any.npy"
+    path.write_bytes(content)
+    with mock.patch.object(arrays, "READ_BYTES", 0 if mapped else 2**20), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        message = None
+        try:
+            dataset = load(DataConfig(name=f"array:{path}"))
+            images = Reader(dataset.train, torch.device("cpu")).take(torch.arange(len(dataset.train)))
+            assert images.shape == (len(dataset.train), *dataset.image_shape) and images.dtype == torch.float32
+        except InputError as error:
+            message = str(error)
+    assert message is None or (str(path) in message and "\n" not in message and "pickle" not in message)
 
 
 def test_an_epoch_takes_every_image_once_and_shares_cut_it_without_rest() -> None:

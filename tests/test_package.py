@@ -132,7 +132,7 @@ ROOMS: dict[str, set[str]] = {
     "trainer": TOGETHER | {"run", "pca", "evaluate", "figures", "step"},
     "use": TOGETHER | {"presets", "run", "pca", "evaluate", "figures"},
     "__init__": GROUND | {"presets", "models", "objectives", "trainer", "use"},
-    "__main__": GROUND | {"presets", "trainer", "use", "__init__"},
+    "__main__": GROUND | {"presets", "data", "trainer", "use", "__init__"},
 }
 NO_TORCH = {"terminal", "files", "config", "presets", "timeline", "__init__", "__main__"}
 NO_SERVICES = {"accelerate", "torch.distributed", "ray", "wandb"}  # the mathematics and the data know no processes

@@ -430,5 +430,8 @@ def test_names_of_hosts_are_told_without_a_packet() -> None:
         assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
         os.environ["LOCAL_WORLD_SIZE"] = "1"  # two hosts: the loopback of one of them is no address for the other
         del os.environ["GLOO_SOCKET_IFNAME"]
-        with mock.patch.object(socket, "gethostname", lambda: "localhost"), pytest.raises(InputError, match="loopback"):
+        with (
+            mock.patch.object(socket, "gethostname", return_value="localhost"),
+            pytest.raises(InputError, match="loopback"),
+        ):
             choose_interface()

@@ -166,11 +166,14 @@ def _check_storage(storage: Path) -> None:
 
 def _absolute(overrides: Values) -> Values:
     """Paths as every process sees them, whatever folder it works in."""
+    from dist_ae.data.sources import absolute
+
     made = dict(overrides)
-    if str(made.get("data.name", "")).startswith("array:"):
-        made["data.name"] = f"array:{Path(made['data.name'].removeprefix('array:')).expanduser().resolve()}"
-    if made.get("data.root") is not None:
-        made["data.root"] = str(Path(made["data.root"]).expanduser().resolve())
+    if "data.name" in made:
+        made["data.name"] = absolute(str(made["data.name"]))
+    for key in ("data.root", "data.cache"):
+        if made.get(key) is not None:
+            made[key] = str(Path(made[key]).expanduser().resolve())
     return made
 
 

@@ -1,62 +1,255 @@
-"""Images handed over from Python: arrays, tensors and torch data sets."""
+"""What a user hands to a trained model: files, folders, arrays, tensors, pictures, in one form."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from dist_ae.config import InputError
-from dist_ae.data.arrays import check_images, split_images
-from dist_ae.data.records import Array, Dataset, Split, fingerprint
-
-Images = Array | Tensor | torch.utils.data.Dataset[Any]
-Given = Images | tuple[Images, Images]
-NAME = "memory"  # what config.data.name says of such a run
-KINDS = (
-    "a numpy array or torch tensor of images [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floats on [0, 1]; a torch Dataset "
-    "of such images; or a pair (train, val) of these"
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.arrays import NOISY_RANGE, read_images
+from dist_ae.data.pack import decoded, open_packed, packed_names, packed_sets, read_manifest, refuse_unreadable
+from dist_ae.data.pictures import (
+    EXTENSIONS,
+    PREFIXES,
+    Form,
+    Picture,
+    decode,
+    expand,
+    form_of,
+    open_source,
+    reason,
+    shown,
 )
+from dist_ae.data.reader import SHARE_OF_MEMORY, free_memory
+from dist_ae.data.records import Array, Shards, Split, span
+from dist_ae.data.sources import with_prefix
+
+Shape = tuple[int, int, int]
 
 
-def given_dataset(data: Given, val_fraction: float) -> Dataset:
-    """A data set of images in memory; without a validation part, a fixed share of it is held out.
+class Given(NamedTuple):
+    """Images of a model's shape, and the names that they have where they come from files."""
+
+    split: Split
+    names: list[str] | None = None
+
+
+def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
+    """A user's images for a model of ``image_shape``.
+
+    Args:
+        images: a path (a picture, a folder, .npy, .npz, a packed set; also ``folder:``, ``tar:``, ``hf:``, ``array:``,
+            ``packed:``), a
+            PIL image, an array or tensor ([N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image), or a list of
+            such.
+        config: the run's own settings, by which pictures get the model's size. Arrays are taken as they are.
 
     Raises:
-        InputError: not images, or values out of range; names what was given.
+        InputError: naming what is not there, not readable, or not of the model's shape.
     """
-    if isinstance(data, tuple):
-        if len(data) != 2:
-            raise InputError(f"data: a tuple is a pair (train, val), got {len(data)} parts")
-        train, val = (
-            Split(check_images(images, f"data ({part})"), labels)
-            for part, (images, labels) in zip(("train", "val"), map(_array, data), strict=True)
+    if isinstance(images, Given):
+        return images
+    if isinstance(images, str | os.PathLike):
+        found = _from_path(os.fspath(images), config, image_shape)
+    elif isinstance(images, Image.Image):
+        found = Given(Split(_decode(images, "the picture", _form(config, image_shape))[None]))
+    elif isinstance(images, np.ndarray | Tensor):
+        found = Given(Split(arranged(_array(images), image_shape)))
+    elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
+        found = _from_list(list(images), config, image_shape)
+    else:
+        raise InputError(
+            f"expected images as a path, a picture, an array, a tensor or a list of these, got {type(images).__name__}"
         )
-        if train.images.shape[1:] != val.images.shape[1:]:
+    if found.split.images.shape[1:] != image_shape:
+        where = shown(os.fspath(images)) if isinstance(images, str | os.PathLike) else "images"
+        raise InputError(f"{where}: {_expected(image_shape)}, got {list(found.split.images.shape)}")
+    return found
+
+
+def _expected(image_shape: Shape) -> str:
+    return f"the run's model takes images of shape [N, {', '.join(map(str, image_shape))}]"
+
+
+def picked(one: Given, index: Array) -> Given:
+    """The images at positions ``index``."""
+    rows = index if one.split.rows is None else one.split.rows[index]
+    return Given(Split(one.split.images, None, rows), None if one.names is None else [one.names[i] for i in index])
+
+
+def floats(one: Given, rows: range) -> Tensor:
+    """Images ``rows`` as float32 [len(rows), C, H, W].
+
+    Raises:
+        InputError: floats far outside [0, 1].
+    """
+    images = span(one.split, rows)
+    if images.dtype == np.uint8:
+        return torch.from_numpy(np.require(images, np.uint8, ["C", "W"])).float().div_(255)
+    result = torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
+    if result.numel() and not bool(((result >= NOISY_RANGE[0]) & (result <= NOISY_RANGE[1])).all()):
+        # Noisy images may leave the range a little; what is far outside was not scaled.
+        low, high = float(result.min()), float(result.max())
+        raise InputError(
+            f"expected floats on [0, 1] (noise may leave it a little), got values from {low} to {high}; divide by 255?"
+        )
+    return result
+
+
+def arranged(images: Array, image_shape: Shape) -> Array:
+    """An array in any usual layout as [N, C, H, W] of the model's shape.
+
+    Raises:
+        InputError: another shape, or values that are no pixels.
+    """
+    channels, height, width = image_shape
+    last = (height, width, channels)
+    shape = images.shape
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise InputError(f"expected images as uint8 or floats on [0, 1], got {images.dtype}")
+    if len(shape) == 4 and shape[0] and shape[1:] == image_shape:
+        return images
+    if len(shape) == 4 and shape[0] and shape[1:] == last:
+        return images.transpose(0, 3, 1, 2)
+    if len(shape) == 3 and shape[0] and channels == 1 and shape[1:] == (height, width):
+        return images[:, None]
+    if shape == image_shape:
+        return images[None]
+    if shape == last:
+        return images.transpose(2, 0, 1)[None]
+    if channels == 1 and shape == (height, width):
+        return images[None, None]
+    raise InputError(f"images: {_expected(image_shape)}, got {list(shape)}")
+
+
+def _array(images: Array | Tensor) -> Array:
+    if isinstance(images, Tensor):
+        images = images.detach().cpu()
+        return (images.float() if images.is_floating_point() else images).numpy()
+    return np.asarray(images)
+
+
+def _form(config: DataConfig, image_shape: Shape) -> Form:
+    channels, height, width = image_shape
+    if channels not in (1, 3):
+        raise InputError(f"pictures are grey or in colour, and {_expected(image_shape)}; give an array")
+    return form_of(config, "grey" if channels == 1 else "rgb", (height, width))
+
+
+def _decode(content: Any, name: str, form: Form) -> Array:
+    try:
+        return decode(content, form)
+    except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
+        raise InputError(f"{name}: cannot be read as a picture ({reason(error)})") from None
+
+
+def _is_picture(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def _from_list(items: Sequence[Any], config: DataConfig, image_shape: Shape) -> Given:
+    if not items:
+        raise InputError(f"images: {_expected(image_shape)}, got an empty list")
+    if all(isinstance(item, str | os.PathLike) for item in items):
+        names = [os.fspath(item) for item in items]
+        for name in names:
+            if not os.path.isfile(expand(name)) or not _is_picture(name):
+                raise InputError(f"{shown(name)}: {'not a picture' if os.path.exists(name) else 'no such file'}")
+        pictures = [Picture(name, os.fspath(expand(name))) for name in names]
+        return _decode_pictures(pictures, len(names), "the list", config, image_shape)
+    images = []
+    for number, item in enumerate(items):
+        if isinstance(item, Image.Image):
+            images.append(_decode(item, f"picture {number}", _form(config, image_shape)))
+        elif isinstance(item, np.ndarray | Tensor):
+            one = arranged(_array(item), image_shape)
+            if len(one) != 1:
+                raise InputError(
+                    f"a list holds single images, and item {number} is {len(one)} of them; join them to one array"
+                )
+            images.append(one[0])
+        else:
             raise InputError(
-                f"data: training images {train.images.shape[1:]} and validation images {val.images.shape[1:]} differ in shape"
+                f"expected a list of paths, of pictures or of arrays; item {number} is of type {type(item).__name__}"
             )
-        return Dataset(NAME, train, val, fingerprint(train, val))
-    images, labels = _array(data)
-    train, val = split_images(check_images(images, "data"), labels, val_fraction, "data")
-    return Dataset(NAME, train, val, fingerprint(train, val))
+    if len({image.dtype == np.uint8 for image in images}) > 1:
+        raise InputError("a list holds images as bytes or as floats, not both")
+    return Given(Split(np.stack(images)))
 
 
-def _array(data: Any) -> tuple[Array, Array | None]:
-    """Images and, where there are any, their labels."""
-    if isinstance(data, np.ndarray):
-        return data, None
-    if isinstance(data, Tensor):
-        return data.detach().cpu().numpy(), None
-    if isinstance(data, torch.utils.data.Dataset) and hasattr(data, "__len__"):
-        items = [data[i] for i in range(len(data))]
-        labelled = bool(items) and isinstance(items[0], tuple)
-        pictures = [np.asarray(item[0] if labelled else item) for item in items]
-        if len({p.shape for p in pictures}) > 1:
-            raise InputError("data: the images of this torch Dataset differ in shape; bring them to one shape first")
-        found = np.array([item[1] for item in items]) if labelled and len(items[0]) > 1 else None
-        labels = found if found is not None and found.ndim == 1 and np.issubdtype(found.dtype, np.integer) else None
-        return np.stack(pictures) if pictures else np.empty((0, 1, 1)), labels
-    raise InputError(f"data: expected {KINDS}; got {type(data).__name__}")
+def _from_path(name: str, config: DataConfig, image_shape: Shape) -> Given:
+    name = with_prefix(name)
+    if name.startswith("packed:"):
+        folders = packed_sets(name.removeprefix("packed:"))
+        manifests = [read_manifest(folder) for folder in folders]
+        if (other := next((m.image_shape for m in manifests if m.image_shape != image_shape), None)) is not None:
+            raise InputError(f"{shown(name)}: {_expected(image_shape)}, got {list(other)}")
+        parts = [part for pair in zip(folders, manifests, strict=True) for part in open_packed(*pair)]
+        names = [name for pair in zip(folders, manifests, strict=True) for name in packed_names(*pair)]
+        return Given(Split(Shards(parts)), names)
+    if name.startswith(PREFIXES):
+        source = open_source(name)
+        return _decode_pictures(source.pictures(), source.count, shown(name), config, image_shape)
+    path = expand(name.removeprefix("array:"))
+    if _is_picture(path.name) and path.is_file():
+        image = _decode(os.fspath(path), shown(path), _form(config, image_shape))
+        return Given(Split(image[None]), [path.name])
+    images = read_images(path)
+    return Given(Split(images if images.shape[1:] == image_shape else _own_layout(images, image_shape)))
+
+
+def _own_layout(images: Array, image_shape: Shape) -> Array:
+    """[N, H, W, C] that was taken for [N, C, H, W] because its height is a number of channels too."""
+    try:
+        return arranged(images, image_shape)
+    except InputError:
+        return images
+
+
+def _decode_pictures(
+    pictures: Iterable[Picture], count: int | None, what: str, config: DataConfig, image_shape: Shape
+) -> Given:
+    needed = (count or 0) * int(np.prod(image_shape))
+    if needed > SHARE_OF_MEMORY * free_memory():
+        raise InputError(
+            f"{what}: {needed:,} bytes of images are too many for the memory; pack them with `dist-ae pack` first"
+        )
+    images: list[Array] = []
+    names: list[str] = []
+    bad: list[tuple[str, str]] = []
+    for picture, result in decoded(iter(pictures), _form(config, image_shape), count):
+        if isinstance(result, np.ndarray):
+            images.append(result)
+            names.append(picture.name)
+        else:
+            bad.append((shown(picture.name), str(result)))
+    refuse_unreadable(what, len(bad), len(bad) + len(images), bad[:5], config)
+    if not images:
+        raise InputError(f"{what}: none of its pictures can be read ({'; '.join(map(': '.join, bad[:5]))})")
+    return Given(Split(np.stack(images)), names)
+
+
+def file_names(one: Given) -> list[Path]:
+    """A relative path that ends in .png for each image: its own name where it has one, never one that leads
+    elsewhere."""
+    if one.names is None:
+        width = len(str(max(1, len(one.split) - 1)))
+        return [Path(f"{index:0{width}d}.png") for index in range(len(one.split))]
+    clean = [Path(*[part for part in Path(name).parts if part not in ("/", "..", ".")]) for name in one.names]
+    if any(Path(name).is_absolute() for name in one.names):
+        clean = [Path(path.name) for path in clean]
+    taken: dict[Path, int] = {}
+    result = []
+    for path in clean:
+        target = path.with_suffix(".png") if path.name else Path("image.png")
+        number = taken.get(target, 0)
+        taken[target] = number + 1
+        result.append(target if not number else target.with_name(f"{target.stem}-{number}.png"))
+    return result

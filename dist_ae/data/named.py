@@ -28,6 +28,40 @@ def digits(config: DataConfig) -> tuple[Split, Split]:
     return Split(images[train], labels[train]), Split(images[val], labels[val])
 
 
+PHOTO_SIZE, LARGEST_PHOTO = 64, 256
+
+
+def photos(config: DataConfig) -> tuple[Split, Split]:
+    """Square patches of the two photographs that ship with scikit-learn, a temple and a flower, 427×640 pixels in
+    colour.
+
+    Training sees patches of the left part, validation those of the right part. No pixel is in both.
+    """
+    from sklearn.datasets import load_sample_images
+
+    size = config.image_size or PHOTO_SIZE
+    if size > LARGEST_PHOTO:
+        raise InputError(f"data.image_size: photos has patches of at most {LARGEST_PHOTO} pixels, got {size}")
+    pictures = [picture.transpose(2, 0, 1) for picture in load_sample_images().images]  # [3, 427, 640]
+    if config.channels == "grey":
+        weights = np.array([299, 587, 114], np.int64)[:, None, None]  # ITU-R 601, as Pillow
+        pictures = [((picture * weights).sum(0, keepdims=True) // 1000).astype(np.uint8) for picture in pictures]
+    border = 640 - max(128, size)
+
+    def patches(left: int, right: int, stride: int) -> Split:
+        parts = []
+        for picture in pictures:
+            windows = np.lib.stride_tricks.sliding_window_view(picture[..., left:right], (size, size), axis=(1, 2))
+            chosen = windows[:, ::stride, ::stride].transpose(1, 2, 0, 3, 4)
+            parts.append(chosen.reshape(-1, len(picture), size, size))
+        patches = np.concatenate(parts)
+        # Neighbours overlap; in a fixed order of chance the first dozen, which a run's pictures show, are of
+        # everything.
+        return Split(patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0)).numpy()])
+
+    return patches(0, border, max(1, size // 8)), patches(border, 640, max(1, size // 4))
+
+
 IDX = {  # torchvision's class and folder; where Debian's package puts the files
     "fashion_mnist": ("FashionMNIST", Path("/usr/share/datasets/fashion-mnist")),
     "mnist": ("MNIST", None),
@@ -36,13 +70,14 @@ IDX = {  # torchvision's class and folder; where Debian's package puts the files
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where what is downloaded or packed is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_ae"
 
 
 def idx_dataset(config: DataConfig) -> tuple[Split, Split]:
     class_name, system = IDX[config.name]
-    root = config.root or _cache()
+    root = config.root or cache_folder()
     places = (
         [root, root / class_name / "raw"] if config.root else [*([system] if system else []), root / class_name / "raw"]
     )
@@ -73,7 +108,7 @@ _CIFAR_IMAGES = 10_000  # per file; each image is one label byte and 3 · 32 · 
 
 def cifar10(config: DataConfig) -> tuple[Split, Split]:
     # The binary version: torchvision's CIFAR10 unpickles its files, and nothing here reads a pickle.
-    root = config.root or _cache()
+    root = config.root or cache_folder()
 
     def download() -> None:
         from torchvision.datasets.utils import download_and_extract_archive
@@ -114,7 +149,7 @@ def _find(
 
     if (paths := look()) is not None:
         return paths
-    root = config.root or _cache()
+    root = config.root or cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{config.name}.lock"):
@@ -122,7 +157,8 @@ def _find(
                 download()
                 paths = look()
     except Exception as error:  # whatever a download can raise: no network, no space, a wrong checksum
-        reason = f"the download failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
+        first = next(iter(str(error).splitlines()), "no reason given")
+        reason = f"the download failed ({type(error).__name__}: {first})"
     else:
         reason = "the download did not bring them"
     if paths is not None:
@@ -133,7 +169,8 @@ def _find(
         "--data.name digits (embedded)",
     ]
     raise InputError(
-        f"no files of {config.name} found: looked in {', '.join(map(str, places))}; {reason}. Ways out: {'; or '.join(options)}"
+        f"no files of {config.name} found: looked in {', '.join(map(str, places))}; {reason}. Ways out: "
+        f"{'; or '.join(options)}"
     )
 
 
@@ -164,6 +201,7 @@ def read_idx(path: Path, dims: int) -> Array:
     expected = header + int(np.prod(shape, dtype=object))
     if len(data) != expected or 0 in shape:
         raise InputError(
-            f"{path}: the header says {' × '.join(map(str, shape))}, so {expected} bytes with at least one image, got {len(data)}"
+            f"{path}: the header says {' × '.join(map(str, shape))}, so {expected} bytes with at least one image, "
+            f"got {len(data)}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

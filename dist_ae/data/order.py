@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dist_ae.draws import keyed_seed
 
 
-def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
-    """The permutation [num_images] of an epoch: a pure function, so resuming anywhere is arithmetic."""
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(keyed_seed(seed, "order", epoch)))
+def epoch_order(
+    seed: int, epoch: int, num_images: int, shards: Sequence[int] | None = None, window: int | None = None
+) -> Tensor:
+    """The permutation [num_images] of an epoch: a pure function, so resuming anywhere is arithmetic.
+
+    With ``window``, the shards (of ``shards`` images each) are permuted, then the images within each group of
+    ``window`` shards:
+    only so many shards are read from at a time, which a slow disk or network needs.
+    """
+    generator = torch.Generator().manual_seed(keyed_seed(seed, "order", epoch))
+    if window is None or shards is None or len(shards) <= window:
+        return torch.randperm(num_images, generator=generator)
+    assert sum(shards) == num_images
+    sizes = torch.tensor(shards)
+    starts = sizes.cumsum(0) - sizes
+    parts = []
+    for group in torch.split(torch.randperm(len(shards), generator=generator), window):
+        rows = torch.cat(
+            [torch.arange(start, start + size) for start, size in torch.stack([starts, sizes], 1)[group].tolist()]
+        )
+        parts.append(rows[torch.randperm(len(rows), generator=generator)])
+    return torch.cat(parts)
 
 
 def share(rows: range, rank: int, world: int) -> range:

@@ -2,57 +2,170 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-from dist_ae.data.records import Split
+from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
+
+SHARE_OF_MEMORY = (
+    0.5  # of what is free, for images held in memory: the rest is for weights, activations and other programs
+)
 
 
 class Reader:
-    """Images of a split on a device, as floats on [0, 1].
+    """Images of a split on a device, as floats on [0, 1]. The same values wherever they are read from.
 
-    A split that fits lives on the device in its stored type and is indexed there; a larger one is read from the memory map
-    batch by batch, through pinned memory, which costs a host copy per image.
+    A split that fits lives on the device in its stored type and is indexed there. A larger one is read batch by batch
+    from the
+    file that it is mapped from; a thread can gather the next batch in the meantime (``then`` of ``take``).
+
+    ``resident`` is the split on the device, or None; ``held`` says in words what was chosen.
     """
 
     def __init__(self, split: Split, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.split, self.device, self.dtype = split, device, dtype
         self.resident: Tensor | None = None
-        if not isinstance(split.images, np.memmap) and split.images.nbytes <= _free_bytes(device) // 2:
-            self.resident = torch.from_numpy(split.images).to(device)
+        self._rows: Tensor | None = None  # of the images in `resident`, where it holds more than this split
+        self._axes = stored_order(split.images) if isinstance(split.images, np.ndarray) else (0, 1, 2, 3)
+        self._ahead: tuple[Array, Future[Tensor]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        stored_type = np.uint8 if split.images.dtype == np.uint8 else np.float32
+        num_bytes = len(split) * int(np.prod(split.images.shape[1:])) * np.dtype(stored_type).itemsize
+        whole = split.images
+        if device.type == "cpu" and isinstance(whole, np.ndarray) and not is_mapped(whole) and self._axes[0] == 0:
+            # In memory already: no second copy, also where another split has the rest of its rows.
+            self.resident = torch.from_numpy(np.ascontiguousarray(whole.transpose(self._axes), stored_type))
+            self._rows = None if split.rows is None else torch.from_numpy(split.rows)
+        elif num_bytes <= SHARE_OF_MEMORY * _free_bytes(device):
+            self.resident = self._copy(stored_type)
+        where = "in memory" if device.type == "cpu" else f"on {device.type}"
+        if self.resident is None:
+            where = "memory-mapped" if is_mapped(split.images) else "in the memory of the host"
+        self.held = f"{_size(num_bytes)} {where}"
 
-    @property
-    def placement(self) -> str:
-        """How large the images are and where they are kept, for a person."""
-        size = len(self.split) * self.split.images[0].nbytes
-        amount = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-        return f"{amount} {'in memory' if self.resident is not None else 'memory-mapped'}"
+    def _copy(self, stored_type: type) -> Tensor:
+        kind = torch.uint8 if stored_type is np.uint8 else torch.float32
+        shape = [self.split.images.shape[axis] for axis in self._axes[1:]]
+        result = torch.empty(len(self.split), *shape, dtype=kind, device=self.device)
+        for rows in chunks(self.split):
+            result[rows.start : rows.stop] = _tensor(span(self.split, rows), self._axes)
+        return result
 
     def raw(self, rows: Tensor) -> Tensor:
         """rows [B], int64 → images [B, C, H, W] on the host, as they are stored."""
-        index = rows.cpu().numpy()
-        index = index if self.split.rows is None else self.split.rows[index]
-        return torch.from_numpy(np.ascontiguousarray(self.split.images[index]))
-
-    def take(self, rows: Tensor) -> Tensor:
-        """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1]."""
         if self.resident is not None:
-            images = self.resident.index_select(0, rows.to(self.device, non_blocking=True))
+            rows = rows.to(self.device)
+            stored = self.resident.index_select(0, rows if self._rows is None else self._rows[rows]).cpu()
+        else:
+            stored = _collect(self.split, rows.cpu().numpy(), self._axes, pin=False)
+        return stored.permute(*np.argsort(self._axes).tolist())
+
+    def take(self, rows: Tensor, then: Tensor | None = None) -> Tensor:
+        """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1].
+
+        Args:
+            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. A hint:
+                a next call
+                with other rows gets those.
+
+        Raises:
+            OSError, IndexError: what gathering raised, also where a thread did it.
+        """
+        if self.resident is not None:
+            rows = rows.to(self.device, non_blocking=True)
+            images = self.resident.index_select(0, rows if self._rows is None else self._rows[rows])
         else:
             index = rows.cpu().numpy()
-            index = index if self.split.rows is None else self.split.rows[index]
-            images = torch.from_numpy(self.split.images[index])
-            if self.device.type == "cuda":
-                images = images.pin_memory()
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None and np.array_equal(ahead[0], index):
+                images = ahead[1].result()
+            else:
+                images = _collect(self.split, index, self._axes, self.device.type == "cuda")
+            if then is not None:
+                self._start(then.cpu().numpy())
             images = images.to(self.device, non_blocking=True)
-        floats = images.to(self.dtype)
-        return floats.div_(255) if images.dtype == torch.uint8 else floats
+        images = images.permute(*np.argsort(self._axes).tolist())
+        floats = images.to(self.dtype, memory_format=torch.contiguous_format)
+        return floats.div_(255) if images.dtype == torch.uint8 else floats.contiguous()
+
+    def _start(self, index: Array) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "images")
+            weakref.finalize(self, self._thread.shutdown, cancel_futures=True)  # it ends with the reader
+        pin = self.device.type == "cuda"
+        self._ahead = index, self._thread.submit(_collect, self.split, index, self._axes, pin)
 
     def span(self, rows: range) -> Tensor:
         """Images ``rows`` of the split, in order."""
         return self.take(torch.arange(rows.start, rows.stop))
 
 
+def _collect(split: Split, index: Array, axes: tuple[int, ...], pin: bool) -> Tensor:
+    """Images at positions ``index``, with their axes as they are stored."""
+    rows = index if split.rows is None else split.rows[index]
+    if is_mapped(split.images):
+        read_ahead(split.images, rows)
+    images = _tensor(gather(split.images, rows), axes)
+    return images.pin_memory() if pin else images
+
+
+def _tensor(images: Array, axes: tuple[int, ...]) -> Tensor:
+    stored_type = np.uint8 if images.dtype == np.uint8 else np.float32  # also of floats that torch has no type for
+    return torch.from_numpy(np.require(images.transpose(axes), stored_type, ["C", "W"]))
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} KiB"
+
+
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**62
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    # Each process of this machine holds a copy of its own, and they all look at about the same time.
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return free_memory() // max(1, int(here) if here.isdecimal() else 1)
+
+
+def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process can still have: what the machine has free, what its control groups (v1 and v2) leave,
+    and `ulimit -v`."""
+    free: int = psutil.virtual_memory().available
+    with contextlib.suppress(OSError):
+        for line in cgroup.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                free = min(free, *_group_free(root, path, "memory.max", "memory.current", "inactive_file"), free)
+            elif "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                free = min(free, *_group_free(root / "memory", path, *names), free)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free = min(free, limit - psutil.Process().memory_info().vms)
+    return max(0, free)
+
+
+def _group_free(root: Path, path: str, limit: str, used: str, cache: str) -> list[int]:
+    """What each control group from this process's up to the root leaves; file pages that can be dropped count as
+    free."""
+    free = []
+    group = root / path.strip("/")
+    for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+        try:
+            most, now = int((folder / limit).read_text()), int((folder / used).read_text())  # "max": no limit
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        free.append(most - now + int(stat.get(cache, 0)))
+    return free

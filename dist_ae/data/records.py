@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,14 +12,37 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+CHUNK_BYTES = 2**22  # looked at, hashed or copied together: what reading all of a mapped file takes of memory
+
+
+class Shards:
+    """Several arrays of images as one [N, C, H, W], of which only rows are read."""
+
+    def __init__(self, parts: Sequence[Array]) -> None:
+        self.parts = list(parts)
+        lengths = [len(part) for part in self.parts]
+        self.starts = np.cumsum([0, *lengths[:-1]])
+        self.shape: tuple[int, ...] = (sum(lengths), *self.parts[0].shape[1:])
+        self.dtype, self.nbytes = self.parts[0].dtype, sum(part.nbytes for part in self.parts)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> Array:
+        return gather(self, np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows))
+
+
+Images = Array | Shards
+
 
 class Split(NamedTuple):
-    """One split: images uint8 or float32 on [0, 1], [N, C, H, W]; labels [N] int64 where the source has them.
+    """One split: images uint8 or floats on [0, 1], [N, C, H, W]; labels [N] int64 where the source has them, -1 for
+    none.
 
-    ``rows`` picks images of a memory-mapped array without copying it; None means all of them, in order.
+    ``rows`` picks images without copying them; None means all of them, in order.
     """
 
-    images: Array
+    images: Images
     labels: Array | None = None
     rows: Array | None = None
 
@@ -33,6 +58,8 @@ class Dataset:
     train: Split
     val: Split
     fingerprint: str
+    shards: tuple[int, ...] | None = None  # training images of each shard, in order, where the data comes in shards
+    classes: tuple[str, ...] = ()  # names of the labels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -40,16 +67,89 @@ class Dataset:
         return channels, height, width
 
 
-def fingerprint(*splits: Split) -> str:
-    """SHA-256 of the content; of a memory-mapped array its shape and 1,024 evenly spaced images, since reading all would cost an epoch."""
+def is_mapped(images: Images) -> bool:
+    """Whether images stay in a file until they are read."""
+    return isinstance(images, Shards | np.memmap)
+
+
+def stored_order(images: Array) -> tuple[int, ...]:
+    """The axes of an array as they lie in memory: (0, 2, 3, 1) for [N, H, W, C] seen as [N, C, H, W]."""
+    return tuple(sorted(range(images.ndim), key=lambda axis: (-images.strides[axis], axis)))
+
+
+def gather(images: Images, rows: Array) -> Array:
+    """Rows of images, [len(rows), C, H, W] with the axes in memory as they are stored."""
+    if isinstance(images, Shards):
+        if len(rows) == 0:
+            return np.empty((0, *images.shape[1:]), images.dtype)
+        first, last = (int(each) for each in np.searchsorted(images.starts, [rows.min(), rows.max()], side="right") - 1)
+        if first == last:
+            return gather(images.parts[first], rows - images.starts[first])
+        result = np.empty((len(rows), *images.shape[1:]), images.dtype)
+        shard = np.searchsorted(images.starts, rows, side="right") - 1
+        order = np.argsort(rows, kind="stable")  # each shard is read once, from its beginning to its end
+        bounds = np.searchsorted(shard[order], np.arange(len(images.parts) + 1))
+        for number in np.unique(shard):
+            there = order[bounds[number] : bounds[number + 1]]
+            result[there] = images.parts[number][rows[there] - images.starts[number]]
+        return result
+    axes = stored_order(images)
+    stored = np.asarray(images).transpose(axes)
+    if axes[0] != 0 or not stored.flags.c_contiguous:  # take would copy all of it first
+        return np.asarray(images)[rows]
+    # take copies an image as one block, which indexing a view with swapped axes would do value by value
+    return stored.take(rows, axis=0).transpose(np.argsort(axes))
+
+
+def read_ahead(images: Images, rows: Array) -> None:
+    """Asks the system to read rows of mapped images into its cache, all at once: a disk answers many requests sooner
+    than one by one.
+
+    On data four times the memory this made 35,000 reads a second out of 160. Of rows in the cache it costs some 1 µs
+    each.
+    """
+    if isinstance(images, Shards):
+        shard = np.searchsorted(images.starts, rows, side="right") - 1
+        for number in np.unique(shard):
+            read_ahead(images.parts[number], rows[shard == number] - images.starts[number])
+        return
+    memory: Any = images
+    while memory is not None and not isinstance(memory, mmap.mmap):
+        memory = memory.base
+    if memory is None or images.strides[0] <= 0 or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    start = len(memory) - images.strides[0] * len(images)  # images end where their file does
+    for row in np.sort(rows).tolist():
+        at = start + row * images.strides[0]
+        page = at - at % mmap.PAGESIZE
+        memory.madvise(mmap.MADV_WILLNEED, page, at + images.strides[0] - page)
+
+
+def chunks(split: Split) -> list[range]:
+    """The positions of a split in pieces of some 4 MB."""
+    size = max(1, CHUNK_BYTES // max(1, split.images.nbytes // max(1, len(split.images))))
+    return [range(start, min(start + size, len(split))) for start in range(0, len(split), size)]
+
+
+def span(split: Split, rows: range) -> Array:
+    """Images of a split at positions ``rows``."""
+    if split.rows is not None:
+        return gather(split.images, split.rows[rows.start : rows.stop])
+    return split.images[rows.start : rows.stop]
+
+
+def fingerprint(*splits: Split, sampled: bool = False) -> str:
+    """SHA-256 of the content; with ``sampled`` of its shape and 1,024 evenly spaced images, since reading all of a
+    large file would cost an epoch."""
     digest = hashlib.sha256()
     for split in splits:
-        digest.update(f"{split.images.dtype}{split.images.shape[1:]}{len(split)}".encode())
-        if isinstance(split.images, np.memmap):
+        dtype: np.dtype[Any] = split.images.dtype if sampled or split.images.dtype == np.uint8 else np.dtype(np.float32)
+        digest.update(f"{dtype}{split.images.shape[1:]}{len(split)}".encode())
+        if sampled:
             rows = np.linspace(0, len(split) - 1, min(1024, len(split))).astype(np.int64)
-            digest.update(
-                np.ascontiguousarray(split.images[rows if split.rows is None else split.rows[rows]]).tobytes()
-            )
+            pieces = [gather(split.images, rows if split.rows is None else split.rows[rows])]
         else:
-            digest.update(split.images.data if split.images.flags.c_contiguous else split.images.tobytes())
+            pieces = (span(split, rows).astype(dtype, copy=False) for rows in chunks(split))  # type: ignore[assignment]
+        for piece in pieces:
+            digest.update(np.ascontiguousarray(piece).data)
     return digest.hexdigest()

@@ -2,34 +2,88 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import named
 from dist_ae.data.arrays import array_dataset
-from dist_ae.data.given import NAME
+from dist_ae.data.memory import NAME
+from dist_ae.data.pack import MANIFEST, cached, packed_dataset, packed_sets
+from dist_ae.data.pictures import PREFIXES, expand, open_source, shown
 from dist_ae.data.records import Dataset, Split, fingerprint
+
+NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
+    "digits": named.digits,
+    "photos": named.photos,
+    "cifar10": named.cifar10,
+    **dict.fromkeys(named.IDX, named.idx_dataset),
+}
 
 
 def load(config: DataConfig) -> Dataset:
-    """The dataset a configuration names.
+    """The dataset a configuration names. Pictures are packed into the cache first, where they are not yet.
 
     Raises:
-        InputError: an unknown name; no source found (every place tried, each way out); a file that is not what it should be.
+        InputError: an unknown name; no source found (every place tried, each way out); a file that is not what it
+        should be.
     """
-    if config.name.startswith("array:"):
-        return array_dataset(Path(config.name.removeprefix("array:")).expanduser(), config.val_fraction)
     if config.name == NAME:
         raise InputError("the images of this run were handed over from Python (data=...): give them again")
-    sources: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
-        "digits": named.digits,
-        "cifar10": named.cifar10,
-        **dict.fromkeys(named.IDX, named.idx_dataset),
-    }
-    if config.name not in sources:
-        raise InputError(f"unknown dataset {config.name!r}: expected {', '.join(sources)} or array:PATH")
+    name = with_prefix(config.name)
+    if name.startswith(PREFIXES):
+        packed = cached(name, open_source(name), config, expand(config.cache) if config.cache else named.cache_folder())
+        return packed_dataset(shown(name), [packed], config, config.val_fraction)
+    if name.startswith("packed:"):
+        sets = packed_sets(name.removeprefix("packed:"))
+        return packed_dataset(shown(name), sets, config, config.val_fraction)
+    _refuse_settings(config, but=("image_size", "channels") if name == "photos" else ())
+    if name.startswith("array:"):
+        return array_dataset(expand(name.removeprefix("array:")), config.val_fraction)
+    if name not in NAMED:
+        near = difflib.get_close_matches(name, NAMED, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            f"unknown dataset {shown(name)!r}: {hint}expected {', '.join(NAMED)}, folder:PATH, tar:PATTERN, hf:NAME, "
+            "packed:PATH, "
+            "array:PATH, or the path of a folder, array file or packed set"
+        )
     if config.root is not None and not config.root.is_dir():
-        raise InputError(f"data root {config.root} does not exist or is not a folder")
-    train, val = sources[config.name](config)
-    return Dataset(config.name, train, val, fingerprint(train, val))
+        raise InputError(f"data root {shown(config.root)} does not exist or is not a folder")
+    train, val = NAMED[name](config)
+    if train.images.shape[1:] != val.images.shape[1:]:
+        raise InputError(
+            f"{name}: training images {train.images.shape[1:]} and test images {val.images.shape[1:]} have differing "
+            "shapes"
+        )
+    return Dataset(name, train, val, fingerprint(train, val))
+
+
+def with_prefix(name: str) -> str:
+    """A bare path with what it is before it: folder, packed, array or tar. Any other name as it is."""
+    if name in NAMED or name.startswith((*PREFIXES, "packed:", "array:")):
+        return name
+    path = expand(name)
+    if os.path.isdir(path):
+        return f"{'packed' if (path / MANIFEST).is_file() else 'folder'}:{name}"
+    if os.path.exists(path):
+        return f"{'tar' if name.endswith(('.tar', '.tar.gz', '.tgz')) else 'array'}:{name}"
+    return name
+
+
+def absolute(name: str) -> str:
+    """The same source from whatever folder it is named: paths made absolute, other names as they are."""
+    name = with_prefix(name)
+    prefix, _, path = name.partition(":")
+    is_path = prefix in ("folder", "tar", "packed", "array") or (prefix == "hf" and expand(path).is_dir())
+    return f"{prefix}:{os.path.abspath(expand(path))}" if path and is_path else name
+
+
+def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
+    for key in ("image_size", "fit", "channels", "background"):
+        if getattr(config, key) is not None and key not in but:
+            raise InputError(
+                f"data.{key} is about pictures (folder:, tar:, hf: and photos), and {shown(config.name)} is none; "
+                "leave it out"
+            )

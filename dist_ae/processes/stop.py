@@ -41,9 +41,6 @@ class Signals:
             yield self
             return
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            self.requested = True
-
         _end_with_parent()
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
@@ -51,7 +48,7 @@ class Signals:
         thread = threading.Thread(target=self._end_at_once, args=(ours,), name="signals", daemon=True)
         thread.start()
         old_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield self
         finally:
@@ -62,9 +59,14 @@ class Signals:
             thread.join()
             ours.close()
 
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
     def _end_at_once(self, received: socket.socket) -> None:
         while numbers := received.recv(64):
-            if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self.has_work:
+            # A signal that somebody else handles meanwhile, such as packing, which has something to save, is theirs.
+            ours = [n for n in (signal.SIGTERM, signal.SIGINT) if n in numbers and signal.getsignal(n) == self._handle]
+            if ours and not self.has_work:
                 if int(os.environ.get("RANK") or 0) == 0:
                     say(
                         "stopped before training began: there is nothing to save. The same command starts again",

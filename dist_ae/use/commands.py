@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dist_ae import pca
 from dist_ae.config import InputError
 from dist_ae.data import sources
-from dist_ae.data.arrays import read_images
+from dist_ae.data.given import Given, file_names, floats, picked
+from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reader import Reader
-from dist_ae.data.records import Array
-from dist_ae.evaluate import evaluate
+from dist_ae.evaluate import evaluate, fixed_noise
 from dist_ae.processes.environment import pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.use.trained import TrainedModel, Which, load, run_config
@@ -27,6 +30,7 @@ from dist_ae.use.trained import TrainedModel, Which, load, run_config
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own
 TILES = 100  # rows or columns of a picture at most: beyond it images are too many to look at, and megabytes
 SAMPLE_COLUMNS = 8
+BLOCK = 1000  # images that are written before the next are computed
 
 
 def evaluate_run(
@@ -62,89 +66,174 @@ def evaluate_run(
 
 
 # -- what is written to files
-# Each loads a run, applies its model to the user's images or else to the run's validation images, writes one file and returns its path.
-# All raise InputError: no such run; images that are not there, not readable or not the model's; a file that cannot be written.
+# Each loads a run, applies its model to the user's images or else to the run's validation images, writes, and returns the
+# path. All raise InputError: no such run; images that are not there, not readable or not the model's; a place that
+# cannot be written.
 
 
 def reconstruct_run(
     run_dir: Path,
-    images: Path | None = None,
+    images: Path | str | None = None,
     out: Path | None = None,
     which: Which = "last",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes reconstructions: .npy, float32 [N, C, H, W] on [0, 1], or .png, the first 12 originals over their reconstructions."""
+    """Writes reconstructions: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their
+    reconstructions; or a
+    folder, a .png for each image."""
     trained = load(run_dir, which)
-    out = _destination(run_dir, out, "reconstructions.npy", (".npy", ".png"), images)
-    given = _given(trained, images, data_root)
+    out = _destination(run_dir, out, "reconstructions.npy", (".npy", ".png", ""), images)
+    one = _given(trained, images, data_root)
+    return _write_reconstructions(trained, one, out, "original", "reconstruction")
+
+
+def denoise_run(
+    run_dir: Path,
+    images: Path | str | None = None,
+    out: Path | None = None,
+    which: Which = "last",
+    data_root: Path | None = None,
+    noise_std: float | None = None,
+) -> Path:
+    """Writes noisy images denoised, as ``reconstruct_run`` does; validation images get noise first, as at an
+    evaluation.
+
+    Args:
+        noise_std: noise to add, on [0, 1] pixels; None adds none to ``images``, and the run's own to validation images.
+    """
+    if noise_std is not None and not 0 <= noise_std <= 1:
+        raise InputError(f"--noise-std: expected a standard deviation on [0, 1] pixels, got {noise_std}")
+    trained = load(run_dir, which)
+    out = _destination(run_dir, out, "denoised.npy", (".npy", ".png", ""), images)
+    one = _given(trained, images, data_root)
+    if noise_std is None and images is None:
+        noise_std = trained.config.evaluation.noise_std
+    return _write_reconstructions(trained, one, out, "noisy", "denoised", noise_std or 0.0)
+
+
+def _write_reconstructions(
+    trained: TrainedModel, one: Given, out: Path, before: str, after: str, noise_std: float = 0.0
+) -> Path:
+    config = trained.config.override({"evaluation.noise_std": noise_std})
+
+    def inputs(rows: range) -> Tensor:
+        clean = floats(one, rows)
+        return clean + fixed_noise(config, rows, clean.shape[1:], clean.device) if noise_std else clean
+
+    def outputs(rows: range) -> Tensor:
+        return trained.reconstruct(inputs(rows))
+
+    if out.suffix == ".png":
+        shown = range(min(SHOWN, len(one.split)))
+        rows = {before: inputs(shown), after: outputs(shown)}
+        if noise_std:
+            rows["clean"] = floats(one, shown)
+
+        def draw(path: Path) -> None:
+            from dist_ae.figures import image_rows  # matplotlib takes a second to import
+
+            image_rows(rows, path)
+
+        return _write(out, draw)
+    blocks = [range(start, min(start + BLOCK, len(one.split))) for start in range(0, len(one.split), BLOCK)]
     if out.suffix == ".npy":
-        return _write_array(out, trained.reconstruct(given))
-    shown = _floats(given[:SHOWN])
-
-    def draw(path: Path) -> None:
-        from dist_ae.figures import image_rows  # matplotlib takes a second to import
-
-        image_rows({"original": shown, "reconstruction": trained.reconstruct(shown)}, path)
-
-    return _write(out, draw)
+        return _write_array(out, torch.cat([outputs(rows) for rows in blocks]))
+    names = file_names(one)
+    return _write_folder(
+        out, ((names[row], image) for rows in blocks for row, image in zip(rows, outputs(rows), strict=True))
+    )
 
 
 def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "last") -> Path:
-    """Writes ``num`` new images of a variational run: .png, eight in a row, or .npy, float32 [num, C, H, W] on [0, 1]."""
+    """Writes ``num`` new images of a variational run: .png, eight in a row, or .npy, float32 [num, C, H, W] on [0,
+    1]."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "samples.png", (".png", ".npy"))
     if out.suffix == ".png" and num > TILES * SAMPLE_COLUMNS:
         raise InputError(
-            f"a picture holds at most {TILES * SAMPLE_COLUMNS} samples, not {num}; --out {out.with_suffix('.npy')} takes any number"
+            f"a picture holds at most {TILES * SAMPLE_COLUMNS} samples, not {num}; "
+            f"--out {out.with_suffix('.npy')} takes any number"
         )
     return _write_images(out, trained.sample(num, seed), SAMPLE_COLUMNS)
 
 
 def interpolate_run(
-    run_dir: Path, pairs: int = 8, steps: int = 10, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None
-) -> Path:  # fmt: skip
-    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]."""
-    trained = load(run_dir, which)
-    out = _destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
-    given = _given(trained, images, data_root)
-    if not 1 <= pairs <= len(given) // 2:
-        where = images or "the run's validation images"
-        way_out = f"ask for 1 to {len(given) // 2}" if len(given) > 1 else "at least two images are needed"
-        raise InputError(
-            f"{where}: number of images {len(given)}, which make {len(given) // 2} pairs, but --pairs asks for {pairs}; {way_out}"
-        )
-    if out.suffix == ".png" and max(pairs, steps) > TILES:
-        raise InputError(
-            f"a picture holds at most {TILES} pairs of {TILES} steps, not {pairs} of {steps}; --out {out.with_suffix('.npy')} takes any number"
-        )
-    return _write_images(out, trained.interpolate(given[: 2 * pairs : 2], given[1 : 2 * pairs : 2], steps), steps)
-
-
-def embed_run(
     run_dir: Path,
-    images: Path | None = None,
+    pairs: int = 8,
+    steps: int = 10,
+    images: Path | str | None = None,
     out: Path | None = None,
     which: Which = "last",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes codes: .npy, float32 [N, latent_dim]; of a variational model, their means."""
+    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or
+    .npy, float32
+    [pairs, steps, C, H, W] on [0, 1]."""
     trained = load(run_dir, which)
-    out = _destination(run_dir, out, "codes.npy", (".npy",), images)
-    return _write_array(out, trained.embed(_given(trained, images, data_root)))
+    out = _destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
+    one = _given(trained, images, data_root)
+    count = len(one.split)
+    if not 1 <= pairs <= count // 2:
+        where = shown(images) if images else "the run's validation images"
+        way_out = f"ask for 1 to {count // 2}" if count > 1 else "at least two images are needed"
+        raise InputError(
+            f"{where}: number of images {count}, which make {count // 2} pairs, but --pairs asks for {pairs}; {way_out}"
+        )
+    if out.suffix == ".png" and max(pairs, steps) > TILES:
+        raise InputError(
+            f"a picture holds at most {TILES} pairs of {TILES} steps, not {pairs} of {steps}; "
+            f"--out {out.with_suffix('.npy')} takes any number"
+        )
+    first, second = (picked(one, np.arange(start, 2 * pairs, 2)) for start in (0, 1))
+    lines = trained.interpolate(first, second, steps)
+    if out.suffix == ".npy":
+        return _write_array(out, lines)
+    ends = [floats(each, range(pairs))[:, None] for each in (first, second)]
+    return _write_images(out, torch.cat([ends[0], lines, ends[1]], 1), steps + 2)
+
+
+def embed_run(
+    run_dir: Path,
+    images: Path | str | None = None,
+    out: Path | None = None,
+    which: Which = "last",
+    data_root: Path | None = None,
+) -> Path:
+    """Writes codes, of a variational model their means: .npy, float32 [N, latent_dim], or .csv or .parquet with the
+    images' paths."""
+    trained = load(run_dir, which)
+    out = _destination(run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"), images)
+    one = _given(trained, images, data_root)
+    codes = trained.embed(one)
+    if out.suffix == ".npy":
+        return _write_array(out, codes)
+    return _write_table(out, one, {f"code_{number}": codes[:, number] for number in range(codes.shape[1])})
 
 
 def score_run(
-    run_dir: Path, images: Path | None = None, out: Path | None = None, which: Which = "last", data_root: Path | None = None
-) -> tuple[Path, Tensor, Literal["neg_elbo", "mse"]]:  # fmt: skip
-    """Writes scores, high where the model expects an image little: .npy, float32 [N]. Returns them too, and which figure they are."""
+    run_dir: Path,
+    images: Path | str | None = None,
+    out: Path | None = None,
+    which: Which = "last",
+    data_root: Path | None = None,
+) -> tuple[Path, Tensor, Literal["neg_elbo", "mse"], list[str] | None]:
+    """Writes scores, high where the model expects an image little: .npy, float32 [N], or .csv or .parquet with the
+    images' paths.
+
+    Returns them too, which figure they are, and the images' paths where they have some.
+    """
     trained = load(run_dir, which)
-    out = _destination(run_dir, out, "scores.npy", (".npy",), images)
-    scores = trained.score(_given(trained, images, data_root))
-    return _write_array(out, scores), scores, "neg_elbo" if trained.config.model.variational else "mse"
+    out = _destination(run_dir, out, "scores.npy", (".npy", ".csv", ".parquet"), images)
+    one = _given(trained, images, data_root)
+    scores = trained.score(one)
+    path = _write_array(out, scores) if out.suffix == ".npy" else _write_table(out, one, {"score": scores})
+    names = None if one.names is None else [shown(name) for name in one.names]
+    return path, scores, "neg_elbo" if trained.config.model.variational else "mse", names
 
 
 def export_run(run_dir: Path, out: Path | None = None, which: Which = "last") -> Path:
-    """Writes the deterministic model (see ``TrainedModel.export``) for ``torch.export.load``: a .pt2 that needs torch and nothing of this package."""
+    """Writes the deterministic model (see ``TrainedModel.export``) for ``torch.export.load``: a .pt2 that needs torch
+    and nothing of this package."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "model.pt2", (".pt2",))
     program = io.BytesIO()
@@ -152,41 +241,43 @@ def export_run(run_dir: Path, out: Path | None = None, which: Which = "last") ->
     return _write(out, lambda path: path.write_bytes(program.getbuffer()))
 
 
-def _given(trained: TrainedModel, images: Path | None, data_root: Path | None) -> Array:
-    """The user's images, or else the run's validation images, as [N, C, H, W] of the model's shape."""
+def _given(trained: TrainedModel, images: Path | str | None, data_root: Path | None) -> Given:
+    """The user's images, or else the run's validation images."""
     if images is not None:
-        given, where = read_images(images), str(images)
-    else:
-        config = trained.config if data_root is None else trained.config.override({"data.root": data_root})
-        validation = sources.load(config.data).val
-        given = validation.images if validation.rows is None else validation.images[validation.rows]
-        where = f"validation images of {config.data.name}"
-    if given.shape[1:] != trained.model.image_shape:
+        return trained.given(images)
+    config = trained.config if data_root is None else trained.config.override({"data.root": data_root})
+    validation = sources.load(config.data).val
+    if validation.images.shape[1:] != trained.model.image_shape:
         raise InputError(
-            f"{where}: the run's model takes images of shape [N, {', '.join(map(str, trained.model.image_shape))}], got {list(given.shape)}"
+            f"validation images of {shown(config.data.name)}: the run's model takes images of shape "
+            f"{list(trained.model.image_shape)}, got {list(validation.images.shape[1:])}"
         )
-    return given
-
-
-def _floats(images: Array) -> Tensor:
-    return torch.tensor(images).float().div(255 if images.dtype == np.uint8 else 1)
+    return Given(validation)
 
 
 def _destination(
-    run_dir: Path, out: Path | None, name: str, suffixes: tuple[str, ...], images: Path | None = None
+    run_dir: Path, out: Path | None, name: str, suffixes: tuple[str, ...], images: Path | str | None = None
 ) -> Path:
-    """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed."""
+    """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed. The suffix "" is a
+    folder's."""
     if out is None:
         return run_dir / name
-    out = out.expanduser()
-    if out.suffix not in suffixes:
-        raise InputError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
+    out = expand(out)
+    folder = "" in suffixes and (not out.suffix or (os.path.isdir(out) and out.suffix not in suffixes))
+    if out.suffix not in suffixes and not folder:
+        names = " or ".join(suffix for suffix in suffixes if suffix)
+        raise InputError(
+            f"--out {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
+        )
     if not os.path.isdir(out.parent):
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    if os.path.isdir(out):
-        raise InputError(f"--out {out} is a folder: name a file in it")
-    if images is not None and out.resolve() == images.expanduser().resolve():
-        raise InputError(f"--out {out} would replace the images it is made of: give it another name")
+        raise InputError(f"--out {shown(out)}: the folder {shown(out.parent)} does not exist; make it first")
+    if os.path.isdir(out) and not folder:
+        raise InputError(f"--out {shown(out)} is a folder: name a file in it")
+    if folder and os.path.exists(out) and not os.path.isdir(out):
+        raise InputError(f"--out {shown(out)} is a file: name a folder, or a file that ends in .npy or .png")
+    given = None if images is None else os.fspath(images).removeprefix("folder:").removeprefix("array:")
+    if given is not None and out.resolve() == expand(given).resolve():
+        raise InputError(f"--out {shown(out)} would replace the images it is made of: give it another name")
     return out
 
 
@@ -203,6 +294,48 @@ def _write_images(out: Path, images: Tensor, columns: int) -> Path:
     return _write(out, draw)
 
 
+def _write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
+    """Writes images [C, H, W] on [0, 1] under their names: all of them, or none."""
+
+    def write(temporary: Path) -> None:
+        for name, image in images:
+            target = temporary / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
+        if out.exists():
+            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                target = out / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+            shutil.rmtree(temporary)
+
+    return _write(out, write)
+
+
+def _write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:
+    """Writes figures of images with the images' paths, or their numbers where they have none, to .csv or .parquet."""
+    paths = [str(row) for row in range(len(one.split))] if one.names is None else one.names
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise InputError(
+                f"--out {shown(out)} needs pyarrow: pip install 'dist-ae[parquet]', or write .csv"
+            ) from None
+        named = {"path": [shown(path) for path in paths], **{name: values.numpy() for name, values in columns.items()}}
+        return _write(out, lambda path: pyarrow.parquet.write_table(pyarrow.table(named), path))
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(["path", *columns])
+            table.writerows(zip(paths, *(values.tolist() for values in columns.values()), strict=True))
+
+    return _write(out, write)
+
+
 def _write_array(out: Path, values: Tensor) -> Path:
     return _write(out, lambda path: np.save(path, values.numpy(), allow_pickle=False))
 
@@ -212,12 +345,13 @@ def _write(out: Path, write: Callable[[Path], object]) -> Path:
     temporary = out.with_name(f".{os.getpid()}-{out.name}")
     try:
         write(temporary)
-        os.replace(temporary, out)
+        if temporary.exists():
+            os.replace(temporary, out)
     except OSError as error:
         raise InputError(
-            f"{out} cannot be written ({error.strerror or error}); choose another place with --out"
+            f"{shown(out)} cannot be written ({error.strerror or error}); choose another place with --out"
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
     return out

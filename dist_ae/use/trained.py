@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dist_ae.config import Config, InputError, load_config
-from dist_ae.data.arrays import NOISY_RANGE
+from dist_ae.data.given import Given, floats, given
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.evaluate import fixed_epsilon
 from dist_ae.files import Damaged
@@ -21,12 +19,20 @@ from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.objectives import terms
 from dist_ae.run.checkpoint import EMA, WEIGHTS, read_checkpoint, step_of, template_of
 
-Images = Tensor | np.ndarray[Any, Any]
+Images = Any  # what `dist_ae.data.given.given` takes
 Which = Literal["last", "best"]
 
 
 class TrainedModel:
-    """A trained autoencoder. Images go in as uint8 or floats on [0, 1], [N, C, H, W]; results are float32 tensors on the CPU."""
+    """A trained autoencoder.
+
+    Images go in as a path (a picture, a folder, an array file, a packed set), a PIL image, a list of paths or of PIL
+    images, or an
+    array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image.
+    Pictures get the
+    model's size by the run's own data settings; arrays must have it. Results are float32 tensors on the CPU, a row an
+    image.
+    """
 
     def __init__(self, model: Autoencoder, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -42,7 +48,8 @@ class TrainedModel:
         return self._map(lambda x, rows: self.model.encode(x)[0], images, batch_size)
 
     def score(self, images: Images, batch_size: int = 1000) -> Tensor:
-        """How little the model expects each image, [N]: the negative ELBO in nats of a variational model (one ε keyed by the image's
+        """How little the model expects each image, [N]: the negative ELBO in nats of a variational model (one ε keyed
+        by the image's
         place in the call), else the squared error per pixel on [0, 1]."""
 
         def score(x: Tensor, rows: range) -> Tensor:
@@ -70,7 +77,8 @@ class TrainedModel:
         return self.decode(code)
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:
-        """Decoded codes on the straight line from each first image's code to its second's, [N, steps, C, H, W] on [0, 1].
+        """Decoded codes on the straight line from each first image's code to its second's, [N, steps, C, H, W] on [0,
+        1].
 
         The lines begin and end in the reconstructions of the two images.
 
@@ -79,16 +87,31 @@ class TrainedModel:
         """
         if steps < 2:
             raise InputError(f"a line has a beginning and an end: steps must be at least 2, got {steps}")
-        if len(first) != len(second):
-            raise InputError(f"expected as many first images as second ones, got {len(first)} and {len(second)}")
+        first, second = self.given(first), self.given(second)
+        if len(first.split) != len(second.split):
+            raise InputError(
+                f"expected as many first images as second ones, got {len(first.split)} and {len(second.split)}"
+            )
         start, end = (self.embed(images)[:, None] for images in (first, second))  # [N, 1, *code_shape]
         weight = torch.linspace(0, 1, steps).view(-1, *(1 for _ in self.model.code_shape))
         codes = torch.lerp(start, end, weight)  # [N, steps, *code_shape]
         return self.decode(codes.flatten(0, 1)).view(-1, steps, *self.model.image_shape)
 
+    def given(self, images: Images) -> Given:
+        """Images as the model takes them, and their names where they have some.
+
+        Raises:
+            InputError: images that are not there, not readable, or not of the model's shape.
+        """
+        channels, height, width = self.model.image_shape
+        return given(images, self.config.data, (channels, height, width))
+
     def export(self) -> torch.export.ExportedProgram:
-        """The deterministic model as one program for any number of images: floats [N, C, H, W] on [0, 1] → reconstruction, clamped to [0, 1], and
-        (mean) code [N, *code_shape]."""
+        """The deterministic model as one program for any number of images.
+
+        It takes floats [N, C, H, W] on [0, 1] and gives the reconstruction, clamped to [0, 1], and the (mean) code
+        [N, *code_shape].
+        """
         example = torch.zeros(2, *self.model.image_shape, device=self.device)
         program = torch.export.export(
             _Deterministic(self.model), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
@@ -104,34 +127,14 @@ class TrainedModel:
 
     @torch.no_grad()
     def _map(self, function: Callable[[Tensor, range], Tensor], images: Images, batch_size: int) -> Tensor:
-        images = self._checked(images)
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        found = self.given(images)
         parts = []
-        for start in range(0, len(images), batch_size):
-            rows = range(start, min(start + batch_size, len(images)))
-            part = images[rows.start : rows.stop].to(self.device)
-            part = part.float().div_(255) if part.dtype == torch.uint8 else part.float()
-            parts.append(function(part, rows).float().cpu())
+        for start in range(0, len(found.split), batch_size):
+            rows = range(start, min(start + batch_size, len(found.split)))
+            parts.append(function(floats(found, rows).to(self.device), rows).float().cpu())
         return torch.cat(parts)
-
-    def _checked(self, images: Images) -> Tensor:
-        # A copy of what cannot be written to, as a memory-mapped file: torch has no read-only tensors, and warns.
-        images = (
-            torch.from_numpy(np.require(images, requirements=["C", "W"])) if isinstance(images, np.ndarray) else images
-        )
-        if images.shape[1:] != self.model.image_shape or not len(images):
-            raise InputError(
-                f"expected images of shape [N, {', '.join(map(str, self.model.image_shape))}], got {list(images.shape)}"
-            )
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise InputError(f"expected images as uint8 or floats on [0, 1], got {images.dtype}")
-        if images.is_floating_point() and not bool(((images >= 0) & (images <= 1)).flatten(1).all(1).all()):
-            # Noisy images may leave the range a little; what is far outside was not scaled.
-            low, high = float(images.min()), float(images.max())
-            if not (math.isfinite(low) and math.isfinite(high) and low >= NOISY_RANGE[0] and high <= NOISY_RANGE[1]):
-                raise InputError(
-                    f"expected floats on [0, 1] (noise may leave it a little), got values from {low} to {high}; divide by 255?"
-                )
-        return images
 
 
 class _Deterministic(nn.Module):

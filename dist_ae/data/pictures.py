@@ -1,0 +1,480 @@
+"""Sources of pictures as iterators, and how a picture becomes an image of fixed size.
+
+Imports no torch: the processes that decode pictures start without it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor, UnidentifiedImageError
+
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.records import Array
+
+EXTENSIONS = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"))
+VALIDATION = ("val", "valid", "validation", "test")  # names of the split that is held out, the first that is there
+PREFIXES = ("folder:", "tar:", "hf:")
+
+
+class Picture(NamedTuple):
+    """One picture of a source: where its bytes are, and what the source says about it."""
+
+    name: str  # relative to the source, and different for each of its pictures
+    content: str | bytes | Image.Image | Array  # a path, a file's bytes, or pixels
+    label: str | int | None = None
+    split: Literal["train", "val"] | None = None  # None: decided by a hash of the name
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures in a fixed order. A new source is a function that returns one of these."""
+
+    identity: str  # hash of what is there: other pictures, another identity
+    pictures: Callable[[], Iterator[Picture]]
+    identify: Callable[[], str]  # the identity as it is now: a source that changes while it is read is refused
+    count: int | None = None
+    classes: tuple[str, ...] = ()  # names of labels that are integers
+    ignored: Mapping[str, int] = field(default_factory=dict)  # what is there beside the pictures, and how often
+
+
+def shown(name: str | Path) -> str:
+    """A name that can be printed on one line: bytes that are no UTF-8 as \\xNN, and what is not printable escaped."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def open_source(name: str) -> Source:
+    """The source behind ``folder:PATH``, ``tar:PATTERN``, ``hf:NAME`` or the path of a folder.
+
+    Raises:
+        InputError: nothing of that name, no pictures in it, or it cannot be read.
+    """
+    for prefix, make in (("folder:", folder), ("tar:", tars), ("hf:", hugging_face)):
+        if name.startswith(prefix):
+            return make(name.removeprefix(prefix))
+    if os.path.isdir(expand(name)):
+        return folder(name)
+    if name.endswith((".tar", ".tar.gz", ".tgz")):
+        return tars(name)
+    raise InputError(f"{shown(name)}: expected folder:PATH, tar:PATTERN, hf:NAME, or the path of a folder of pictures")
+
+
+def expand(path: str | Path) -> Path:
+    """``~`` replaced. Raises InputError for a user that does not exist, and for what can be no path."""
+    if "\0" in os.fspath(path):
+        raise InputError(f"{shown(path)}: a path cannot hold a NUL")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{shown(path)}: {str(error).rstrip('.').lower()}; give the path in full") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def folder(path: str) -> Source:
+    """Pictures of a folder and its sub-folders, whose first level names the classes; below ``train/`` and ``val/`` or
+    ``test/`` where there are such."""
+    root = os.fspath(expand(path))
+    entries, ignored = scan(root)
+    if not entries:
+        beside = ", ".join(f"{count:,} {what}" for what, count in ignored.items())
+        raise InputError(
+            f"{shown(root)}: no pictures in it{f' (ignored: {beside})' if beside else ''}; "
+            f"expected files that end in {', '.join('.' + name for name in sorted(EXTENSIONS))}"
+        )
+    tops = {name.partition("/")[0] for name, _, _ in entries if "/" in name}
+    val = next((name for name in VALIDATION if name in tops), None) if "train" in tops else None
+    kept: list[str] = []
+    for name, _, _ in entries:
+        if val is not None and name.partition("/")[0] not in ("train", val):
+            ignored["pictures beside the splits"] += 1
+        else:
+            kept.append(name)
+
+    def pictures() -> Iterator[Picture]:
+        for name in kept:
+            parts = name.split("/")
+            split: Literal["train", "val"] | None = None
+            if val is not None:
+                split = "train" if parts[0] == "train" else "val"
+            label = parts[1 if val is not None or tops == {"train"} else 0] if len(parts) > 1 else None
+            yield Picture(name, os.path.join(root, name), None if label == parts[-1] else label, split)
+
+    return Source(identity_of(entries), pictures, lambda: identity_of(scan(root)[0]), len(kept), ignored=dict(ignored))
+
+
+Entry = tuple[str, int, int]  # relative name, bytes, nanoseconds of the last change
+
+
+def scan(root: str) -> tuple[list[Entry], Counter[str]]:
+    """The pictures below a folder, sorted by name, and how much of what else was ignored. Opens no file: 10^5 take
+    about 1 s."""
+    found: list[Entry] = []
+    ignored: Counter[str] = Counter()
+    pending, real = [""], os.path.realpath(root)
+    try:
+        while pending:
+            prefix = pending.pop()
+            with os.scandir(os.path.join(root, prefix)) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith("."):
+                        ignored["hidden"] += 1
+                    elif entry.is_dir(follow_symlinks=False):
+                        pending.append(f"{prefix}{name}/")
+                    elif name.rpartition(".")[2].lower() not in EXTENSIONS:
+                        is_link = entry.is_symlink() and os.path.isdir(entry.path)
+                        ignored["links to folders" if is_link else "not pictures"] += 1
+                    elif entry.is_symlink() and not os.path.realpath(entry.path).startswith(real + os.sep):
+                        ignored["links that lead out of the folder"] += 1
+                    elif not (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()):
+                        ignored["not files"] += 1
+                    else:
+                        stat = entry.stat()
+                        found.append((prefix + name, stat.st_size, stat.st_mtime_ns))
+    except OSError as error:
+        raise InputError(f"{shown(error.filename or root)}: cannot be read ({error.strerror})") from None
+    found.sort()
+    return found, ignored
+
+
+def identity_of(entries: Sequence[Entry]) -> str:
+    """A hash of names, sizes and times."""
+    digest = hashlib.sha256()
+    for name, size, changed in entries:
+        digest.update(f"{name}\0{size}\0{changed}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- tars
+
+
+def tars(pattern: str) -> Source:
+    """Pictures of tar files, also compressed ones, as WebDataset names them: members of one stem are one sample, whose
+    ``.cls`` or ``.json`` gives the label. Members that are links, folders or devices are ignored."""
+    paths = sorted({path for part in braces(os.fspath(expand(pattern))) for path in glob.glob(part)})
+    if not paths:
+        raise InputError(
+            f"tar:{shown(pattern)}: no such file; braces and globs are expanded, as in {{000..099}}.tar and *.tar"
+        )
+
+    def entries() -> list[Entry]:
+        try:
+            stats = [(path, os.stat(path)) for path in paths]
+        except OSError as error:
+            raise InputError(f"{shown(error.filename)}: cannot be read ({error.strerror})") from None
+        return [(os.path.basename(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    for path in paths:
+        if not os.path.isfile(path):  # a pipe would block, a folder is no tar
+            raise InputError(f"{shown(path)}: not a tar file")
+
+    def pictures() -> Iterator[Picture]:
+        stems = Counter(os.path.basename(path) for path in paths)
+        for path in paths:
+            base = os.path.basename(path)
+            yield from _tar_pictures(path, base if stems[base] == 1 else path)
+
+    return Source(identity_of(entries()), pictures, lambda: identity_of(entries()))
+
+
+def braces(pattern: str) -> list[str]:
+    """``{000..002}`` and ``{a,b}`` expanded as a shell does."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last, names = found.groups()
+    if names is None and int(last) - int(first) > 10**6:
+        raise InputError(f"{found[0]}: more than a million names")
+    parts = names.split(",") if names else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    return [
+        rest for part in parts for rest in braces(f"{pattern[: found.start()]}{part}{pattern[found.end() :]}")
+    ]  # fmt: skip
+
+
+def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
+    sample: list[tuple[str, bytes]] = []
+    label: str | int | None = None
+    key = None
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                folder_name, _, file_name = member.name.rpartition("/")
+                stem, _, extension = file_name.partition(".")
+                extension = extension.rpartition(".")[2].lower()
+                if not member.isfile() or not stem:
+                    continue
+                if key != (folder_name, stem):
+                    yield from (Picture(f"{base}/{name}", content, label) for name, content in sample)
+                    sample, label, key = [], None, (folder_name, stem)
+                if extension in EXTENSIONS or extension in ("cls", "json"):
+                    file = archive.extractfile(member)
+                    assert file is not None  # it is a regular file
+                    content = file.read()
+                    if extension in EXTENSIONS:
+                        sample.append((member.name, content))
+                    else:
+                        label = _tar_label(content, extension, f"{shown(path)}: {shown(member.name)}", label)
+            yield from (Picture(f"{base}/{name}", content, label) for name, content in sample)
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)  # a header cut short counts as the end for tarfile
+            if 0 < len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                raise EOFError("it ends within a header")
+    except InputError:
+        raise
+    except Exception as error:  # tarfile.TarError, zlib.error, lzma.LZMAError and what else a damaged archive raises
+        raise InputError(f"{shown(path)}: not a whole tar file ({reason(error).rstrip(':')})") from None
+
+
+def _tar_label(content: bytes, extension: str, where: str, before: str | int | None) -> str | int | None:
+    try:
+        text = content.decode().strip()
+        if extension == "cls":
+            return int(text) if re.fullmatch(r"\d{1,18}", text) else text
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not a readable label ({error})") from None
+    found = (
+        next((values[key] for key in ("label", "cls", "class") if key in values), None)
+        if isinstance(values, dict)
+        else None
+    )
+    usable = isinstance(found, str) or (isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 10**18)
+    return found if usable else before
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def hugging_face(name: str) -> Source:
+    """Pictures of a Hugging Face data set: a local folder, or NAME or NAME:CONFIGURATION from the hub."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"hf:{shown(name)} needs the datasets library: pip install 'dist-ae[hf]'") from None
+    path = expand(name)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_dir():
+            loaded = datasets.load_dataset(str(path))
+        else:
+            repository, _, configuration = name.partition(":")
+            loaded = datasets.load_dataset(repository, configuration or None)
+    except Exception as error:  # the network, the hub, a damaged file: each with errors of its own
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"hf:{shown(name)}: cannot be loaded ({reason})") from None
+    splits = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
+    val = next((split for split in VALIDATION if split in splits), None) if "train" in splits else None
+    chosen = {split: splits[split] for split in (("train", val) if val else splits)}
+    features = next(iter(chosen.values())).features
+    column = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise InputError(f"hf:{shown(name)}: has no column of images; it has {', '.join(features) or 'no columns'}")
+    label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    # Two preparations of one data set have one fingerprint; other rows have another.
+    identity = hashlib.sha256(
+        json.dumps([(split, rows._fingerprint, len(rows)) for split, rows in chosen.items()]).encode()
+    )
+
+    def pictures() -> Iterator[Picture]:
+        for split, rows in chosen.items():
+            side: Literal["train", "val"] | None = ("val" if split == val else "train") if val else None
+            rows = rows.select_columns([column, *([label] if label else [])])
+            for index, row in enumerate(rows.cast_column(column, datasets.Image(decode=False))):
+                image, number = row[column] or {}, row[label] if label else None
+                known = isinstance(number, int) and number >= 0  # -1: the hub's mark for a label that is withheld
+                yield Picture(
+                    f"{split}/{index:08d}",
+                    image.get("bytes") or image.get("path") or b"",
+                    number if known else None,
+                    side,
+                )
+
+    return Source(
+        identity.hexdigest(),
+        pictures,
+        identity.hexdigest,
+        sum(map(len, chosen.values())),
+        tuple(features[label].names) if label else (),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+class Form(NamedTuple):
+    """What every picture of a set becomes."""
+
+    size: tuple[int, int] | None  # height, width; None: as it is
+    fit: str = "crop"
+    channels: str = "rgb"  # or grey
+    background: tuple[int, int, int] = (255, 255, 255)
+    colour_is_news: bool = False  # a picture in colour is reported rather than made grey
+
+
+class ColourMet(Exception):
+    """A picture in colour where all were taken to be grey."""
+
+
+def form_of(
+    config: DataConfig, channels: str, size: tuple[int, int] | None = None, colour_is_news: bool = False
+) -> Form:
+    """The form that a configuration asks for.
+
+    Raises:
+        InputError: a background that is no colour.
+    """
+    try:
+        background = ImageColor.getrgb(config.background or "white")[:3]
+    except (ValueError, AttributeError):
+        raise InputError(f"data.background: expected a colour as white or #a0b0c0, got {config.background!r}") from None
+    if size is None and config.image_size is not None:
+        size = (config.image_size, config.image_size)
+    return Form(size, config.fit or "crop", channels, background, colour_is_news)
+
+
+def decode(content: str | bytes | Image.Image | Array, form: Form) -> Array:
+    """One picture as uint8 [C, H, W].
+
+    Raises:
+        ColourMet: where the form asks to be told.
+        Exception: whatever Pillow raises for a file that it cannot read.
+    """
+    if isinstance(content, np.ndarray):
+        content = Image.fromarray(content)
+    if isinstance(content, Image.Image):
+        return _formed(content, form)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large pictures, odd tags and palettes, and reads them
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            return _formed(image, form)
+
+
+def _formed(image: Image.Image, form: Form) -> Array:
+    if form.colour_is_news and _has_colour(image):
+        raise ColourMet
+    extent = None
+    if form.size is not None:
+        # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost; twice the size leaves the filter its
+        # work.
+        drafted = image.draft("", (2 * max(form.size), 2 * max(form.size)))
+        extent = drafted and drafted[1][2:]  # without the rest of the last blocks
+    image.load()
+    orientation = image.getexif().get(0x0112, 1)  # after load, which turns a TIFF by itself
+    image = _flat(image, "L" if form.channels == "grey" else "RGB", form.background)
+    if form.size is not None:
+        height, width = form.size
+        wanted = (height, width) if orientation < 5 else (width, height)
+        image = _fitted(image, wanted, extent or image.size, form)
+    if orientation in ORIENTATIONS:
+        image = image.transpose(ORIENTATIONS[orientation])  # last, when there is least to turn
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+ORIENTATIONS = {  # EXIF's, and what brings a picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _has_colour(image: Image.Image) -> bool:
+    if image.mode == "P":
+        palette = np.frombuffer(bytes(image.getpalette("RGB") or b""), np.uint8).reshape(-1, 3)
+        return bool((palette != palette[:, :1]).any())
+    return image.mode not in ("1", "L", "LA", "La", "F") and not image.mode.startswith("I")
+
+
+def _flat(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
+    """8 bits a channel, nothing transparent."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _from_deep(image)
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):
+            image = image.convert(image.mode.upper())
+        front = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", front.size, (*background, 255)), front).convert("RGB")
+    elif image.mode not in ("L", "RGB", "1"):
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or floats on [0, 1] as 8 bits, over the whole range of the type."""
+    pixels = np.asarray(image)
+    if pixels.dtype.kind == "f":
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise ValueError(f"floats from {pixels.min()} to {pixels.max()}; expected [0, 1]")
+        return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"integers from {pixels.min()} to {pixels.max()}; expected 16 bits")
+    return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _fitted(image: Image.Image, size: tuple[int, int], extent: tuple[float, float], form: Form) -> Image.Image:
+    """A picture of (width, height) ``extent`` at height and width ``size``."""
+    height, width = size
+    if image.size == (width, height) == extent:
+        return image
+    box = (0.0, 0.0, *extent)
+    inner = (width, height)
+    scales = (width / extent[0], height / extent[1])
+    if form.fit == "crop":  # the largest box in the middle that has the wanted proportions
+        left, top = max(0.0, (extent[0] - width / max(scales)) / 2), max(0.0, (extent[1] - height / max(scales)) / 2)
+        box = (left, top, extent[0] - left, extent[1] - top)
+    elif form.fit == "pad":
+        inner = (max(1, round(extent[0] * min(scales))), max(1, round(extent[1] * min(scales))))
+    resized = image.resize(inner, Image.Resampling.BICUBIC, box, reducing_gap=2.0)
+    if inner == (width, height):
+        return resized
+    canvas = Image.new("RGB", (width, height), form.background).convert(image.mode)
+    canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return canvas
+
+
+Decoded = Array | str | None  # an image, why there is none, or None for ColourMet
+
+
+def decode_all(contents: Sequence[Any], form: Form) -> list[Decoded]:
+    """What becomes of some pictures; runs in a process of its own."""
+    results: list[Decoded] = []
+    for content in contents:
+        try:
+            results.append(decode(content, form))
+        except ColourMet:
+            results.append(None)
+        except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
+            results.append(reason(error))
+    return results
+
+
+def reason(error: Exception) -> str:
+    """An error in a few words, without the path that the message around it names."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "a decompression bomb: far more pixels than a picture has"
+    if isinstance(error, UnidentifiedImageError):
+        return "in no format that Pillow reads"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return ascii(next(iter(str(error).splitlines()), "") or type(error).__name__)[1:-1][:200]
