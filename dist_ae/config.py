@@ -66,10 +66,22 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    architecture: Literal["mlp", "own"] = trajectory("mlp", "mlp; own is set by train(config, model=...) from Python")
-    latent_dim: int = trajectory(32, "size of the code", gt=0)
+    architecture: Literal["mlp", "conv", "own"] = trajectory(
+        "mlp", "mlp, or conv; own is set by train(config, model=...) from Python"
+    )
+    latent_dim: int = trajectory(32, "size of the code; of a grid code, its channels", gt=0)
     hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
-        (512, 256), "hidden layers of the encoder; the decoder mirrors them"
+        (512, 256), "hidden layers of the encoder of an mlp; the decoder mirrors them"
+    )
+    widths: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
+        (32, 64, 128),
+        "channels of a conv at each resolution, finest first; each halves height and width",
+        min_length=1,
+        max_length=10,
+    )
+    blocks: int = trajectory(1, "residual blocks of a conv at each resolution", gt=0)
+    code: Literal["grid", "vector"] = trajectory(
+        "grid", "code of a conv: a grid, 1 / 2^len(widths) as high and wide as the image, or one vector"
     )
     activation: Literal["relu", "gelu", "silu"] = trajectory("relu", "non-linearity between the layers")
     dropout: float = trajectory(0.0, "probability that a hidden unit of encoder or decoder is dropped", ge=0, lt=1)
