@@ -95,10 +95,12 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    likelihood: Literal["gaussian", "bernoulli"] = trajectory("gaussian", "distribution of a pixel given the code")
+    likelihood: Literal["gaussian", "bernoulli", "discretized"] = trajectory(
+        "gaussian", "distribution of a pixel given the code; discretized: a logistic over the 256 values of a byte"
+    )
     # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a constant.
     sigma: float | Literal["learned"] = trajectory(
-        8**-0.5, "standard deviation of a Gaussian pixel on [0, 1], or 'learned' as one parameter"
+        8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
     )
     noise_std: float = trajectory(
         0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0
