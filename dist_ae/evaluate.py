@@ -28,8 +28,9 @@ def evaluate(
 
     ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code. ``denoised_psnr`` beside
     ``noisy_psnr`` use one noisy copy, keyed by image index. A variational model adds ``neg_elbo``, ``rate`` and ``distortion``: nats
-    per image at β = 1, one ε keyed by image index; ``active_units``, the numbers of the code whose mean varies over the images by more
-    than 0.01 (Burda, Grosse and Salakhutdinov 2016); and with a discretized likelihood ``bits_per_dim``, the ELBO's.
+    per image at β = 1, one ε keyed by image index; ``active_units``, the numbers of the code whose mean has a
+    variance above 0.01 over the images (Burda, Grosse and Salakhutdinov 2016); with a discretized likelihood
+    ``bits_per_dim``, the negative ELBO in bits per number of the image.
 
     Args:
         model: the prepared module, in evaluation only through its ``forward``.
@@ -74,8 +75,8 @@ def collapsed(metrics: Mapping[str, float]) -> str:
     if metrics.get("active_units") != 0:
         return ""
     return (
-        "WARNING: posterior collapse: no number of the code varies from image to image, so every image gets the same reconstruction. "
-        "Raise objective.beta_warmup_steps, lower objective.beta, or begin with --model.start pca"
+        "WARNING: posterior collapse: no number of the code varies from image to image, and every image gets the same "
+        "reconstruction. Raise objective.beta_warmup_steps, lower objective.beta, or begin with --model.start pca"
     )
 
 
@@ -96,8 +97,8 @@ def fixed_epsilon(rows: range, code_shape: tuple[int, ...], device: torch.device
 
 
 def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """Sums over ``rows``, float64 where the device has it: [7], three squared errors, three ELBO terms and the number of images;
-    and [2, code], the codes and their squares."""
+    """Sums over ``rows``, float64 where the device has it: [7], three squared errors, three ELBO terms and the number of
+    images; and [2, code], the codes and their squares."""
     images = reader.span(rows)
     clean = model(images, None)
     noise = fixed_noise(config, rows, images.shape[1:], images.device).to(images.dtype)

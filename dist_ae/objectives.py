@@ -62,8 +62,9 @@ def bernoulli_distortion(images: Tensor, logits: Tensor) -> Tensor:
 def discretized_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor) -> Tensor:
     """-log of the probability of each 8-bit pixel under a logistic distribution, summed, [B, C, H, W] → [B], nats.
 
-    A pixel v / 255 has the mass of the interval of width 1 / 255 around it, 0 and 255 that of all below and above. With a and b the
-    interval's ends in units of the scale, it is sigmoid(a) · sigmoid(-b) · (1 - exp(b - a)), whose logarithm loses no digits.
+    A pixel v / 255 has the mass of the interval of width 1 / 255 around it; 0 and 255 have all below and above, too.
+    With a > b the interval's ends in units of the scale it is sigmoid(a) · sigmoid(-b) · (1 - exp(b - a)), whose
+    logarithm loses no digits.
 
     Args:
         images, reconstruction: on [0, 1].

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, digits_file, forked, metrics, relative_difference, train_jobs, weights
+from conftest import SMALL, digits_file, metrics, relative_difference, train_jobs, weights
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 

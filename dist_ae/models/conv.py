@@ -32,13 +32,14 @@ class Block(nn.Module):
 
     def __init__(self, width: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.activation = activation
+        self.width, self.activation = width, activation
         self.norm = nn.GroupNorm(1, width)  # over one image, never over the batch
         self.first, self.second = Convolution(width, width), Convolution(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         hidden = self.activation(self.first(self.activation(self.norm(x))))
-        return x + self.second(hidden if mask is None else hidden * mask)
+        changed: Tensor = self.second(hidden if mask is None else hidden * mask)
+        return x + changed
 
 
 class Down(nn.Module):
@@ -49,7 +50,8 @@ class Down(nn.Module):
         self.outputs, self.change = outputs, Convolution(inputs, outputs, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.change(x) + match(to_depth(x), self.outputs)
+        changed: Tensor = self.change(x)
+        return changed + match(to_depth(x), self.outputs)
 
 
 class Up(nn.Module):
@@ -64,37 +66,43 @@ class Up(nn.Module):
 
 
 def to_depth(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, 4 · C, H / 2, W / 2]: each 2 × 2 patch as channels, in the order of a kernel."""
-    x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    """[B, C, H, W] → [B, C · 4, H / 2, W / 2]: the pixels of each 2 × 2 patch as channels, in the order of a kernel."""
+    batch, channels, height, width = x.shape
+    x = x.view(batch, channels, height // 2, 2, width // 2, 2)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
 
 
 def to_space(x: Tensor, side: int) -> Tensor:
-    """[B, C · side², H, W] → [B, C, H · side, W · side], the inverse: channels last, and for no images at all, too.
+    """[B, C · side², H, W] → [B, C, H · side, W · side], the inverse of ``to_depth``, in channels-last order.
 
     torch's pixel_shuffle does the same, but its gradient fails for an empty batch, which a process may have.
     """
-    x = x.unflatten(1, (-1, side, side)).permute(0, 4, 2, 5, 3, 1)
-    return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    batch, channels, height, width = x.shape
+    x = x.view(batch, channels // side**2, side, side, height, width)
+    return x.permute(0, 4, 2, 5, 3, 1).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def match(x: Tensor, channels: int) -> Tensor:
     """[B, C, H, W] → [B, channels, H, W] without parameters: means of groups of channels, or repeated channels."""
-    have = x.shape[1]
+    batch, have, height, width = x.shape
     if have == channels:
         return x
     if have < channels:
         return x.repeat_interleave(-(-channels // have), 1)[:, :channels]
     group = -(-have // channels)
-    return F.pad(x, (0, 0, 0, 0, 0, group * channels - have)).unflatten(1, (channels, group)).mean(2)
+    padded = F.pad(x, (0, 0, 0, 0, 0, group * channels - have))
+    return padded.view(batch, channels, group, height, width).mean(2)
+
+
+Layer = nn.Linear | Convolution
 
 
 class Conv(Autoencoder):
     """Residual blocks at each resolution, and beside them a linear path from patches to the code and back.
 
-    The net's last layers start at zero, so the model starts as its linear path. A grid code has ``latent_dim`` channels for
-    each patch of f × f pixels, f = 2 ** len(widths); a vector code has ``latent_dim`` numbers for the whole image. Images of
-    any size are padded to a multiple of f by repeating the edge, and cropped back.
+    The net's last layers start at zero, so the model starts as its linear path. A grid code has ``latent_dim`` channels
+    for each patch of f × f pixels, f = 2 ** len(widths); a vector code has ``latent_dim`` numbers for the whole image.
+    Images of any size are padded to a multiple of f by repeating the edge, and cropped back.
     """
 
     def __init__(self, config: Config, image_shape: Sequence[int]) -> None:
@@ -111,7 +119,7 @@ class Conv(Autoencoder):
         )
         act = self.activation = ACTIVATIONS[model.activation]
         predicted = size * (2 if model.variational else 1)
-        # Blocks begin at half the resolution: at the full one they cost four times as much, and gain little beside the linear path.
+        # Blocks begin at half the resolution: at the full one they cost four times as much.
         down: list[nn.Module] = [Convolution(channels, widths[0], 4, 2)]
         up: list[nn.Module] = []
         for level, width in enumerate(widths):
@@ -121,6 +129,10 @@ class Conv(Autoencoder):
             down += [Block(width, act) for _ in range(model.blocks)]
             up = [*(Block(width, act) for _ in range(model.blocks)), *up]
         self.encoder = nn.ModuleList(down)
+        self.to_code: Layer
+        self.from_code: Layer
+        self.project: Layer
+        self.expand: Layer
         if self.vector:
             cells, pixels = widths[-1] * math.prod(grid), math.prod(image_shape)
             self.to_code, self.from_code = nn.Linear(cells, predicted), nn.Linear(size, cells)
@@ -132,29 +144,31 @@ class Conv(Autoencoder):
         self.decoder = nn.ModuleList(up)
         self.to_pixels = Convolution(widths[0], 4 * channels)
         self.grid = (widths[-1], *grid)
-        named = [name for name, layer in self.named_modules() if isinstance(layer, Block)]
-        self.zeros = ("to_code", "to_pixels", *(f"{name}.second" for name in named))
-        self.encoder_masks = sum(name.startswith("encoder") for name in named)
-        self.mask_shapes = tuple((self.get_submodule(name).norm.num_channels, 1, 1) for name in named)
+        blocks = {name: layer for name, layer in self.named_modules() if isinstance(layer, Block)}
+        self.zeros = ("to_code", "to_pixels", *(f"{name}.second" for name in blocks))
+        self.mask_shapes = tuple((block.width, 1, 1) for block in blocks.values())
+        self.encoder_masks = len(blocks) // 2
 
     def encode_raw(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
         padded = pad_to_multiple(images, self.factor).contiguous(memory_format=torch.channels_last)
         hidden = self.activation(self._run(self.encoder, padded, masks))
         if self.vector:
-            return self.to_code(hidden.flatten(1)) + self.project(images.flatten(1))
-        return self.to_code(hidden) + self.project(padded)
+            hidden, padded = hidden.flatten(1), images.flatten(1)
+        net: Tensor = self.to_code(hidden)
+        linear: Tensor = self.project(padded)
+        return net + linear
 
     def decode_raw(self, code: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
         _, height, width = self.image_shape
-        hidden = self.from_code(code)
+        hidden: Tensor = self.from_code(code)
+        linear: Tensor = self.expand(code)
         if self.vector:
             hidden = hidden.view(-1, *self.grid).contiguous(memory_format=torch.channels_last)
-        hidden = self.activation(self._run(self.decoder, hidden, masks))
-        net = to_space(self.to_pixels(hidden), 2)[..., :height, :width]
-        linear = self.expand(code)
-        if self.vector:
-            return net + linear.view(-1, *self.image_shape)
-        return net + to_space(linear, self.factor)[..., :height, :width]
+            linear = linear.view(-1, *self.image_shape)
+        else:
+            linear = to_space(linear, self.factor)[..., :height, :width]
+        net: Tensor = self.to_pixels(self.activation(self._run(self.decoder, hidden, masks)))
+        return linear + to_space(net, 2)[..., :height, :width]
 
     @staticmethod
     def _run(layers: nn.ModuleList, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
