@@ -96,10 +96,22 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network and its code."""
 
-    architecture: Literal["mlp", "own"] = trajectory("mlp", "mlp; own is set by train(config, model=...) from Python")
-    latent_dim: int = trajectory(32, "size of the code", gt=0)
+    architecture: Literal["mlp", "conv", "own"] = trajectory(
+        "mlp", "mlp, or conv; own is set by train(config, model=...) from Python"
+    )
+    latent_dim: int = trajectory(32, "size of the code; of a grid code, its channels", gt=0)
     hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
-        (512, 256), "hidden layers of the encoder; the decoder mirrors them"
+        (512, 256), "hidden layers of the encoder of an mlp; the decoder mirrors them"
+    )
+    widths: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
+        (32, 64, 128),
+        "channels of a conv at each resolution, finest first; each halves height and width",
+        min_length=1,
+        max_length=10,
+    )
+    blocks: int = trajectory(1, "residual blocks of a conv at each resolution", gt=0)
+    code: Literal["grid", "vector"] = trajectory(
+        "grid", "code of a conv: a grid, 1 / 2^len(widths) as high and wide as the image, or one vector"
     )
     activation: Literal["relu", "gelu", "silu"] = trajectory("relu", "non-linearity between the layers")
     dropout: float = trajectory(0.0, "probability that a hidden unit of encoder or decoder is dropped", ge=0, lt=1)
@@ -115,10 +127,12 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimized, and what is done to the input."""
 
-    likelihood: Literal["gaussian", "bernoulli"] = trajectory("gaussian", "distribution of a pixel given the code")
+    likelihood: Literal["gaussian", "bernoulli", "discretized"] = trajectory(
+        "gaussian", "distribution of a pixel given the code; discretized: a logistic over the 256 values of a byte"
+    )
     # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a constant.
     sigma: float | Literal["learned"] = trajectory(
-        8**-0.5, "standard deviation of a Gaussian pixel on [0, 1], or 'learned' as one parameter"
+        8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
     )
     noise_std: float = trajectory(
         0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dist_ae.processes.runtime import Runtime
 from dist_ae.processes.stop import StopRequested
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
+ACTIVE_VARIANCE = 0.01  # of a number of the code over the images: above it, the decoder is told something
 
 
 @torch.no_grad()
@@ -27,7 +28,9 @@ def evaluate(
 
     ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code.
     ``denoised_psnr`` beside ``noisy_psnr`` use one noisy copy, keyed by image index. A variational model adds
-    ``neg_elbo``, ``rate`` and ``distortion``: nats per image at β = 1, one ε keyed by image index.
+    ``neg_elbo``, ``rate`` and ``distortion``: nats per image at β = 1, one ε keyed by image index; ``active_units``, the
+    numbers of the code whose mean has a variance above 0.01 over the images (Burda, Grosse and Salakhutdinov 2016); with
+    a discretized likelihood ``bits_per_dim``, the negative ELBO in bits per number of the image.
 
     Args:
         model: the prepared module, in evaluation only through its ``forward``.
@@ -40,13 +43,15 @@ def evaluate(
     # Batch i is rows [i·B, (i+1)·B), of which each process takes its part: all processes ask `stop` equally often.
     batch = max(config.evaluation.batch_size, runtime.world)
     sums: Tensor | None = None
+    codes: Tensor | None = None
     for start in range(0, count, batch):
         if stop():
             raise StopRequested
         rows = share(range(start, min(start + batch, count)), runtime.rank, runtime.world)
-        part = _sums(model, reader, rows, config, runtime)
+        part, moments = _sums(model, reader, rows, config, runtime)
         sums = part if sums is None else sums + part
-    assert sums is not None
+        codes = moments if codes is None else codes + moments
+    assert sums is not None and codes is not None
     clean, noisy, denoised, neg_elbo, rate, distortion, num_images = runtime.sum(sums).tolist()
     assert num_images == count, f"evaluated {num_images} images of {count}"
     pixels = count * math.prod(reader.split.images.shape[1:])
@@ -58,7 +63,21 @@ def evaluate(
     }
     if config.model.variational:
         metrics |= {"neg_elbo": neg_elbo / count, "rate": rate / count, "distortion": distortion / count}
+        first, second = runtime.sum(codes) / count
+        metrics["active_units"] = float(int((second - first.square() > ACTIVE_VARIANCE).sum()))
+        if config.objective.likelihood == "discretized":
+            metrics["bits_per_dim"] = neg_elbo / pixels / math.log(2)
     return metrics
+
+
+def collapsed(metrics: Mapping[str, float]) -> str:
+    """One plain line where no number of a variational model's code says anything about the image; else ""."""
+    if metrics.get("active_units") != 0:
+        return ""
+    return (
+        "WARNING: posterior collapse: no number of the code varies from image to image, and every image gets the same "
+        "reconstruction. Raise objective.beta_warmup_steps, lower objective.beta, or begin with --model.start pca"
+    )
 
 
 def psnr(mse: float) -> float:
@@ -81,9 +100,10 @@ def fixed_epsilon(rows: range, code_shape: tuple[int, ...], device: torch.device
     return normal(EVALUATION_SEED, "evaluation.epsilon", Step(0), rows, code_shape, device)
 
 
-def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> Tensor:
-    """Sums over ``rows``, float64 where the device has it, [7]: three squared errors, three ELBO terms, the number
-    of images.
+def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Sums over ``rows``, float64 where the device has it.
+
+    [7]: three squared errors, three ELBO terms and the number of images. [2, code]: the codes and their squares.
     """
     images = reader.span(rows)
     clean = model(images, None)
@@ -108,7 +128,9 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
         distortion,
         zero + 1,
     )
-    return torch.stack([column.to(runtime.exact).sum() for column in columns])
+    means = clean.mean.flatten(1).to(runtime.exact)
+    moments = torch.stack([means.sum(0), means.square().sum(0)])
+    return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
 
 
 def selection(config: Config) -> tuple[str, int]:

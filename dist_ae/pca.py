@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dist_ae.config import Config, InputError
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
-from dist_ae.models import Autoencoder, Components
+from dist_ae.models import Autoencoder, Components, pad_to_multiple
 from dist_ae.processes.runtime import Runtime
 from dist_ae.processes.stop import StopRequested
 
@@ -43,14 +43,6 @@ def patches(images: Tensor, side: int) -> Tensor:
     """
     padded = pad_to_multiple(images, side)
     return F.unfold(padded, side, stride=side).transpose(1, 2).flatten(0, 1)
-
-
-def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
-    """images [B, C, H, W] with height and width raised to multiples of ``factor`` by repeating the edge."""
-    height, width = images.shape[-2:]
-    if height % factor == 0 and width % factor == 0:
-        return images
-    return F.pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
 
 
 @torch.no_grad()

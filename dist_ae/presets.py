@@ -25,6 +25,18 @@ _PLAIN:     dict[str, Any] = {"data.name": "digits",        "model.latent_dim": 
 _FAST:      dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.schedule": "linear", "train.batch_size": 256,
                               "optim.betas": (0.9, 0.95), "precision": "bf16", "train.epochs": 2, "train.log_every": 10}
 _FASTER: dict[str, dict[str, Any]] = {"ae": {}, "denoising": {}, "dropout": {}, "vae": {"optim.lr": 2e-3, "train.batch_size": 128}}
+# The convolutional model. A high rate after a warm-up pays: benchmarks/recipes.md.
+_CONV: dict[str, Any] = {
+    "data.name": "digits", "model.architecture": "conv", "model.latent_dim": 12, "model.start": "pca", "model.activation": "gelu",
+    "optim.lr": 5e-3, "optim.betas": (0.9, 0.95), "optim.schedule": "linear", "optim.warmup_steps": 100, "train.batch_size": 64,
+    "precision": "bf16",
+}
+_CONVS: dict[str, dict[str, Any]] = {
+    "conv":           {},
+    "conv-denoising": {"objective.noise_std": 0.1},
+    "conv-dropout":   {"model.dropout": 0.1},
+    "conv-vae":       {"model.variational": True, "objective.sigma": "learned"},
+}
 # fmt: on
 PRESETS: dict[str, Config] = {
     **{kind: Config(name=kind).override({**_PLAIN, **own, **_STARTS[kind]}) for kind, own in _KINDS.items()},
@@ -36,6 +48,7 @@ PRESETS: dict[str, Config] = {
         f"{kind}-reference": Config(name=f"{kind}-reference").override({**_REFERENCE, **own})
         for kind, own in _KINDS.items()
     },
+    **{name: Config(name=name).override({**_CONV, **own}) for name, own in _CONVS.items()},
 }
 DESCRIPTIONS = {
     "ae": "autoencoder, best known recipe",
@@ -50,4 +63,8 @@ DESCRIPTIONS = {
         f"{name}-reference": f"{name} by the tutorial's recipe, on Fashion-MNIST"
         for name in ("ae", "denoising", "dropout", "vae")
     },
+    "conv": "convolutional autoencoder that starts as the best linear code of patches",
+    "conv-denoising": "conv with Gaussian noise on the input, the clean image as target",
+    "conv-dropout": "conv with dropout of whole channels",
+    "conv-vae": "variational conv with a Gaussian pixel whose σ is learned",
 }

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from conftest import SMALL, environment
 
 from dist_ae.config import Config, InputError, _walk, load_config
-from dist_ae.presets import PRESETS
+from dist_ae.presets import DESCRIPTIONS, PRESETS
 from dist_ae.processes import runtime
 
 
@@ -27,7 +27,9 @@ def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 def test_presets_are_the_four_systems_and_the_tutorials() -> None:
     kinds = ("ae", "denoising", "dropout", "vae")
-    assert list(PRESETS) == [*kinds, *(f"{kind}-fast" for kind in kinds), *(f"{kind}-reference" for kind in kinds)]
+    conv = ("conv", "conv-denoising", "conv-dropout", "conv-vae")
+    more = (f"{kind}-{recipe}" for recipe in ("fast", "reference") for kind in kinds)
+    assert list(PRESETS) == [*kinds, *more, *conv] and list(DESCRIPTIONS) == list(PRESETS)
     reference = PRESETS["ae-reference"]
     assert (reference.optim.lr, reference.optim.betas, reference.optim.schedule) == (1e-3, (0.5, 0.999), "constant")
     assert (

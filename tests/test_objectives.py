@@ -10,9 +10,17 @@ from torch import distributions as D
 
 from dist_ae.config import ObjectiveConfig
 from dist_ae.draws import Draws
-from dist_ae.models import LOGVAR_RANGE, Autoencoder, initialize
-from dist_ae.objectives import bernoulli_distortion, beta_at, gaussian_distortion, gaussian_kl, objective, terms
+from dist_ae.models import LOGVAR_RANGE, Output, build
+from dist_ae.objectives import (
+    bernoulli_distortion,
+    discretized_distortion,
+    gaussian_distortion,
+    gaussian_kl,
+    objective,
+    terms,
+)
 from dist_ae.presets import PRESETS
+from dist_ae.timeline import beta
 
 G = torch.Generator().manual_seed(0)
 
@@ -67,12 +75,44 @@ def test_likelihoods_equal_torch_distributions() -> None:
     torch.testing.assert_close(bernoulli_distortion(images, raw), bernoulli)
 
 
+@pytest.mark.parametrize("sigma", [1e-4, 3e-3, 0.05, 3.0])
+def test_the_discretized_likelihood_is_a_distribution_over_256_values(sigma: float) -> None:
+    values = torch.arange(256, dtype=torch.float64) / 255
+    for mean in (-0.2, 0.0, 0.3217, 0.5 / 255, 1.0, 1.4):
+        reconstruction = torch.full((256, 1, 1, 1), mean, dtype=torch.float64)
+        found = discretized_distortion(values.view(256, 1, 1, 1), reconstruction, math.log(sigma))
+        assert found.isfinite().all() and float(torch.exp(-found).sum()) == pytest.approx(1, abs=1e-9)
+    scale = sigma * math.sqrt(3) / math.pi  # in the middle, the mass of torch's logistic between the neighbours
+    base = D.TransformedDistribution(
+        D.Uniform(torch.zeros((), dtype=torch.float64), 1.0),
+        [D.SigmoidTransform().inv, D.AffineTransform(0.49, scale)],
+    )
+    if sigma >= 0.05:
+        expected = -torch.log(base.cdf(values[100:140] + 0.5 / 255) - base.cdf(values[100:140] - 0.5 / 255))
+        reconstruction = torch.full((40, 1, 1, 1), 0.49, dtype=torch.float64)
+        torch.testing.assert_close(
+            discretized_distortion(values[100:140].view(40, 1, 1, 1), reconstruction, math.log(sigma)), expected
+        )
+
+
+def test_the_discretized_likelihood_is_finite_in_fp32_and_learns_its_sigma() -> None:
+    config = PRESETS["conv-vae"].objective.model_copy(update={"likelihood": "discretized"})
+    log_sigma = torch.tensor(-9.0, requires_grad=True)
+    images, code = torch.rand(4, 1, 4, 4), torch.zeros(4, 2)
+    output = Output(torch.full((4, 1, 4, 4), -3.0, requires_grad=True), code, code, log_sigma, False)
+    loss = terms(output, images, config).loss
+    loss.sum().backward()
+    assert (
+        loss.isfinite().all() and log_sigma.grad is not None and log_sigma.grad < 0 and output.raw.grad.isfinite().all()
+    )  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
     config = PRESETS["vae"].override(
         {"objective.likelihood": likelihood, "objective.sigma": 0.2, "model.hidden_dims": (16,), "model.latent_dim": 3}
     )
-    model = initialize(Autoencoder(config, (1, 4, 4)), 0).double()
+    model = build(config, (1, 4, 4)).double()
     images, epsilon = torch.rand(16, 1, 4, 4, generator=G, dtype=torch.float64), randn(16, 3)
     loss = objective(model, images, Draws(epsilon=epsilon), config).loss
 
@@ -95,7 +135,7 @@ def test_shapes_that_would_broadcast_raise() -> None:
     with pytest.raises(ValueError, match="one and the same shape"):
         bernoulli_distortion(images, images[:, 0])
     with pytest.raises(ValueError, match="expected images of shape"):
-        initialize(Autoencoder(PRESETS["ae"], (1, 8, 8)), 0)(images[:, 0])
+        build(PRESETS["ae"], (1, 8, 8))(images[:, 0])
 
 
 def test_learned_sigma_settles_at_the_root_mean_squared_error() -> None:
@@ -117,8 +157,8 @@ def test_learned_sigma_settles_at_the_root_mean_squared_error() -> None:
 
 def test_beta_warms_up_linearly_and_weighs_the_rate() -> None:
     config = ObjectiveConfig(beta=2.0, beta_warmup_steps=4)
-    assert [beta_at(step, config) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert [beta(step, config) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     preset = PRESETS["vae"].override({"model.hidden_dims": (8,), "objective.beta": 3.0})
-    model = initialize(Autoencoder(preset, (1, 4, 4)), 0)
+    model = build(preset, (1, 4, 4))
     found = terms(model(torch.rand(4, 1, 4, 4)), torch.rand(4, 1, 4, 4), preset.objective)
     torch.testing.assert_close(found.loss, found.distortion + 3 * found.rate)

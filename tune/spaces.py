@@ -267,8 +267,17 @@ _PARTS: dict[str, dict[str, Any]] = {
     "dropout": {"model.latent_dim": _LATENT, "optim.lr": _LR, "model.dropout": {"uniform": [0.0, 0.4]}},
     "vae": {"model.latent_dim": _LATENT, "optim.lr": _LR},
 }
+_CONV: dict[str, Any] = {
+    "model.latent_dim": {"choice": [2, 4, 8, 12, 24]},
+    "model.widths": {
+        "choice": [[16, 32, 64], [32, 64, 128], [64, 128, 192]]
+    },  # one patch size: codes compare by latent_dim
+    "model.blocks": {"choice": [1, 2]},
+    "optim.lr": {"loguniform": [3e-4, 5e-3]},
+}
 SPACES: dict[str, dict[str, Any]] = {name: {"presets": {name: part}} for name, part in _PARTS.items()} | {
-    "all": {"presets": _PARTS}
+    "all": {"presets": _PARTS},
+    "conv": {"presets": {"conv": _CONV}},
 }
 
 

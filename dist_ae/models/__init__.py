@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dist_ae.config import Config, InputError
+from dist_ae.models.conv import Conv
 from dist_ae.models.interface import (
     LOGVAR_RANGE,
     Autoencoder,
@@ -14,6 +15,7 @@ from dist_ae.models.interface import (
     LinearCode,
     Output,
     centred,
+    pad_to_multiple,
     pixels,
 )
 from dist_ae.models.mlp import MLP
@@ -25,16 +27,18 @@ __all__ = [
     "Autoencoder",
     "Builder",
     "Components",
+    "Conv",
     "LinearCode",
     "Output",
     "blank",
     "build",
     "centred",
     "initialize",
+    "pad_to_multiple",
     "pixels",
 ]
 
-ARCHITECTURES: dict[str, Callable[[Config, Sequence[int]], Autoencoder]] = {"mlp": MLP}
+ARCHITECTURES: dict[str, Callable[[Config, Sequence[int]], Autoencoder]] = {"mlp": MLP, "conv": Conv}
 Builder = Callable[[tuple[int, ...]], Autoencoder]  # a model of the user's own, from the shape of an image
 
 

@@ -7,17 +7,19 @@ becomes a code and a code an image. A model of your own does the same: see ``exa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dist_ae.config import ObjectiveConfig
 from dist_ae.draws import Draws, DrawShapes
 
 # exp(logvar) and exp(-logvar) stay finite and normal in half precision (largest 65,504, smallest normal 6.1e-5).
 LOGVAR_RANGE = (-9.0, 11.0)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 START_LOG_SIGMA = math.log(0.25)  # of a learned σ: about the error of the mean image
 
 
@@ -63,6 +65,14 @@ def centred(images: Tensor) -> Tensor:
     return images.mul(2).sub_(1)
 
 
+def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
+    """images [B, C, H, W] with height and width raised to multiples of ``factor`` by repeating the edge."""
+    height, width = images.shape[-2:]
+    if height % factor == 0 and width % factor == 0:
+        return images
+    return F.pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
+
+
 class Autoencoder(nn.Module):
     """The base of every model: corruption, the code's distribution and the scale of pixels.
 
@@ -72,6 +82,7 @@ class Autoencoder(nn.Module):
 
     mask_shapes: tuple[tuple[int, ...], ...] = ()  # of one image's dropout masks, the encoder's first
     encoder_masks: int = 0  # how many of them are the encoder's
+    zeros: tuple[str, ...] = ()  # names of the layers that start at zero
 
     def __init__(
         self,

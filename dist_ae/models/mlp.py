@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dist_ae.config import Config, ObjectiveConfig
-from dist_ae.models.interface import LOGVAR_RANGE, Autoencoder, Components, LinearCode
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+from dist_ae.models.interface import ACTIVATIONS, Autoencoder, Components, LinearCode
+from dist_ae.models.starts import leading, probabilistic
 
 
 class MLP(Autoencoder):
@@ -66,9 +64,8 @@ class MLP(Autoencoder):
         act(a) - act(-a) = a for relu, gelu and silu alike, so two hidden units carry one component through a layer
         unchanged. The other units keep their random incoming weights and start without influence.
         """
-        k = min(self.linear_code().components, len(components.variances))
-        components = components._replace(variances=components.variances[:k], basis=components.basis[:k])
-        mean, basis = components.mean, components.basis
+        components = leading(components, self.linear_code().components)
+        k, mean, basis = len(components.variances), components.mean, components.basis
         into, out, logvar = basis, basis.T, None
         if self.variational:
             into, out, logvar, log_sigma = probabilistic(components, objective)
@@ -98,19 +95,3 @@ class MLP(Autoencoder):
             layer.bias[:rows] = bias.to(layer.bias)
             if is_code and logvar is not None:
                 layer.bias[self.code_shape[0] : self.code_shape[0] + k] = logvar.to(layer.bias)
-
-
-def probabilistic(components: Components, objective: ObjectiveConfig) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Probabilistic PCA as an encoder and a decoder: into [k, D], out [D, k], log-variance [k], log σ on [0, 1].
-
-    z = W⁺ (x - m) with W = U (Λ - σ²)^½: posterior mean (Λ - σ²)^½ Λ⁻¹ Uᵀ (x - m), variance σ² Λ⁻¹ (Tipping & Bishop
-    1999, sections 3.2 and 3.3). σ on [-1, 1], where the model works, is twice that on [0, 1].
-    """
-    mean, values, basis, total = components
-    discarded = (total - float(values.sum())) / max(1, len(mean) - len(values))
-    learned = objective.sigma == "learned"
-    variance = max(discarded, 1e-6) if learned else (2 * float(objective.sigma)) ** 2
-    scale = (values - variance).clamp(min=0).sqrt()
-    safe = values.clamp(min=1e-12)
-    logvar = torch.where(scale > 0, (variance / safe).log(), torch.zeros(())).clamp(*LOGVAR_RANGE)
-    return basis * (scale / safe)[:, None], basis.T * scale, logvar, 0.5 * math.log(variance) - math.log(2)

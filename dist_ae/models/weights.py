@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dist_ae.draws import keyed_seed
-from dist_ae.models.interface import START_LOG_SIGMA
+from dist_ae.models.conv import Convolution
+from dist_ae.models.interface import START_LOG_SIGMA, Autoencoder
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=Autoencoder)
 
 
 @torch.no_grad()
 def initialize(model: M, seed: int) -> M:
     """Fills linear and convolutional layers as torch does, uniform in ±1/√fan_in; a learned σ starts at 0.25.
+
+    Norms start as the identity, and the layers that the model names in ``zeros`` at zero.
 
     Each tensor is keyed by seed and name, so no global generator is touched and any device gets the same weights.
     """
@@ -27,8 +30,15 @@ def initialize(model: M, seed: int) -> M:
         if parameter.ndim == 0:
             parameter.fill_(START_LOG_SIGMA)
             continue
-        layer = model.get_submodule(name.rpartition(".")[0])
-        assert isinstance(layer, nn.Linear | nn.Conv2d), name
+        owner, _, kind = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if isinstance(layer, nn.GroupNorm):
+            parameter.fill_(1.0 if kind == "weight" else 0.0)
+            continue
+        if owner in model.zeros:
+            parameter.zero_()
+            continue
+        assert isinstance(layer, nn.Linear | nn.Conv2d | Convolution), name
         bound = math.prod(layer.weight.shape[1:]) ** -0.5
         generator = torch.Generator().manual_seed(keyed_seed(seed, "weights", name))
         parameter.uniform_(-bound, bound, generator=generator)

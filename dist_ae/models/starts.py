@@ -1,0 +1,41 @@
+"""The best linear codes as an encoder and a decoder: what a PCA start writes into weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dist_ae.config import ObjectiveConfig
+from dist_ae.models.interface import LOGVAR_RANGE, Components
+
+LEAST_SCALE = 1e-3  # of the largest standard deviation: 1 / scale then stays far from the largest number of fp16
+
+
+def whitened(components: Components) -> tuple[Tensor, Tensor]:
+    """PCA whose code has variance one: into [k, D], out [D, k]; out @ into is the projection on the components."""
+    scale = components.variances.sqrt()
+    scale = scale.clamp(min=max(LEAST_SCALE * float(scale[0]), 1e-12))
+    return components.basis / scale[:, None], components.basis.T * scale
+
+
+def leading(components: Components, num: int) -> Components:
+    """The first ``num`` of the components, or all where there are fewer."""
+    return components._replace(variances=components.variances[:num], basis=components.basis[:num])
+
+
+def probabilistic(components: Components, objective: ObjectiveConfig) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Probabilistic PCA as an encoder and a decoder: into [k, D], out [D, k], log-variance [k], log σ on [0, 1].
+
+    z = W⁺ (x - m) with W = U (Λ - σ²)^½: posterior mean (Λ - σ²)^½ Λ⁻¹ Uᵀ (x - m), variance σ² Λ⁻¹ (Tipping & Bishop
+    1999, sections 3.2 and 3.3). σ on [-1, 1], where the model works, is twice that on [0, 1].
+    """
+    mean, values, basis, total = components
+    discarded = (total - float(values.sum())) / max(1, len(mean) - len(values))
+    learned = objective.sigma == "learned"
+    variance = max(discarded, 1e-6) if learned else (2 * float(objective.sigma)) ** 2
+    scale = (values - variance).clamp(min=0).sqrt()
+    safe = values.clamp(min=1e-12)
+    logvar = torch.where(scale > 0, (variance / safe).log(), torch.zeros(())).clamp(*LOGVAR_RANGE)
+    return basis * (scale / safe)[:, None], basis.T * scale, logvar, 0.5 * math.log(variance) - math.log(2)
