@@ -10,9 +10,10 @@ from torch import distributions as D
 
 from dist_ae.config import ObjectiveConfig
 from dist_ae.draws import Draws
-from dist_ae.models import LOGVAR_RANGE, Autoencoder, initialize
-from dist_ae.objectives import bernoulli_distortion, beta_at, gaussian_distortion, gaussian_kl, objective, terms
+from dist_ae.models import LOGVAR_RANGE, build
+from dist_ae.objectives import bernoulli_distortion, gaussian_distortion, gaussian_kl, objective, terms
 from dist_ae.presets import PRESETS
+from dist_ae.timeline import beta
 
 G = torch.Generator().manual_seed(0)
 
@@ -72,7 +73,7 @@ def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
     config = PRESETS["vae"].override(
         {"objective.likelihood": likelihood, "objective.sigma": 0.2, "model.hidden_dims": (16,), "model.latent_dim": 3}
     )
-    model = initialize(Autoencoder(config, (1, 4, 4)), 0).double()
+    model = build(config, (1, 4, 4)).double()
     images, epsilon = torch.rand(16, 1, 4, 4, generator=G, dtype=torch.float64), randn(16, 3)
     loss = objective(model, images, Draws(epsilon=epsilon), config).loss
 
@@ -95,7 +96,7 @@ def test_shapes_that_would_broadcast_raise() -> None:
     with pytest.raises(ValueError, match="one and the same shape"):
         bernoulli_distortion(images, images[:, 0])
     with pytest.raises(ValueError, match="expected images of shape"):
-        initialize(Autoencoder(PRESETS["ae"], (1, 8, 8)), 0)(images[:, 0])
+        build(PRESETS["ae"], (1, 8, 8))(images[:, 0])
 
 
 def test_learned_sigma_settles_at_the_root_mean_squared_error() -> None:
@@ -117,8 +118,8 @@ def test_learned_sigma_settles_at_the_root_mean_squared_error() -> None:
 
 def test_beta_warms_up_linearly_and_weighs_the_rate() -> None:
     config = ObjectiveConfig(beta=2.0, beta_warmup_steps=4)
-    assert [beta_at(step, config) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert [beta(step, config) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     preset = PRESETS["vae"].override({"model.hidden_dims": (8,), "objective.beta": 3.0})
-    model = initialize(Autoencoder(preset, (1, 4, 4)), 0)
+    model = build(preset, (1, 4, 4))
     found = terms(model(torch.rand(4, 1, 4, 4)), torch.rand(4, 1, 4, 4), preset.objective)
     torch.testing.assert_close(found.loss, found.distortion + 3 * found.rate)
