@@ -368,7 +368,7 @@ def test_a_pipe_in_place_of_data_is_refused_without_waiting_for_it(tmp_path: Pat
     os.mkfifo(tmp_path / "pipe.npy")
     name = f"array:{tmp_path}/pipe.npy"
     sweep = checked(load_space("ae", None), {"data.name": name}, None, Settings(), 2, "s", tmp_path)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="not a file"):
         check_data(sweep)
 
 

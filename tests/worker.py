@@ -32,10 +32,8 @@ def mutated(name: str) -> Any:
     def draw_alike(shapes: Any, config: Config, at: Any, rows: range, *rest: Any) -> Draws:
         return draw(shapes, config, at, range(len(rows)), *rest)
 
-    def average_per_process(
-        self: Any, batch: torch.Tensor, mine: range, step: int, _: int | None = None, **__: Any
-    ) -> None:
-        backward(self, batch, mine, step, max(1, len(mine) * self.runtime.world))
+    def average_per_process(self: Any, rows: torch.Tensor, mine: range, batch_size: int) -> None:
+        backward(self, rows, mine, max(1, len(mine) * self.runtime.world))
 
     def drop(rows: range, rank: int, world: int) -> range:
         return share(range(rows.start, rows.start + len(rows) // world * world), rank, world)
