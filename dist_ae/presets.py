@@ -28,7 +28,7 @@ _FASTER: dict[str, dict[str, Any]] = {"ae": {}, "denoising": {}, "dropout": {}, 
 # The convolutional model. A high rate after a warm-up pays: benchmarks/recipes.md.
 _CONV: dict[str, Any] = {
     "data.name": "photos", "model.architecture": "conv", "model.latent_dim": 12, "model.start": "pca", "model.activation": "gelu",
-    "optim.lr": 5e-3, "optim.betas": (0.9, 0.95), "optim.schedule": "linear", "optim.warmup_steps": 100, "train.batch_size": 64,
+    "optim.lr": 2e-3, "optim.betas": (0.9, 0.95), "optim.schedule": "linear", "optim.warmup_steps": 100, "train.batch_size": 64,
     "precision": "bf16",
 }
 _CONVS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
 from dist_ae.draws import VERSION as DRAWS
 from dist_ae.draws import has_draws
-from dist_ae.evaluate import evaluate, selection
+from dist_ae.evaluate import collapsed, evaluate, selection
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.models.weights import weights_sha256
@@ -277,6 +277,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                     display.evaluated(
                         state.step, steps.total_steps, steps.epochs_done(state.step), metrics, clock.rate()
                     )
+                    display.say(collapsed(metrics))
                     if _draws_pictures(state.step, steps):
                         _draw_pictures(learner, state, validation, folder, tracking)
 

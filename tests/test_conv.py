@@ -238,6 +238,22 @@ def test_training_beats_patch_pca_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "below PCA of 4 × 4 patches with 8 numbers" in capsys.readouterr().out
 
 
+def test_a_collapsed_posterior_is_named_and_bits_per_dimension_are_stated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**TINY, "objective.likelihood": "discretized", "train.steps": 30, "optim.warmup_steps": 5}
+    sound = dist_ae.train(PRESETS["conv-vae"].override({**settings, "run_dir": str(tmp_path / "sound")}))
+    assert "posterior collapse" not in capsys.readouterr().out
+    assert 0 < sound.metrics["val.active_units"] <= 3 * 4
+    nats_of_bits = sound.metrics["val.bits_per_dim"] * 64 * np.log(2)
+    assert nats_of_bits == pytest.approx(sound.metrics["val.neg_elbo"]) and 0 < sound.metrics["val.bits_per_dim"] < 8
+    np.save(tmp_path / "same.npy", np.full((120, 8, 8), 77, np.uint8))  # nothing to tell about an image
+    same = {**settings, "data.name": f"array:{tmp_path / 'same.npy'}", "run_dir": str(tmp_path / "collapsed")}
+    lost = dist_ae.train(PRESETS["conv-vae"].override({**same, "model.start": "random"}))
+    assert lost.metrics["val.active_units"] == 0
+    assert "posterior collapse: no number of the code" in capsys.readouterr().out
+
+
 def test_what_cannot_be_is_refused() -> None:
     for wrong in ({"model.widths": ()}, {"model.widths": (8, 0)}, {"model.blocks": 0}, {"model.code": "rows"}):
         with pytest.raises(InputError, match=rf"^{next(iter(wrong))}"):

@@ -1,0 +1,305 @@
+"""The convolutional model beside the MLP, PCA, JPEG, WebP and non-local means: every figure given of it.
+
+    python -m benchmarks.conv [fashion] [sizes] [photographs] [denoising] [vae] [--seeds 3] [--pictures FOLDER]
+
+Prints one Markdown row a result: mean (range over the seeds). Runs stay in ``--storage`` and are not trained twice.
+Photographs are cut from ``--pictures``, such as Debian's packages desktop-base and plasma-workspace-wallpapers
+(/usr/share/wallpapers). Non-local means needs scikit-image: pip install -e ".[bench]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dist_ae
+from dist_ae.config import InputError
+from dist_ae.evaluate import fixed_noise, psnr
+
+SIDE = 64  # of a patch of a photograph
+FASHION = {
+    "data.name": "fashion_mnist", "model.widths": (32, 64), "model.latent_dim": 3, "train.batch_size": 256,
+    "optim.lr": 8e-3, "optim.warmup_steps": 100, "tracking.wandb": "off",
+}  # fmt: skip
+BERNOULLI = {"objective.likelihood": "bernoulli", "objective.sigma": 8**-0.5, "model.start": "random"}
+Images = np.ndarray[Any, np.dtype[Any]]
+
+
+class Bench:
+    """Trains over the seeds and keeps every run."""
+
+    def __init__(self, storage: Path, seeds: int) -> None:
+        self.storage, self.seeds = storage, seeds
+
+    def train(self, preset: str, values: dict[str, Any], seed: int = 0) -> dist_ae.Result:
+        config = dist_ae.PRESETS[preset].override({"tracking.wandb": "off", **values, "seed": seed})
+        return dist_ae.train(config.override({"run_dir": self.storage / config.directory().name}))
+
+    def metric(self, preset: str, values: dict[str, Any], name: str) -> list[float]:
+        return [self.train(preset, values, seed).metrics[name] for seed in range(self.seeds)]
+
+
+def row(*cells: object) -> None:
+    """Prints a Markdown row; lists become mean and range."""
+    print("| " + " | ".join(_spread(c) if isinstance(c, list) else str(c) for c in cells) + " |", flush=True)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.5g}"
+    return f"{mean} ({min(values):.5g} – {max(values):.5g})" if len(values) > 1 else mean
+
+
+# ----------------------------------------------------------------------------------------------------- Fashion-MNIST
+
+
+def fashion(bench: Bench) -> None:
+    """One code of 147 numbers, three lengths of the schedule, from PCA and from random weights."""
+    row("start", "epochs", "batch", "val.mse", "patch PCA", "seconds of training")
+    for epochs in (1, 4, 20):
+        for start in ("pca", "random"):
+            for more in ({}, {"train.batch_size": 64, "optim.lr": 5e-3, "optim.warmup_steps": 200}):
+                values = {**FASHION, **more, "model.start": start, "train.epochs": epochs}
+                results = [bench.train("conv", values, seed) for seed in range(bench.seeds)]
+                row(
+                    start,
+                    epochs,
+                    values["train.batch_size"],
+                    [result.metrics["val.mse"] for result in results],
+                    f"{results[0].metrics['val.pca_mse']:.5g}",
+                    [epochs * 60_000 / result.images_per_second for result in results],
+                )
+    curves(bench)
+
+
+def curves(bench: Bench) -> None:
+    """What the start gains: the error over the first epoch, from PCA and from random weights, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for start in ("pca", "random"):
+        values = {**FASHION, "model.start": start, "train.epochs": 1, "train.eval_every": 20}
+        lines = (bench.train("conv", values).run_dir / "metrics.jsonl").read_text().splitlines()
+        found = [line for line in map(json.loads, lines) if line["split"] == "val"]
+        axis.plot([line["step"] for line in found], [line["mse"] for line in found], "o-", ms=3, label=start)
+    axis.set(xlabel="step", ylabel="val.mse", yscale="log", title="the same net, two starts, 147 numbers")
+    axis.legend(frameon=False)
+    figure.savefig(bench.storage / "conv-start.png", dpi=150)
+
+
+def sizes(bench: Bench) -> None:
+    """Error against the size of the code: MLP, convolution and their best linear codes, as rows and a picture."""
+    from matplotlib.figure import Figure
+
+    mlp = {"data.name": "fashion_mnist", "train.epochs": 20}
+    curves: dict[str, list[tuple[int, float]]] = {"MLP": [], "PCA": [], "conv": [], "patch PCA": []}
+    row("model", "numbers", "val.mse", "linear code of that size")
+    for channels in (1, 2, 3, 4, 6):
+        numbers = 49 * channels
+        pairs = (
+            ("MLP", "PCA", "ae", {**mlp, "model.latent_dim": numbers}),
+            ("conv", "patch PCA", "conv", {**FASHION, "model.latent_dim": channels, "train.epochs": 20}),
+        )
+        for name, linear, preset, values in pairs:
+            results = [bench.train(preset, values, seed).metrics for seed in range(bench.seeds)]
+            found = [result["val.mse"] for result in results]
+            curves[name].append((numbers, statistics.mean(found)))
+            curves[linear].append((numbers, results[0]["val.pca_mse"]))
+            row(name, numbers, found, f"{results[0]['val.pca_mse']:.5g}")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, points in curves.items():
+        axis.plot(*zip(*points, strict=True), "o--" if "PCA" in name else "o-", ms=4, label=name)
+    axis.set(
+        xlabel="numbers of the code", ylabel="val.mse", xscale="log", yscale="log", title="Fashion-MNIST, 20 epochs"
+    )
+    axis.legend(frameon=False)
+    figure.savefig(bench.storage / "conv-sizes.png", dpi=150)
+
+
+def vae(bench: Bench) -> None:
+    """The negative ELBO with 20 numbers and Bernoulli pixels after ten epochs; discretized, bits per dimension."""
+    row("model", "val.neg_elbo, nats")
+    common = {"data.name": "fashion_mnist", "train.epochs": 10, "model.latent_dim": 20}
+    row("vae", bench.metric("vae", common, "val.neg_elbo"))
+    conv = {**common, "model.widths": (32, 64), "model.code": "vector", "train.batch_size": 128, "optim.lr": 2e-3}
+    row("conv-vae, vector", bench.metric("conv-vae", {**conv, **BERNOULLI}, "val.neg_elbo"))
+    discretized = {**conv, "objective.likelihood": "discretized"}
+    row("conv-vae, discretized, bits per dimension", bench.metric("conv-vae", discretized, "val.bits_per_dim"))
+
+
+# ------------------------------------------------------------------------------------------------------- photographs
+
+
+def patches(folder: Path, storage: Path) -> str:
+    """Cuts the middle 512 × 512 of each picture into 64 × 64 patches; every twelfth is validation.
+
+    Returns:
+        The data name of the packed patches.
+
+    Raises:
+        InputError: no picture in the folder.
+    """
+    from PIL import Image, ImageOps
+
+    file = storage / "photographs.npz"
+    if not file.exists():
+        names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        cut: list[Images] = []
+        known: list[Images] = []
+        for name in names:
+            with Image.open(name) as opened:
+                if min(opened.size) < 512:
+                    continue
+                picture = ImageOps.fit(opened.convert("RGB"), (512, 512), Image.Resampling.LANCZOS)
+            # The same wallpaper comes in several sizes and shapes, and would be in both parts.
+            small = np.asarray(picture.resize((8, 8), Image.Resampling.BOX)).astype(np.float64)
+            if any(np.abs(small - other).mean() < 12 for other in known):
+                continue
+            known.append(small)
+            whole = np.asarray(picture).reshape(8, SIDE, 8, SIDE, 3)
+            cut.append(whole.transpose(0, 2, 4, 1, 3).reshape(-1, 3, SIDE, SIDE))
+        if not cut:
+            raise InputError(f"--pictures {folder}: no picture of at least 512 pixels there")
+        everything = np.concatenate(cut)
+        held_out = np.arange(len(everything)) % 12 == 0
+        storage.mkdir(parents=True, exist_ok=True)
+        np.savez(file, train=everything[~held_out], val=everything[held_out])
+        print(f"{len(cut)} pictures: {(~held_out).sum()} patches to train on, {held_out.sum()} others", flush=True)
+    return f"array:{file}"
+
+
+def in_bytes(run_dir: Path, train: Images, val: Images) -> float:
+    """The PSNR of a trained model when each number of the code is kept as one byte."""
+    model = dist_ae.load(run_dir)
+    seen, codes = model.embed(train[:2000]), model.embed(val)
+    axes = [0, *range(2, codes.ndim)]
+    low, high = seen.amin(axes, keepdim=True), seen.amax(axes, keepdim=True)
+    step = (high - low) / 255
+    rounded = ((codes - low) / step).round().clamp(0, 255) * step + low
+    decoded = torch.cat([model.decode(part) for part in rounded.split(256)])
+    return psnr(float((decoded - torch.from_numpy(val) / 255).square().mean()))
+
+
+def compressed(val: Images, bytes_per_image: int, kind: str) -> str:
+    """The PSNR of JPEG or WebP at that size: all images as one mosaic, so that a file's header costs nothing."""
+    from PIL import Image
+
+    columns = math.isqrt(len(val))
+    kept = val[: columns * (len(val) // columns)]
+    mosaic = kept.reshape(-1, columns, 3, SIDE, SIDE).transpose(0, 3, 1, 4, 2).reshape(-1, columns * SIDE, 3)
+    best = None
+    for quality in range(1, 96):
+        file = io.BytesIO()
+        Image.fromarray(mosaic).save(
+            file, kind, quality=quality, **({"method": 6} if kind == "WEBP" else {"optimize": True})
+        )
+        if file.tell() > bytes_per_image * len(kept):
+            break
+        error = np.asarray(Image.open(file).convert("RGB")).astype(np.float64) - mosaic
+        best = psnr(float((error / 255).__pow__(2).mean()))
+    return "–" if best is None else f"{best:.2f}"
+
+
+def photographs(bench: Bench, folder: Path) -> None:
+    """PSNR at 1/16 and 1/96 of the values after four epochs, beside patch PCA, JPEG and WebP at the same bits."""
+    name = patches(folder, bench.storage)
+    with np.load(name.removeprefix("array:")) as file:
+        train, val = file["train"], file["val"]
+    row("code", "conv, dB", "in bytes", "patch PCA", "random weights", "JPEG", "WebP")
+    for widths, channels in (((32, 64, 128), 12), ((32, 64, 128, 192), 8)):
+        numbers = channels * (SIDE // 2 ** len(widths)) ** 2
+        values = {"data.name": name, "model.widths": widths, "model.latent_dim": channels, "train.epochs": 4}
+        results = [bench.train("conv", values, seed) for seed in range(bench.seeds)]
+        row(
+            f"{numbers} numbers, widths {' '.join(map(str, widths))}",
+            [result.metrics["val.psnr"] for result in results],
+            [in_bytes(result.run_dir, train, val) for result in results],
+            f"{psnr(results[0].metrics['val.pca_mse']):.2f}",
+            bench.metric("conv", {**values, "model.start": "random"}, "val.psnr"),
+            compressed(val, numbers, "JPEG"),
+            compressed(val, numbers, "WEBP"),
+        )
+    comparison(bench, name, val)
+
+
+def comparison(bench: Bench, name: str, val: Images) -> None:
+    """One honest picture: originals, the MLP, patch PCA and the convolution with codes of 768 numbers."""
+    from dist_ae.figures import image_rows
+
+    conv = {"data.name": name, "model.widths": (32, 64, 128), "model.latent_dim": 12}
+    shown = np.linspace(0, len(val) - 1, 10).astype(int)
+    rows = {"original": torch.from_numpy(val[shown]) / 255}
+    models = {
+        "MLP": bench.train(
+            "ae", {"data.name": name, "model.latent_dim": 768, "train.epochs": 4, "model.start": "random"}
+        ),
+        # A rate of nothing leaves the start as it is.
+        "patch PCA": bench.train("conv", {**conv, "optim.lr": 1e-12, "train.steps": 1}),
+        "conv": bench.train("conv", {**conv, "train.epochs": 4}),
+    }
+    for label, result in models.items():
+        rows[label] = dist_ae.load(result.run_dir).reconstruct(val[shown])
+    image_rows(rows, bench.storage / "conv-comparison.png")
+
+
+def denoising(bench: Bench, folder: Path) -> None:
+    """PSNR of denoised photographs beside non-local means, on the same noisy images."""
+    from skimage.restoration import denoise_nl_means
+
+    name = patches(folder, bench.storage)
+    with np.load(name.removeprefix("array:")) as file:
+        val = file["val"]
+    row("noise", "conv-denoising, dB", "non-local means", "noisy")
+    for level in (25, 50):
+        std = level / 255
+        values = {"data.name": name, "model.widths": (32, 64), "model.latent_dim": 24, "train.epochs": 4}
+        values |= {"objective.noise_std": std, "evaluation.noise_std": std}
+        found = bench.metric("conv-denoising", values, "val.denoised_psnr")
+        config = dist_ae.PRESETS["conv-denoising"].override(values)
+        clean = torch.from_numpy(val) / 255
+        noisy = clean + fixed_noise(config, range(len(val)), tuple(val.shape[1:]), torch.device("cpu"))
+        settings: dict[str, Any] = {"patch_size": 5, "patch_distance": 6, "sigma": std, "channel_axis": 0}
+        errors = []
+        for h in (0.6, 0.8, 1.0):  # the best of its usual strengths, chosen on these very images
+            cleaned = np.stack([denoise_nl_means(n, h=h * std, fast_mode=True, **settings) for n in noisy.numpy()])
+            errors.append(float(((cleaned - clean.numpy()) ** 2).mean()))
+        best = min(errors)
+        row(f"{level}/255", found, f"{psnr(best):.2f}", f"{psnr(float((noisy - clean).square().mean())):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts: dict[str, Callable[[Bench, Path], None]] = {
+        "fashion": lambda bench, _: fashion(bench),
+        "sizes": lambda bench, _: sizes(bench),
+        "vae": lambda bench, _: vae(bench),
+        "photographs": photographs,
+        "denoising": denoising,
+    }
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; left out, all of them")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--pictures", type=Path, default=Path("/usr/share/wallpapers"))
+    parser.add_argument("--storage", type=Path, default=Path("runs/conv"))
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(parts)
+    if unknown:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected {', '.join(parts)}")
+    arguments.storage.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments.storage, arguments.seeds)
+    for name in arguments.parts or list(parts):
+        print(f"\n{name}: {(parts[name].__doc__ or globals()[name].__doc__ or '').splitlines()[0]}\n", flush=True)
+        parts[name](bench, arguments.pictures)
+
+
+if __name__ == "__main__":
+    main()
