@@ -53,6 +53,7 @@ MUTABLE = (
 _FIELDS = dict(Config().flat())  # every configuration key, with its default
 
 IMAGE_SHAPES = {
+    "photos": (3, 64, 64),
     "digits": (1, 8, 8),
     "fashion_mnist": (1, 28, 28),
     "mnist": (1, 28, 28),
