@@ -257,8 +257,23 @@ def ours(batch: int, *more: str, world: int = 1) -> float:
             f"{folder}/run",
             *more,
         ]
-        launcher = [] if world == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(world), "--num_machines", "1",
-                                          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+        launcher = (
+            []
+            if world == 1
+            else [
+                "-m",
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_processes",
+                str(world),
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+            ]
+        )
         subprocess.run(
             [sys.executable, *launcher, *command],
             check=True,

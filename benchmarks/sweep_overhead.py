@@ -46,8 +46,18 @@ def main() -> None:
         sweep = read_sweep(sweep.path)
         seconds = [sweep.outcome(trial).reports[-1]["seconds"] for trial in sweep.trials()]
     ideal = sum(seconds) / arguments.concurrency
-    print(json.dumps({"trials": len(seconds), "concurrency": arguments.concurrency, "ray_start_s": round(started - before, 2), "wall_s": round(wall, 2),
-                      "training_s": round(sum(seconds), 2), "overhead": round(wall / ideal, 4)}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "trials": len(seconds),
+                "concurrency": arguments.concurrency,
+                "ray_start_s": round(started - before, 2),
+                "wall_s": round(wall, 2),
+                "training_s": round(sum(seconds), 2),
+                "overhead": round(wall / ideal, 4),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

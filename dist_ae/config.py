@@ -1,4 +1,7 @@
-"""What an experiment is: frozen, checked values and the presets. Imports no torch, so that help and errors are instant."""
+"""What an experiment is: frozen, checked values and the presets.
+
+Imports no torch, so that help and errors are instant.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from dist_ae.files import Damaged, read_json
 
 
 class InputError(Exception):
-    """A mistake of the user's: the message says what is wrong, where, and the way out. The command line exits with status 2.
+    """A mistake of the user's: the message says what is wrong, where, and the way out. Exit status 2.
 
     Not a ValueError, which tyro and pydantic would catch and wrap into words of their own.
     """
@@ -28,7 +31,7 @@ class InputError(Exception):
 
 
 class Fault(Exception):
-    """What ends a run without being the user's mistake, explained for a person. The command line exits with status 1."""
+    """What ends a run without being the user's mistake, explained for a person. Exit status 1."""
 
     exit_status = 1
 
@@ -86,7 +89,8 @@ class DataConfig(Section):
     )
     window: int | None = trajectory(
         None,
-        "shuffle within groups of this many shards of a packed set, for disks that read single pictures slowly; left out, all",
+        "shuffle within groups of this many shards of a packed set, for disks that read single pictures "
+        "slowly; left out, all",
         gt=0,
     )
     corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
@@ -130,7 +134,8 @@ class ObjectiveConfig(Section):
     likelihood: Literal["gaussian", "bernoulli", "discretized"] = trajectory(
         "gaussian", "distribution of a pixel given the code; discretized: a logistic over the 256 values of a byte"
     )
-    # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a constant.
+    # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a
+    # constant.
     sigma: float | Literal["learned"] = trajectory(
         8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
     )
@@ -276,7 +281,9 @@ class Config(Section):
         return ((key, value) for key, value, _ in _walk(self, ""))
 
     def trajectory_values(self) -> dict[str, Any]:
-        """The fields that decide what is computed, JSON-ready: what a resumed run must have in common with its beginning."""
+        """The fields that decide what is computed, JSON-ready: what a resumed run must have in common with its
+        beginning.
+        """
         decisive = {key for key, _, on_resume in _walk(self, "") if on_resume == "trajectory"}
         tree = self.model_dump(mode="json")
         return {key: _at(tree, key) for key in sorted(decisive)}

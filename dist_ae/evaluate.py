@@ -28,9 +28,9 @@ def evaluate(
 
     ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code.
     ``denoised_psnr`` beside ``noisy_psnr`` use one noisy copy, keyed by image index. A variational model adds
-    ``neg_elbo``, ``rate`` and ``distortion``: nats per image at β = 1, one ε keyed by image index; ``active_units``, the
-    numbers of the code whose mean has a variance above 0.01 over the images (Burda, Grosse and Salakhutdinov 2016); with
-    a discretized likelihood ``bits_per_dim``, the negative ELBO in bits per number of the image.
+    ``neg_elbo``, ``rate`` and ``distortion``: nats per image at β = 1, one ε keyed by image index; ``active_units``,
+    the numbers of the code whose mean has a variance above 0.01 over the images (Burda, Grosse and Salakhutdinov 2016);
+    with a discretized likelihood ``bits_per_dim``, the negative ELBO in bits per number of the image.
 
     Args:
         model: the prepared module, in evaluation only through its ``forward``.

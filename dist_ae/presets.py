@@ -18,18 +18,26 @@ _STARTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("ae", "denoising", "dropout"), _START),
     "vae": {"objective.likelihood": "bernoulli", "model.activation": "gelu", "model.latent_dim": 20},
 }
-# The tutorial's recipe. Its loss is a mean over 784 pixels and ours their sum: the same step needs an eps 784 times as large.
-_REFERENCE: dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.betas": (0.5, 0.999), "optim.eps": 784e-8}
+# The tutorial's recipe. Its loss is a mean over 784 pixels and ours their sum: the same step needs an eps 784 times as
+# large.
+_REFERENCE: dict[str, Any] = {
+    "data.name": "fashion_mnist", "model.latent_dim": 128, "optim.betas": (0.5, 0.999), "optim.eps": 784e-8,
+}
 # Ours. benchmarks/recipes.md: what each part brings; and muon on large batches, which ends lower and costs more.
-_PLAIN:     dict[str, Any] = {"data.name": "digits",        "model.latent_dim": 32,  "optim.schedule": "linear"}
-_FAST:      dict[str, Any] = {"data.name": "fashion_mnist", "model.latent_dim": 128, "optim.schedule": "linear", "train.batch_size": 256,
-                              "optim.betas": (0.9, 0.95), "precision": "bf16", "train.epochs": 2, "train.log_every": 10}
-_FASTER: dict[str, dict[str, Any]] = {"ae": {}, "denoising": {}, "dropout": {}, "vae": {"optim.lr": 2e-3, "train.batch_size": 128}}
-# The convolutional model, 256 numbers for 64 × 64 × 3. A warm-up pays, and more data a higher rate: benchmarks/recipes.md.
+_PLAIN: dict[str, Any] = {"data.name": "digits", "model.latent_dim": 32, "optim.schedule": "linear"}
+_FAST: dict[str, Any] = {
+    "data.name": "fashion_mnist", "model.latent_dim": 128, "optim.schedule": "linear", "train.batch_size": 256,
+    "optim.betas": (0.9, 0.95), "precision": "bf16", "train.epochs": 2, "train.log_every": 10,
+}
+_FASTER: dict[str, dict[str, Any]] = {
+    "ae": {}, "denoising": {}, "dropout": {}, "vae": {"optim.lr": 2e-3, "train.batch_size": 128},
+}
+# The convolutional model: 256 numbers for 64 × 64 × 3. A warm-up pays, and more data a higher rate:
+# benchmarks/recipes.md.
 _CONV: dict[str, Any] = {
-    "data.name": "photos", "model.architecture": "conv", "model.latent_dim": 4, "model.start": "pca", "model.activation": "gelu",
-    "optim.lr": 1e-3, "optim.betas": (0.9, 0.95), "optim.schedule": "linear", "optim.warmup_steps": 100, "train.batch_size": 64,
-    "precision": "bf16", "train.epochs": 5,
+    "data.name": "photos", "model.architecture": "conv", "model.latent_dim": 4, "model.start": "pca",
+    "model.activation": "gelu", "optim.lr": 1e-3, "optim.betas": (0.9, 0.95), "optim.schedule": "linear",
+    "optim.warmup_steps": 100, "train.batch_size": 64, "precision": "bf16", "train.epochs": 5,
 }
 _CONVS: dict[str, dict[str, Any]] = {
     "conv":           {},

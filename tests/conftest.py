@@ -28,9 +28,13 @@ os.environ.update({"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "ACCELERATE
 torch.set_num_threads(1)
 
 SMALL = {
-    "data.name": "digits", "model.latent_dim": 8, "model.hidden_dims": (32, 16), "train.batch_size": 96, "train.log_every": 1,
+    "data.name": "digits",
+    "model.latent_dim": 8,
+    "model.hidden_dims": (32, 16),
+    "train.batch_size": 96,
+    "train.log_every": 1,
     "tracking.wandb": "off",
-}  # fmt: skip
+}
 
 
 def digits_file(folder: Path, count: int) -> str:

@@ -16,7 +16,8 @@ Images = Array | Tensor | torch.utils.data.Dataset[Any]
 Given = Images | tuple[Images, Images]
 NAME = "memory"  # what config.data.name says of such a run
 KINDS = (
-    "a numpy array or torch tensor of images [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floats on [0, 1]; a torch Dataset "
+    "a numpy array or torch tensor of images [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floats on "
+    "[0, 1]; a torch Dataset "
     "of such images; or a pair (train, val) of these"
 )
 
@@ -36,7 +37,8 @@ def memory_dataset(data: Given, val_fraction: float) -> Dataset:
         )
         if train.images.shape[1:] != val.images.shape[1:]:
             raise InputError(
-                f"data: training images {train.images.shape[1:]} and validation images {val.images.shape[1:]} differ in shape"
+                f"data: training images {train.images.shape[1:]} and validation images {val.images.shape[1:]} differ "
+                "in shape"
             )
         return Dataset(NAME, train, val, fingerprint(train, val))
     images, labels = _array(data)

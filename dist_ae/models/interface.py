@@ -1,7 +1,7 @@
 """What every architecture shares, and the two functions that an architecture adds.
 
-The four systems (plain, denoising, dropout, variational) live here once; ``mlp.py`` and ``conv.py`` only say how an image
-becomes a code and a code an image. A model of your own does the same: see ``examples/own_model.py``.
+The four systems (plain, denoising, dropout, variational) live here once; ``mlp.py`` and ``conv.py`` only say how an
+image becomes a code and a code an image. A model of your own does the same: see ``examples/own_model.py``.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 class Autoencoder(nn.Module):
     """The base of every model: corruption, the code's distribution and the scale of pixels.
 
-    An architecture defines ``encode_raw`` and ``decode_raw`` and, where it drops units, ``mask_shapes``. A forward pass is a
-    pure function of images and draws: no global generator, no statistics over the batch.
+    An architecture defines ``encode_raw`` and ``decode_raw`` and, where it drops units, ``mask_shapes``. A forward pass
+    is a pure function of images and draws: no global generator, no statistics over the batch.
     """
 
     mask_shapes: tuple[tuple[int, ...], ...] = ()  # of one image's dropout masks, the encoder's first

@@ -1,6 +1,7 @@
 """Gradients of processes on one machine, added up through memory that they share.
 
-gloo sends them through the loopback device at about 1 GB/s; on two cores, that was a third of a step of 128 Fashion-MNIST images.
+gloo sends them through the loopback device at about 1 GB/s; on two cores, that was a third of a step of 128
+Fashion-MNIST images.
 """
 
 # No `from __future__ import annotations`: DDP compares the annotations of a hook with the types themselves.
@@ -22,7 +23,7 @@ TOKEN_BYTES = 64  # at the head of the file: proof that it is one and the same f
 
 
 class SharedSum:
-    """The sum of the processes' gradients, added up in the order of their ranks: the same to the bit on each of them."""
+    """The sum of the processes' gradients, added up in the order of their ranks: the same to the bit on each."""
 
     def __init__(self, slots: Tensor, runtime: Runtime, dtype: torch.dtype) -> None:
         """``slots`` as ``share_memory`` gives them; ``dtype`` is what gradients are rounded to on their way."""
@@ -46,7 +47,9 @@ class SharedSum:
 
 
 def share_memory(runtime: Runtime, num_bytes: int) -> Tensor | None:
-    """Memory [2, world, at least num_bytes], uint8, of all processes; None where there is none: on several machines, without room, beyond MAX_BYTES.
+    """Memory [2, world, at least num_bytes], uint8, that all processes map.
+
+    None where there is none: on several machines, without room, beyond MAX_BYTES.
 
     Its file has no name any more when this returns: nothing is left behind, however the processes end.
     """

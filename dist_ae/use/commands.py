@@ -66,9 +66,10 @@ def evaluate_run(
 
 
 # -- what is written to files
-# Each loads a run, applies its model to the user's images or else to the run's validation images, writes, and returns the
-# path. All raise InputError: no such run; images that are not there, not readable or not the model's; a place that
-# cannot be written.
+#
+# Each loads a run, applies its model to the user's images or else to the run's validation
+# images, writes, and returns the path. All raise InputError: no such run; images that are not there, not readable or
+# not the model's; a place that cannot be written.
 
 
 def reconstruct_run(

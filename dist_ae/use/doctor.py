@@ -103,8 +103,8 @@ def _examine_result(run_dir: Path) -> tuple[bool, str]:
 
 
 def replay(run_dir: Path) -> list[str]:
-    """Repeats, on one process, the step whose loss or gradient was not finite: what is not finite in it, in the order it came
-    about.
+    """Repeats, on one process, the step whose loss or gradient was not finite: what is not finite in it, in the order
+    it came about.
 
     Raises:
         InputError: no such step is on record, or its weights are damaged.
@@ -156,7 +156,8 @@ def _first(values: torch.Tensor, rows: torch.Tensor) -> int:
 
 
 def rebuild_wandb(run_dir: Path) -> Path:
-    """Writes an offline W&B run from metrics.jsonl, under the run's own id: `wandb sync` uploads it. Returns its folder.
+    """Writes an offline W&B run from metrics.jsonl, under the run's own id: `wandb sync` uploads it. Returns its
+    folder.
 
     Raises:
         InputError: there is nothing to rebuild from, or wandb cannot write it.
@@ -173,9 +174,15 @@ def rebuild_wandb(run_dir: Path) -> Path:
     folder.close()
     settings = wandb.Settings(silent=True, console="off")
     run = wandb.init(
-        project=config.tracking.project, group=config.tracking.group, name=config.name, id=kept.get("wandb_id"), dir=run_dir, mode="offline",
-        settings=settings, config={"config": config.model_dump(mode="json")},
-    )  # fmt: skip
+        project=config.tracking.project,
+        group=config.tracking.group,
+        name=config.name,
+        id=kept.get("wandb_id"),
+        dir=run_dir,
+        mode="offline",
+        settings=settings,
+        config={"config": config.model_dump(mode="json")},
+    )
     by_step: dict[int, dict[str, Any]] = {}
     for line in lines:
         by_step.setdefault(line["step"], {}).update(
