@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -25,7 +25,10 @@ pytestmark = pytest.mark.slow
 # An address that no other machine is asked for: it exists in the namespaces alone.
 NETWORK = "10.77.0"
 # Its root mounts are private to it, it has its own /proc, and all of it is killed with the first process.
-APART = "setpriv --pdeathsig KILL unshare --net --uts --mount --pid --fork --kill-child --mount-proc".split()
+APART = [
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+]
 
 
 def _why_not() -> str:
