@@ -26,7 +26,7 @@ from dist_ae.evaluate import collapsed, evaluate, selection
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.models.weights import weights_sha256
-from dist_ae.processes.environment import check_environment, launched_world, notes, pinned_torch
+from dist_ae.processes.environment import check_environment, launched_world, meeting, notes, pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.processes.stop import EXIT_STOPPED, Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
@@ -219,7 +219,8 @@ def describe(config: Config) -> dict[str, Any]:
 def _train_together(job: Job) -> Result:
     """Joins the other processes, trains, and says who is lost where one is."""
     runtime = Runtime(job.config)
-    watch = Watch(runtime, job.config.train.timeout)
+    with meeting(job.config.train.timeout):
+        watch = Watch(runtime, job.config.train.timeout)
     try:
         result = _train(job, runtime, watch)
         watch.close()

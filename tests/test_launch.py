@@ -115,3 +115,24 @@ def test_a_signal_to_the_launcher_saves_at_the_current_step_and_leaves_no_proces
     trained = [line["step"] for line in metrics(run_dir)]
     assert trained == list(range(1, trained[-1] + 1))
     assert max(int(path.name) for path in (run_dir / "checkpoints").iterdir()) == trained[-1]
+
+
+def test_the_restart_policy_goes_on_after_a_stop_backs_off_after_a_fault_and_gives_up_on_a_mistake(
+    tmp_path: Path,
+) -> None:
+    def statuses(*wanted: int, tries: int = 8) -> tuple[int, int, str]:
+        """(status of restart.sh, how often the command ran, what was said) for a command that ends as wanted."""
+        left = tmp_path / "left"
+        left.write_text("".join(f"{status}\n" for status in wanted))
+        command = f'read s < {left}; sed -i 1d {left}; exit "$s"'
+        done = subprocess.run(
+            ["sh", "launch/restart.sh", "sh", "-c", command],
+            env=environment(TRIES=str(tries)), cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return done.returncode, len(wanted) - len(left.read_text().split()), done.stderr
+
+    assert statuses(75, 75, 0) == (0, 3, "")
+    assert statuses(2, 0) == (2, 1, "")
+    status, ran, said = statuses(1, 1, 0)
+    assert (status, ran) == (0, 3) and "again in 1 s" in said and "again in 2 s" in said
+    assert statuses(1, 1, 0, tries=2)[:2] == (1, 2)

@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from dist_ae.config import Config, InputError
+from dist_ae.config import Config, Fault, InputError
 
 HOW_TO_START = "Start with `accelerate launch` or `torchrun`, as in launch/README.md"
 WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -211,3 +211,25 @@ def choose_interface() -> None:
         if any(a.address.partition("%")[0] == address for a in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             return
+
+
+@contextlib.contextmanager
+def meeting(seconds: float) -> Iterator[None]:
+    """For the time in which the processes join: what fails there is said in one sentence, on every host.
+
+    Raises:
+        Fault: the process group could not be formed within the time-out, or another process left before it was.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # what torch and gloo raise, of several types
+        world = launched_world()[1]
+        if world == 1:
+            raise
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".?")
+        raise Fault(
+            f"host {socket.gethostname()} did not meet all {world} processes at {where} "
+            f"(time-out {seconds:g} s, train.timeout): {reason}. Another process ended first, or a host "
+            "cannot be reached; the messages of the other hosts tell"
+        ) from error

@@ -19,6 +19,7 @@ from dist_ae.processes.environment import (
     HOW_TO_START,
     choose_interface,
     launched_world,
+    meeting,
     use_cpu,
     without_accelerates_variables,
 )
@@ -60,8 +61,9 @@ class Runtime:
         """Starts (or joins) the process group.
 
         Raises:
-            InputError: the launcher promised another number of processes than Accelerate sees, or the hosts cannot
-                meet.
+            InputError: the launcher promised another number of processes than Accelerate sees, or the address of the
+                main process is one that other hosts cannot reach.
+            Fault: the processes did not all meet within ``train.timeout``.
         """
         _, launched = launched_world()
         # A second run in one process (a sweep's reused actor, a notebook) may want another precision: Accelerate's
@@ -73,7 +75,7 @@ class Runtime:
         on_cpu, timeout = use_cpu(), timedelta(seconds=config.train.timeout)
         if launched > 1 and self._owns_group:
             choose_interface()
-        with without_accelerates_variables():
+        with meeting(config.train.timeout), without_accelerates_variables():
             self.accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision=PRECISIONS[config.precision],
@@ -97,7 +99,8 @@ class Runtime:
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.exact = torch.float32 if self.device.type == "mps" else torch.float64  # type of sums over many images
         # Host-side agreement does not wait for the device's queue.
-        self.host_group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
+        with meeting(config.train.timeout):
+            self.host_group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -87,6 +87,8 @@ class Watch:
     def _guard(self) -> None:
         while not self._done.wait(INTERVAL):
             if lost := self._lost(self._timeout):
+                # Processes of one lost host fall silent within a heartbeat of each other: name them all.
+                lost = self._lost(max(self._timeout - KNOWN_AFTER, KNOWN_AFTER)) or lost
                 say(f"error: {self._describe(lost)}", sys.stderr)
                 os._exit(1)
 
