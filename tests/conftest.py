@@ -183,3 +183,11 @@ def fashion_mnist() -> Path:
             pytest.fail("dataset-fashion-mnist is not installed")
         pytest.skip("needs apt-get install dataset-fashion-mnist")
     return FASHION_MNIST
+
+
+LONGEST = ("test_tune_ray", "test_hosts", "test_fuzz", "test_surroundings", "test_distributed", "test_conv")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: side by side, the last one to start decides when all are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -223,6 +223,7 @@ def test_a_main_process_named_by_its_loopback_ends_every_host_with_one_sentence(
 
 
 @needs_hosts
+@pytest.mark.long
 def test_a_host_that_never_comes_ends_the_other_within_the_launchers_time_out(tmp_path: Path) -> None:
     with Hosts(tmp_path / "hosts", DEBIAN) as hosts:
         (waiting,) = launch(hosts, f"{NETWORK}.1", *experiment(tmp_path / "run", 30), only=0)
@@ -248,6 +249,7 @@ def freeze_the_first(hosts: Hosts) -> None:
 
 
 @needs_hosts
+@pytest.mark.long
 @pytest.mark.parametrize("strike", [cut, kill, freeze, freeze_the_first])
 def test_a_lost_host_is_named_by_the_others_which_end_and_the_run_resumes(
     strike: Callable[[Hosts], None], tmp_path: Path
