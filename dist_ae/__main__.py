@@ -25,7 +25,7 @@ Which = Literal["last", "best"]
 
 
 def train(arguments: list[str]) -> None:
-    """Trains a preset (ae, denoising, dropout, vae, or each with -reference), or --config FILE; the same command again
+    """Trains a preset (ae, denoising, dropout, vae, conv, …), or --config FILE; the same command again
     resumes."""
     if arguments[:1] == ["--config"] and len(arguments) > 1:
         config = tyro.cli(
