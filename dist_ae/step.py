@@ -51,6 +51,7 @@ class Learner:
         self._now = torch.zeros((), dtype=torch.int64, device=runtime.device)
         self._beta = torch.zeros((), dtype=torch.float32, device=runtime.device)
         self._rows, self._mine, self._number = self._order, range(0), 0
+        self._graph_rows = self._order
         self.graph: Graph | None = None
 
     # -- one step, in the order in which it happens
@@ -70,8 +71,8 @@ class Learner:
         batch = self._batch(step)
         self._mine = share(range(len(batch)), self.runtime.rank, self.runtime.world)
         rows = batch[self._mine.start : self._mine.stop]
-        if self.graph is not None and len(rows) == len(self._rows):
-            self._rows.copy_(rows)
+        if self.graph is not None and len(batch) == self.config.train.batch_size:
+            self._rows = self._graph_rows.copy_(rows)
         else:
             self._rows = rows
         self._number = step
@@ -190,7 +191,7 @@ class Learner:
         if self._wants_graph():
             size = self.config.train.batch_size
             self.place(0)
-            self._rows = self._rows.clone()  # a place of its own, which every step's rows are copied to
+            self._rows = self._graph_rows = self._rows.clone()  # a place of its own, where the graph reads
             self.graph = capture(lambda: self.compute(size), self._changed_by_a_step())
 
     def _wants_graph(self) -> bool:
