@@ -420,7 +420,7 @@ def test_a_step_on_record_that_names_images_out_of_range_is_refused(trained: Pat
 
 
 def test_names_of_hosts_are_told_without_a_packet() -> None:
-    from dist_ae.processes.environment import choose_interface
+    from dist_ae.processes.environment import choose_interface, interface_to_main
 
     loopback = next(n for n, a in psutil.net_if_addrs().items() if any(x.address == "127.0.0.1" for x in a))
     with mock.patch.dict(os.environ, {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "WORLD_SIZE": "2"}):
@@ -428,6 +428,12 @@ def test_names_of_hosts_are_told_without_a_packet() -> None:
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
         choose_interface()
         assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
+        del os.environ["GLOO_SOCKET_IFNAME"]
+        with interface_to_main(wanted=True):
+            assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
+        # Left behind, it would send the next group of this process, or a program that it starts, to the loopback.
+        assert "GLOO_SOCKET_IFNAME" not in os.environ
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["LOCAL_WORLD_SIZE"] = "1"  # two hosts: the loopback of one of them is no address for the other
         del os.environ["GLOO_SOCKET_IFNAME"]
         with (

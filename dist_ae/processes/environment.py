@@ -214,6 +214,19 @@ def choose_interface() -> None:
 
 
 @contextlib.contextmanager
+def interface_to_main(wanted: bool) -> Iterator[None]:
+    """``choose_interface`` while a process group forms: what starts later finds nothing of it."""
+    given = "GLOO_SOCKET_IFNAME" in os.environ
+    if wanted:
+        choose_interface()
+    try:
+        yield
+    finally:
+        if not given:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
+
+
+@contextlib.contextmanager
 def meeting(seconds: float) -> Iterator[None]:
     """For the time in which the processes join: what fails there is said in one sentence, on every host.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_ae.config import Config, Fault, InputError
 from dist_ae.processes.environment import (
     HOW_TO_START,
-    choose_interface,
+    interface_to_main,
     launched_world,
     meeting,
     use_cpu,
@@ -73,9 +73,8 @@ class Runtime:
         GradientState._reset_state()
         accumulates = accumulation_steps(config.train.batch_size, launched, config.train.max_per_process) > 1
         on_cpu, timeout = use_cpu(), timedelta(seconds=config.train.timeout)
-        if launched > 1 and self._owns_group:
-            choose_interface()
-        with meeting(config.train.timeout), without_accelerates_variables():
+        joins = launched > 1 and self._owns_group
+        with meeting(config.train.timeout), interface_to_main(joins), without_accelerates_variables():
             self.accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision=PRECISIONS[config.precision],
@@ -99,7 +98,7 @@ class Runtime:
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.exact = torch.float32 if self.device.type == "mps" else torch.float64  # type of sums over many images
         # Host-side agreement does not wait for the device's queue.
-        with meeting(config.train.timeout):
+        with meeting(config.train.timeout), interface_to_main(joins):
             self.host_group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
     def sum(self, values: Tensor) -> Tensor:
