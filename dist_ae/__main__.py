@@ -14,9 +14,8 @@ import tyro
 
 from dist_ae.config import Config, InputError, load_config
 from dist_ae.presets import DESCRIPTIONS, PRESETS
-from dist_ae.terminal import prepare_streams, rank, say, silence
+from dist_ae.terminal import EXIT_STOPPED, prepare_streams, rank, say, silence
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 
 RunDir = Annotated[Path, tyro.conf.Positional]

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TextIO
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
+
 
 def prepare_streams() -> None:
     """Makes standard output and error safe to write to: called once, before any file is opened.

@@ -28,13 +28,14 @@ from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.models.weights import weights_sha256
 from dist_ae.processes.environment import check_environment, launched_world, meeting, notes, pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
-from dist_ae.processes.stop import EXIT_STOPPED, Agreement, Signals, StopRequested
+from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
 from dist_ae.run.checkpoint import Checkpoint, Tensors, read_checkpoint, template_of
 from dist_ae.run.directory import RunDirectory, SaveError
 from dist_ae.run.progress import Display
 from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.step import Learner
+from dist_ae.terminal import EXIT_STOPPED
 from dist_ae.timeline import Timeline
 
 LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk

@@ -41,6 +41,7 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data.pictures import Decoded, Form, Picture, Source, decode_all, expand, form_of, open_source, shown
 from dist_ae.data.records import Array, Dataset, Shards, Split
 from dist_ae.files import sync, write_atomically
+from dist_ae.terminal import EXIT_STOPPED, rank
 
 FORMAT = 1
 SHARD_BYTES = 2**28  # of images in a shard: what a kill costs at most, and what `data.window` counts in
@@ -56,7 +57,7 @@ NAMED = 5  # unreadable pictures that are named
 class PackingStopped(Exception):
     """A signal stopped the packing; what is packed so far is kept and the same command goes on from there."""
 
-    exit_status = 75  # EX_TEMPFAIL
+    exit_status = EXIT_STOPPED
 
 
 class FileRecord(BaseModel):
@@ -205,7 +206,7 @@ def _only_one(lock_path: Path, what: str, check: Check) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -545,7 +546,7 @@ def _progress_bar(start: int, total: int | None) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+    if not console.is_terminal or rank() != 0:
         yield lambda: None
         return
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("pictures"), TimeRemainingColumn())

@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from dist_ae.processes.runtime import Runtime
-from dist_ae.terminal import say
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
+from dist_ae.terminal import EXIT_STOPPED, rank, say
 
 
 class StopRequested(Exception):
@@ -67,7 +65,7 @@ class Signals:
             # A signal that somebody else handles meanwhile, such as packing, which has something to save, is theirs.
             ours = [n for n in (signal.SIGTERM, signal.SIGINT) if n in numbers and signal.getsignal(n) == self._handle]
             if ours and not self.has_work:
-                if int(os.environ.get("RANK") or 0) == 0:
+                if rank() == 0:
                     say(
                         "stopped before training began: there is nothing to save. The same command starts again",
                         sys.stderr,
