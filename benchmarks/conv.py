@@ -1,10 +1,10 @@
 """The convolutional model beside the MLP, PCA, JPEG, WebP and non-local means: every figure given of it.
 
-    python -m benchmarks.conv [fashion] [sizes] [photographs] [denoising] [vae] [--seeds 3] [--pictures FOLDER]
+    python -m benchmarks.conv [fashion] [sizes] [photographs] [denoising] [vae] [--seeds 3] [--pictures FOLDER ...]
 
 Prints one Markdown row a result: mean (range over the seeds). Runs stay in ``--storage`` and are not trained twice.
-Photographs are cut from ``--pictures``, such as Debian's packages desktop-base and plasma-workspace-wallpapers
-(/usr/share/wallpapers). Non-local means needs scikit-image: pip install -e ".[bench]".
+Photographs are cut from ``--pictures``, such as those of Debian's packages gnome-backgrounds, mate-backgrounds,
+lomiri-wallpapers-16.04, lomiri-wallpapers-20.04, plasma-workspace-wallpapers, sway-backgrounds and ukui-wallpapers. Non-local means needs scikit-image: pip install -e ".[bench]".
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def vae(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------- photographs
 
 
-def patches(folder: Path, storage: Path) -> str:
-    """Cuts the middle 512 × 512 of each picture into 64 × 64 patches; every twelfth is validation.
+def patches(folders: list[Path], storage: Path) -> str:
+    """Scales each picture to 512 pixels on its shorter side and cuts 64 × 64 patches; every twelfth is validation.
 
     Returns:
         The data name of the packed patches.
@@ -153,23 +153,28 @@ def patches(folder: Path, storage: Path) -> str:
 
     file = storage / "photographs.npz"
     if not file.exists():
-        names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        kinds = (".jpg", ".jpeg", ".png", ".webp")
+        names = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in kinds)
         cut: list[Images] = []
         known: list[Images] = []
         for name in names:
             with Image.open(name) as opened:
                 if min(opened.size) < 512:
                     continue
-                picture = ImageOps.fit(opened.convert("RGB"), (512, 512), Image.Resampling.LANCZOS)
+                opened.draft("RGB", (1024, 1024))
+                picture = opened.convert("RGB")
+            scale = 512 / min(picture.size)
+            across, down = (round(length * scale) // SIDE for length in picture.size)
+            picture = ImageOps.fit(picture, (across * SIDE, down * SIDE), Image.Resampling.LANCZOS)
             # The same wallpaper comes in several sizes and shapes, and would be in both parts.
             small = np.asarray(picture.resize((8, 8), Image.Resampling.BOX)).astype(np.float64)
             if any(np.abs(small - other).mean() < 12 for other in known):
                 continue
             known.append(small)
-            whole = np.asarray(picture).reshape(8, SIDE, 8, SIDE, 3)
+            whole = np.asarray(picture).reshape(down, SIDE, across, SIDE, 3)
             cut.append(whole.transpose(0, 2, 4, 1, 3).reshape(-1, 3, SIDE, SIDE))
         if not cut:
-            raise InputError(f"--pictures {folder}: no picture of at least 512 pixels there")
+            raise InputError(f"--pictures {' '.join(map(str, folders))}: no picture of at least 512 pixels there")
         everything = np.concatenate(cut)
         held_out = np.arange(len(everything)) % 12 == 0
         storage.mkdir(parents=True, exist_ok=True)
@@ -210,9 +215,9 @@ def compressed(val: Images, bytes_per_image: int, kind: str) -> str:
     return "–" if best is None else f"{best:.2f}"
 
 
-def photographs(bench: Bench, folder: Path) -> None:
+def photographs(bench: Bench, folders: list[Path]) -> None:
     """PSNR at 1/16 and 1/96 of the values after four epochs, beside patch PCA, JPEG and WebP at the same bits."""
-    name = patches(folder, bench.storage)
+    name = patches(folders, bench.storage)
     with np.load(name.removeprefix("array:")) as file:
         train, val = file["train"], file["val"]
     row("code", "conv, dB", "in bytes", "patch PCA", "random weights", "JPEG", "WebP")
@@ -252,11 +257,11 @@ def comparison(bench: Bench, name: str, val: Images) -> None:
     image_rows(rows, bench.storage / "conv-comparison.png")
 
 
-def denoising(bench: Bench, folder: Path) -> None:
+def denoising(bench: Bench, folders: list[Path]) -> None:
     """PSNR of denoised photographs beside non-local means, on the same noisy images."""
     from skimage.restoration import denoise_nl_means
 
-    name = patches(folder, bench.storage)
+    name = patches(folders, bench.storage)
     with np.load(name.removeprefix("array:")) as file:
         val = file["val"]
     row("noise", "conv-denoising, dB", "non-local means", "noisy")
@@ -279,7 +284,7 @@ def denoising(bench: Bench, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts: dict[str, Callable[[Bench, Path], None]] = {
+    parts: dict[str, Callable[[Bench, list[Path]], None]] = {
         "fashion": lambda bench, _: fashion(bench),
         "sizes": lambda bench, _: sizes(bench),
         "vae": lambda bench, _: vae(bench),
@@ -288,7 +293,8 @@ def main() -> None:
     }
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; left out, all of them")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--pictures", type=Path, default=Path("/usr/share/wallpapers"))
+    standard = [Path("/usr/share/wallpapers"), Path("/usr/share/backgrounds")]
+    parser.add_argument("--pictures", type=Path, nargs="+", default=standard)
     parser.add_argument("--storage", type=Path, default=Path("runs/conv"))
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(parts)
