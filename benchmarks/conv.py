@@ -4,7 +4,8 @@
 
 Prints one Markdown row a result: mean (range over the seeds). Runs stay in ``--storage`` and are not trained twice.
 Photographs are cut from ``--pictures``, such as those of Debian's packages gnome-backgrounds, mate-backgrounds,
-lomiri-wallpapers-16.04, lomiri-wallpapers-20.04, plasma-workspace-wallpapers, sway-backgrounds and ukui-wallpapers. Non-local means needs scikit-image: pip install -e ".[bench]".
+lomiri-wallpapers-16.04, lomiri-wallpapers-20.04, plasma-workspace-wallpapers, sway-backgrounds and ukui-wallpapers.
+Non-local means needs scikit-image: pip install -e ".[bench]".
 """
 
 from __future__ import annotations

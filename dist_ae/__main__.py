@@ -20,7 +20,7 @@ EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 
 RunDir = Annotated[Path, tyro.conf.Positional]
 Root = Annotated[Path | None, tyro.conf.arg(name="data.root")]  # the spelling that `train` has
-Which = Literal["last", "best"]
+Which = Literal["best", "last"]
 
 
 def train(arguments: list[str]) -> None:
@@ -69,7 +69,7 @@ def sweep(arguments: list[str]) -> None:
 def evaluate(
     run_dir: RunDir,
     split: Literal["val", "train"] = "val",
-    which: Which = "last",
+    which: Which = "best",
     noise_std: float | None = None,
     batch_size: int | None = None,
     data_root: Root = None,
@@ -79,7 +79,7 @@ def evaluate(
     Args:
         run_dir: the run.
         split: the images to evaluate on.
-        which: the newest checkpoint, or the best by validation.
+        which: the best weights by validation, or those of the newest checkpoint.
         noise_std: noise of the fixed noisy copy; left out, the run's own setting.
         batch_size: images at once over all processes; changes no figure.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
@@ -95,7 +95,7 @@ def reconstruct(
     run_dir: RunDir,
     images: str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Root = None,
 ) -> None:
     """Writes what the model makes of images; noisy images come out denoised.
@@ -107,7 +107,7 @@ def reconstruct(
         out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
             folder, a .png
             for each image; left out, RUN_DIR/reconstructions.npy.
-        which: the newest checkpoint, or the best by validation.
+        which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
@@ -120,7 +120,7 @@ def denoise(
     images: str | None = None,
     out: Path | None = None,
     noise_std: float | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Root = None,
 ) -> None:
     """Writes noisy images without their noise: what `reconstruct` makes of them.
@@ -136,7 +136,7 @@ def denoise(
         noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
             images
             the run's evaluation.noise_std.
-        which: the newest checkpoint, or the best by validation.
+        which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
@@ -144,7 +144,7 @@ def denoise(
     _written(commands.denoise_run(run_dir, images, out, which, data_root, noise_std))
 
 
-def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "last") -> None:
+def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> None:
     """Writes new images from a variational run, decoded from z ~ N(0, I).
 
     Args:
@@ -152,7 +152,7 @@ def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = Non
         num: how many.
         seed: the same seed gives the same images.
         out: .png, or .npy, float32 [num, C, H, W] on [0, 1]; left out, RUN_DIR/samples.png.
-        which: the newest checkpoint, or the best by validation.
+        which: the best weights by validation, or those of the newest checkpoint.
     """
     from dist_ae.use import commands
 
@@ -165,7 +165,7 @@ def interpolate(
     steps: int = 10,
     images: str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Root = None,
 ) -> None:
     """Writes what lies between images: straight lines between the codes of images 0 and 1, 2 and 3, …, decoded.
@@ -178,7 +178,7 @@ def interpolate(
             validation images.
         out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
             RUN_DIR/interpolation.png.
-        which: the newest checkpoint, or the best by validation.
+        which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
@@ -190,7 +190,7 @@ def embed(
     run_dir: RunDir,
     images: str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Root = None,
 ) -> None:
     """Writes the codes of images; of a variational run, their means.
@@ -199,9 +199,9 @@ def embed(
         run_dir: the run.
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
             validation images.
-        out: .npy, float32 [N, latent_dim], or .csv or .parquet, with the path of each image; left out,
-            RUN_DIR/codes.npy.
-        which: the newest checkpoint, or the best by validation.
+        out: .npy, float32 [N, *code shape]; or .csv or .parquet, with the path and label of each image, and x and y,
+            the first two principal components of the codes; left out, RUN_DIR/codes.npy.
+        which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
@@ -213,7 +213,7 @@ def score(
     run_dir: RunDir,
     images: str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Root = None,
 ) -> None:
     """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative
@@ -224,7 +224,7 @@ def score(
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
             validation images.
         out: .npy, float32 [N], or .csv or .parquet, with the path of each image; left out, RUN_DIR/scores.npy.
-        which: the newest checkpoint, or the best by validation.
+        which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     import numpy as np
@@ -247,23 +247,71 @@ def score(
     _written(path)
 
 
-def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> None:
-    """Writes the deterministic model as a program that needs torch and nothing else: images on [0, 1] to
-    reconstruction and code.
+def export(
+    run_dir: RunDir,
+    out: Path | None = None,
+    which: Which = "best",
+    format: Literal["torch", "onnx", "safetensors"] = "torch",
+    part: Literal["whole", "encoder", "decoder"] = "whole",
+    license: str = "other",
+    push_to_hub: str | None = None,
+) -> None:
+    """Writes the deterministic model for other programs: images on [0, 1] to reconstruction and code.
 
     Args:
         run_dir: the run.
-        out: .pt2; left out, RUN_DIR/model.pt2.
-        which: the newest checkpoint, or the best by validation.
+        out: where to write; left out, model.pt2, model.onnx or the folder export/ in RUN_DIR.
+        which: the best weights by validation, or those of the newest checkpoint.
+        format: torch, a .pt2 that needs torch and nothing else; onnx, compared with torch by onnxruntime first;
+            safetensors, a folder with a model card that dist_ae.load takes.
+        part: the whole model, or one half of it.
+        license: licence in the model card, by the Hugging Face Hub's identifiers.
+        push_to_hub: OWNER/NAME to upload the safetensors folder to; dist_ae.load("hf:OWNER/NAME") brings it back.
     """
     from dist_ae.use import commands
 
-    path = commands.export_run(run_dir, out, which)
+    path, address = commands.export_run(run_dir, out, which, format, part, license, push_to_hub)
     _written(path)
-    say(
-        f"load it: reconstruction, code = torch.export.load({str(path)!r}).module()(images)  # float32 [N, C, H, W] "
-        "on [0, 1], any N"
-    )
+    given = "code" if part == "decoder" else "images"
+    results = {"whole": "reconstruction, code", "encoder": "code", "decoder": "images"}[part]
+    what = "float32 codes" if part == "decoder" else "float32 [N, C, H, W] on [0, 1]"
+    name = str(path)
+    how = {
+        "torch": f"{results} = torch.export.load({name!r}).module()({given})  # {what}, any N",
+        "onnx": f"onnxruntime.InferenceSession({name!r}).run(None, {{name: {given}}})  # {what}, any N",
+        "safetensors": f"model = dist_ae.load({name!r})",
+    }[format]
+    say(f"load it: {how}")
+    if address is not None:
+        say(f"uploaded: {address}")
+
+
+def explore(
+    run_dir: RunDir,
+    images: str | None = None,
+    out: Path | None = None,
+    num: int = 10_000,
+    runtime: Path | None = None,
+    which: Which = "best",
+    data_root: Root = None,
+) -> None:
+    """Writes one page to look into a run: a map of images by their codes, neighbours, best and worst reconstructions,
+    directions of the code, lines between images. It needs no network.
+
+    Args:
+        run_dir: the run.
+        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
+            validation images.
+        out: .html; left out, RUN_DIR/explore.html.
+        num: most images on the map.
+        runtime: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the decoder of
+            a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
+        which: the best weights by validation, or those of the newest checkpoint.
+        data_root: where the run's data lies here, if elsewhere than where it was trained.
+    """
+    from dist_ae.use import commands
+
+    _written(commands.explore_run(run_dir, images, out, num, runtime, which, data_root))
 
 
 def _written(path: Path) -> None:
@@ -357,7 +405,7 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate, "reconstruct": reconstruct, "denoise": denoise, "sample": sample, "interpolate": interpolate,
-    "embed": embed, "score": score, "export": export, "pack": pack, "doctor": doctor,
+    "embed": embed, "score": score, "export": export, "explore": explore, "pack": pack, "doctor": doctor,
 }  # fmt: skip
 
 

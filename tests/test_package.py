@@ -53,7 +53,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_library_and_the_sweeps_and_nothing_else(wheel: Path) -> None:
-    expected = {f"dist_ae/{path.relative_to(REPOSITORY / 'dist_ae')}" for path in SOURCES} | {"dist_ae/py.typed"}
+    expected = {f"dist_ae/{path.relative_to(REPOSITORY / 'dist_ae')}" for path in SOURCES}
+    expected |= {"dist_ae/py.typed", "dist_ae/use/explore.html"}
     expected |= {f"dist_ae_tune/{path.name}" for path in (REPOSITORY / "tune").iterdir() if path.is_file()}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 

@@ -35,10 +35,11 @@ Shape = tuple[int, int, int]
 
 
 class Given(NamedTuple):
-    """Images of a model's shape, and the names that they have where they come from files."""
+    """Images of a model's shape, the names that they have where they come from files, and the names of their labels."""
 
     split: Split
     names: list[str] | None = None
+    classes: tuple[str, ...] = ()
 
 
 def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
@@ -81,7 +82,9 @@ def _expected(image_shape: Shape) -> str:
 def picked(one: Given, index: Array) -> Given:
     """The images at positions ``index``."""
     rows = index if one.split.rows is None else one.split.rows[index]
-    return Given(Split(one.split.images, None, rows), None if one.names is None else [one.names[i] for i in index])
+    labels = None if one.split.labels is None else one.split.labels[index]
+    names = None if one.names is None else [one.names[i] for i in index]
+    return Given(Split(one.split.images, labels, rows), names, one.classes)
 
 
 def floats(one: Given, rows: range) -> Tensor:

@@ -67,6 +67,10 @@ IDX = {  # torchvision's class and folder; where Debian's package puts the files
     "mnist": ("MNIST", None),
     "kmnist": ("KMNIST", None),
 }
+CLASSES = {  # names of the labels, by their authors
+    "fashion_mnist": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 

@@ -57,7 +57,7 @@ def load(config: DataConfig) -> Dataset:
             f"{name}: training images {train.images.shape[1:]} and test images {val.images.shape[1:]} have differing "
             "shapes"
         )
-    return Dataset(name, train, val, fingerprint(train, val))
+    return Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ()))
 
 
 def with_prefix(name: str) -> str:

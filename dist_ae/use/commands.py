@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -25,6 +24,8 @@ from dist_ae.data.reader import Reader
 from dist_ae.evaluate import evaluate, fixed_noise
 from dist_ae.processes.environment import pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
+from dist_ae.use import export
+from dist_ae.use.explore import explore_page, plane
 from dist_ae.use.trained import TrainedModel, Which, load, run_config
 
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own
@@ -34,7 +35,7 @@ BLOCK = 1000  # images that are written before the next are computed
 
 
 def evaluate_run(
-    run_dir: Path, split: Literal["val", "train"] = "val", which: Which = "last", noise_std: float | None = None,
+    run_dir: Path, split: Literal["val", "train"] = "val", which: Which = "best", noise_std: float | None = None,
     batch_size: int | None = None, data_root: Path | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Exact metrics of a trained run on as many processes as the launcher started; each image counts once.
@@ -76,7 +77,7 @@ def reconstruct_run(
     run_dir: Path,
     images: Path | str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
     """Writes reconstructions: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their
@@ -92,7 +93,7 @@ def denoise_run(
     run_dir: Path,
     images: Path | str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Path | None = None,
     noise_std: float | None = None,
 ) -> Path:
@@ -145,7 +146,7 @@ def _write_reconstructions(
     )
 
 
-def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "last") -> Path:
+def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> Path:
     """Writes ``num`` new images of a variational run: .png, eight in a row, or .npy, float32 [num, C, H, W] on [0,
     1]."""
     trained = load(run_dir, which)
@@ -164,7 +165,7 @@ def interpolate_run(
     steps: int = 10,
     images: Path | str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
     """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or
@@ -197,25 +198,31 @@ def embed_run(
     run_dir: Path,
     images: Path | str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes codes, of a variational model their means: .npy, float32 [N, latent_dim], or .csv or .parquet with the
-    images' paths."""
+    """Writes codes, of a variational model their means: .npy, float32 [N, *code_shape], or .csv or .parquet with the
+    images' paths, their labels where they have some, and x and y, the codes' first two principal components."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"), images)
     one = _given(trained, images, data_root)
     codes = trained.embed(one)
     if out.suffix == ".npy":
         return _write_array(out, codes)
-    return _write_table(out, one, {f"code_{number}": codes[:, number] for number in range(codes.shape[1])})
+    codes = codes.flatten(1)
+    columns: dict[str, Tensor] = {}
+    if one.split.labels is not None:
+        columns["label"] = torch.from_numpy(one.split.labels)
+    columns |= dict(zip("xy", plane(codes).unbind(1), strict=True))
+    columns |= {f"code_{number}": codes[:, number] for number in range(codes.shape[1])}
+    return _write_table(out, one, columns)
 
 
 def score_run(
     run_dir: Path,
     images: Path | str | None = None,
     out: Path | None = None,
-    which: Which = "last",
+    which: Which = "best",
     data_root: Path | None = None,
 ) -> tuple[Path, Tensor, Literal["neg_elbo", "mse"], list[str] | None]:
     """Writes scores, high where the model expects an image little: .npy, float32 [N], or .csv or .parquet with the
@@ -232,14 +239,66 @@ def score_run(
     return path, scores, "neg_elbo" if trained.config.model.variational else "mse", names
 
 
-def export_run(run_dir: Path, out: Path | None = None, which: Which = "last") -> Path:
-    """Writes the deterministic model (see ``TrainedModel.export``) for ``torch.export.load``: a .pt2 that needs torch
-    and nothing of this package."""
+def export_run(
+    run_dir: Path,
+    out: Path | None = None,
+    which: Which = "best",
+    format: export.Format = "torch",
+    part: export.Part = "whole",
+    license: str = "other",
+    push_to_hub: str | None = None,
+) -> tuple[Path, str | None]:
+    """Writes the model for other programs: .pt2 for ``torch.export.load``, .onnx, or a folder of safetensors with a
+    model card, which ``load`` takes.
+
+    Returns the path, and the address on the Hugging Face Hub where it was uploaded.
+    """
+    if format != "safetensors" and push_to_hub is not None:
+        raise InputError("--push-to-hub uploads a folder with a model card: add --format safetensors")
+    if format == "safetensors" and part != "whole":
+        raise InputError(f"--part {part}: a safetensors folder holds the whole model; leave it out, or --format onnx")
     trained = load(run_dir, which)
-    out = _destination(run_dir, out, "model.pt2", (".pt2",))
-    program = io.BytesIO()
-    torch.export.save(trained.export(), program)
-    return _write(out, lambda path: path.write_bytes(program.getbuffer()))
+    name, suffix = {"torch": ("model.pt2", ".pt2"), "onnx": ("model.onnx", ".onnx"), "safetensors": ("export", "")}[
+        format
+    ]
+    name = name if part == "whole" else f"{part}{suffix}"
+    out = _destination(run_dir, out, name, (suffix,))
+    if format != "safetensors":
+        content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
+        return _write(out, lambda path: path.write_bytes(content)), None
+    written = _write(
+        out, lambda path: _into(out, path, lambda folder: export.write_folder(trained, run_dir, folder, license))
+    )
+    return written, None if push_to_hub is None else export.push(written, push_to_hub)
+
+
+def explore_run(
+    run_dir: Path,
+    images: Path | str | None = None,
+    out: Path | None = None,
+    num: int = 10_000,
+    runtime: Path | None = None,
+    which: Which = "best",
+    data_root: Path | None = None,
+) -> Path:
+    """Writes one self-contained page about a run, .html; of more than ``num`` images, that many evenly spaced ones."""
+    if num < 3:
+        raise InputError(f"--num: a map needs at least 3 images, got {num}")
+    trained = load(run_dir, which)
+    out = _destination(run_dir, out, "explore.html", (".html",), images)
+    one = _given(trained, images, data_root)
+    count = len(one.split)
+    if count > num:
+        one = picked(one, np.linspace(0, count - 1, num).astype(np.int64))
+    config = trained.config
+    numbers = torch.Size(trained.model.code_shape).numel()
+    facts = [f"{config.name} on {shown(config.data.name)}", f"code of {numbers:,} numbers", f"weights: {which}"]
+    if images is not None:
+        facts.append(f"images of {shown(images)}")
+    if count > num:
+        facts.append(f"{num:,} of {count:,} images, evenly spaced")
+    page = explore_page(trained, one, Path(run_dir).resolve().name, facts, runtime)
+    return _write(out, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def _given(trained: TrainedModel, images: Path | str | None, data_root: Path | None) -> Given:
@@ -247,13 +306,14 @@ def _given(trained: TrainedModel, images: Path | str | None, data_root: Path | N
     if images is not None:
         return trained.given(images)
     config = trained.config if data_root is None else trained.config.override({"data.root": data_root})
-    validation = sources.load(config.data).val
+    dataset = sources.load(config.data)
+    validation = dataset.val
     if validation.images.shape[1:] != trained.model.image_shape:
         raise InputError(
             f"validation images of {shown(config.data.name)}: the run's model takes images of shape "
             f"{list(trained.model.image_shape)}, got {list(validation.images.shape[1:])}"
         )
-    return Given(validation)
+    return Given(validation, classes=dataset.classes)
 
 
 def _destination(
@@ -298,20 +358,25 @@ def _write_images(out: Path, images: Tensor, columns: int) -> Path:
 def _write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
     """Writes images [C, H, W] on [0, 1] under their names: all of them, or none."""
 
-    def write(temporary: Path) -> None:
+    def write(folder: Path) -> None:
         for name, image in images:
-            target = temporary / name
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
-        if out.exists():
-            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
-                target = out / path.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-            shutil.rmtree(temporary)
 
-    return _write(out, write)
+    return _write(out, lambda temporary: _into(out, temporary, write))
+
+
+def _into(out: Path, temporary: Path, write: Callable[[Path], object]) -> None:
+    """Writes a folder at ``temporary``; where ``out`` is a folder already, its files move into that one."""
+    write(temporary)
+    if out.exists():
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            target = out / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        shutil.rmtree(temporary)
 
 
 def _write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:

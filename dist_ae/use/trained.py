@@ -1,4 +1,4 @@
-"""A trained model: load it, reconstruct, embed, sample, interpolate, score, export."""
+"""A trained model: load it, reconstruct, embed, sample, interpolate, score."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_ae.config import Config, InputError, load_config
 from dist_ae.data.given import Given, floats, given
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.evaluate import fixed_epsilon
-from dist_ae.files import Damaged
+from dist_ae.files import Damaged, read_bounded
 from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.objectives import terms
-from dist_ae.run.checkpoint import EMA, WEIGHTS, read_checkpoint, step_of, template_of
+from dist_ae.run import checkpoint as checkpoints
+from dist_ae.run.checkpoint import EMA, MAX_HEADER, parse_tensors, read_checkpoint, step_of, template_of
 
 Images = Any  # what `dist_ae.data.given.given` takes
-Which = Literal["last", "best"]
+Which = Literal["best", "last"]
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+HUB = "hf:"
 
 
 class TrainedModel:
@@ -106,19 +109,6 @@ class TrainedModel:
         channels, height, width = self.model.image_shape
         return given(images, self.config.data, (channels, height, width))
 
-    def export(self) -> torch.export.ExportedProgram:
-        """The deterministic model as one program for any number of images.
-
-        It takes floats [N, C, H, W] on [0, 1] and gives the reconstruction, clamped to [0, 1], and the (mean) code
-        [N, *code_shape].
-        """
-        example = torch.zeros(2, *self.model.image_shape, device=self.device)
-        program = torch.export.export(
-            _Deterministic(self.model), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-        )
-        program.example_inputs = None  # torch.export.save would pickle them
-        return program
-
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
         """Images [N, C, H, W] on [0, 1] of codes [N, *code_shape]."""
@@ -137,26 +127,14 @@ class TrainedModel:
         return torch.cat(parts)
 
 
-class _Deterministic(nn.Module):
-    """What is exported: torch.export takes a module, and the model's own forward gives more than its users need."""
-
-    def __init__(self, model: Autoencoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(images, None)
-        return output.reconstruction.clamp(0, 1), output.mean
-
-
 def load(
-    run_dir: Path | str, which: Which = "last", device: torch.device | str = "cpu", model: Builder | None = None
+    run_dir: Path | str, which: Which = "best", device: torch.device | str = "cpu", model: Builder | None = None
 ) -> TrainedModel:
-    """The trained model of a run directory, from its newest checkpoint or the best by validation.
+    """The trained model of a run directory, or of what ``dist-ae export --format safetensors`` made of one.
 
     Args:
-        run_dir: the run.
-        which: "last" or "best".
+        run_dir: the run; an exported folder; or ``hf:OWNER/NAME``, such a folder on the Hugging Face Hub.
+        which: "best" by validation, or "last", the newest checkpoint.
         device: where it computes.
         model: builds the model, for a run that trained a model of your own.
 
@@ -165,26 +143,50 @@ def load(
     """
     if which not in ("last", "best"):
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")
-    run_dir = Path(run_dir)
+    run_dir = _from_hub(run_dir) if isinstance(run_dir, str) and run_dir.startswith(HUB) else Path(run_dir)
     config = run_config(run_dir)
     built = build(config, image_shape(config, run_dir), model)
+    if os.path.lexists(run_dir / WEIGHTS):
+        _fill(built, run_dir / WEIGHTS)
+        return TrainedModel(built, config, device)
     built.to(torch.float64 if config.precision == "fp64" else torch.float32)
     weights, reasons = template_of(built.state_dict()), []
     moving = {name: kind for name, kind in weights.items() if name in dict(built.named_parameters())}
     folders = [p for p in (run_dir / "checkpoints").glob("*") if step_of(p) is not None]
     for folder in sorted(folders, key=lambda p: step_of(p) or 0, reverse=True):
         try:
-            checkpoint = read_checkpoint(folder, {WEIGHTS: weights, EMA: moving}, part=True)
+            checkpoint = read_checkpoint(folder, {checkpoints.WEIGHTS: weights, EMA: moving}, part=True)
             best = checkpoint.state.get("best")
             if which == "best" and isinstance(best, dict) and best.get("step") != checkpoint.step:
                 folder = run_dir / "checkpoints" / f"{int(best['step']):08d}"
-                checkpoint = read_checkpoint(folder, {WEIGHTS: weights, EMA: moving}, part=True)
+                checkpoint = read_checkpoint(folder, {checkpoints.WEIGHTS: weights, EMA: moving}, part=True)
         except (Damaged, TypeError, ValueError) as error:
             reasons.append(str(error))
             continue
-        built.load_state_dict({**checkpoint.files[WEIGHTS], **checkpoint.files.get(EMA, {})})
+        built.load_state_dict({**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})})
         return TrainedModel(built, config, device)
     raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")
+
+
+def _fill(model: Autoencoder, path: Path) -> None:
+    """Reads an exported model's weights."""
+    try:
+        content = read_bounded(
+            path, sum(t.numel() * t.element_size() for t in model.state_dict().values()) + MAX_HEADER
+        )
+        model.load_state_dict(parse_tensors(content, path.name, template_of(model.state_dict())))
+    except Damaged as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # those of its HTTP library too, which changes with the version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {reason}") from None
 
 
 def run_config(run_dir: Path) -> Config:
@@ -193,9 +195,9 @@ def run_config(run_dir: Path) -> Config:
     Raises:
         InputError: it is none, or its config.json cannot be read.
     """
-    if not os.path.lexists(run_dir / "config.json"):
+    if not os.path.lexists(run_dir / CONFIG):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
-    return load_config(run_dir / "config.json")
+    return load_config(run_dir / CONFIG)
 
 
 def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:

@@ -1,0 +1,258 @@
+"""One self-contained page about a trained model: a map of images by their codes, what it does well and badly, what its
+code means."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dist_ae.config import InputError
+from dist_ae.data.given import Given, floats
+from dist_ae.data.records import Array
+from dist_ae.models import MLP
+from dist_ae.use.export import onnx_bytes
+from dist_ae.use.trained import TrainedModel
+
+TEMPLATE = Path(__file__).with_name("explore.html")
+LARGEST_PAGE = 15_000_000  # bytes of the whole page: what mail and chat programs still carry
+LARGEST_SPRITES = 8_000_000  # of them for thumbnails of images and reconstructions, in base64
+DIRECTIONS = 128  # principal directions of the code that the page keeps; all, of most models
+STRIPS, FRAMES = 8, 9  # directions shown as film strips, from -3 to 3 standard deviations
+EXTREMES = 12  # images with the smallest and the largest error
+LARGEST_STRIP_SIDE = 96  # pixels
+RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # of onnxruntime-web
+
+
+@torch.no_grad()
+def explore_page(
+    trained: TrainedModel, images: Given, title: str, facts: Sequence[str] = (), runtime: Path | None = None
+) -> str:
+    """The page as HTML.
+
+    Args:
+        trained: the model.
+        images: what the map shows; labels and their names where the images have them.
+        title: of the page.
+        facts: short lines under the title.
+        runtime: the folder of npm's onnxruntime-web, which decodes in the browser what is no multilayer perceptron.
+
+    Raises:
+        InputError: fewer than three images, ``runtime`` is not that folder, or the page gets larger than 15 MB.
+    """
+    count = len(images.split)
+    if count < 3:
+        raise InputError(f"a map needs at least 3 images, got {count}")
+    codes, errors, reconstructed = _applied(trained, images)
+    mean, directions, scales = _principal(codes)
+    coordinates = (codes - mean) @ directions.T
+    kept = float((scales**2).sum() / np.maximum(codes.var(0, ddof=1).sum(), 1e-30))
+    originals = torch.cat([floats(images, rows) for rows in _blocks(count)])
+    labels = images.split.labels
+    worst_first = np.argsort(-errors, kind="stable")
+    extremes = [*worst_first[::-1][:EXTREMES], *worst_first[:EXTREMES]]
+    page: dict[str, Any] = {
+        "title": title,
+        "facts": [*facts, f"{count:,} images on the map"],
+        "count": count,
+        "shape": trained.model.image_shape,
+        "points": _text(_map(coordinates)),
+        "errors": _text(errors.astype(np.float32)),
+        "names": images.names,
+        "labels": None if labels is None else labels.tolist(),
+        "classes": list(images.classes),
+        "kept": kept,
+        "extremes": [int(image) for image in extremes],
+        "pairs": _pairs(originals[extremes], reconstructed[extremes]),
+        "strips": _strips(trained, mean, directions, scales),
+        "samples": _samples(trained),
+        **_quantized(coordinates),
+        **_decoder(trained, mean, directions, runtime),
+    }
+    page["deviations"] = scales.tolist()
+    page |= _sprites(originals, reconstructed)
+    # "<" would let a picture's name end the element that the data stands in.
+    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
+    html = TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", _escaped(title)).replace("{{data}}", data)
+    if len(html) > LARGEST_PAGE:
+        raise InputError(
+            f"the page would have {len(html):,} bytes, more than {LARGEST_PAGE:,}; show fewer images with --num"
+        )
+    return html
+
+
+def _blocks(count: int, size: int = 1000) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _applied(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor]:
+    """Codes [N, D], errors per pixel [N], and reconstructions [N, C, H, W] as bytes."""
+    codes, errors, reconstructed = [], [], []
+    for rows in _blocks(len(images.split)):
+        clean = floats(images, rows)
+        output = trained.model(clean.to(trained.device), None)
+        seen = output.reconstruction.float().cpu()
+        codes.append(output.mean.flatten(1).float().cpu().numpy())
+        errors.append((seen - clean).square().flatten(1).mean(1).numpy())
+        reconstructed.append(_bytes(seen))
+    return np.concatenate(codes), np.concatenate(errors), torch.cat(reconstructed)
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _principal(codes: Array, most: int = DIRECTIONS) -> tuple[Array, Array, Array]:
+    """Mean [D], principal directions [k, D] and standard deviations [k] of codes [N, D], k at most ``most``."""
+    from sklearn.decomposition import PCA
+
+    found = PCA(min(most, *codes.shape), random_state=0).fit(codes)
+    scales = np.sqrt(np.maximum(found.explained_variance_, 0))
+    # The sign of a direction has no meaning; a fixed one keeps the pages of two runs comparable.
+    signs = np.sign(found.components_[np.arange(len(scales)), np.abs(found.components_).argmax(1)])
+    return found.mean_, found.components_ * signs[:, None], scales
+
+
+def _map(coordinates: Array) -> Array:
+    """A place [N, 2] on [0, 1] for each image: its code where that has two numbers, else by t-SNE of the codes."""
+    count, numbers = coordinates.shape
+    if numbers > 2 and count > 10:
+        from sklearn.manifold import TSNE
+
+        # 400 iterations and the coarser angle: 10,000 images take 8 s on two cores, and the map looks the same.
+        perplexity = min(30.0, (count - 1) / 3)
+        settings: dict[str, Any] = {"max_iter": 400, "angle": 0.6, "n_jobs": -1, "random_state": 0}
+        coordinates = TSNE(perplexity=perplexity, init="pca", **settings).fit_transform(coordinates[:, :50])
+    places = np.zeros((count, 2))
+    places[:, : min(2, numbers)] = coordinates[:, :2]
+    # A few images far out would press the others together: the range is that of nearly all.
+    low, high = np.quantile(places, [0.001, 0.999], axis=0)
+    placed: Array = ((places - low) / np.maximum(high - low, 1e-12)).clip(-0.05, 1.05).astype(np.float32)
+    return placed
+
+
+def plane(codes: Tensor) -> Tensor:
+    """The first two principal components of codes [N, D], [N, 2]: a map for programs that show points."""
+    places = torch.zeros(len(codes), 2)
+    if len(codes) > 1:
+        mean, directions, _ = _principal(codes.numpy(), 2)
+        places[:, : len(directions)] = torch.from_numpy((codes.numpy() - mean) @ directions.T)
+    return places
+
+
+def _quantized(coordinates: Array) -> dict[str, Any]:
+    """Coordinates as 16-bit integers and the step of each direction."""
+    steps = np.maximum(np.abs(coordinates).max(0), 1e-12) / 32767
+    whole = np.rint(coordinates / steps).astype("<i2")
+    return {"codes": _text(whole), "steps": steps.tolist(), "directions": coordinates.shape[1]}
+
+
+def _decoder(trained: TrainedModel, mean: Array, directions: Array, runtime: Path | None) -> dict[str, Any]:
+    """What decodes in the browser: the layers of an MLP, which are three matrix products, else ONNX and its runtime."""
+    code = {"mean": _text(mean.astype("<f4")), "basis": _text(directions.astype("<f2"))}
+    if runtime is not None:
+        loader, program = (_runtime_file(runtime, name) for name in RUNTIME_FILES)
+        onnx = gzip.compress(onnx_bytes(trained, "decoder"), 6)
+        packed = {"loader": _text(loader), "program": _text(gzip.compress(program, 9)), "onnx": _text(onnx)}
+        return {**code, "runtime": packed, "codeShape": list(trained.model.code_shape)}
+    if isinstance(trained.model, MLP):
+        layers = [*trained.model.decoder, trained.model.to_pixels]
+        weights = [
+            {"weight": _text(layer.weight.cpu().numpy().astype("<f2")), "bias": _text(layer.bias.cpu().numpy())}
+            for layer in layers
+        ]
+        activation = trained.config.model.activation
+        return {**code, "layers": weights, "activation": activation, "bernoulli": trained.model.bernoulli}
+    return {}
+
+
+def _runtime_file(folder: Path, name: str) -> bytes:
+    for path in (folder / name, folder / "dist" / name):
+        if path.is_file():
+            return path.read_bytes()
+    raise InputError(
+        f"--runtime {folder}: no {name} there; expected the folder that `npm install onnxruntime-web` makes, "
+        "node_modules/onnxruntime-web"
+    )
+
+
+def _strips(trained: TrainedModel, mean: Array, directions: Array, scales: Array) -> list[str]:
+    """A picture for each of the first directions: what the decoder makes of the mean code moved along it."""
+    moves = torch.linspace(-3, 3, FRAMES)
+    strips = []
+    for direction, scale in list(zip(directions, scales, strict=True))[:STRIPS]:
+        moved = torch.from_numpy(mean) + moves[:, None] * float(scale) * torch.from_numpy(direction)
+        decoded = trained.decode(moved.float().view(-1, *trained.model.code_shape))
+        strips.append(_data_uri(_tiled(_shrunk(_bytes(decoded), LARGEST_STRIP_SIDE), FRAMES), "PNG"))
+    return strips
+
+
+def _samples(trained: TrainedModel, columns: int = 12, rows: int = 4) -> str | None:
+    if not trained.config.model.variational:
+        return None
+    return _data_uri(_tiled(_shrunk(_bytes(trained.sample(columns * rows)), LARGEST_STRIP_SIDE), columns), "PNG")
+
+
+def _pairs(originals: Tensor, reconstructed: Tensor) -> list[str]:
+    """Pictures of an original over its reconstruction."""
+    both = torch.cat([_bytes(originals), reconstructed], 2)
+    return [_data_uri(_tiled(_shrunk(pair[None], 2 * LARGEST_STRIP_SIDE), 1), "PNG") for pair in both]
+
+
+def _sprites(originals: Tensor, reconstructed: Tensor) -> dict[str, Any]:
+    """Thumbnails of all images and their reconstructions, each in one picture: as fine as the page has room for."""
+    columns = math.ceil(math.sqrt(len(originals)))
+    small = [_bytes(originals), reconstructed]
+    for side, quality in ((32, 80), (32, 60), (28, 50), (24, 40), (20, 30), (16, 20)):
+        small = [_shrunk(images, side) for images in small]
+        sprites = [_data_uri(_tiled(images, columns), "WEBP", quality) for images in small]
+        if sum(map(len, sprites)) <= LARGEST_SPRITES:
+            break
+    height, width = small[0].shape[-2:]
+    return {"sprite": sprites[0], "reconstructions": sprites[1], "columns": columns, "tile": [width, height]}
+
+
+def _shrunk(images: Tensor, side: int) -> Tensor:
+    """Images [N, C, H, W] with height and width of at most ``side``."""
+    height, width = images.shape[-2:]
+    if max(height, width) <= side:
+        return images
+    size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
+    smaller = torch.nn.functional.interpolate(images.float(), size=size, mode="area")
+    return smaller.round().to(torch.uint8)
+
+
+def _tiled(images: Tensor, columns: int) -> Array:
+    """Images [N, C, H, W] side by side as one picture [H', W', C]."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * columns, channels, height, width), np.uint8)
+    sheet[:count] = images.numpy()
+    sheet = sheet.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    return sheet.reshape(rows * height, columns * width, channels)
+
+
+def _data_uri(picture: Array, kind: str, quality: int = 80) -> str:
+    if picture.shape[2] not in (1, 3):  # neither grey nor colour: its first channel
+        picture = picture[..., :1]
+    file = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(file, kind, quality=quality)
+    return f"data:image/{kind.lower()};base64,{_text(file.getvalue())}"
+
+
+def _text(content: bytes | Array) -> str:
+    return base64.b64encode(content if isinstance(content, bytes) else content.tobytes()).decode()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,0 +1,227 @@
+"""A trained model for other programs: torch.export, ONNX, and a folder of safetensors with a model card for the Hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dist_ae.config import Config, Fault, InputError
+from dist_ae.files import to_json
+from dist_ae.models import Autoencoder
+from dist_ae.models.weights import weights_sha256
+from dist_ae.presets import PRESETS
+from dist_ae.use.trained import CONFIG, WEIGHTS, TrainedModel
+
+Format = Literal["torch", "onnx", "safetensors"]
+Part = Literal["whole", "encoder", "decoder"]
+ONNX_TOLERANCE = 1e-4  # largest difference, on [0, 1] pixels or in codes of about one, between torch and onnxruntime
+CARD = "README.md"
+
+
+class Exported(nn.Module):
+    """The deterministic model, or one half of it, with tensors in and out.
+
+    ``whole``: images [N, C, H, W] on [0, 1] → reconstructions, clamped to [0, 1], and (mean) codes [N, *code_shape].
+    ``encoder``: images → codes. ``decoder``: codes → images.
+    """
+
+    def __init__(self, model: Autoencoder, part: Part) -> None:
+        super().__init__()
+        self.model, self.part = model, part
+
+    def forward(self, given: Tensor) -> Any:
+        if self.part == "encoder":
+            return self.model.encode(given)[0]
+        if self.part == "decoder":
+            return self.model.decode(given).clamp(0, 1)
+        output = self.model(given, None)
+        return output.reconstruction.clamp(0, 1), output.mean
+
+    @property
+    def names(self) -> tuple[str, list[str]]:
+        """The names of what goes in and of what comes out."""
+        outputs = {"whole": ["images", "code"], "encoder": ["code"], "decoder": ["images"]}
+        return {"whole": "pictures", "encoder": "pictures", "decoder": "code"}[self.part], outputs[self.part]
+
+
+def program(trained: TrainedModel, part: Part = "whole") -> torch.export.ExportedProgram:
+    """``Exported`` as one program for any number of images, which needs torch and nothing of this package."""
+    module = Exported(trained.model, part).eval()
+    shape = trained.model.code_shape if part == "decoder" else trained.model.image_shape
+    example = torch.zeros(2, *shape, device=trained.device)
+    found = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    found.example_inputs = None  # torch.export.save would pickle them
+    return found
+
+
+def torch_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
+    """A .pt2 for ``torch.export.load``."""
+    file = io.BytesIO()
+    torch.export.save(program(trained, part), file)
+    return file.getvalue()
+
+
+def onnx_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
+    """An ONNX model for any number of images, compared with torch by onnxruntime.
+
+    Raises:
+        InputError: the packages are missing.
+        Fault: onnxruntime's results differ by more than ``ONNX_TOLERANCE``.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  what torch.onnx translates with
+    except ImportError as error:
+        raise InputError(f"--format onnx needs {error.name}: pip install 'dist-ae[onnx]'") from None
+    module = Exported(trained.model, part).eval()
+    given, results = module.names
+    shape = trained.model.code_shape if part == "decoder" else trained.model.image_shape
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        example = torch.rand(3, *shape, generator=generator)
+        torch.onnx.export(
+            module.cpu(),
+            (example,),
+            path,
+            input_names=[given],
+            output_names=results,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            external_data=False,
+            verbose=False,
+        )
+        content = path.read_bytes()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for count in (1, 5):  # neither is the number it was traced with
+        images = torch.rand(count, *shape, generator=generator)
+        with torch.no_grad():
+            wanted = module(images)
+        found = session.run(None, {given: images.numpy()})
+        for name, ours, theirs in zip(results, wanted if part == "whole" else [wanted], found, strict=True):
+            scale = 1.0 if name == "images" else max(1.0, float(ours.abs().max()))
+            if (worst := float(np.abs(ours.numpy() - theirs).max())) > ONNX_TOLERANCE * scale:
+                raise Fault(f"onnxruntime's {name} differ from torch's by {worst:.2g}; nothing was written")
+    return content
+
+
+def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: str = "other") -> None:
+    """Writes ``model.safetensors``, ``config.json`` and a model card: what ``dist_ae.load`` takes, and the Hub shows.
+
+    Args:
+        run_dir: the run, for its figures and pictures.
+        folder: to make.
+        license: an identifier of the Hub, such as apache-2.0 or cc-by-4.0.
+    """
+    folder.mkdir(parents=True)
+    weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    config = trained.config.override({"run_dir": None, "data.root": None, "data.cache": None})
+    (folder / CONFIG).write_bytes(to_json({"config": config.model_dump(mode="json")}))
+    picture = run_dir / "figures" / "reconstructions.png"
+    if picture.is_file():
+        shutil.copyfile(picture, folder / picture.name)
+    result = run_dir / "result.json"
+    kept = json.loads(result.read_text()) if result.is_file() else {}
+    card = _card(trained, kept, license, picture.name if picture.is_file() else None)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _card(trained: TrainedModel, result: Mapping[str, Any], license: str, picture: str | None) -> str:
+    """A model card from what the run knows: data, figures, the command, how to load it."""
+    config, model = trained.config, trained.model
+    kind = f"{'variational ' if config.model.variational else ''}autoencoder, {config.model.architecture}"
+    numbers = torch.Size(model.code_shape).numel()
+    rows = [
+        ("data", f"`{config.data.name}`"),
+        ("images", f"{' × '.join(map(str, model.image_shape))} (channels, height, width), floats on [0, 1]"),
+        ("code", f"{numbers:,} numbers, shape {list(model.code_shape)}"),
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        ("steps", f"{result['steps']:,}" if "steps" in result else "unfinished"),
+        *((f"`{name}`", f"{value:.6g}") for name, value in result.get("metrics", {}).items()),
+        ("SHA-256 of the weights", f"`{weights_sha256(model.state_dict())}`"),
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"license: {license}",
+            "library_name: dist_ae",
+            "pipeline_tag: image-feature-extraction",
+            f"tags: [autoencoder, dist-ae, {config.model.architecture}]",
+            "---",
+            "",
+            f"# {config.name} on {config.data.name}",
+            "",
+            f"A {kind}, trained by dist-ae. Figures are of the validation images: `mse` per pixel on [0, 1], `psnr` in",
+            "dB, `neg_elbo` and its parts in nats an image; `pca_mse` is the best linear code of the same size.",
+            "",
+            *([f"![originals and reconstructions]({picture})", ""] if picture else []),
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import dist_ae",
+            "",
+            'model = dist_ae.load("hf:OWNER/NAME")  # or the folder that holds this file',
+            'model.reconstruct("one.png"), model.embed(images), model.score(images)',
+            "```",
+            "",
+            "## Train",
+            "",
+            "```sh",
+            command_of(config),
+            "```",
+            "",
+        ]
+    )
+
+
+def command_of(config: Config) -> str:
+    """The command that trains this configuration: its preset and what differs from it."""
+    preset = config.name if config.name in PRESETS else "ae"
+    usual = dict(PRESETS[preset].flat())
+    skipped = ("name", "run_dir", "data.root", "data.cache", "model.image_shape")
+    parts = [f"dist-ae train {preset}"]
+    for key, value in config.flat():
+        if key in skipped or value == usual[key]:
+            continue
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            section, _, leaf = flag.rpartition(".")
+            parts.append(f"--{flag}" if value else f"--{section}.no-{leaf}")
+        else:
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            parts.append(f"--{flag} {text}")
+    return " ".join(parts)
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads an exported folder to the Hugging Face Hub and returns its address.
+
+    Raises:
+        InputError: the Hub refuses: no login, no such owner, no network.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(name, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by dist-ae")
+    except Exception as error:  # those of its HTTP library too, which changes with the version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"--push-to-hub {name}: {reason}; `hf auth login` logs in. The folder is in {folder}"
+        ) from None
+    return address
