@@ -389,7 +389,8 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    units = {"mse": "per pixel, [0, 1]", "psnr": "dB", "noisy_psnr": "dB", "denoised_psnr": "dB"}
+    units = dict.fromkeys(("mse", "train_mse", "pca_mse"), "per pixel, [0, 1]")
+    units |= {"psnr": "dB", "noisy_psnr": "dB", "denoised_psnr": "dB"}
     units |= dict.fromkeys(("neg_elbo", "rate", "distortion"), "nats per image")
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in values.items():

@@ -203,6 +203,9 @@ class TrainConfig(Section):
     log_every: int = free(50, "steps between two lines of training metrics", gt=0)
     eval_every: int | None = free(None, "steps between two evaluations; left out, once an epoch", gt=0)
     save_every: int | None = free(None, "steps between two checkpoints; left out, at every evaluation", gt=0)
+    patience: int | None = free(
+        None, "evaluations without a better one after which training ends; left out, it never does early", gt=0
+    )
     keep: int = free(2, "newest checkpoints to keep, beside the best", ge=2)
     timeout: float = free(120.0, "seconds after which a process that does not answer is given up", gt=0)
 
@@ -240,6 +243,15 @@ class Config(Section):
         "fp32", "arithmetic of the model; fp64 exists to verify exactness"
     )
     seed: int = trajectory(0, "start weights, data order and every random draw follow from it", ge=0, lt=2**63)
+    init_from: Path | None = trajectory(
+        None,
+        "run or exported folder whose weights training begins with, in place of model.start; optimizer and steps "
+        "begin anew",
+    )
+    extend: bool = free(
+        False,
+        "resume a run whose learning rate decays with more epochs or steps than it began with; --run-dir names it",
+    )
     run_dir: Path | None = free(
         None, "where the run is kept; left out, runs/<name>-<data>-<fingerprint>. The same command again resumes it"
     )
@@ -288,21 +300,24 @@ class Config(Section):
         tree = self.model_dump(mode="json")
         return {key: _at(tree, key) for key in sorted(decisive)}
 
-    def directory(self) -> Path:
-        """The run directory: the one given, else one that the same command always finds again."""
-        if self.run_dir is not None:
-            return self.run_dir
-        # What differs from the defaults, so that a field added later leaves the folder where it is. The length of the
-        # run is part of the name (not of the trajectory): training longer by default starts a run of its own.
+    def label(self) -> str:
+        """Preset, data and a fingerprint of what differs from the defaults: the name that a command always gets."""
+        # What differs, so that a field added later leaves the name as it is. The length of the run is part of it (not
+        # of the trajectory): training longer by default starts a run of its own.
         usual = Config().trajectory_values()
         differs = {key: value for key, value in self.trajectory_values().items() if value != usual[key]}
+        differs.pop("model.image_shape", None)  # filled in from the data when training begins
         identity = json.dumps([differs, self.train.epochs, self.train.steps], sort_keys=True)
         data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name
         if not re.fullmatch(r"[\w.-]+", data):  # a path or a pattern: its last name, with nothing that a shell minds
             data = (
                 re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.") or "data"
             )
-        return Path("runs") / f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+        return f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+    def directory(self) -> Path:
+        """The run directory: the one given, else one by the run's label."""
+        return Path("runs") / self.label() if self.run_dir is None else self.run_dir
 
 
 def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str | None]]:

@@ -82,6 +82,10 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     right.plot(
         [line["step"] for line in val], [line["mse"] for line in val], "o-", ms=3, color="#d1602c", label="validation"
     )
+    seen = [line for line in val if "train_mse" in line]
+    if seen:
+        points = [line["step"] for line in seen], [line["train_mse"] for line in seen]
+        right.plot(*points, "o-", ms=3, color="#1f6fb4", label="training images")
     right.set(xlabel="step", ylabel="squared error per pixel, [0, 1]", title="reconstruction error", yscale="log")
     right.legend(frameon=False)
     for axis in (left, right):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -19,12 +20,12 @@ from dist_ae.data import sources
 from dist_ae.data.memory import Given, memory_dataset
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
-from dist_ae.data.records import Dataset
+from dist_ae.data.records import Dataset, Split
 from dist_ae.draws import VERSION as DRAWS
 from dist_ae.draws import has_draws
 from dist_ae.evaluate import collapsed, evaluate, selection
 from dist_ae.files import Damaged, write_atomically
-from dist_ae.models import Autoencoder, Builder, build
+from dist_ae.models import Autoencoder, Builder, blank, build
 from dist_ae.models.weights import weights_sha256
 from dist_ae.processes.environment import check_environment, launched_world, meeting, notes, pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
@@ -34,11 +35,13 @@ from dist_ae.run.checkpoint import Checkpoint, Tensors, read_checkpoint, templat
 from dist_ae.run.directory import RunDirectory, SaveError
 from dist_ae.run.progress import Display
 from dist_ae.run.tracking import Tracking, new_run_id
+from dist_ae.saved import image_shape, run_config, saved_weights
 from dist_ae.step import Learner
-from dist_ae.terminal import EXIT_STOPPED
+from dist_ae.terminal import EXIT_STOPPED, say
 from dist_ae.timeline import Timeline
 
 LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk
+TRAIN_SAMPLE = 2000  # training images that are evaluated beside those of validation
 STOP_SAVE_SECONDS = 4.0  # the same when a run is stopped, which must not take longer than 10 s in all
 
 
@@ -167,8 +170,43 @@ def prepare(
         )
     config = config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()})
     model = build(config, dataset.image_shape, own)
-    pca.check(config, model)
+    if config.init_from is None:
+        pca.check(config, model)
+    elif launched_world()[0] == 0 and not _begun(config.directory()):
+        _init_from(model, config.init_from)
     return config, dataset, model
+
+
+def _begun(run_dir: Path) -> bool:
+    """Whether a run directory has a checkpoint to resume from."""
+    return any((run_dir / "checkpoints").glob("[0-9]*"))
+
+
+def _init_from(model: Autoencoder, source: Path) -> None:
+    """Fills a new model with the weights of a trained one.
+
+    Raises:
+        InputError: there is no such run, or its tensors have other names or shapes; a learned σ may come or go.
+    """
+    other = run_config(source)
+    shape = image_shape(other, source)
+    twin = model if other.model.architecture == "own" else blank(other, shape)
+    twin = twin.to(torch.float64 if other.precision == "fp64" else torch.float32)
+    weights = saved_weights(source, twin)
+    own = model.state_dict()
+    differing = [
+        f"{name} is {list(own[name].shape) if name in own else 'missing'} here, "
+        f"{list(weights[name].shape) if name in weights else 'missing'} there"
+        for name in sorted((own.keys() | weights.keys()) - {"log_sigma"})
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise InputError(
+            f"init_from {source}: its weights do not fit this model: {'; '.join(differing[:3])}{more}. "
+            "Architecture, widths, size of the code and shape of the images must be the same"
+        )
+    model.load_state_dict({**own, **{name: weights[name] for name in own.keys() & weights.keys()}})
 
 
 @contextmanager
@@ -179,25 +217,57 @@ def _run_directory(config: Config, dataset: Dataset) -> Iterator[RunDirectory | 
         return
     folder = RunDirectory(config.directory())
     try:
-        kept = folder.read("config.json")
-        if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
-            raise InputError(
-                f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and "
-                "this is version "
-                f"{DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as it is; "
-                "to train, "
-                "choose another --run-dir"
-            )
-        trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
-        if (
-            config.optim.schedule != "constant"
-        ):  # it ends at the last step: another length is another rate from the start
-            trajectory["total_steps"] = Timeline.of(config.train, len(dataset.train)).total_steps
-        # A field that an older version did not know has the value that means "as it was": its default.
-        folder.claim(trajectory, describe(config), unknown=Config().trajectory_values())
+        _claim(folder, config, dataset)
         yield folder
     finally:
         folder.close()
+
+
+def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
+    """Makes the folder this experiment's, or checks that it is.
+
+    Raises:
+        InputError: it holds another experiment, or one that this version cannot go on with.
+    """
+    kept = folder.read("config.json")
+    if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
+        raise InputError(
+            f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and this "
+            f"is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as it "
+            "is; to train, choose another --run-dir"
+        )
+    trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
+    may_change: tuple[str, ...] = ()
+    if config.optim.schedule != "constant":
+        # It ends at the last step: another length is another rate from the start.
+        trajectory["total_steps"] = Timeline.of(config.train, len(dataset.train)).total_steps
+        if config.extend:
+            _say_extension(folder, config, kept, trajectory["total_steps"])
+            may_change = ("total_steps",)
+    # A field that an older version did not know has the value that means "as it was": its default.
+    folder.claim(trajectory, describe(config), unknown=Config().trajectory_values(), may_change=may_change)
+
+
+def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | None, total: int) -> None:
+    """Says how the learning rate of an extended run changes.
+
+    Raises:
+        InputError: there is no run to extend, or it was longer.
+    """
+    before, step = ((kept or {}).get("trajectory") or {}).get("total_steps"), folder.newest_step()
+    if not isinstance(before, int) or step is None:
+        raise InputError(
+            f"extend: {folder.path} holds no run to resume. Name it with --run-dir; the folder's usual name has the "
+            "number of epochs in it"
+        )
+    if before > total:
+        raise InputError(f"extend: the run in {folder.path} has {before} steps, more than the {total} asked for")
+    if before < total:
+        was, becomes = (timeline.learning_rate(step, steps, config.optim) for steps in (before, total))
+        say(
+            f"extended from {before} to {total} steps: at step {step} the learning rate goes from {was:.0%} to "
+            f"{becomes:.0%} of its peak. The result is not that of a run of {total} steps from the start"
+        )
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -235,20 +305,21 @@ def _train_together(job: Job) -> Result:
 def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     config, folder = job.config, job.folder
     steps = Timeline.of(config.train, len(job.dataset.train))
-    finished = runtime.on_main(lambda: _finished(folder, steps) if folder else None)
+    finished = runtime.on_main(lambda: _finished(folder, steps, config) if folder else None)
     if finished is not None:
         return Result(**finished, run_dir=config.directory())
 
     # Start, or resume.
     learner = Learner(config, job.dataset, job.model, runtime, steps)
     validation = Reader(job.dataset.val, runtime.device, runtime.dtype)
+    seen = Reader(_sample(job.dataset.train, len(job.dataset.val)), runtime.device, runtime.dtype)
     state = _resume(learner, folder, job.start_from)
     display = Display(runtime.is_main, state.step, steps.total_steps)
     for line in (*notes(config), *_headline(job, learner, state)):
         display.say(line)
     stops, pauses = Agreement(runtime, job.signals), Agreement(runtime, job.signals)
     components = None
-    if config.model.start == "pca" and state.step == 0:
+    if config.model.start == "pca" and state.step == 0 and config.init_from is None:
         components = pca.of_model(learner.raw_model, learner.images, runtime)
         if components is not None and runtime.is_main:
             learner.raw_model.start_from(components, config.objective)
@@ -272,6 +343,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                         components = None
                     with learner.evaluation_weights():
                         metrics = evaluate(learner.model, validation, config, runtime, pauses.stop)
+                        metrics["train_mse"] = evaluate(learner.model, seen, config, runtime, pauses.stop)["mse"]
                 except StopRequested:
                     stopping = True
                 else:
@@ -280,16 +352,17 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                         state.step, steps.total_steps, steps.epochs_done(state.step), metrics, clock.rate()
                     )
                     display.say(collapsed(metrics))
-                    if _draws_pictures(state.step, steps):
+                    if _draws_pictures(state.step, steps) or _out_of_patience(state, steps, config):
                         _draw_pictures(learner, state, validation, folder, tracking)
 
             # Save.
             new_best = state.evaluated and state.best is not None and state.best["step"] == state.step
-            if stopping or steps.saves(state.step) or new_best:
+            ending = state.step == steps.total_steps or _out_of_patience(state, steps, config)
+            if stopping or steps.saves(state.step) or new_best or ending:
                 clock.pause()
                 if saved != state.key():
                     _refuse_non_finite(learner, folder)
-                    last = state.step == steps.total_steps and not stopping
+                    last = ending and not stopping
                     patience = LAST_SAVE_SECONDS if last else STOP_SAVE_SECONDS if stopping else 0.0
                     if _save(learner, state, folder, min(patience, config.train.timeout / 2)):
                         saved = state.key()
@@ -302,7 +375,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                 job.report(Report(state.step, *progress, _prefixed(state), config.directory()))
 
             # Done, or stopped?
-            if state.step == steps.total_steps:
+            if ending:
                 if saved[0] != state.step:
                     raise SaveError(_unsaved(state, saved, config))
                 break
@@ -328,19 +401,40 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
         learner.refuse_divergence()
         result = runtime.on_main(lambda: _write_result(learner, state, clock, folder) if folder else None)
         display.say(_against_pca(learner.raw_model, state))
+        display.say(_best(state, steps))
         return Result(**result, run_dir=config.directory())
 
 
 # -- the parts of the loop
 
 
-def _finished(folder: RunDirectory, steps: Timeline) -> dict[str, Any] | None:
+def _finished(folder: RunDirectory, steps: Timeline, config: Config) -> dict[str, Any] | None:
     """What ``result.json`` says of a run that is finished: one whose last step is on the disk."""
     kept = folder.read("result.json")
     wanted = {f.name for f in fields(Result)} - {"run_dir"}
-    if kept is None or not wanted <= set(kept) or kept["steps"] != steps.total_steps:
+    if kept is None or not wanted <= set(kept):
         return None
-    return {name: kept[name] for name in wanted} if folder.holds(steps.total_steps) else None
+    ran_out = config.train.patience is not None and kept.get("patience") == config.train.patience
+    if not folder.holds(kept["steps"]) or not (kept["steps"] == steps.total_steps or ran_out):
+        return None
+    return {name: kept[name] for name in wanted}
+
+
+def _out_of_patience(state: State, steps: Timeline, config: Config) -> bool:
+    """Whether ``train.patience`` evaluations in a row were no better than one before them."""
+    if config.train.patience is None or state.best is None or not state.evaluated:
+        return False
+    return state.step - int(state.best["step"]) >= config.train.patience * steps.eval_every
+
+
+def _sample(split: Split, most: int) -> Split:
+    """At most ``TRAIN_SAMPLE`` training images, and ``most``, evenly spaced.
+
+    Their error beside that of validation shows overfitting, at a fraction of an evaluation.
+    """
+    count = min(len(split), TRAIN_SAMPLE, most)
+    chosen = np.linspace(0, len(split) - 1, count).astype(np.int64)
+    return Split(split.images, None, chosen if split.rows is None else split.rows[chosen])
 
 
 def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | None) -> State:
@@ -465,6 +559,9 @@ def _note_evaluation(
     if state.best is None or sign * metrics[name] > sign * state.best["value"]:
         state.best = {"step": state.step, "metric": f"val.{name}", "value": metrics[name]}
     _record("val", metrics, state.step, learner.timeline, folder, tracking)
+    if tracking is not None:
+        best = {"best/step": state.best["step"], "best/" + state.best["metric"]: state.best["value"]}
+        tracking.summarize({**best, "last/step": state.step, **{f"last/{k}": v for k, v in _prefixed(state).items()}})
 
 
 def _record(
@@ -516,7 +613,9 @@ def _write_result(learner: Learner, state: State, clock: Clock, folder: RunDirec
         "weights_sha256": weights_sha256(learner.tensors()["ema" if learner.ema else "weights"]),
         "best_step": state.best["step"],
     }
-    folder.write("result.json", result)
+    # How patient the run was, where that ended it: the same command then finds it finished.
+    ended_early = state.step < learner.timeline.total_steps
+    folder.write("result.json", result | ({"patience": learner.config.train.patience} if ended_early else {}))
     return result
 
 
@@ -579,12 +678,25 @@ def _against_pca(model: Autoencoder, state: State) -> str:
     )
 
 
+def _best(state: State, steps: Timeline) -> str:
+    """Which weights every use takes, where they are not the last; and why training ended, where it was early."""
+    assert state.best is not None
+    early = f"no better evaluation since step {state.best['step']}: ended at {state.step} of {steps.total_steps}. "
+    better = f"the best {state.best['metric']}, {state.best['value']:.6g}, was at step {state.best['step']}"
+    if state.best["step"] == state.step:
+        return ""
+    return f"{early if state.step < steps.total_steps else ''}{better}; every use takes those weights"
+
+
 def _start_tracking(config: Config, folder: RunDirectory, display: Display) -> Tracking:
     kept = folder.read("tracking.json") or {}
     if "wandb_id" not in kept:
         kept = {"wandb_id": new_run_id()}
         folder.write("tracking.json", kept)
-    return Tracking(config.tracking, folder.path, config.name, str(kept["wandb_id"]), describe(config), display.say)
+    tags = (config.name, Path(config.data.name).name, config.model.architecture)
+    return Tracking(
+        config.tracking, folder.path, config.label(), str(kept["wandb_id"]), describe(config), display.say, tags
+    )
 
 
 class Clock:

@@ -55,7 +55,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = PRESETS["vae"].override(
@@ -73,7 +73,18 @@ def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_conf
     records = list(wandb_records(file))
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     kept = json.loads((tmp_path / "run" / "tracking.json").read_text())["wandb_id"]
-    assert run.run_id == kept and run.project == "dist-ae" and run.display_name == "vae"
+    assert run.run_id == kept and run.project == "dist-ae" and run.display_name == config.label()
+    assert list(run.tags) == ["vae", "digits", "mlp"]
+    summary = {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in records
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert summary["best/step"] == result["best_step"] and summary["last/step"] == 40
+    assert summary["last/val.neg_elbo"] == pytest.approx(result["metrics"]["val.neg_elbo"])
+    assert f"wandb sync {tmp_path / 'run'}/wandb/offline-run-*" in capsys.readouterr().out
     logged = {
         item.key: json.loads(item.value_json)
         for r in records
@@ -97,6 +108,8 @@ def test_tensorboard_by_the_same_option(tmp_path: Path) -> None:
         [line["loss"] for line in metrics(tmp_path / "run")]
     )
     assert "reconstructions" in events.Tags()["images"]
+    (text,) = events.Tensors("configuration/text_summary")
+    assert b'"latent_dim": 8' in text.tensor_proto.string_val[0]
 
 
 @pytest.mark.parametrize(

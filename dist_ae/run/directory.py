@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,11 @@ class RunDirectory:
     # -- the experiment
 
     def claim(
-        self, trajectory: Mapping[str, Any], description: Mapping[str, Any], unknown: Mapping[str, Any] = {}
+        self,
+        trajectory: Mapping[str, Any],
+        description: Mapping[str, Any],
+        unknown: Mapping[str, Any] = {},
+        may_change: Iterable[str] = (),
     ) -> None:
         """Writes config.json, or checks that the run kept here is the same experiment.
 
@@ -82,6 +86,7 @@ class RunDirectory:
             trajectory: what the run must have in common with its beginning.
             description: written beside it.
             unknown: the values of fields that an older version, which did not know them, stands for.
+            may_change: what may differ from the beginning all the same.
 
         Raises:
             InputError: another experiment is kept here; shows each difference, old and new.
@@ -96,7 +101,7 @@ class RunDirectory:
             differences = [
                 f"  {key}: {kept.get(key)!r} there, {trajectory.get(key)!r} now"
                 for key in sorted({*kept, *trajectory})
-                if kept.get(key) != trajectory.get(key)
+                if kept.get(key) != trajectory.get(key) and key not in may_change
             ]
             if differences:
                 lines = "\n".join(differences)
@@ -163,6 +168,10 @@ class RunDirectory:
 
     def _steps(self) -> list[int]:
         return sorted(step for step in map(step_of, self.checkpoints.iterdir()) if step is not None)
+
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, whole or not."""
+        return max(self._steps(), default=None)
 
     def holds(self, step: int) -> bool:
         """Whether a checkpoint of that step is on the disk."""

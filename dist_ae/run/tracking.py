@@ -6,14 +6,16 @@ or slow training.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import shlex
 import sys
 import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from dist_ae.config import TrackingConfig
 
 INIT_SECONDS = 20  # how long a server may take to accept a run before it is kept offline
 FINISH_SECONDS = 15  # how long the end of a run waits for trackers
+LONGEST_TAG = 64  # characters that W&B takes
 STOP_SECONDS = 4  # the same when a run is stopped, which must not take longer than 10 s in all
 
 
@@ -66,6 +69,7 @@ class Tracking:
         run_id: str,
         description: Mapping[str, Any],
         say: Callable[[str], None],
+        tags: Sequence[str] = (),
     ) -> None:
         self._config, self._run_dir, self._name, self._id, self._description = (
             config,
@@ -77,6 +81,7 @@ class Tracking:
         self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lost = False
+        self._say, self._tags = say, tuple(tag[:LONGEST_TAG] for tag in dict.fromkeys(tags) if tag)
         mode, why = wandb_mode(config)
         self._mode = mode
         if mode != "off":
@@ -94,6 +99,11 @@ class Tracking:
         """A picture that was drawn into the run directory."""
         if self._thread is not None:
             self._queue.put(("image", (name, path, step)))
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """Figures that stand for the whole run; later ones replace earlier ones. TensorBoard has no place for them."""
+        if self._thread is not None:
+            self._queue.put(("summary", (dict(values),)))
 
     def __enter__(self) -> Tracking:
         return self
@@ -116,6 +126,9 @@ class Tracking:
             )
         if self._thread.is_alive():
             _forget_wandb()
+        elif self._mode == "offline" and any(self._run_dir.glob("wandb/offline-run-*")):
+            # The pattern takes the folders of all resumes, which wandb joins by the run's id.
+            self._say(f"Weights & Biases: to upload, wandb sync {shlex.quote(str(self._run_dir))}/wandb/offline-run-*")
         self._thread = None
 
     # -- in the thread
@@ -129,6 +142,9 @@ class Tracking:
                     if kind == "log":
                         values, step = arguments
                         tracker.log(values, step=step)
+                    elif kind == "summary":
+                        if tracker.name == "wandb":
+                            tracker.tracker.summary.update(*arguments)
                     else:
                         self._log_image(tracker, *arguments)
                 except BaseException as error:
@@ -148,6 +164,7 @@ class Tracking:
 
                 board = TensorBoardTracker(run_name="tensorboard", logging_dir=self._run_dir)
                 board.start()
+                board.writer.add_text("configuration", _as_text(self._description))
                 trackers.append(board)
             except Exception as error:
                 self._give_up("TensorBoard", error)
@@ -175,6 +192,7 @@ class Tracking:
             run_name=self._config.project,
             id=self._id,
             name=self._name,
+            tags=list(self._tags),
             group=self._config.group,
             dir=self._run_dir,
             mode=mode,
@@ -206,6 +224,11 @@ class Tracking:
             flush=True,
         )
         self._lost = True
+
+
+def _as_text(description: Mapping[str, Any]) -> str:
+    """A configuration as Markdown keeps it: indented JSON."""
+    return "    " + json.dumps(description, indent=2).replace("\n", "\n    ")
 
 
 def _forget_wandb() -> None:

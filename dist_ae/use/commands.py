@@ -24,9 +24,10 @@ from dist_ae.data.reader import Reader
 from dist_ae.evaluate import evaluate, fixed_noise
 from dist_ae.processes.environment import pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
+from dist_ae.saved import Which, run_config
 from dist_ae.use import export
 from dist_ae.use.explore import explore_page, plane
-from dist_ae.use.trained import TrainedModel, Which, load, run_config
+from dist_ae.use.trained import TrainedModel, load
 
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own
 TILES = 100  # rows or columns of a picture at most: beyond it images are too many to look at, and megabytes

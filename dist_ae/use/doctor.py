@@ -22,7 +22,7 @@ from dist_ae.models import build
 from dist_ae.objectives import objective
 from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
-from dist_ae.use.trained import image_shape
+from dist_ae.saved import image_shape
 
 MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one batch
 
@@ -176,7 +176,7 @@ def rebuild_wandb(run_dir: Path) -> Path:
     run = wandb.init(
         project=config.tracking.project,
         group=config.tracking.group,
-        name=config.name,
+        name=config.label(),
         id=kept.get("wandb_id"),
         dir=run_dir,
         mode="offline",

@@ -20,7 +20,8 @@ from dist_ae.files import to_json
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.presets import PRESETS
-from dist_ae.use.trained import CONFIG, WEIGHTS, TrainedModel
+from dist_ae.saved import CONFIG, WEIGHTS
+from dist_ae.use.trained import TrainedModel
 
 Format = Literal["torch", "onnx", "safetensors"]
 Part = Literal["whole", "encoder", "decoder"]
@@ -126,6 +127,8 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
     config = trained.config.override({"run_dir": None, "data.root": None, "data.cache": None})
+    if config.precision == "fp64":  # a trained model computes, and is written, in float32
+        config = config.override({"precision": "fp32"})
     (folder / CONFIG).write_bytes(to_json({"config": config.model_dump(mode="json")}))
     picture = run_dir / "figures" / "reconstructions.png"
     if picture.is_file():

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_ae.config import Config, InputError, load_config
+from dist_ae.config import Config, InputError
 from dist_ae.data.given import Given, floats, given
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.evaluate import fixed_epsilon
-from dist_ae.files import Damaged, read_bounded
 from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.objectives import terms
-from dist_ae.run import checkpoint as checkpoints
-from dist_ae.run.checkpoint import EMA, MAX_HEADER, parse_tensors, read_checkpoint, step_of, template_of
+from dist_ae.saved import CONFIG, WEIGHTS, Which, image_shape, run_config, saved_weights
 
 Images = Any  # what `dist_ae.data.given.given` takes
-Which = Literal["best", "last"]
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
 HUB = "hf:"
 
 
@@ -146,37 +141,9 @@ def load(
     run_dir = _from_hub(run_dir) if isinstance(run_dir, str) and run_dir.startswith(HUB) else Path(run_dir)
     config = run_config(run_dir)
     built = build(config, image_shape(config, run_dir), model)
-    if os.path.lexists(run_dir / WEIGHTS):
-        _fill(built, run_dir / WEIGHTS)
-        return TrainedModel(built, config, device)
     built.to(torch.float64 if config.precision == "fp64" else torch.float32)
-    weights, reasons = template_of(built.state_dict()), []
-    moving = {name: kind for name, kind in weights.items() if name in dict(built.named_parameters())}
-    folders = [p for p in (run_dir / "checkpoints").glob("*") if step_of(p) is not None]
-    for folder in sorted(folders, key=lambda p: step_of(p) or 0, reverse=True):
-        try:
-            checkpoint = read_checkpoint(folder, {checkpoints.WEIGHTS: weights, EMA: moving}, part=True)
-            best = checkpoint.state.get("best")
-            if which == "best" and isinstance(best, dict) and best.get("step") != checkpoint.step:
-                folder = run_dir / "checkpoints" / f"{int(best['step']):08d}"
-                checkpoint = read_checkpoint(folder, {checkpoints.WEIGHTS: weights, EMA: moving}, part=True)
-        except (Damaged, TypeError, ValueError) as error:
-            reasons.append(str(error))
-            continue
-        built.load_state_dict({**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})})
-        return TrainedModel(built, config, device)
-    raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")
-
-
-def _fill(model: Autoencoder, path: Path) -> None:
-    """Reads an exported model's weights."""
-    try:
-        content = read_bounded(
-            path, sum(t.numel() * t.element_size() for t in model.state_dict().values()) + MAX_HEADER
-        )
-        model.load_state_dict(parse_tensors(content, path.name, template_of(model.state_dict())))
-    except Damaged as error:
-        raise InputError(f"{path}: {error}") from None
+    built.load_state_dict(saved_weights(run_dir, built, which))
+    return TrainedModel(built, config, device)
 
 
 def _from_hub(name: str) -> Path:
@@ -187,25 +154,3 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # those of its HTTP library too, which changes with the version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {reason}") from None
-
-
-def run_config(run_dir: Path) -> Config:
-    """The configuration of a run directory.
-
-    Raises:
-        InputError: it is none, or its config.json cannot be read.
-    """
-    if not os.path.lexists(run_dir / CONFIG):
-        raise InputError(f"{run_dir} is not a run directory: it has no config.json")
-    return load_config(run_dir / CONFIG)
-
-
-def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
-    """The shape of the images that a run was trained on.
-
-    Raises:
-        InputError: its configuration names none.
-    """
-    if config.model.image_shape is None:
-        raise InputError(f"{run_dir}/config.json: model.image_shape is missing, so it is not a run's")
-    return config.model.image_shape

@@ -1,0 +1,75 @@
+"""The configuration and the weights that a run directory, or a folder made by ``dist-ae export``, holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from dist_ae.config import Config, InputError, load_config
+from dist_ae.files import Damaged, read_bounded
+from dist_ae.models import Autoencoder
+from dist_ae.run import checkpoint as checkpoints
+from dist_ae.run.checkpoint import EMA, MAX_HEADER, parse_tensors, read_checkpoint, step_of, template_of
+
+Which = Literal["best", "last"]
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+
+
+def run_config(run_dir: Path) -> Config:
+    """The configuration of a run directory.
+
+    Raises:
+        InputError: it is none, or its config.json cannot be read.
+    """
+    if not os.path.lexists(run_dir / CONFIG):
+        raise InputError(f"{run_dir} is not a run directory: it has no config.json")
+    return load_config(run_dir / CONFIG)
+
+
+def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
+    """The shape of the images that a run was trained on.
+
+    Raises:
+        InputError: its configuration names none.
+    """
+    if config.model.image_shape is None:
+        raise InputError(f"{run_dir}/config.json: model.image_shape is missing, so it is not a run's")
+    return config.model.image_shape
+
+
+def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> dict[str, Tensor]:
+    """The weights of a run: where it has one, their moving average.
+
+    Args:
+        run_dir: the run, or an exported folder.
+        model: whose tensors they must be; its own are left alone, and may be on the meta device.
+        which: "best" by validation, or "last", the newest checkpoint. A damaged one is passed over.
+
+    Raises:
+        InputError: no checkpoint in it is whole, or they are another model's.
+    """
+    template, reasons = template_of(model.state_dict()), []
+    if os.path.lexists(run_dir / WEIGHTS):
+        room = sum(tensor.nbytes for tensor in model.state_dict().values())
+        try:
+            return parse_tensors(read_bounded(run_dir / WEIGHTS, room + MAX_HEADER), WEIGHTS, template)
+        except Damaged as error:
+            raise InputError(f"{run_dir}: {error}") from None
+    moving = {name: kind for name, kind in template.items() if name in dict(model.named_parameters())}
+    files = {checkpoints.WEIGHTS: template, EMA: moving}
+    folders = [p for p in (run_dir / "checkpoints").glob("*") if step_of(p) is not None]
+    for folder in sorted(folders, key=lambda p: step_of(p) or 0, reverse=True):
+        try:
+            checkpoint = read_checkpoint(folder, files, part=True)
+            best = checkpoint.state.get("best")
+            if which == "best" and isinstance(best, dict) and best.get("step") != checkpoint.step:
+                folder = run_dir / "checkpoints" / f"{int(best['step']):08d}"
+                checkpoint = read_checkpoint(folder, files, part=True)
+        except (Damaged, TypeError, ValueError) as error:
+            reasons.append(str(error))
+            continue
+        return {**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})}
+    raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")
