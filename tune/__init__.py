@@ -1,4 +1,30 @@
 """Hyperparameter sweeps on Ray Tune over dist_ae: ``dist-ae sweep SPACE``, or ``python -m tune SPACE`` in a checkout.
 
-The wheel holds this package as ``dist_ae_tune``. dist_ae does not depend on it.
+From Python, ``search``. The wheel holds this package as ``dist_ae_tune``. dist_ae does not depend on it.
 """
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) -> Path:
+    """Runs a sweep as ``dist-ae sweep`` does, and returns its folder: best.json, trials.csv, report.html, trials/.
+
+    Args:
+        space: ae, denoising, dropout, vae, conv or all; or the path of a space of your own (docs/sweeps.md).
+        settings: what holds for all trials, by dotted key, such as ``{"train.epochs": 5}``.
+        options: those of the command, such as ``num_trials=16, scheduler="asha", name="first"``.
+
+    Raises:
+        InputError: something of it cannot be.
+        Fault: no trial finished.
+    """
+    from .__main__ import sweep
+
+    fixed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    named = {"space": space} if isinstance(space, Path) else {"which": space}
+    return sweep(**named, set=fixed, **options)

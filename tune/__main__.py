@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dist_ae.config import Config, InputError
+from dist_ae.config import Config, Fault, InputError
 
-EXIT_FAULT, EXIT_STOPPED = 1, 75  # 75 is EX_TEMPFAIL: --resume goes on
+EXIT_STOPPED = 75  # 75 is EX_TEMPFAIL: --resume goes on
 
 
 def sweep(
@@ -35,14 +35,14 @@ def sweep(
     address: str | None = None,
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
     seed: int = 0,
-) -> None:
+) -> Path:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
     Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial; a key
     given one value is not searched.
 
     Args:
-        which: space to search: ae, denoising, dropout, vae, or all, which chooses among the four.
+        which: space to search: ae, denoising, dropout, vae, conv, or all, which chooses among the first four.
         space: your own space, a JSON or TOML file (docs/sweeps.md shows one).
         num_trials: trials to run; left out, 16, or all points of a grid.
         scheduler: asha and median stop weak trials early; pbt clones strong ones and changes lr, noise and dropout.
@@ -93,8 +93,8 @@ def sweep(
     from .report import write_report
 
     if not write_report(found, selection):
-        print("error: no trial finished; the reasons stand in trials.csv and in trials/*/error.txt", file=sys.stderr)
-        sys.exit(EXIT_FAULT)
+        raise Fault("no trial finished; the reasons stand in trials.csv and in trials/*/error.txt")
+    return found.path
 
 
 def spelled_as_set(arguments: Sequence[str]) -> list[str]:
