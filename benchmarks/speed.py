@@ -1,13 +1,13 @@
-"""Training speed on Fashion-MNIST (D→512→256→128) beside what people would write, and what the trainer costs beside
-training.
+"""Training speed on Fashion-MNIST beside what people would write, and what the trainer costs beside training.
 
-    python -m benchmarks.speed [--rounds 5] [--only WORD]        (make bench; Lightning and pythae: pip install -e
-    ".[bench]")
+    python -m benchmarks.speed [--turns 15] [--only WORD] [--beside CHECKOUT]       (make bench)
 
-Each contestant runs in a process of its own, in turn, several rounds; ratios are taken round by round. Medians, ranges
-and ratios go to benchmarks/speed.json and into benchmarks/README.md. Rivals are written as their documentation says;
-the upper marks are a bare loop over a uint8 tensor and the machine's own limit in matrix products, measured in the same
-rounds.
+Every contestant (benchmarks/contestants.py) is a process that trains without end. All but one are stopped; the two of
+a ratio take turns of a second, and neighbouring turns are compared. So their start, and that of W&B, is in no figure,
+and a slow minute of a shared machine slows both. A ratio is the median over the turns, with a 95 % bootstrap interval;
+"ours : ours again" says how far to trust the others. Lightning and pythae: pip install -e ".[bench]".
+
+``--beside`` compares the step of this checkout with that of another one.
 """
 
 from __future__ import annotations
@@ -16,277 +16,157 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import os
 import platform
+import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-STEPS, HIDDEN, LATENT = 800, (512, 256), 128
-FLOPS_PER_IMAGE = (
-    12 * sum(a * b for a, b in zip((784, *HIDDEN), (*HIDDEN, LATENT), strict=True)) - 2 * 784 * HIDDEN[0]
-)  # no gradient for the images
+import numpy as np
+
+from benchmarks.contestants import HIDDEN, LATENT, SLOTS
+
+HERE = Path(__file__).parent
+TURN, SETTLE = 1.0, 0.15  # seconds of a turn, and of its beginning that do not count: caches fill again
+START_STEPS, START_SECONDS = 60, 90  # a contestant has started when it took so many steps
+BEGIN, END = "<!-- written by benchmarks/speed.py -->", "<!-- end -->"
+
+CONTESTANTS = {  # the call, and the number of processes
+    "ours, batch 128": ("ours(128)", 1),
+    "ours again, batch 128": ("ours(128)", 1),
+    "ours, batch 128, W&B off": ("ours(128, '--tracking.wandb', 'off')", 1),
+    "bare loop, fused Adam, batch 128": ("bare(128)", 1),
+    "Accelerate, prepared DataLoader, batch 128": ("loader(128, 0, True)", 1),
+    "tutorial's DataLoader script, 2 workers, batch 128": ("loader(128, 2, False)", 1),
+    "Lightning, batch 128": ("lightning(128)", 1),
+    "pythae, batch 128": ("pythae(128)", 1),
+    "ours, batch 1024": ("ours(1024)", 1),
+    "bare loop, batch 1024": ("bare(1024)", 1),
+    "ours, bf16, batch 1024": ("ours(1024, '--precision', 'bf16')", 1),
+    "bare loop, bf16, batch 1024": ("bare(1024, True)", 1),
+    "ours, batch 8192": ("ours(8192)", 1),
+    "ours, 2 processes, batch 128": ("ours(128)", 2),
+    "ours, 2 processes, batch 1024": ("ours(1024)", 2),
+    "ours, 2 processes, bf16 gradients, batch 1024": ("ours(1024, '--train.gradient-type', 'bf16')", 2),
+    "ours, 2 processes, batch 8192": ("ours(8192)", 2),
+    "limit of matrix products, fp32": ("limit(False)", 1),
+    "limit of matrix products, bf16": ("limit(True)", 1),
+}
+RATIOS = (  # what, of which, target
+    ("ours, batch 128", "ours again, batch 128", "1, to ± 3 %"),
+    ("ours, batch 128", "bare loop, fused Adam, batch 128", "≥ 0.97"),
+    ("ours, batch 128", "ours, batch 128, W&B off", "≥ 0.97"),
+    ("ours, batch 128", "tutorial's DataLoader script, 2 workers, batch 128", "≥ 4"),
+    ("ours, batch 128", "pythae, batch 128", "≥ 1.6"),
+    ("ours, batch 128", "Lightning, batch 128", "≥ 2"),
+    ("ours, batch 128", "Accelerate, prepared DataLoader, batch 128", "≥ 1.25"),
+    ("ours, batch 128", "limit of matrix products, fp32", "≥ 0.60"),
+    ("ours, batch 1024", "bare loop, batch 1024", "≥ 0.97"),
+    ("ours, batch 1024", "limit of matrix products, fp32", "≥ 0.88"),
+    ("ours, bf16, batch 1024", "ours, batch 1024", "≥ 1.5"),
+    ("ours, bf16, batch 1024", "bare loop, bf16, batch 1024", ""),
+    ("ours, bf16, batch 1024", "limit of matrix products, bf16", ""),
+    ("ours, 2 processes, batch 128", "ours, batch 128", "≥ 0.69"),
+    ("ours, 2 processes, batch 1024", "ours, batch 1024", "≥ 1.08"),
+    ("ours, 2 processes, batch 8192", "ours, batch 8192", "≥ 1.04"),
+    ("ours, 2 processes, bf16 gradients, batch 1024", "ours, batch 1024", "≥ 0.90"),
+)
+BESIDE = ("denoising", "dropout", "vae", "ae")  # presets whose step is compared with another checkout's
 
 
-def net():  # type: ignore[no-untyped-def]
-    from torch import nn
+class Contestant:
+    """A training loop in processes of its own, stopped but for its turns."""
 
-    sizes = (784, *HIDDEN, LATENT, *reversed(HIDDEN), 784)
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
-        layers += [nn.Linear(a, b)] + ([] if i in (len(HIDDEN), len(sizes) - 2) else [nn.ReLU()])
-    return nn.Sequential(*layers)
+    def __init__(self, call: str, world: int, folder: Path, checkout: Path) -> None:
+        self.path = folder / f"{len(list(folder.iterdir()))}.meter"
+        np.zeros(SLOTS + 2).tofile(self.path)
+        self.times = np.memmap(self.path, np.float64, "r", shape=(SLOTS + 2,))
+        launcher = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+        several = [*launcher.split(), "--num_processes", str(world)] if world > 1 else []
+        command = [sys.executable, *several, str(HERE / "contestants.py"), str(self.path), call]
+        threads = str(max(1, (os.cpu_count() or 1) // world))
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": threads, "WANDB_SILENT": "true"}
+        self.log = folder / f"{self.path.stem}.log"
+        with self.log.open("w") as log:
+            # A session of its own, so that its helpers, W&B's too, stop and go on with it.
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
+            )
 
+    def started(self) -> bool:
+        """Waits until it trains, then stops it. False, with the reason said, where it does not."""
+        end = time.monotonic() + START_SECONDS
+        while self.times[0] < START_STEPS and self.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(3)  # what still starts in the background
+        self.signal(signal.SIGSTOP)
+        if self.process.poll() is None and self.times[0] >= START_STEPS:
+            return True
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        print(f"left out: {lines[-1] if lines else 'it said nothing'}", file=sys.stderr)
+        return False
 
-def bare(batch: int, bf16: bool = False) -> float:
-    """What a careful person writes by hand for one machine."""
-    import torch
+    def turn(self) -> float:
+        """Images per second in one turn."""
+        begin = time.perf_counter()
+        self.signal(signal.SIGCONT)
+        time.sleep(TURN)
+        self.signal(signal.SIGSTOP)
+        count = int(self.times[0])
+        recent = np.array([self.times[2 + step % SLOTS] for step in range(max(0, count - 200_000), count)])
+        ends = recent[recent > begin + SETTLE]
+        if len(ends) < 3:
+            raise RuntimeError(f"only {len(ends)} steps in a turn: {self.log.read_text(errors='replace')[-300:]}")
+        return float(self.times[1] * (len(ends) - 1) / (ends[-1] - ends[0]))
 
-    from dist_ae.config import DataConfig
-    from dist_ae.data import sources
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
-    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images).flatten(1)
-    model = net()
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-
-    def steps(count: int) -> None:
-        order = torch.randperm(len(images))
-        for step in range(count):
-            at = step * batch % (len(images) - batch)
-            x = images[order[at : at + batch]].float().div_(127.5).sub_(1)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                y = model(x)
-            loss = (y.float() - x).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    steps(30)
-    start = time.perf_counter()
-    steps(STEPS * 128 // batch)
-    return STEPS * 128 // batch * batch / (time.perf_counter() - start)
-
-
-def loader(batch: int, workers: int, accelerate: bool) -> float:
-    """The tutorial's script with its shapes fixed; with ``accelerate``, a prepared DataLoader over tensors that are
-    decoded already.
-    """
-    import torch
-    from torch.utils.data import DataLoader, Dataset, TensorDataset
-    from torchvision import transforms
-
-    from dist_ae.config import DataConfig
-    from dist_ae.data import sources
-
-    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images)
-    convert = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
-
-    class Images(Dataset[torch.Tensor]):
-        def __len__(self) -> int:
-            return len(images)
-
-        def __getitem__(self, i: int) -> torch.Tensor:
-            return convert(images[i])
-
-    model = net()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.5, 0.999))
-    dataset = TensorDataset(images.float().div(127.5).sub(1)) if accelerate else Images()
-    batches = DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=workers)  # type: ignore[var-annotated]
-    backward = torch.Tensor.backward
-    if accelerate:
-        from accelerate import Accelerator
-
-        accelerator = Accelerator(cpu=True)
-        model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
-        backward = accelerator.backward
-    start, seen = 0.0, 0
-    for step, item in enumerate(batches):
-        if step == 20:
-            start = time.perf_counter()
-        x = (item[0] if accelerate else item).flatten(1)
-        loss = (model(x) - x).square().mean()
-        optimizer.zero_grad()
-        backward(loss)
-        optimizer.step()
-        loss.item()
-        seen += len(x) if step >= 20 else 0
-        if step == (300 if accelerate else 150):
-            break
-    return seen / (time.perf_counter() - start)
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
 
 
-def lightning(batch: int) -> float:
-    import lightning as L
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
-
-    from dist_ae.config import DataConfig
-    from dist_ae.data import sources
-
-    class Module(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net()
-
-        def training_step(self, item: list[torch.Tensor], index: int) -> torch.Tensor:
-            if index == 20:
-                self.start = time.perf_counter()
-            x = item[0].flatten(1)
-            return (self.net(x) - x).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters())
-
-    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images).float().div(127.5).sub(1)
-    module = Module()
-    settings = {
-        "max_steps": 320,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
-    L.Trainer(**settings).fit(module, DataLoader(TensorDataset(images), batch_size=batch, shuffle=True))  # type: ignore[arg-type]
-    return 300 * batch / (time.perf_counter() - module.start)
-
-
-def pythae(batch: int) -> float:
-    """pythae's own trainer and AE with its default MLP widened to the same layers; a whole epoch, since it has no
-    steps.
-    """
-    import torch
-    from pythae.data.datasets import BaseDataset
-    from pythae.models import AE, AEConfig
-    from pythae.models.base.base_utils import ModelOutput
-    from pythae.models.nn import BaseDecoder, BaseEncoder
-    from pythae.trainers import BaseTrainer, BaseTrainerConfig
-
-    from dist_ae.config import DataConfig
-    from dist_ae.data import sources
-
-    layers = net()
-    middle = 2 * len(HIDDEN) + 1
-
-    class Encoder(BaseEncoder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = layers[:middle]
-
-        def forward(self, x: torch.Tensor) -> ModelOutput:
-            return ModelOutput(embedding=self.layers(x.flatten(1)))
-
-    class Decoder(BaseDecoder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = layers[middle:]
-
-        def forward(self, z: torch.Tensor) -> ModelOutput:
-            return ModelOutput(reconstruction=self.layers(z).view(-1, 1, 28, 28))
-
-    images = torch.from_numpy(sources.load(DataConfig(name="fashion_mnist")).train.images).float().div(255)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        settings = BaseTrainerConfig(
-            output_dir=folder, num_epochs=1, learning_rate=1e-3, per_device_train_batch_size=batch, no_cuda=True
-        )
-        model = AE(AEConfig(input_dim=(1, 28, 28), latent_dim=LATENT), encoder=Encoder(), decoder=Decoder())
-        trainer = BaseTrainer(
-            model=model, train_dataset=BaseDataset(images, torch.zeros(len(images))), training_config=settings
-        )
-        trainer.prepare_training()
-        start = time.perf_counter()
-        trainer.train_step(epoch=1)
-        return len(images) / (time.perf_counter() - start)
-
-
-def limit(bf16: bool) -> float:
-    """Images per second if a step were nothing but large matrix products."""
-    import torch
-
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32)
-    for _ in range(3):
-        a @ a
-    start = time.perf_counter()
-    for _ in range(20):
-        a @ a
-    return 20 * 2 * 2048**3 / (time.perf_counter() - start) / FLOPS_PER_IMAGE
-
-
-def ours(batch: int, *more: str, world: int = 1) -> float:
-    """`dist-ae train` with everything on: Accelerate, metrics, W&B offline, evaluation, checkpoints. The second half of
-    a run: the
-    rivals, too, are timed after their start."""
+@contextlib.contextmanager
+def contestants(calls: dict[str, tuple[str, int, Path]]) -> Iterator[dict[str, Contestant]]:
+    """All of them, started one after the other and stopped; ended at the end."""
+    found: dict[str, Contestant] = {}
     with tempfile.TemporaryDirectory() as folder:
-        steps = 2 * max(STEPS * 128 // batch, 40)
-        command = [
-            "-m",
-            "dist_ae",
-            "train",
-            "ae",
-            "--data.name",
-            "fashion_mnist",
-            "--model.latent-dim",
-            str(LATENT),
-            "--train.batch-size",
-            str(batch),
-        ]
-        command += [
-            "--model.start",
-            "random",
-            "--optim.name",
-            "adam",
-            "--precision",
-            "fp32",
-            "--model.activation",
-            "relu",
-        ]
-        command += [
-            "--train.steps",
-            str(steps),
-            "--train.log-every",
-            str(min(50, steps // 2)),
-            "--train.save-every",
-            "200",
-            "--tracking.wandb",
-            "offline",
-            "--run-dir",
-            f"{folder}/run",
-            *more,
-        ]
-        launcher = (
-            []
-            if world == 1
-            else [
-                "-m",
-                "accelerate.commands.launch",
-                "--multi_gpu",
-                "--num_processes",
-                str(world),
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-            ]
-        )
-        subprocess.run(
-            [sys.executable, *launcher, *command],
-            check=True,
-            capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(2 // world)},
-        )
-        lines = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
-        # A line's rate is of all images since the start: so many seconds.
-        times = {
-            line["step"]: line["step"] * batch / line["images_per_second"] for line in lines if line["split"] == "train"
-        }
-        half = min(times, key=lambda step: abs(step - steps // 2))
-        return (steps - half) * batch / (times[steps] - times[half])
+        try:
+            for name, (call, world, checkout) in calls.items():
+                contestant = Contestant(call, world, Path(folder), checkout)
+                found[name] = contestant
+                if not contestant.started():
+                    found.pop(name).end()
+                    print(f"          {name}", file=sys.stderr)
+            yield found
+        finally:
+            for contestant in found.values():
+                contestant.end()
+
+
+def turns(first: Contestant, second: Contestant, count: int) -> tuple[list[float], list[float]]:
+    """Images per second of two contestants in neighbouring turns: A B, B A, A B, …"""
+    rates: tuple[list[float], list[float]] = ([], [])
+    for number in range(count):
+        pair = ((first, rates[0]), (second, rates[1]))
+        for contestant, found in pair if number % 2 == 0 else reversed(pair):
+            found.append(contestant.turn())
+    return rates
+
+
+def interval(ratios: list[float], samples: int = 4000) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a median."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(samples))
+    return medians[int(0.025 * samples)], medians[int(0.975 * samples)]
 
 
 # -- what training costs beside
@@ -294,18 +174,17 @@ def ours(batch: int, *more: str, world: int = 1) -> float:
 
 def evaluation() -> float:
     """Seconds to evaluate the 10,000 validation images of the plain `ae`: clean and noisy, once more after a first
-    time.
-    """
+    time."""
     import dist_ae
     from dist_ae.data import sources
     from dist_ae.data.reader import Reader
     from dist_ae.evaluate import evaluate
-    from dist_ae.models import Autoencoder, initialize
+    from dist_ae.models import build
     from dist_ae.processes.runtime import Runtime
 
     config = dist_ae.PRESETS["ae-reference"]
     dataset, runtime = sources.load(config.data), Runtime(config)
-    model, reader = initialize(Autoencoder(config, dataset.image_shape), 0), Reader(dataset.val, runtime.device)
+    model, reader = build(config, dataset.image_shape), Reader(dataset.val, runtime.device)
     evaluate(model, reader, config, runtime)
     start = time.perf_counter()
     evaluate(model, reader, config, runtime)
@@ -354,16 +233,7 @@ def first_step() -> float:
         __main__.main()
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            "train",
-            "ae",
-            "--data.name",
-            "fashion_mnist",
-            "--model.latent-dim",
-            "128",
-            "--run-dir",
-            f"{folder}/run",
-        ]
+        command = ["train", "ae", "--data.name", "fashion_mnist", "--model.latent-dim", "128", "--run-dir", folder]
         start = time.time()
         done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
         return float(done.stdout.split()[-1]) - start
@@ -396,127 +266,89 @@ def memory() -> float:
             "--tracking.wandb",
             "offline",
             "--run-dir",
-            f"{folder}/run",
         ]
-        above = peak(*command) - peak("-c", "import torch")
+        above = peak(*command, f"{folder}/run") - peak("-c", "import torch")
     weights = 4 * sum(a * b + b for a, b in itertools.pairwise((784, *HIDDEN, LATENT, *reversed(HIDDEN), 784)))
     return (above - 70_000 * 784 - 4 * weights) / 1e6
 
 
-CONTESTANTS = {  # images per second
-    "ours, batch 128": "ours(128)",
-    "ours, batch 128, W&B off": "ours(128, '--tracking.wandb', 'off')",
-    "bare loop, fused Adam, batch 128": "bare(128)",
-    "Accelerate, prepared DataLoader, batch 128": "loader(128, 0, True)",
-    "tutorial's DataLoader script, 2 workers, batch 128": "loader(128, 2, False)",
-    "Lightning, batch 128": "lightning(128)",
-    "pythae, batch 128": "pythae(128)",
-    "ours, batch 1024": "ours(1024)",
-    "bare loop, batch 1024": "bare(1024)",
-    "ours, bf16, batch 1024": "ours(1024, '--precision', 'bf16')",
-    "bare loop, bf16, batch 1024": "bare(1024, True)",
-    "ours, batch 8192": "ours(8192)",
-    "ours, 2 processes, batch 128": "ours(128, world=2)",
-    "ours, 2 processes, batch 1024": "ours(1024, world=2)",
-    "ours, 2 processes, bf16 gradients, batch 1024": "ours(1024, '--train.gradient-type', 'bf16', world=2)",
-    "ours, 2 processes, batch 8192": "ours(8192, world=2)",
-    "limit of matrix products, fp32": "limit(False)",
-    "limit of matrix products, bf16": "limit(True)",
-}
 COSTS = {
-    "evaluation of 10,000 images, s": ("evaluation()", "≤ 0.25"),
-    "checkpoints every 200 steps, and metrics, % of the time": ("saving()", "≤ 2"),
-    "command to first step on Fashion-MNIST, s": ("first_step()", "≤ 5"),
-    "`dist-ae --help`, s": ("help_seconds()", "≤ 0.5"),
-    "peak memory above torch, images and 4 × weights, MB": ("memory()", "≤ 100"),
+    "evaluation of 10,000 images, s": (evaluation, "≤ 0.25"),
+    "checkpoints every 200 steps, and metrics, % of the time": (saving, "≤ 2"),
+    "command to first step on Fashion-MNIST, s": (first_step, "≤ 5"),
+    "`dist-ae --help`, s": (help_seconds, "≤ 0.5"),
+    "peak memory above torch, images and 4 × weights, MB": (memory, "≤ 100"),
 }
-RATIOS = (  # what, of which, target
-    ("ours, batch 128", "bare loop, fused Adam, batch 128", 0.97),
-    ("ours, batch 128", "tutorial's DataLoader script, 2 workers, batch 128", 4),
-    ("ours, batch 128", "pythae, batch 128", 1.6),
-    ("ours, batch 128", "Lightning, batch 128", 2),
-    ("ours, batch 128", "Accelerate, prepared DataLoader, batch 128", 1.25),
-    ("ours, batch 128", "ours, batch 128, W&B off", 0.95),
-    ("ours, batch 128", "limit of matrix products, fp32", 0.60),
-    ("ours, batch 1024", "limit of matrix products, fp32", 0.88),
-    ("ours, batch 1024", "bare loop, batch 1024", None),
-    ("ours, bf16, batch 1024", "ours, batch 1024", 1.5),
-    ("ours, bf16, batch 1024", "bare loop, bf16, batch 1024", None),
-    ("ours, 2 processes, batch 128", "ours, batch 128", 0.65),
-    ("ours, 2 processes, batch 1024", "ours, batch 1024", 0.82),
-    ("ours, 2 processes, batch 8192", "ours, batch 8192", 1.0),
-    ("ours, 2 processes, bf16 gradients, batch 1024", "ours, batch 1024", 0.90),
-)
-HERE = Path(__file__).parent
-BEGIN, END = "<!-- written by benchmarks/speed.py -->", "<!-- end -->"
 
 
-def spread(values: list[float]) -> str:
-    """Median and range, with as many digits as make sense."""
-    form = "{:,.0f}" if min(values) >= 100 else "{:.2f}"
-    return f"{form.format(statistics.median(values))} | {form.format(min(values))} – {form.format(max(values))}"
+def cost(name: str, times: int = 3) -> list[float]:
+    """A cost measured in processes of its own."""
+    code = f"from benchmarks import speed; print(speed.{COSTS[name][0].__name__}())"
+    command = [sys.executable, "-c", code]
+    done = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(times)]
+    return [float(each.stdout.split()[-1]) for each in done]
 
 
-def tables(found: dict[str, list[float]], machine: str, rounds: int) -> str:
-    """The Markdown of one measurement."""
-    lines = [
-        f"{machine}; {rounds} rounds; {time.strftime('%Y-%m-%d')}",
-        "",
-        "| ratio, round by round | median | range | target |",
-        "|---|---|---|---|",
-    ]
-    for what, of, target in RATIOS:
-        pairs = [a / b for a, b in zip(found.get(what, []), found.get(of, []), strict=False)]
-        if pairs:
-            lines.append(f"| {what} : {of} | {spread(pairs)} | {'' if target is None else f'≥ {target}'} |")
-    lines += ["", "| beside training | median | range | target |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {spread(found[name])} | {target} |" for name, (_, target) in COSTS.items() if found.get(name)
-    ]
-    lines += ["", "| images per second in training | median | range |", "|---|---|---|"]
-    lines += [f"| {name} | {spread(found[name])} |" for name in CONTESTANTS if found.get(name)]
-    return "\n".join(lines)
+def machine() -> str:
+    """Cores, processor and Python, for the head of a table."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}"
+
+
+def compared(ratios: list[tuple[str, str, str]], found: dict[str, Contestant], count: int) -> list[str]:
+    """Rows of ratios, and what they were made of."""
+    rows = ["| ratio of neighbouring turns | median | 95 % interval | target | images/s |", "|---|---|---|---|---|"]
+    for what, of, target in ratios:
+        if what not in found or of not in found:
+            continue
+        first, second = turns(found[what], found[of], count)
+        each = [a / b for a, b in zip(first, second, strict=True)]
+        low, high = interval(each)
+        rates = f"{statistics.median(first):,.0f} : {statistics.median(second):,.0f}"
+        rows.append(f"| {what} : {of} | {statistics.median(each):.3f} | {low:.3f} – {high:.3f} | {target} | {rates} |")
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def beside(checkout: Path, count: int) -> list[str]:
+    """The step of each preset with random draws, here against another checkout."""
+    root, calls, ratios = HERE.parent, {}, []
+    for preset, batch in itertools.product(BESIDE, (128, 1024)):
+        call = f"ours({batch}, '--tracking.wandb', 'off', preset={preset!r})"
+        names = [f"{preset}, batch {batch}, {place}" for place in ("here", "there")]
+        calls |= {name: (call, 1, place) for name, place in zip(names, (root, checkout.resolve()), strict=True)}
+        ratios.append((*names, "≥ 1.05" if preset == "dropout" else "≥ 1.02" if preset != "ae" else ""))
+    with contestants(calls) as found:
+        return compared(ratios, found, count)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="contestants whose name holds this; nothing is written then")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--only", default="", help="ratios in whose names this stands; nothing is written then")
+    parser.add_argument("--beside", type=Path, help="another checkout; nothing is written then")
     arguments = parser.parse_args()
-    if arguments.run:
-        print(eval(arguments.run))
+    head = f"{machine()}; {arguments.turns} turns of {TURN:g} s; {time.strftime('%Y-%m-%d')}"
+    if arguments.beside:
+        print("\n".join([head, "", *beside(arguments.beside, arguments.turns)]))
         return
-    calls = {**CONTESTANTS, **{name: call for name, (call, _) in COSTS.items()}}
-    calls = {name: call for name, call in calls.items() if arguments.only in name}
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(arguments.rounds):
-        for name, call in calls.items():
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.speed", "--run", call], capture_output=True, text=True
-            )
-            if done.returncode == 0:
-                found[name].append(float(done.stdout.split()[-1]))
-            elif round_number == 0:
-                print(f"left out: {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    machine = f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}"
-    text = tables(found, machine, arguments.rounds)
+    ratios = [ratio for ratio in RATIOS if any(arguments.only in name for name in ratio[:2])]
+    needed = {name for ratio in ratios for name in ratio[:2]}
+    calls = {name: (call, world, HERE.parent) for name, (call, world) in CONTESTANTS.items() if name in needed}
+    with contestants(calls) as found:
+        rows = compared(ratios, found, arguments.turns)
+    if arguments.only:
+        print("\n".join([head, "", *rows]))
+        return
+    rows += ["", "| beside training | median | range | target |", "|---|---|---|---|"]
+    for name, (_, target) in COSTS.items():
+        values = cost(name)
+        rows.append(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} – {max(values):.2f} | {target} |")
+    text = "\n".join([head, "", *rows])
     print(text)
-    if not arguments.only:
-        (HERE / "speed.json").write_text(
-            json.dumps({"machine": machine, "rounds": arguments.rounds, "found": found}, indent=2) + "\n"
-        )
-        readme = (HERE / "README.md").read_text()
-        before, _, rest = readme.partition(BEGIN)
-        (HERE / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
+    (HERE / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
