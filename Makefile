@@ -31,6 +31,7 @@ lint: .venv/installed-for-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests examples/own_model.py
 
 bench: .venv/installed-for-bench
 	$(BIN)/python -m benchmarks.speed

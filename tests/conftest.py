@@ -46,7 +46,7 @@ def digits_file(folder: Path, count: int) -> str:
     return f"array:{path}"
 
 
-def environment(rank: int = 0, world: int = 1, port: int = 0, **more: str) -> dict[str, str]:
+def environment(rank: int = 0, world: int = 1, port: int = 0, **more: Any) -> dict[str, str]:
     """A launcher's variables for one process."""
     launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -85,7 +85,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list
                 process.kill()
 
 
-def run(world: int, *command: str, timeout: float = 120, **more: str) -> list[tuple[int, str, str]]:
+def run(world: int, *command: str, timeout: float = 120, **more: Any) -> list[tuple[int, str, str]]:
     return finish(start(world, *command, **more), timeout)
 
 

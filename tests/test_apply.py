@@ -8,6 +8,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from dist_ae.data.records import Split
 from dist_ae.presets import PRESETS
 from dist_ae.use import commands
 
-IMAGES = sources.load(PRESETS["ae"].data).val.images
+IMAGES: Any = sources.load(PRESETS["ae"].data).val.images
 
 
 @pytest.fixture(scope="module")
@@ -536,7 +537,7 @@ def test_differences_and_errors_are_those_of_the_reconstructions(
     from dist_ae.data.reader import Reader
 
     model = dist_ae.load(trained / "ae")
-    drawn: list[tuple[object, ...]] = []
+    drawn: list[tuple[Any, ...]] = []
     monkeypatch.setattr(figures, "image_rows", lambda *arguments: drawn.append(arguments))
     shutil.copy(trained / "ae" / "metrics.jsonl", tmp_path)
     validation = Reader(Split(IMAGES), torch.device("cpu"))

@@ -20,7 +20,7 @@ from dist_ae.presets import DESCRIPTIONS, PRESETS
 from dist_ae.processes import runtime
 
 
-def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dist_ae", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=60)
 

@@ -135,7 +135,7 @@ def trained_looking(model: Autoencoder) -> Autoencoder:
     with torch.no_grad():
         for name in model.zeros:
             layer = model.get_submodule(name)
-            layer.weight.normal_(0, 0.1, generator=generator)  # type: ignore[operator, union-attr]
+            layer.weight.normal_(0, 0.1, generator=generator)  # type: ignore[operator]
     return model
 
 

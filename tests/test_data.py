@@ -10,6 +10,7 @@ import struct
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import hypothesis
@@ -31,7 +32,7 @@ def idx(images: np.ndarray) -> bytes:
 
 
 def test_digits_are_real_and_the_split_is_fixed() -> None:
-    dataset = load(DataConfig())
+    dataset: Any = load(DataConfig())
     assert (len(dataset.train), len(dataset.val), dataset.image_shape) == (1500, 297, (1, 8, 8))
     assert dataset.train.images.dtype == np.uint8 and dataset.train.images.max() == 255
     assert dataset.fingerprint == load(DataConfig()).fingerprint
@@ -39,7 +40,7 @@ def test_digits_are_real_and_the_split_is_fixed() -> None:
 
 
 def test_fashion_mnist_is_read_whole(fashion_mnist: Path) -> None:
-    dataset = load(DataConfig(name="fashion_mnist"))
+    dataset: Any = load(DataConfig(name="fashion_mnist"))
     assert (dataset.train.images.shape, dataset.val.images.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
     assert float(dataset.train.images.mean()) / 255 == pytest.approx(0.2860, abs=1e-4)  # the dataset's published mean
     assert dataset.train.labels is not None and np.bincount(dataset.train.labels).tolist() == [6000] * 10
@@ -139,7 +140,7 @@ def test_own_arrays_in_any_usual_layout(tmp_path: Path, shape: tuple[int, ...], 
 
 def test_own_npz_with_a_split_or_labels(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", train=np.zeros((5, 4, 4), np.float64), val=np.ones((3, 4, 4), np.float32))
-    dataset = load(DataConfig(name=f"array:{tmp_path / 'a.npz'}"))
+    dataset: Any = load(DataConfig(name=f"array:{tmp_path / 'a.npz'}"))
     assert (len(dataset.train), len(dataset.val), dataset.train.images.dtype) == (5, 3, np.float32)
     np.savez(tmp_path / "b.npz", images=np.zeros((10, 4, 4), np.uint8), labels=np.arange(10))
     labelled = load(DataConfig(name=f"array:{tmp_path / 'b.npz'}"))

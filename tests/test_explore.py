@@ -24,7 +24,7 @@ from dist_ae.use import commands
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-IMAGES = sources.load(PRESETS["ae"].data).val.images
+IMAGES: Any = sources.load(PRESETS["ae"].data).val.images
 CONV = {"model.architecture": "conv", "model.widths": (4, 8), "model.latent_dim": 2}
 
 
@@ -142,6 +142,7 @@ def test_onnxruntime_gives_the_model_s_results_for_any_number_of_images(
     model = dist_ae.load(trained / name)
     images, codes = IMAGES[:7].astype(np.float32) / 255, model.embed(IMAGES[:7])
     wanted = {"whole": [model.reconstruct(IMAGES[:7]), codes], "encoder": [codes], "decoder": [model.decode(codes)]}
+    part: Any
     for part, expected in wanted.items():
         path, _ = commands.export_run(trained / name, tmp_path / f"{part}.onnx", format="onnx", part=part)
         given = codes.numpy() if part == "decoder" else images
@@ -216,7 +217,7 @@ def test_codes_with_labels_and_a_plane_are_a_table_that_embedding_viewers_read(t
 
     table = pyarrow.parquet.read_table(commands.embed_run(trained / "ae", out=tmp_path / "codes.parquet"))
     assert table.column_names == ["path", "label", "x", "y", *(f"code_{number}" for number in range(8))]
-    assert table["label"].to_pylist() == sources.load(PRESETS["ae"].data).val.labels.tolist()
+    assert table["label"].to_pylist() == np.asarray(sources.load(PRESETS["ae"].data).val.labels).tolist()
     codes = np.stack([table[f"code_{number}"] for number in range(8)], 1)
     values = np.linalg.eigvalsh(np.cov(codes.T))
     assert np.var(np.asarray(table["x"]), ddof=1) == pytest.approx(values[-1], rel=1e-3)

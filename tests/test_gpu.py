@@ -84,7 +84,7 @@ def test_a_data_set_that_does_not_fit_on_the_device_trains_the_same(
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     # On one GPU both share it, over gloo; with two, Accelerate takes NCCL.
     settings = ["--precision", "fp64", "--model.start", "random", "--train.steps", "20", "--tracking.wandb", "off"]
-    variables = {"ACCELERATE_USE_CPU": "false"}
+    variables: dict[str, Any] = {"ACCELERATE_USE_CPU": "false"}
     if torch.cuda.device_count() == 1:
         variables |= {"ACCELERATE_USE_CPU": "true"}  # NCCL refuses two processes on one device
     for world in (1, 2):

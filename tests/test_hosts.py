@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ class Host:
         inside = ["nsenter", "--target", str(self.first), "--net", "--", "ip", *words]
         subprocess.run(inside, check=True, capture_output=True, text=True)
 
-    def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, **more: Any) -> subprocess.Popen[str]:
         """Starts a command here; what it prints goes to ``log``."""
         with self.log.open("a") as log:
             return subprocess.Popen(self.command(*words), stdout=log, stderr=log, text=True, env=environment(**more))

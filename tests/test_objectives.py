@@ -102,9 +102,8 @@ def test_the_discretized_likelihood_is_finite_in_fp32_and_learns_its_sigma() -> 
     output = Output(torch.full((4, 1, 4, 4), -3.0, requires_grad=True), code, code, log_sigma, False)
     loss = terms(output, images, config).loss
     loss.sum().backward()
-    assert (
-        loss.isfinite().all() and log_sigma.grad is not None and log_sigma.grad < 0 and output.raw.grad.isfinite().all()
-    )  # type: ignore[union-attr]
+    assert log_sigma.grad is not None and output.raw.grad is not None
+    assert loss.isfinite().all() and log_sigma.grad < 0 and output.raw.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,12 +244,12 @@ def test_a_folder_that_changes_while_it_is_packed_is_refused(tmp_path: Path, mon
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
-    yield place  # type: ignore[misc]
+    yield place
     subprocess.run(["umount", str(place)], check=True)
 
 
@@ -378,10 +379,10 @@ def test_packed_mapped_held_and_array_train_to_the_same_bits_on_one_and_two_proc
     dataset = load(DataConfig(name=f"packed:{packed}"))
     images = {side: Reader(getattr(dataset, side), CPU) for side in ("train", "val")}
     arrays = {side: (r.span(range(len(r.split))) * 255).round().byte().numpy() for side, r in images.items()}
-    np.savez(tmp_path / "array.npz", **arrays)
+    np.savez(tmp_path / "array.npz", train=arrays["train"], val=arrays["val"])
     last = np.ascontiguousarray(np.concatenate([arrays["train"], arrays["val"]]).transpose(0, 2, 3, 1))
     np.save(tmp_path / "nhwc.npy", np.concatenate([last, last, last]))
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {
             "preset": "denoising",
             "overrides": {**SMALL, "train.steps": 9, "data.name": name, "run_dir": str(tmp_path / f"{{}}-{run}")},

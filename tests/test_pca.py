@@ -20,7 +20,7 @@ from dist_ae.models import Autoencoder, build
 from dist_ae.presets import PRESETS
 from dist_ae.processes.runtime import Runtime
 
-DIGITS = sources.load(PRESETS["ae"].data)
+DIGITS: Any = sources.load(PRESETS["ae"].data)
 TRAIN, VAL = (split.images.reshape(len(split.images), -1) / 255 for split in (DIGITS.train, DIGITS.val))
 
 

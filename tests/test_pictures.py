@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -259,7 +260,7 @@ def test_damaged_pictures_are_named_and_counted_or_skipped(tmp_path: Path) -> No
     root = make_folder(tmp_path / "p", 8, sizes=False)
     for name, content in DAMAGED.items():
         (root / name).write_bytes(content)
-    config = {"name": f"folder:{root}", "cache": tmp_path / "cache"}
+    config: dict[str, Any] = {"name": f"folder:{root}", "cache": tmp_path / "cache"}
     with pytest.raises(InputError, match="6 of 14 pictures cannot be read") as error:
         load(DataConfig(**config))
     assert "bomb.png: a decompression bomb" in str(error.value) and "--data.corrupt skip" in str(error.value)
@@ -270,7 +271,7 @@ def test_damaged_pictures_are_named_and_counted_or_skipped(tmp_path: Path) -> No
         load(DataConfig(**config))
 
 
-def bad_sources(tmp_path: Path) -> dict[str, tuple[str, dict[str, object], str]]:
+def bad_sources(tmp_path: Path) -> dict[str, tuple[str, dict[str, Any], str]]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("x")

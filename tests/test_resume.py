@@ -43,7 +43,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_and_die(config: Config, at_step: int | None = None, in_save: int | None = None) -> Callable[[int], None]:
+def train_and_die(config: Config, at_step: int | None = None, in_save: int | None = None) -> Callable[[int], object]:
     """Training that is killed before a step, or inside the n-th checkpoint write after its first file."""
 
     def work(rank: int) -> None:
@@ -70,11 +70,11 @@ def train_and_die(config: Config, at_step: int | None = None, in_save: int | Non
     return work
 
 
-def train(config: Config) -> Callable[[int], None]:
+def train(config: Config) -> Callable[[int], object]:
     return lambda rank: dist_ae.train(config) and None
 
 
-def run(world: int, work: Callable[[int], None], run_dir: Path) -> list[int]:
+def run(world: int, work: Callable[[int], object], run_dir: Path) -> list[int]:
     return forked(world, work, run_dir.parent / f"log-{run_dir.name}")
 
 
@@ -380,7 +380,7 @@ def test_a_non_finite_loss_on_one_process_stops_all_before_the_update(victim: in
         real = step.draw
 
         def draw(shapes: Any, config: Config, at: Any, rows: range, *rest: Any) -> Any:
-            draws = real(shapes, config, at, rows, *rest)
+            draws: Any = real(shapes, config, at, rows, *rest)
             if rank == victim and at.number == 13 and len(rows):
                 draws.noise[0, 0, 0, 0] = torch.inf
             return draws

@@ -54,7 +54,8 @@ def operations(made: Learner, step: int) -> list[tuple[str, str]]:
     made.place(step)
     with Operations() as recorded:
         made.compute(len(made.timeline.positions(step)))
-    return recorded.seen
+    seen: list[tuple[str, str]] = recorded.seen
+    return seen
 
 
 @pytest.mark.parametrize("more", [{}, {"optim.name": "adamw"}, {"optim.clip_norm": 1.0, "train.ema_decay": 0.9}])

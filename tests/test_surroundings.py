@@ -26,6 +26,7 @@ import dist_ae
 from dist_ae import trainer
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
+from dist_ae.step import Learner
 from dist_ae.use.doctor import examine, replay
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def config(run_dir: Path, **more: Any) -> Config:
     return PRESETS["ae"].override({**SMALL, "train.steps": 8, "run_dir": str(run_dir), **more})
 
 
-def cli(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dist_ae", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=60)
 
@@ -92,16 +93,16 @@ def test_a_stop_on_a_full_disk_says_which_step_is_really_saved(small_disk: Path,
     endless = endless.override({"train.eval_every": 10**6})
 
     def train(rank: int) -> None:
-        real, steps = trainer.Learner.step, 0
+        real, steps = Learner.step, 0
 
-        def step(self: trainer.Learner, number: int) -> None:
+        def step(self: Learner, number: int) -> None:
             nonlocal steps
             steps += 1
             if steps == 20:
                 os.kill(os.getpid(), signal.SIGTERM)
             real(self, number)
 
-        with mock.patch.object(trainer.Learner, "step", step), mock.patch.object(trainer, "STOP_SAVE_SECONDS", 0.5):
+        with mock.patch.object(Learner, "step", step), mock.patch.object(trainer, "STOP_SAVE_SECONDS", 0.5):
             dist_ae.train(endless)
 
     assert forked(1, train, tmp_path / "log") == [75]

@@ -25,7 +25,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
     """The records of a .wandb file: a LevelDB-style log (32 KiB blocks; each record crc32, length, type) of protobuf
     messages.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):

@@ -40,7 +40,7 @@ def test_each_preset_learns_the_digits_and_leaves_a_whole_run_directory(preset: 
         **{"train.steps": 150, "optim.lr": 0.01, "model.hidden_dims": (64,), "train.log_every": 10},
     )
     result = dist_ae.train(config)
-    dataset = sources.load(config.data)
+    dataset: Any = sources.load(config.data)
     mean_image = dataset.train.images.mean(0) / 255
     blind = float(((dataset.val.images / 255 - mean_image) ** 2).mean())
     assert result.metrics["val.mse"] < 0.65 * blind
@@ -259,18 +259,18 @@ def test_a_run_of_one_process_never_imports_torchs_compiler(tmp_path: Path) -> N
 
 
 def test_no_global_generator_is_touched_by_a_whole_run(tmp_path: Path) -> None:
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index, union-attr]
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
     dist_ae.train(
         small("vae", tmp_path / "run", **{"model.dropout": 0.1, "objective.noise_std": 0.1, "train.steps": 3})
     )
-    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index, union-attr]
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
 @pytest.mark.parametrize("name", ["adam", "muon", "sgd"])
 def test_a_poisoned_gradient_changes_no_weight_from_then_on(name: str) -> None:
     model = torch.nn.Linear(4, 3)
-    optimizers = build(model, [model.weight], OptimConfig(name=name, lr=0.1))  # type: ignore[arg-type]
+    optimizers = build(model, [model.weight], OptimConfig(name=name, lr=0.1))  # type: ignore[arg-type, list-item]
     guard = Guard(optimizers, torch.device("cpu"))
 
     def step(number: int, value: float) -> list[torch.Tensor]:
@@ -278,7 +278,7 @@ def test_a_poisoned_gradient_changes_no_weight_from_then_on(name: str) -> None:
             parameter.grad = torch.full_like(parameter, 0.5)
         assert model.weight.grad is not None
         model.weight.grad[1, 1] = value
-        guard.check(number)
+        guard.check(torch.tensor(number))
         for optimizer in optimizers:
             guard.update(optimizer)
         return [p.detach().clone() for p in model.parameters()]

@@ -410,7 +410,7 @@ def test_a_damaged_sweep_or_a_wrong_limit_of_a_resumed_one_is_refused(
     again = ("--resume", "s", "--storage", str(tmp_path))
     assert "--max-concurrent -1" in refused(capsys, *again, "--max-concurrent", "-1")
     whole = json.loads(sweep_json.read_text())
-    damages = [
+    damages: list[dict[str, Any]] = [
         {"settings": {"num_trials": "x"}},
         {"space": []},
         {"metric": []},
@@ -634,7 +634,8 @@ def test_further_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:
         trial = again.new_trial(number, "ae", {**winner.values, "seed": number})
         append_report(again.trial_dir(trial.id), {"step": 9, "progress": 100.0, "val.mse": value, "seconds": 1})
         write_json(again.run_dir(trial) / "result.json", {"steps": 9})
-    assert spread(sweep, winner) == (pytest.approx([0.1, 0.12, 0.14]), pytest.approx(0.12), pytest.approx(0.02))
+    found: Any = spread(sweep, winner)
+    assert found == (pytest.approx([0.1, 0.12, 0.14]), pytest.approx(0.12), pytest.approx(0.02))
 
 
 # -- report
@@ -647,7 +648,7 @@ def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
 
     sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (2, 8, 64)])
     found = pca_errors(sweep, results(sweep))
-    dataset = sources.load(DataConfig(name="digits"))
+    dataset: Any = sources.load(DataConfig(name="digits"))
     train, val = (split.images.reshape(len(split), -1) / 255.0 for split in (dataset.train, dataset.val))
     for size in (2, 8):
         model = PCA(size).fit(train)

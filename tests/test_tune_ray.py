@@ -524,7 +524,7 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
         for number in (1, 2):  # one after the other: each then finds free ports
             workers.append(node("--address", f"127.0.0.1:{port}", "--num-cpus", "1"))
             log = tmp_path / f"node-{number}.log"
-            wait(lambda log=log: "Ray runtime started" in log.read_text(), 90)
+            wait(lambda log=log: "Ray runtime started" in log.read_text(), 90)  # type: ignore[misc]
         strangers = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"} | {
             "RAY_AUTH_MODE": "disabled"
         }

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, environment, free_port, metrics
@@ -63,7 +64,11 @@ def down(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[i
     ports |= {"closed port": free_port(), "never answers": silent.getsockname()[1]}
     started, start = {}, time.monotonic()
     for name, port in ports.items():
-        variables = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
+        variables: dict[str, Any] = {
+            "WANDB_MODE": "online",
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+            "WANDB_API_KEY": "0" * 40,
+        }
         command = [
             sys.executable,
             "-m",
@@ -86,13 +91,13 @@ def down(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[i
             cwd=REPOSITORY,
         )
         started[name] = process
-    found = {}
+    found: dict[str, tuple[int, str, float, Path]] = {}
     while len(found) < len(started) and time.monotonic() - start < 150:
         for name, process in started.items():
             if name not in found and process.poll() is not None:
                 found[name] = (
                     process.returncode,
-                    process.stderr.read(),
+                    process.stderr.read() if process.stderr else "",
                     time.monotonic() - start,
                     root / name.replace(" ", "-"),
                 )

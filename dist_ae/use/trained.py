@@ -104,6 +104,13 @@ class TrainedModel:
         channels, height, width = self.model.image_shape
         return given(images, self.config.data, (channels, height, width))
 
+    def export(self) -> torch.export.ExportedProgram:
+        """The deterministic model as one program that needs torch alone: floats [N, C, H, W] on [0, 1], any N, to the
+        reconstruction, clamped to [0, 1], and the (mean) code [N, *code_shape]."""
+        from dist_ae.use.export import program
+
+        return program(self)
+
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
         """Images [N, C, H, W] on [0, 1] of codes [N, *code_shape]."""
