@@ -215,36 +215,58 @@ def score(
     out: Path | None = None,
     which: Which = "last",
     data_root: Root = None,
+    score: Literal["error", "neg_elbo", "mahalanobis"] | None = None,
+    quantile: float = 0.99,
+    threshold: float | None = None,
+    maps: Path | None = None,
+    map: Literal["error", "ssim"] = "error",
 ) -> None:
-    """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative
-    ELBO in nats.
+    """Writes how little the model expects each image, and flags what it expects less than its validation images.
 
     Args:
         run_dir: the run.
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
-            validation images.
-        out: .npy, float32 [N], or .csv or .parquet, with the path of each image; left out, RUN_DIR/scores.npy.
+            validation images. Where they lie in normal/ and anomalous/, or in MVTec's folders, AUROC, average precision
+            and the ROC are found, too, beside PCA's.
+        out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv.
         which: the newest checkpoint, or the best by validation.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
+        score: error: squared error per pixel; neg_elbo: nats, of a variational run; mahalanobis: distance of the code
+            from those of training images; left out, neg_elbo of a variational run, else error.
+        quantile: flag above this quantile of the validation images' scores.
+        threshold: flag above this score instead.
+        maps: a folder for heat maps, a .png for each image, all on one scale.
+        map: what they show: the squared error, smoothed, or 1 - SSIM.
     """
     import numpy as np
 
     from dist_ae.use import commands
 
-    path, scores, figure, names = commands.score_run(run_dir, images, out, which, data_root)
+    found = commands.score_run(
+        run_dir, images, out, which, data_root,
+        score=score, quantile=quantile, threshold=threshold, maps=maps, map_of=map,
+    )  # fmt: skip
+    values = found.scores
     show(
         {
-            f"min.{figure}": float(scores.min()),
-            f"median.{figure}": float(np.median(scores)),
-            f"max.{figure}": float(scores.max()),
+            f"min.{found.score}": float(values.min()),
+            f"median.{found.score}": float(np.median(values)),
+            f"max.{found.score}": float(values.max()),
+            **found.figures,
         }
     )
-    highest = scores.argsort(descending=True, stable=True)[:10].tolist()
-    if names is None:
-        say(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
+    flagged = int(found.flagged.sum())
+    say(f"flagged {flagged:,} of {len(values):,}: {found.score} above {found.threshold:.6g}, {found.basis}")
+    highest = values.argsort(descending=True, stable=True)[:10].tolist()
+    if found.names is None:
+        say(f"highest at images {', '.join(str(image) for image in highest)} (counted from 0)")
     else:
-        say("highest at\n  " + "\n  ".join(names[image] for image in highest))
-    _written(path)
+        say("highest at\n  " + "\n  ".join(found.names[image] for image in highest))
+    for remark in found.remarks:
+        say(remark)
+    for picture in found.pictures:
+        say(f"picture{'s' if picture.is_dir() else ''}: {picture}")
+    _written(found.path)
 
 
 def export(run_dir: RunDir, out: Path | None = None, which: Which = "last") -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +24,11 @@ from dist_ae.data import sources
 from dist_ae.data.given import Given, file_names, floats, picked
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reader import Reader
+from dist_ae.data.records import Array
 from dist_ae.evaluate import evaluate, fixed_noise
 from dist_ae.processes.environment import pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
+from dist_ae.scores import check_score
 from dist_ae.use.trained import TrainedModel, Which, load, run_config
 
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own
@@ -211,25 +215,174 @@ def embed_run(
     return _write_table(out, one, {f"code_{number}": codes[:, number] for number in range(codes.shape[1])})
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What ``score_run`` found, and what it wrote."""
+
+    path: Path
+    score: str  # its name
+    scores: Tensor  # [N]
+    threshold: float
+    basis: str  # where the threshold comes from, in words
+    names: list[str] | None
+    figures: dict[str, float]  # AUROC and average precision, where folders say what is anomalous
+    pictures: list[Path]
+    remarks: list[str]
+
+    @property
+    def flagged(self) -> Tensor:
+        """Which images score above the threshold, [N]."""
+        return self.scores > self.threshold
+
+
 def score_run(
     run_dir: Path,
     images: Path | str | None = None,
     out: Path | None = None,
     which: Which = "last",
     data_root: Path | None = None,
-) -> tuple[Path, Tensor, Literal["neg_elbo", "mse"], list[str] | None]:
-    """Writes scores, high where the model expects an image little: .npy, float32 [N], or .csv or .parquet with the
-    images' paths.
+    *,
+    score: str | None = None,
+    quantile: float = 0.99,
+    threshold: float | None = None,
+    maps: Path | None = None,
+    map_of: Literal["error", "ssim"] = "error",
+) -> Scored:
+    """Writes scores, high where the model expects an image little: .csv or .parquet with path, score and whether it is
+    flagged; .npy, float32 [N].
 
-    Returns them too, which figure they are, and the images' paths where they have some.
+    A picture of the highest and the lowest stands beside it. Where the images lie in ``normal/`` and ``anomalous/``, or
+    in MVTec's folders, it also finds AUROC and average precision, those of PCA, and draws the ROC.
+
+    Args:
+        score: as ``TrainedModel.score`` has it.
+        quantile: of the scores of the run's validation images: above it, an image is flagged.
+        threshold: flag above this score instead.
+        maps: a folder for heat maps, a .png for each image.
+        map_of: what they show.
     """
+    from dist_ae.use import anomalies
+
     trained = load(run_dir, which)
-    out = _destination(run_dir, out, "scores.npy", (".npy", ".csv", ".parquet"), images)
+    if data_root is not None:
+        trained.config = trained.config.override({"data.root": data_root})
+    name = check_score(trained.model, score)
+    if threshold is not None and not math.isfinite(threshold):
+        raise InputError(f"--threshold: expected a score, got {threshold}")
+    out = _destination(run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), images)
+    if maps is not None:
+        maps = _destination(run_dir, maps, "", ("",), images)
+    what = shown(os.fspath(images)) if images is not None else "the run's validation images"
+    limit = trained.threshold(quantile, name) if threshold is None else threshold
+    basis = "as given"
+    if threshold is None:
+        count = len(trained.calibration().scores[name])
+        basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
     one = _given(trained, images, data_root)
-    scores = trained.score(one)
-    path = _write_array(out, scores) if out.suffix == ".npy" else _write_table(out, one, {"score": scores})
-    names = None if one.names is None else [shown(name) for name in one.names]
-    return path, scores, "neg_elbo" if trained.config.model.variational else "mse", names
+    truth = anomalies.truth_of(one.names, what)
+    scores = trained.score(one, score=name)
+
+    columns: dict[str, Tensor] = {"score": scores, "flagged": scores > limit}
+    if truth is not None:
+        columns["anomalous"] = torch.from_numpy(truth)
+    path = _write_array(out, scores) if out.suffix == ".npy" else _write_table(out, one, columns)
+    pictures = [_draw_extremes(out, one, scores, name, limit, basis)]
+    figures: dict[str, float] = {}
+    remarks: list[str] = []
+    if truth is not None:
+        figures, picture, remarks = _judge(trained, one, truth, scores, name, out)
+        pictures.append(picture)
+    if maps is not None:
+        pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of))
+    names = None if one.names is None else [shown(each) for each in one.names]
+    return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f"{out.stem}-{ending}.png")
+
+
+def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
+    order = scores.argsort(descending=True, stable=True)
+    count = min(SHOWN, len(order))
+    places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
+    rows = {label: floats(picked(one, index.numpy()), range(count)) for label, index in places.items()}
+    notes = [[f"{value:.3g}" for value in scores[index].tolist()] for index in places.values()]
+    alarms = [(scores[index] > limit).tolist() for index in places.values()]
+    flagged = int((scores > limit).sum())
+    title = f"{name}: {flagged:,} of {len(scores):,} above {limit:.3g}, {basis} (red)"
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import extremes
+
+        extremes(rows, notes, alarms, path, title)
+
+    return _write(_beside(out, "extremes"), draw)
+
+
+def _judge(
+    trained: TrainedModel, one: Given, truth: Array, scores: Tensor, name: str, out: Path
+) -> tuple[dict[str, float], Path, list[str]]:
+    """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and what is to be said of it."""
+    from dist_ae.use import anomalies
+
+    remarks = []
+    found = {name: anomalies.separation(truth, scores)}
+    try:
+        linear = anomalies.pca_scores(trained, sources.load(trained.config.data), one)
+    except InputError as error:
+        linear = None
+        remarks.append(f"no PCA beside: the run's training images are not there ({error})")
+    if linear is not None:
+        numbers = math.prod(trained.model.code_shape)
+        found[f"PCA, {numbers:,} numbers"] = anomalies.separation(truth, linear)
+    figures: dict[str, float] = {}
+    for key, each in zip(("", "pca."), found.values(), strict=False):
+        figures |= {f"{key}auroc": each.auroc, f"{key}average_precision": each.average_precision}
+    known = truth[truth >= 0]
+    if len(known) < len(truth):
+        remarks.append(f"{len(truth) - len(known):,} images lie in neither kind of folder and are not in these figures")
+    title = f"{int(known.sum()):,} anomalous and {int((1 - known).sum()):,} normal images"
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import roc
+
+        labels = {
+            f"{label}: AUROC {each.auroc:.3f}, AP {each.average_precision:.3f}": each for label, each in found.items()
+        }
+        curves = {label: (each.false_positives, each.true_positives) for label, each in labels.items()}
+        roc(curves, path, title)
+
+    return figures, _write(_beside(out, "roc"), draw), remarks
+
+
+def _write_maps(
+    trained: TrainedModel,
+    one: Given,
+    scores: Tensor,
+    name: str,
+    limit: float,
+    folder: Path,
+    kind: Literal["error", "ssim"],
+) -> Path:
+    """A picture of every image with its heat map, all on one scale."""
+    from dist_ae.figures import HeatMaps
+    from dist_ae.use import anomalies
+
+    _, height, width = trained.model.image_shape
+    label = "squared error" if kind == "error" else "1 - SSIM"
+    maps = HeatMaps(height, width, anomalies.scale_of(trained, one, kind), label)
+    names = file_names(one)
+
+    def write(path: Path) -> None:
+        for place, image, reconstruction, values in anomalies.maps_of(trained, one, kind):
+            value = float(scores[place])
+            note = f"{name} {value:.3g}{' > ' if value > limit else ' ≤ '}{limit:.3g}"
+            target = path / names[place]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            maps.picture(image, reconstruction, values, note, value > limit).save(target)
+
+    return _write_into(folder, write)
 
 
 def export_run(run_dir: Path, out: Path | None = None, which: Which = "last") -> Path:
@@ -304,6 +457,16 @@ def _write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
+
+    return _write_into(out, write)
+
+
+def _write_into(out: Path, write: Callable[[Path], object]) -> Path:
+    """Writes files into a folder: all of them, or none. What else is in it stays."""
+
+    def move(temporary: Path) -> None:
+        temporary.mkdir()
+        write(temporary)
         if out.exists():
             for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
                 target = out / path.relative_to(temporary)
@@ -311,7 +474,7 @@ def _write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
                 os.replace(path, target)
             shutil.rmtree(temporary)
 
-    return _write(out, write)
+    return _write(out, move)
 
 
 def _write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:

@@ -104,7 +104,8 @@ class TrainedModel:
             except InputError as error:
                 raise InputError(
                     f"{where}: no threshold was kept, and the data it can be found from is not there ({error}). Say "
-                    "where it lies (--data.root), or from Python calibrate(train, normal) the loaded model"
+                    "where it lies (--data.root), give --threshold (which mahalanobis cannot do without this), or from "
+                    "Python calibrate(train, normal) the loaded model"
                 ) from None
             self._calibrate(dataset.train, dataset.val)
             if self.source is not None:
