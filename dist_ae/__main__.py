@@ -73,8 +73,14 @@ def evaluate(
     noise_std: float | None = None,
     batch_size: int | None = None,
     data_root: Root = None,
+    out: Path | None = None,
+    subset: int = 200,
+    samples: int = 50,
+    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5),
+    features: Path | None = None,
 ) -> None:
-    """Exact metrics of a trained run, on any number of processes.
+    """How good a trained run is, beside PCA and classical filters: a table, JSON and one picture, on any number of
+    processes.
 
     Args:
         run_dir: the run.
@@ -83,12 +89,31 @@ def evaluate(
         noise_std: noise of the fixed noisy copy; left out, the run's own setting.
         batch_size: images at once over all processes; changes no figure.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
+        out: .json, with the picture beside it; left out, RUN_DIR/evaluation.json.
+        subset: evenly spaced images for what is dear: denoising, and the importance-weighted bound of a variational
+            run.
+        samples: draws K of that bound.
+        noise_levels: noise, on [0, 1] pixels, at which the model denoises beside a median filter and non-local means.
+        features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
+            program: use one that you trust.
     """
     from dist_ae.use.commands import evaluate_run
 
-    metrics = evaluate_run(run_dir, split, which, noise_std, batch_size, data_root)
-    if rank() == 0:
-        show(dict(metrics))
+    found = evaluate_run(
+        run_dir, split, which, noise_std, batch_size, data_root,
+        out=out, subset=subset, samples=samples, noise_levels=noise_levels, features=features,
+    )  # fmt: skip
+    if rank() != 0:
+        return
+    show(dict(found.metrics))
+    methods = list(next(iter(found.denoising.values()), {}))
+    say("denoising, dB".ljust(16) + "".join(name.rjust(18) for name in methods))
+    for level, values in found.denoising.items():
+        say(f"  noise {level:g}".ljust(16) + "".join(f"{values[name]:.2f}".rjust(18) for name in methods))
+    for remark in found.remarks:
+        say(remark)
+    for path in found.written:
+        _written(path)
 
 
 def reconstruct(
@@ -364,7 +389,7 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
     from rich.table import Table
 
     units = {"mse": "per pixel, [0, 1]", "psnr": "dB", "noisy_psnr": "dB", "denoised_psnr": "dB"}
-    units |= dict.fromkeys(("neg_elbo", "rate", "distortion"), "nats per image")
+    units |= dict.fromkeys(("neg_elbo", "rate", "distortion", "neg_iw_bound", "subset_neg_elbo"), "nats per image")
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in values.items():
         unit = units.get(name.rpartition(".")[2], "")

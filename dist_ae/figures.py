@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -153,6 +154,70 @@ def roc(curves: dict[str, tuple[Any, Any]], path: Path, title: str) -> Path:
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, loc="lower right", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def evaluation(
+    title: str,
+    error: Tensor,
+    pca_error: Tensor | None,
+    denoising: dict[float, dict[str, float]],
+    code: dict[str, list[float]],
+    path: Path,
+) -> Path:
+    """One picture of an evaluation: errors of single images beside PCA's, denoising beside filters, and of a
+    variational code the rate and the aggregate posterior, number by number."""
+    figure = Figure(figsize=(9.6, 6.6 if code else 3.5), layout="constrained")
+    figure.suptitle(title, fontsize=9, color=INK, parse_math=False)
+    axes = figure.subplots(2 if code else 1, 2).flatten().tolist()
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    values = [(error, "model", ALARM)] + ([] if pca_error is None else [(pca_error, "PCA, as many numbers", BLUE)])
+    low = max(min(float(each.clamp(min=1e-12).min()) for each, _, _ in values), 1e-8)
+    high = max(*(float(each.max()) for each, _, _ in values), 2 * low)
+    bins = np.geomspace(low, high, 40)
+    for each, label, color in reversed(values):
+        axes[0].hist(each.numpy(), bins, color=color, alpha=0.55, label=f"{label}: mean {float(each.mean()):.3g}")
+    axes[0].set(xscale="log", xlabel="squared error per pixel, [0, 1]", ylabel="images", title="reconstruction")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes[0].xaxis.set_minor_formatter(NullFormatter())
+    axes[0].legend(frameon=False, fontsize=8)
+    styles = {
+        "model": (ALARM, "o-"),
+        "non-local means": (BLUE, "s-"),
+        "median": ("#2e8b57", "^-"),
+        "noisy": (GREY, ":"),
+    }
+    for name, (color, style) in styles.items():
+        if all(name in found for found in denoising.values()):
+            psnrs = [found[name] for found in denoising.values()]
+            axes[1].plot(list(denoising), psnrs, style, color=color, ms=4, lw=1.4, label=name)
+    axes[1].set(xlabel="standard deviation of the noise, [0, 1]", ylabel="PSNR, dB", title="denoising")
+    axes[1].legend(frameon=False, fontsize=8)
+    if code:
+        rate = np.array(code["rate"])
+        order = np.argsort(-rate, kind="stable")
+        places = np.arange(1, len(rate) + 1)
+        width = 0.8 if len(rate) <= 128 else 1.0
+        axes[2].bar(places, rate[order], width, color=ALARM)
+        what = "numbers of the code, largest rate first"
+        axes[2].set(xlabel=what, ylabel="rate, nats per image", title=f"rate: {rate.sum():.4g} nats in all")
+        mean, variance = (np.array(code[f"aggregate_{name}"])[order] for name in ("mean", "variance"))
+        axes[3].axhline(0, color=BLUE, lw=0.8, alpha=0.5)
+        axes[3].axhline(1, color=ALARM, lw=0.8, alpha=0.5)
+        axes[3].plot(places, variance, "o", ms=3, color=ALARM, label="variance, of N(0, I): 1")
+        axes[3].plot(places, mean, "s", ms=3, color=BLUE, label="mean, of N(0, I): 0")
+        axes[3].set(xlabel=what, title="aggregate posterior")
+        axes[3].legend(frameon=False, fontsize=8)
+        for axis in axes[2:]:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes:
+        axis.title.set_fontsize(10)
+        axis.xaxis.label.set_fontsize(9)
+        axis.yaxis.label.set_fontsize(9)
     return _save(figure, path)
 
 

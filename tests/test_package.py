@@ -127,11 +127,12 @@ ROOMS: dict[str, set[str]] = {
     "pca": TOGETHER,
     "evaluate": TOGETHER,
     "scores": TOGETHER | {"evaluate"},
+    "quality": TOGETHER | {"pca", "evaluate", "scores"},
     "figures": MATHEMATICS | {"data", "evaluate"},
     "capture": GROUND,
     "step": TOGETHER | {"capture"},
     "trainer": TOGETHER | {"run", "pca", "evaluate", "scores", "figures", "step"},
-    "use": TOGETHER | {"presets", "run", "pca", "evaluate", "scores", "figures"},
+    "use": TOGETHER | {"presets", "run", "pca", "evaluate", "scores", "quality", "figures"},
     "__init__": GROUND | {"presets", "models", "objectives", "trainer", "use"},
     "__main__": GROUND | {"presets", "data", "trainer", "use", "__init__"},
 }

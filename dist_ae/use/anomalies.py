@@ -17,6 +17,7 @@ from dist_ae.data.given import Given, floats
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array, Dataset
 from dist_ae.processes.runtime import Alone
+from dist_ae.quality import structural_similarity
 from dist_ae.use.trained import TrainedModel
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
@@ -117,30 +118,6 @@ def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
     widths = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:]]
     blurred: Tensor = functional.gaussian_blur(squared, [widths[1], widths[0]], [sigma, sigma])
     return blurred[:, 0]
-
-
-def structural_similarity(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM of pairs of images [B, C, H, W] on [0, 1], [B], and of each of their pixels, [B, C, H, W].
-
-    Wang et al. (2004): Gaussian window of 11 × 11 pixels, σ = 1.5; for sides under 6 pixels 3 × 3, σ = 0.4.
-
-    Raises:
-        InputError: images of less than two pixels to a side, which have no structure.
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    side = min(images.shape[-2:])
-    if side < 2:
-        raise InputError(f"SSIM needs images of at least 2 × 2 pixels, got {list(images.shape[-2:])}")
-    mean, every = structural_similarity_index_measure(
-        reconstructions.clamp(0, 1),
-        images.clamp(0, 1),
-        sigma=1.5 if side > 5 else 0.4,
-        data_range=1.0,
-        reduction="none",
-        return_full_image=True,
-    )
-    return mean, every
 
 
 def maps_of(trained: TrainedModel, one: Given, kind: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
