@@ -184,7 +184,8 @@ def evaluation(
     axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes[0].xaxis.set_minor_formatter(NullFormatter())
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_ylim(top=1.3 * axes[0].get_ylim()[1])  # room for the legend
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     styles = {
         "model": (ALARM, "o-"),
         "non-local means": (BLUE, "s-"),
@@ -204,7 +205,7 @@ def evaluation(
         width = 0.8 if len(rate) <= 128 else 1.0
         axes[2].bar(places, rate[order], width, color=ALARM)
         what = "numbers of the code, largest rate first"
-        axes[2].set(xlabel=what, ylabel="rate, nats per image", title=f"rate: {rate.sum():.4g} nats in all")
+        axes[2].set(xlabel=what, ylabel="rate, nats per image", title=f"rate by number: {rate.sum():.4g} nats in all")
         mean, variance = (np.array(code[f"aggregate_{name}"])[order] for name in ("mean", "variance"))
         axes[3].axhline(0, color=BLUE, lw=0.8, alpha=0.5)
         axes[3].axhline(1, color=ALARM, lw=0.8, alpha=0.5)

@@ -7,6 +7,7 @@ dear is computed of evenly spaced images, and of no more than is said.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,9 +176,13 @@ def _median(images: Array, side: int) -> Array:
 def _non_local_means(images: Array, std: float, strength: float) -> Array:
     from skimage.restoration import denoise_nl_means
 
-    settings: dict[str, Any] = {"patch_size": 5, "patch_distance": 6, "fast_mode": True, "channel_axis": 0}
-    cleaned = [denoise_nl_means(image, h=strength * std, sigma=std, **settings) for image in images]
-    return np.stack(cleaned).reshape(images.shape)  # a single channel comes back without its axis
+    settings: dict[str, Any] = {"patch_size": 5, "patch_distance": 6, "fast_mode": True}
+    if images.shape[1] == 1:  # with an axis of one channel, scikit-image gives the image back transposed
+        return np.stack([denoise_nl_means(image[0], h=strength * std, sigma=std, **settings) for image in images])[
+            :, None
+        ]
+    settings["channel_axis"] = 0
+    return np.stack([denoise_nl_means(image, h=strength * std, sigma=std, **settings) for image in images])
 
 
 @torch.no_grad()
@@ -328,7 +333,9 @@ def feature_network(path: Path) -> nn.Module:
     if not path.is_file():
         raise InputError(f"--features {path}: no such file; expected a TorchScript program of a feature network")
     try:
-        network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and what published feature networks are in
+            network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         first = next(iter(str(error).splitlines()), "")
         raise InputError(f"--features {path}: not a TorchScript program ({first})") from None
@@ -359,6 +366,7 @@ def feature_distances(
     shape = {"input_img_size": (3, height, width)}
     try:
         network = network.to(runtime.device)
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")  # known, and bounded
         kinds = ["", *(["sample_"] if model.variational else [])]
         metrics = {
             f"{kind}{name}": metric.to(runtime.device)

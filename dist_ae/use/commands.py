@@ -429,9 +429,12 @@ def score_run(
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
     limit = trained.threshold(quantile, name) if threshold is None else threshold
     basis = "as given"
+    remarks: list[str] = []
     if threshold is None:
         count = len(trained.calibration().scores[name])
         basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
+        if count * (1 - quantile) < 1:
+            remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
     one = _given(trained, images, data_root)
     truth = anomalies.truth_of(one.names, what)
     scores = trained.score(one, score=name)
@@ -442,10 +445,10 @@ def score_run(
     path = _write_array(out, scores) if out.suffix == ".npy" else _write_table(out, one, columns)
     pictures = [_draw_extremes(out, one, scores, name, limit, basis)]
     figures: dict[str, float] = {}
-    remarks: list[str] = []
     if truth is not None:
-        figures, picture, remarks = _judge(trained, one, truth, scores, name, out)
+        figures, picture, more = _judge(trained, one, truth, scores, name, out)
         pictures.append(picture)
+        remarks += more
     if maps is not None:
         pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of))
     names = None if one.names is None else [shown(each) for each in one.names]
@@ -531,7 +534,7 @@ def _write_maps(
     def write(path: Path) -> None:
         for place, image, reconstruction, values in anomalies.maps_of(trained, one, kind):
             value = float(scores[place])
-            note = f"{name} {value:.3g}{' > ' if value > limit else ' ≤ '}{limit:.3g}"
+            note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
             target = path / names[place]
             target.parent.mkdir(parents=True, exist_ok=True)
             maps.picture(image, reconstruction, values, note, value > limit).save(target)
