@@ -123,7 +123,9 @@ def extremes(
     height, width = next(iter(rows.values())).shape[-2:]
     shape = min(max(height / width, 1 / MOST_STRETCHED), MOST_STRETCHED)
     aspect = shape * width / height  # 1 but for images that are shown stretched
-    figure = Figure(figsize=(0.9 + 0.8 * columns, 0.35 + len(rows) * (0.75 * shape + 0.3)), layout="constrained")
+    figure = Figure(
+        figsize=(max(0.9 + 0.8 * columns, 6.5), 0.35 + len(rows) * (0.75 * shape + 0.3)), layout="constrained"
+    )
     figure.suptitle(title, fontsize=9, color=INK, x=0.01, ha="left", parse_math=False)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:

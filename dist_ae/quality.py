@@ -366,16 +366,17 @@ def feature_distances(
     shape = {"input_img_size": (3, height, width)}
     try:
         network = network.to(runtime.device)
-        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")  # known, and bounded
         kinds = ["", *(["sample_"] if model.variational else [])]
-        metrics = {
-            f"{kind}{name}": metric.to(runtime.device)
-            for kind in kinds
-            for name, metric in (
-                ("fid", FrechetInceptionDistance(network, **shape)),  # type: ignore[arg-type]
-                ("kid", KernelInceptionDistance(network, subset_size=size, subsets=1 if size == count else 100)),
-            )
-        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")  # of KID; known
+            metrics = {
+                f"{kind}{name}": metric.to(runtime.device)
+                for kind in kinds
+                for name, metric in (
+                    ("fid", FrechetInceptionDistance(network, **shape)),  # type: ignore[arg-type]
+                    ("kid", KernelInceptionDistance(network, subset_size=size, subsets=1 if size == count else 100)),
+                )
+            }
         for places, piece in in_batches(torch.arange(count), batch_size, runtime):
             images = reader.take(piece).float()
             code = model.encode(reader.take(piece))[0]

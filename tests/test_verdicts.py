@@ -116,6 +116,19 @@ def test_a_run_that_kept_no_threshold_finds_it_in_its_data_or_says_what_to_do(ru
     assert model.threshold() == pytest.approx(dist_ae.load(runs / "ae").threshold(), rel=1e-6)
 
 
+def test_a_threshold_is_never_found_in_other_data_than_the_run_s(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", train=TRAIN[:200], val=VAL[:100])
+    settings = {**SMALL, "data.name": f"array:{tmp_path / 'a.npz'}", "train.steps": 3, "run_dir": tmp_path / "run"}
+    dist_ae.train(PRESETS["ae"].override(settings))
+    shutil.rmtree(tmp_path / "run" / "calibration")
+    np.savez(tmp_path / "a.npz", train=TRAIN[:200], val=VAL[100:200])
+    with pytest.raises(InputError, match="not the data that it was trained on"):
+        dist_ae.load(tmp_path / "run").threshold()
+    assert not (tmp_path / "run" / "calibration").exists()
+    np.savez(tmp_path / "a.npz", train=TRAIN[:200], val=VAL[:100])
+    assert dist_ae.load(tmp_path / "run").threshold() > 0
+
+
 def test_a_damaged_calibration_is_found_out_again_and_the_doctor_says_so(runs: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(runs / "spoilt", tmp_path / "copy"))
     assert all(whole for whole, _ in examine(copy))

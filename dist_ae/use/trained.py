@@ -15,9 +15,9 @@ from dist_ae.config import Config, InputError, load_config
 from dist_ae.data import sources
 from dist_ae.data.given import Given, floats, given
 from dist_ae.data.reader import Reader
-from dist_ae.data.records import Split
+from dist_ae.data.records import Dataset, Split
 from dist_ae.draws import Step, normal
-from dist_ae.files import Damaged
+from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.processes.runtime import Alone
 from dist_ae.run import calibration as kept_calibration
@@ -107,6 +107,12 @@ class TrainedModel:
                     "where it lies (--data.root), give --threshold (which mahalanobis cannot do without this), or from "
                     "Python calibrate(train, normal) the loaded model"
                 ) from None
+            if not _is_data_of(self.source, dataset):
+                raise InputError(
+                    f"{where}: no threshold was kept, and {dataset.name} is not the data that it was trained on (any "
+                    "more): its fingerprint is another. Name the place of that data with --data.root, give --threshold "
+                    "(which mahalanobis cannot do without this), or calibrate(train, normal) the loaded model"
+                )
             self._calibrate(dataset.train, dataset.val)
             if self.source is not None:
                 with contextlib.suppress(OSError):  # a run that is only to be read
@@ -205,6 +211,14 @@ class TrainedModel:
             rows = range(start, min(start + batch_size, len(found.split)))
             parts.append(function(floats(found, rows).to(self.device), rows).float().cpu())
         return torch.cat(parts)
+
+
+def _is_data_of(source: tuple[Path, int] | None, dataset: Dataset) -> bool:
+    """Whether a data set has the fingerprint that a run has kept; also where it has kept none."""
+    with contextlib.suppress(Damaged, AttributeError):
+        kept = None if source is None else read_json(source[0] / "config.json").get("trajectory", {})
+        return kept is None or kept.get("data.fingerprint") in (None, dataset.fingerprint)
+    return True
 
 
 class _Deterministic(nn.Module):
