@@ -122,7 +122,7 @@ def test_a_threshold_is_never_found_in_other_data_than_the_run_s(tmp_path: Path)
     dist_ae.train(PRESETS["ae"].override(settings))
     shutil.rmtree(tmp_path / "run" / "calibration")
     np.savez(tmp_path / "a.npz", train=TRAIN[:200], val=VAL[100:200])
-    with pytest.raises(InputError, match="not the data that it was trained on"):
+    with pytest.raises(InputError, match="is not what the run was trained on"):
         dist_ae.load(tmp_path / "run").threshold()
     assert not (tmp_path / "run" / "calibration").exists()
     np.savez(tmp_path / "a.npz", train=TRAIN[:200], val=VAL[:100])

@@ -486,7 +486,7 @@ def _judge(
     remarks = []
     found = {name: anomalies.separation(truth, scores)}
     try:
-        linear = anomalies.pca_scores(trained, sources.load(trained.config.data), one)
+        linear = anomalies.pca_scores(trained, trained.dataset(), one)
     except InputError as error:
         linear = None
         remarks.append(f"no PCA beside: the run's training images are not there ({error})")

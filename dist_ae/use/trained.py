@@ -98,27 +98,36 @@ class TrainedModel:
         if self._calibration is None and self.source is not None:
             self._calibration = Calibration.of(kept_calibration.kept(*self.source) or {}, self.model)
         if self._calibration is None:
-            where = "this model" if self.source is None else f"{self.source[0]}, step {self.source[1]}"
             try:
-                dataset = sources.load(self.config.data)
+                dataset = self.dataset()
             except InputError as error:
+                where = "this model" if self.source is None else f"{self.source[0]}, step {self.source[1]}"
                 raise InputError(
                     f"{where}: no threshold was kept, and the data it can be found from is not there ({error}). Say "
                     "where it lies (--data.root), give --threshold (which mahalanobis cannot do without this), or from "
                     "Python calibrate(train, normal) the loaded model"
                 ) from None
-            if not _is_data_of(self.source, dataset):
-                raise InputError(
-                    f"{where}: no threshold was kept, and {dataset.name} is not the data that it was trained on (any "
-                    "more): its fingerprint is another. Name the place of that data with --data.root, give --threshold "
-                    "(which mahalanobis cannot do without this), or calibrate(train, normal) the loaded model"
-                )
             self._calibrate(dataset.train, dataset.val)
             if self.source is not None:
                 with contextlib.suppress(OSError):  # a run that is only to be read
                     kept_calibration.keep(*self.source, self.calibration().tensors())
         assert self._calibration is not None
         return self._calibration
+
+    def dataset(self) -> Dataset:
+        """The data that the run was trained on.
+
+        Raises:
+            InputError: it is not there, or other data is in its place.
+        """
+        dataset = sources.load(self.config.data)
+        kept: Any = None
+        if self.source is not None:
+            with contextlib.suppress(Damaged, KeyError, TypeError):
+                kept = read_json(self.source[0] / "config.json")["trajectory"]["data.fingerprint"]
+        if kept not in (None, dataset.fingerprint):
+            raise InputError(f"{dataset.name} is not what the run was trained on: its fingerprint is another")
+        return dataset
 
     def calibrate(self, train: Images, normal: Images) -> None:
         """Takes thresholds and the place of codes from these images, for as long as this object lives.
@@ -211,14 +220,6 @@ class TrainedModel:
             rows = range(start, min(start + batch_size, len(found.split)))
             parts.append(function(floats(found, rows).to(self.device), rows).float().cpu())
         return torch.cat(parts)
-
-
-def _is_data_of(source: tuple[Path, int] | None, dataset: Dataset) -> bool:
-    """Whether a data set has the fingerprint that a run has kept; also where it has kept none."""
-    with contextlib.suppress(Damaged, AttributeError):
-        kept = None if source is None else read_json(source[0] / "config.json").get("trajectory", {})
-        return kept is None or kept.get("data.fingerprint") in (None, dataset.fingerprint)
-    return True
 
 
 class _Deterministic(nn.Module):
