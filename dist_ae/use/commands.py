@@ -425,7 +425,7 @@ def score_run(
         raise InputError(f"--threshold: expected a score, got {threshold}")
     out = _destination(run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), images)
     if maps is not None:
-        maps = _destination(run_dir, maps, "", ("",), images)
+        maps = _destination(run_dir, maps, "", ("",), images, "--maps")
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
     limit = trained.threshold(quantile, name) if threshold is None else threshold
     basis = "as given"
@@ -567,28 +567,36 @@ def _given(trained: TrainedModel, images: Path | str | None, data_root: Path | N
 
 
 def _destination(
-    run_dir: Path, out: Path | None, name: str, suffixes: tuple[str, ...], images: Path | str | None = None
+    run_dir: Path,
+    out: Path | None,
+    name: str,
+    suffixes: tuple[str, ...],
+    images: Path | str | None = None,
+    option: str = "--out",
 ) -> Path:
     """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed. The suffix "" is a
     folder's."""
     if out is None:
         return run_dir / name
     out = expand(out)
-    folder = "" in suffixes and (not out.suffix or (os.path.isdir(out) and out.suffix not in suffixes))
+    folder = "" in suffixes and (
+        not out.suffix or suffixes == ("",) or (os.path.isdir(out) and out.suffix not in suffixes)
+    )
     if out.suffix not in suffixes and not folder:
         names = " or ".join(suffix for suffix in suffixes if suffix)
         raise InputError(
-            f"--out {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
+            f"{option} {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
         )
     if not os.path.isdir(out.parent):
-        raise InputError(f"--out {shown(out)}: the folder {shown(out.parent)} does not exist; make it first")
+        raise InputError(f"{option} {shown(out)}: the folder {shown(out.parent)} does not exist; make it first")
     if os.path.isdir(out) and not folder:
-        raise InputError(f"--out {shown(out)} is a folder: name a file in it")
+        raise InputError(f"{option} {shown(out)} is a folder: name a file in it")
     if folder and os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"--out {shown(out)} is a file: name a folder, or a file that ends in .npy or .png")
+        file = ", or a file that ends in .npy or .png" if len(suffixes) > 1 else ""
+        raise InputError(f"{option} {shown(out)} is a file: name a folder{file}")
     given = None if images is None else os.fspath(images).removeprefix("folder:").removeprefix("array:")
     if given is not None and out.resolve() == expand(given).resolve():
-        raise InputError(f"--out {shown(out)} would replace the images it is made of: give it another name")
+        raise InputError(f"{option} {shown(out)} would replace the images it is made of: give it another name")
     return out
 
 
