@@ -73,8 +73,14 @@ def evaluate(
     noise_std: float | None = None,
     batch_size: int | None = None,
     data_root: Root = None,
+    out: Path | None = None,
+    subset: int = 200,
+    samples: int = 50,
+    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5),
+    features: Path | None = None,
 ) -> None:
-    """Exact metrics of a trained run, on any number of processes.
+    """How good a trained run is, beside PCA and classical filters: a table, JSON and one picture, on any number of
+    processes.
 
     Args:
         run_dir: the run.
@@ -83,12 +89,31 @@ def evaluate(
         noise_std: noise of the fixed noisy copy; left out, the run's own setting.
         batch_size: images at once over all processes; changes no figure.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
+        out: .json, with the picture beside it; left out, RUN_DIR/evaluation.json.
+        subset: evenly spaced images for what is dear: denoising, and the importance-weighted bound of a variational
+            run.
+        samples: draws K of that bound.
+        noise_levels: noise, on [0, 1] pixels, at which the model denoises beside a median filter and non-local means.
+        features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
+            program: use one that you trust.
     """
     from dist_ae.use.commands import evaluate_run
 
-    metrics = evaluate_run(run_dir, split, which, noise_std, batch_size, data_root)
-    if rank() == 0:
-        show(dict(metrics))
+    found = evaluate_run(
+        run_dir, split, which, noise_std, batch_size, data_root,
+        out=out, subset=subset, samples=samples, noise_levels=noise_levels, features=features,
+    )  # fmt: skip
+    if rank() != 0:
+        return
+    show(dict(found.metrics))
+    methods = list(next(iter(found.denoising.values()), {}))
+    say("denoising, dB".ljust(16) + "".join(name.rjust(18) for name in methods))
+    for level, values in found.denoising.items():
+        say(f"  noise {level:g}".ljust(16) + "".join(f"{values[name]:.2f}".rjust(18) for name in methods))
+    for remark in found.remarks:
+        say(remark)
+    for path in found.written:
+        _written(path)
 
 
 def reconstruct(
@@ -215,36 +240,58 @@ def score(
     out: Path | None = None,
     which: Which = "best",
     data_root: Root = None,
+    score: Literal["error", "neg_elbo", "mahalanobis"] | None = None,
+    quantile: float = 0.99,
+    threshold: float | None = None,
+    maps: Path | None = None,
+    map: Literal["error", "ssim"] = "error",
 ) -> None:
-    """Writes how little the model expects each image: squared error per pixel, or of a variational run the negative
-    ELBO in nats.
+    """Writes how little the model expects each image, and flags what it expects less than its validation images.
 
     Args:
         run_dir: the run.
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
-            validation images.
-        out: .npy, float32 [N], or .csv or .parquet, with the path of each image; left out, RUN_DIR/scores.npy.
+            validation images. Where they lie in normal/ and anomalous/, or in MVTec's folders, AUROC, average precision
+            and the ROC are found, too, beside PCA's.
+        out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv.
         which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
+        score: error: squared error per pixel; neg_elbo: nats, of a variational run; mahalanobis: distance of the code
+            from those of training images; left out, neg_elbo of a variational run, else error.
+        quantile: flag above this quantile of the validation images' scores.
+        threshold: flag above this score instead.
+        maps: a folder for heat maps, a .png for each image, all on one scale.
+        map: what they show: the squared error, smoothed, or 1 - SSIM.
     """
     import numpy as np
 
     from dist_ae.use import commands
 
-    path, scores, figure, names = commands.score_run(run_dir, images, out, which, data_root)
+    found = commands.score_run(
+        run_dir, images, out, which, data_root,
+        score=score, quantile=quantile, threshold=threshold, maps=maps, map_of=map,
+    )  # fmt: skip
+    values = found.scores
     show(
         {
-            f"min.{figure}": float(scores.min()),
-            f"median.{figure}": float(np.median(scores)),
-            f"max.{figure}": float(scores.max()),
+            f"min.{found.score}": float(values.min()),
+            f"median.{found.score}": float(np.median(values)),
+            f"max.{found.score}": float(values.max()),
+            **found.figures,
         }
     )
-    highest = scores.argsort(descending=True, stable=True)[:10].tolist()
-    if names is None:
-        say(f"highest at images {', '.join(map(str, highest))} (counted from 0)")
+    flagged = int(found.flagged.sum())
+    say(f"flagged {flagged:,} of {len(values):,}: {found.score} above {found.threshold:.6g}, {found.basis}")
+    highest = values.argsort(descending=True, stable=True)[:10].tolist()
+    if found.names is None:
+        say(f"highest at images {', '.join(str(image) for image in highest)} (counted from 0)")
     else:
-        say("highest at\n  " + "\n  ".join(names[image] for image in highest))
-    _written(path)
+        say("highest at\n  " + "\n  ".join(found.names[image] for image in highest))
+    for remark in found.remarks:
+        say(remark)
+    for picture in found.pictures:
+        say(f"picture{'s' if picture.is_dir() else ''}: {picture}")
+    _written(found.path)
 
 
 def export(
@@ -391,7 +438,7 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
 
     units = dict.fromkeys(("mse", "train_mse", "pca_mse"), "per pixel, [0, 1]")
     units |= {"psnr": "dB", "noisy_psnr": "dB", "denoised_psnr": "dB"}
-    units |= dict.fromkeys(("neg_elbo", "rate", "distortion"), "nats per image")
+    units |= dict.fromkeys(("neg_elbo", "rate", "distortion", "neg_iw_bound", "subset_neg_elbo"), "nats per image")
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in values.items():
         unit = units.get(name.rpartition(".")[2], "")

@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dist_ae.config import Config
@@ -108,6 +114,173 @@ def image_grid(images: Tensor, figure_path: Path, columns: int = 8, title: str =
     columns = min(columns, len(images))
     white = images.new_ones(-len(images) % columns, *images.shape[1:])
     return _tiles(torch.cat([images, white]).view(-1, columns, *images.shape[1:]), [], figure_path, title)
+
+
+INK, ALARM, BLUE, GREY = "#333333", "#c0392b", "#1f6fb4", "#999999"
+
+
+def extremes(
+    rows: dict[str, Tensor], notes: Sequence[Sequence[str]], alarms: Sequence[Sequence[bool]], path: Path, title: str
+) -> Path:
+    """One labelled row of images [N, C, H, W] per entry, with a note under each image; in red where ``alarms`` says."""
+    columns = max(len(images) for images in rows.values())
+    height, width = next(iter(rows.values())).shape[-2:]
+    shape = min(max(height / width, 1 / MOST_STRETCHED), MOST_STRETCHED)
+    aspect = shape * width / height  # 1 but for images that are shown stretched
+    figure = Figure(
+        figsize=(max(0.9 + 0.8 * columns, 6.5), 0.35 + len(rows) * (0.75 * shape + 0.3)), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=9, color=INK, x=0.01, ha="left", parse_math=False)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for line, (label, images) in enumerate(rows.items()):
+        axes[line, 0].set_ylabel(label, fontsize=9, color=INK, rotation=0, ha="right", va="center")
+        for column, image in enumerate(images):
+            pixels = image.nan_to_num(0.0).clamp(0, 1).float().cpu().permute(1, 2, 0).numpy()
+            axes[line, column].imshow(
+                pixels if pixels.shape[2] in (3, 4) else pixels[..., 0], cmap="gray", vmin=0, vmax=1, aspect=aspect
+            )
+            alarm = alarms[line][column]
+            axes[line, column].set_xlabel(notes[line][column], fontsize=7, color=ALARM if alarm else INK, labelpad=2)
+    return _save(figure, path)
+
+
+def roc(curves: dict[str, tuple[Any, Any]], path: Path, title: str) -> Path:
+    """ROC curves by their label: rates of false and of true positives. The first is drawn strongest."""
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], ":", lw=1, color=GREY)
+    for (label, (false_positives, true_positives)), color in zip(curves.items(), (ALARM, BLUE), strict=False):
+        axis.plot(false_positives, true_positives, color=color, lw=2 if color == ALARM else 1.4, label=label)
+    axis.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.set_title(title, fontsize=9, parse_math=False)
+    axis.set_aspect("equal")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, loc="lower right", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def evaluation(
+    title: str,
+    error: Tensor,
+    pca_error: Tensor | None,
+    denoising: dict[float, dict[str, float]],
+    code: dict[str, list[float]],
+    path: Path,
+) -> Path:
+    """One picture of an evaluation: errors of single images beside PCA's, denoising beside filters, and of a
+    variational code the rate and the aggregate posterior, number by number."""
+    figure = Figure(figsize=(9.6, 6.6 if code else 3.5), layout="constrained")
+    figure.suptitle(title, fontsize=9, color=INK, parse_math=False)
+    axes = figure.subplots(2 if code else 1, 2).flatten().tolist()
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    values = [(error, "model", ALARM)] + ([] if pca_error is None else [(pca_error, "PCA, as many numbers", BLUE)])
+    low = max(min(float(each.clamp(min=1e-12).min()) for each, _, _ in values), 1e-8)
+    high = max(*(float(each.max()) for each, _, _ in values), 2 * low)
+    bins = np.geomspace(low, high, 40)
+    for each, label, color in reversed(values):
+        axes[0].hist(each.numpy(), bins, color=color, alpha=0.55, label=f"{label}: mean {float(each.mean()):.3g}")
+    axes[0].set(xscale="log", xlabel="squared error per pixel, [0, 1]", ylabel="images", title="reconstruction")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes[0].xaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_ylim(top=1.3 * axes[0].get_ylim()[1])  # room for the legend
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    styles = {
+        "model": (ALARM, "o-"),
+        "non-local means": (BLUE, "s-"),
+        "median": ("#2e8b57", "^-"),
+        "noisy": (GREY, ":"),
+    }
+    for name, (color, style) in styles.items():
+        if all(name in found for found in denoising.values()):
+            psnrs = [found[name] for found in denoising.values()]
+            axes[1].plot(list(denoising), psnrs, style, color=color, ms=4, lw=1.4, label=name)
+    axes[1].set(xlabel="standard deviation of the noise, [0, 1]", ylabel="PSNR, dB", title="denoising")
+    axes[1].legend(frameon=False, fontsize=8)
+    if code:
+        rate = np.array(code["rate"])
+        order = np.argsort(-rate, kind="stable")
+        places = np.arange(1, len(rate) + 1)
+        width = 0.8 if len(rate) <= 128 else 1.0
+        axes[2].bar(places, rate[order], width, color=ALARM)
+        what = "numbers of the code, largest rate first"
+        axes[2].set(xlabel=what, ylabel="rate, nats per image", title=f"rate by number: {rate.sum():.4g} nats in all")
+        mean, variance = (np.array(code[f"aggregate_{name}"])[order] for name in ("mean", "variance"))
+        axes[3].axhline(0, color=BLUE, lw=0.8, alpha=0.5)
+        axes[3].axhline(1, color=ALARM, lw=0.8, alpha=0.5)
+        axes[3].plot(places, variance, "o", ms=3, color=ALARM, label="variance, of N(0, I): 1")
+        axes[3].plot(places, mean, "s", ms=3, color=BLUE, label="mean, of N(0, I): 0")
+        axes[3].set(xlabel=what, title="aggregate posterior")
+        axes[3].legend(frameon=False, fontsize=8)
+        for axis in axes[2:]:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes:
+        axis.title.set_fontsize(10)
+        axis.xaxis.label.set_fontsize(9)
+        axis.yaxis.label.set_fontsize(9)
+    return _save(figure, path)
+
+
+class HeatMaps:
+    """Pictures of an image, its reconstruction and its map, side by side, all on one scale with one colour bar.
+
+    What they share is drawn once: a figure a picture would take fifty times as long.
+    """
+
+    PANEL, GAP, CAPTION, BAR = 192, 8, 22, 92  # pixels
+
+    def __init__(self, height: int, width: int, upper: float, label: str) -> None:
+        """Args:
+        height, width: of an image.
+        upper: the value at the upper end of the scale, which begins at 0.
+        label: what the map shows.
+        """
+        longer = max(height, width)
+        zoom = max(1, round(self.PANEL / longer)) if longer <= 2 * self.PANEL else 2 * self.PANEL / longer
+        self.size = max(1, round(width * zoom)), max(1, round(height * zoom))
+        panel = max(self.size[0], 90)  # wide enough for its caption
+        tall = max(self.size[1], 100)
+        total = (3 * (panel + self.GAP) + self.BAR, tall + 2 * self.CAPTION)
+        figure = Figure(figsize=(total[0] / 100, total[1] / 100), dpi=100)
+        self.places = [(index * (panel + self.GAP) + (panel - self.size[0]) // 2, self.CAPTION) for index in range(3)]
+        for index, text in enumerate(("image", "reconstruction", label)):
+            x = (index * (panel + self.GAP) + panel / 2) / total[0]
+            figure.text(x, 1 - self.CAPTION / 2 / total[1], text, ha="center", va="center", fontsize=8, color=INK)
+        bar = figure.add_axes(
+            (3 * (panel + self.GAP) / total[0], (self.CAPTION + 4) / total[1], 12 / total[0], (tall - 8) / total[1])
+        )
+        self._colours = ScalarMappable(Normalize(0, upper), "inferno")
+        figure.colorbar(self._colours, cax=bar, extend="max").ax.tick_params(labelsize=7)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()  # type: ignore[no-untyped-call]
+        self._blank = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
+        self._font = ImageFont.load_default(size=11)
+
+    def picture(self, image: Tensor, reconstruction: Tensor, values: Tensor, note: str, alarm: bool) -> Image.Image:
+        """Image and reconstruction [C, H, W] on [0, 1] and the map [H, W], with a line of text below."""
+        result = self._blank.copy()
+        panels = [self._pixels(image), self._pixels(reconstruction)]
+        panels.append(self._colours.to_rgba(values.numpy(), bytes=True)[..., :3])
+        for place, panel in zip(self.places, panels, strict=True):
+            enlarged = self.size[0] >= panel.shape[1]
+            how = Image.Resampling.NEAREST if enlarged else Image.Resampling.BILINEAR
+            result.paste(Image.fromarray(np.ascontiguousarray(panel)).resize(self.size, how), place)
+        ImageDraw.Draw(result).text(
+            (4, result.height - self.CAPTION + 4), note, fill=ALARM if alarm else INK, font=self._font
+        )
+        return result
+
+    @staticmethod
+    def _pixels(image: Tensor) -> Any:
+        bytes_ = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        return bytes_ if bytes_.shape[2] == 3 else np.repeat(bytes_[..., :1], 3, 2)
 
 
 TILE, LINE = 0.62, 0.22  # inches: the width of an image, the height of a line of text

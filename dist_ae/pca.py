@@ -15,7 +15,7 @@ from dist_ae.config import Config, InputError
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.models import Autoencoder, Components, pad_to_multiple
-from dist_ae.processes.runtime import Runtime
+from dist_ae.processes.runtime import Alone
 from dist_ae.processes.stop import StopRequested
 
 SAMPLE_IMAGES = 65_536  # images looked at, at most: of 60,000 all, of a million a fixed sample
@@ -47,7 +47,7 @@ def patches(images: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def principal_components(
-    reader: Reader, num: int, patch: int | None, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+    reader: Reader, num: int, patch: int | None, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> Components:
     """The ``num`` leading principal components of images, or of their patches, on [-1, 1]; fewer where no more vary.
 
@@ -78,7 +78,7 @@ def principal_components(
 class _Vectors:
     """The sample's images or patches as rows of a matrix that is never held whole in floating point."""
 
-    def __init__(self, reader: Reader, patch: int | None, runtime: Runtime, stop: Callable[[], bool]) -> None:
+    def __init__(self, reader: Reader, patch: int | None, runtime: Alone, stop: Callable[[], bool]) -> None:
         self._patch, self._runtime, self._stop = patch, runtime, stop
         shape = reader.split.images.shape[1:]
         rows = sample_rows(len(reader.split), math.prod(shape))
@@ -150,7 +150,7 @@ class _Vectors:
 
 
 def of_model(
-    model: Autoencoder, reader: Reader, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+    model: Autoencoder, reader: Reader, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> Components | None:
     """The components that a model's start and its baseline need; None for a model that names no linear code."""
     code = model.linear_code()
@@ -182,7 +182,7 @@ def check(config: Config, model: Autoencoder) -> None:
 
 @torch.no_grad()
 def baseline(
-    model: Autoencoder, components: Components, val: Reader, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+    model: Autoencoder, components: Components, val: Reader, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> float:
     """The squared error per pixel on [0, 1] of PCA, or patch PCA, with as many code values as the model has.
 
@@ -196,7 +196,6 @@ def baseline(
     code = model.linear_code()
     assert code is not None
     shape = val.split.images.shape[1:]
-    mean, basis = components.mean.float(), components.basis.float()
     squared = torch.zeros((), dtype=torch.float64)
     starts = range(0, len(val.split), max(1, CHUNK_VALUES // math.prod(shape)))
     mine = share(range(len(starts)), runtime.rank, runtime.world)
@@ -205,13 +204,24 @@ def baseline(
             raise StopRequested
         if turn < len(mine):
             first = starts[mine.start + turn]
-            images = val.span(range(first, min(first + starts.step, len(val.split)))).float().cpu().mul(2).sub(1)
-            vectors = images.flatten(1) if code.patch is None else patches(images, code.patch)
-            coded = (vectors - mean) @ basis.T @ basis + mean
-            squared += (unpatched(coded, images.shape, code.patch) - images).square().sum()
+            images = val.span(range(first, min(first + starts.step, len(val.split))))
+            squared += errors(components, code.patch, images).sum()
     total = float(runtime.sum(squared.to(runtime.device, runtime.exact)))
-    pixels: int = len(val.split) * math.prod(shape)
-    return total / (4 * pixels)  # [-1, 1] has twice the scale of [0, 1]
+    return total / len(val.split)
+
+
+def coded(components: Components, patch: int | None, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [B, C, H, W] on [0, 1] as PCA, or PCA of patches, has them: codes [B, values], and [B, C, H, W]."""
+    mean, basis = components.mean.float(), components.basis.float()
+    centred = images.float().cpu().mul(2).sub(1)
+    vectors = centred.flatten(1) if patch is None else patches(centred, patch)
+    codes = (vectors - mean) @ basis.T
+    return codes.view(len(images), -1), unpatched(codes @ basis + mean, centred.shape, patch).add(1).div(2)
+
+
+def errors(components: Components, patch: int | None, images: Tensor) -> Tensor:
+    """The squared error per pixel of ``coded``, [B]."""
+    return (coded(components, patch, images)[1] - images.float().cpu()).square().flatten(1).mean(1)
 
 
 def unpatched(vectors: Tensor, shape: torch.Size, side: int | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -40,7 +40,14 @@ def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
     return config.model.image_shape
 
 
-def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> dict[str, Tensor]:
+class Saved(NamedTuple):
+    """The weights of a run, and the step they are of; an exported folder does not know it."""
+
+    weights: dict[str, Tensor]
+    step: int | None
+
+
+def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> Saved:
     """The weights of a run: where it has one, their moving average.
 
     Args:
@@ -55,7 +62,7 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> d
     if os.path.lexists(run_dir / WEIGHTS):
         room = sum(tensor.nbytes for tensor in model.state_dict().values())
         try:
-            return parse_tensors(read_bounded(run_dir / WEIGHTS, room + MAX_HEADER), WEIGHTS, template)
+            return Saved(parse_tensors(read_bounded(run_dir / WEIGHTS, room + MAX_HEADER), WEIGHTS, template), None)
         except Damaged as error:
             raise InputError(f"{run_dir}: {error}") from None
     moving = {name: kind for name, kind in template.items() if name in dict(model.named_parameters())}
@@ -71,5 +78,5 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> d
         except (Damaged, TypeError, ValueError) as error:
             reasons.append(str(error))
             continue
-        return {**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})}
+        return Saved({**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})}, checkpoint.step)
     raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")

@@ -31,11 +31,13 @@ from dist_ae.processes.environment import check_environment, launched_world, mee
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
-from dist_ae.run.checkpoint import Checkpoint, Tensors, read_checkpoint, template_of
+from dist_ae.run import calibration
+from dist_ae.run.checkpoint import EMA, WEIGHTS, Checkpoint, Tensors, read_checkpoint, template_of
 from dist_ae.run.directory import RunDirectory, SaveError
 from dist_ae.run.progress import Display
 from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.saved import image_shape, run_config, saved_weights
+from dist_ae.scores import calibrate
 from dist_ae.step import Learner
 from dist_ae.terminal import EXIT_STOPPED, say
 from dist_ae.timeline import Timeline
@@ -192,7 +194,7 @@ def _init_from(model: Autoencoder, source: Path) -> None:
     shape = image_shape(other, source)
     twin = model if other.model.architecture == "own" else blank(other, shape)
     twin = twin.to(torch.float64 if other.precision == "fp64" else torch.float32)
-    weights = saved_weights(source, twin)
+    weights = saved_weights(source, twin).weights
     own = model.state_dict()
     differing = [
         f"{name} is {list(own[name].shape) if name in own else 'missing'} here, "
@@ -399,6 +401,10 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                 display.advance(state.step, values["loss"], values["images_per_second"])
 
         learner.refuse_divergence()
+        try:
+            _calibrate(learner, state, validation, folder, pauses.stop)
+        except StopRequested:
+            raise Stopped(_stopped(state, saved, steps, config)) from None
         result = runtime.on_main(lambda: _write_result(learner, state, clock, folder) if folder else None)
         display.say(_against_pca(learner.raw_model, state))
         display.say(_best(state, steps))
@@ -601,6 +607,62 @@ def _draw_pictures(
     for name, path in pictures.items():
         if tracking is not None:
             tracking.log_image(name, path, state.step)
+
+
+def _calibrate(
+    learner: Learner, state: State, validation: Reader, folder: RunDirectory | None, stop: Callable[[], bool]
+) -> None:
+    """Keeps in the run what thresholds of its scores need, for the last weights and for the best.
+
+    A disk that takes no more does not fail the run: what is missing, `dist-ae score` finds out from the data again.
+
+    Raises:
+        StopRequested: ``stop`` said so.
+    """
+    assert state.best is not None
+    best = int(state.best["step"])
+
+    def keep(step: int) -> None:
+        found = calibrate(learner.raw_model, learner.images, validation, learner.config, learner.runtime, stop)
+        if folder is not None:
+            try:
+                calibration.keep(folder.path, step, found.tensors())
+            except OSError as error:
+                folder.warn(f"the threshold of step {step} could not be kept in {folder.path}: {error.strerror}")
+
+    with learner.evaluation_weights():
+        keep(state.step)
+        if best != state.step:
+            model, held = learner.raw_model, {k: v.clone() for k, v in learner.raw_model.state_dict().items()}
+            if _read_weights(learner, folder, best):
+                keep(best)
+            model.load_state_dict(held)
+    if folder is not None:
+        calibration.keep_only(folder.path, (state.step, best))
+
+
+def _read_weights(learner: Learner, folder: RunDirectory | None, step: int) -> bool:
+    """Fills the model, on every process, with the weights of a checkpoint as they are evaluated; False where it is not
+    whole."""
+    model = learner.raw_model
+    live = dict(model.state_dict())
+
+    def read() -> bool:
+        assert folder is not None
+        moving = template_of({name: live[name] for name, _ in model.named_parameters()})
+        try:
+            path = folder.checkpoints / f"{step:08d}"
+            files = read_checkpoint(path, {WEIGHTS: template_of(live), EMA: moving}, part=True).files
+        except Damaged:
+            return False
+        model.load_state_dict({**files[WEIGHTS], **files.get(EMA, {})})
+        return True
+
+    whole = bool(learner.runtime.on_main(read))
+    if whole and learner.runtime.world > 1:
+        for tensor in live.values():
+            torch.distributed.broadcast(tensor, 0)
+    return whole
 
 
 def _write_result(learner: Learner, state: State, clock: Clock, folder: RunDirectory) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_a_run_of_the_first_stage_loads_evaluates_to_its_figures_and_exports(kept: Path, tmp_path: Path) -> None:
     written = json.loads((kept / "result.json").read_text())["metrics"]
-    found = evaluate_run(kept)
+    found = evaluate_run(kept).metrics
     assert found["val.mse"] == pytest.approx(written["val.mse"], rel=1e-6)
     # Noise and ε of an evaluation are other numbers now: the same figures to their spread over so many images.
     assert found["val.denoised_psnr"] == pytest.approx(written["val.denoised_psnr"], abs=0.05)

@@ -54,7 +54,21 @@ def check_device(config: Config) -> None:
         )
 
 
-class Runtime:
+class Alone:
+    """One process that belongs to no group: what work needs to know that can also be shared."""
+
+    world, rank, is_main = 1, 0, True
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = device, dtype
+        self.exact = torch.float32 if device.type == "mps" else torch.float64  # type of sums over many images
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return values
+
+
+class Runtime(Alone):
     """What a training run needs to know of the processes it is made of."""
 
     def __init__(self, config: Config) -> None:
@@ -89,14 +103,13 @@ class Runtime:
                 ],
             )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        super().__init__(self.accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
+        self.is_main = self.accelerator.is_main_process
         if self.world != launched:
             raise InputError(
                 f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
                 f"they would train apart in one folder. {HOW_TO_START}"
             )
-        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.exact = torch.float32 if self.device.type == "mps" else torch.float64  # type of sums over many images
         # Host-side agreement does not wait for the device's queue.
         with meeting(config.train.timeout), interface_to_main(joins):
             self.host_group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None

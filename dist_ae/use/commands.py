@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,16 +17,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dist_ae import pca
-from dist_ae.config import InputError
+from dist_ae import pca, quality
+from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.given import Given, file_names, floats, picked
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reader import Reader
-from dist_ae.evaluate import evaluate, fixed_noise
+from dist_ae.data.records import Array
+from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed, evaluate, fixed_noise
+from dist_ae.files import to_json
+from dist_ae.models import Autoencoder, Components
 from dist_ae.processes.environment import pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.saved import Which, run_config
+from dist_ae.scores import check_score
 from dist_ae.use import export
 from dist_ae.use.explore import explore_page, plane
 from dist_ae.use.trained import TrainedModel, load
@@ -32,17 +38,41 @@ from dist_ae.use.trained import TrainedModel, load
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own
 TILES = 100  # rows or columns of a picture at most: beyond it images are too many to look at, and megabytes
 SAMPLE_COLUMNS = 8
+NOISE_LEVELS = (0.1, 0.3, 0.5)  # standard deviations on [0, 1] at which an evaluation denoises
+MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior: beyond them it is said to be off N(0, 1)
 BLOCK = 1000  # images that are written before the next are computed
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What ``evaluate_run`` found, on every process, and what the first one wrote."""
+
+    metrics: dict[str, float]  # by split: "val.mse"
+    denoising: dict[float, dict[str, float]]  # PSNR in dB by noise and method
+    code: dict[str, list[float]]  # of a variational model, number by number
+    remarks: list[str]  # in words: what was computed of how many images, what is missing, what is wrong
+    written: list[Path]
 
 
 def evaluate_run(
     run_dir: Path, split: Literal["val", "train"] = "val", which: Which = "best", noise_std: float | None = None,
-    batch_size: int | None = None, data_root: Path | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Exact metrics of a trained run on as many processes as the launcher started; each image counts once.
+    batch_size: int | None = None, data_root: Path | None = None, *, out: Path | None = None, subset: int = 200,
+    samples: int = 50, noise_levels: Sequence[float] = NOISE_LEVELS, features: Path | None = None,
+) -> Evaluated:  # fmt: skip
+    """How good a trained run is, on as many processes as the launcher started; each image counts once.
+
+    The metrics of training; SSIM, PCA and a linear probe beside; denoising beside classical filters; of a variational
+    run what its code carries. ``quality`` says how each is found. Writes JSON and one picture.
+
+    Args:
+        out: .json; None is RUN_DIR/evaluation.json. The picture stands beside it.
+        subset: evenly spaced images that what is dear is computed of: denoising and the importance-weighted bound.
+        samples: K of that bound.
+        noise_levels: standard deviations on [0, 1] at which is denoised; the run's own is added.
+        features: a TorchScript feature network, for FID and KID.
 
     Raises:
-        InputError: no such run, or its data is not there.
+        InputError: no such run, its data is not there, or a value out of range.
     """
     config = run_config(run_dir)
     changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size, "data.root": data_root}
@@ -50,6 +80,14 @@ def evaluate_run(
     precision = {"precision": "fp64" if config.precision == "fp64" else "fp32"}
     config = config.override({**{key: value for key, value in changes.items() if value is not None}, **precision})
     check_device(config)
+    for name, value in (("--subset", subset), ("--samples", samples)):
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    for level in noise_levels:
+        if not 0 < level <= 1:
+            raise InputError(f"--noise-levels: expected standard deviations on [0, 1] pixels above 0, got {level}")
+    target = _destination(run_dir, out, "evaluation.json", (".json",))
+    network = None if features is None else quality.feature_network(expand(features))
     trained = load(run_dir, which)
     dataset = sources.load(config.data)
     with pinned_torch(config.precision):
@@ -60,11 +98,131 @@ def evaluate_run(
             train, val = (Reader(part, runtime.device, runtime.dtype) for part in (dataset.train, dataset.val))
             reader = train if split == "train" else val
             metrics = evaluate(model, reader, config, runtime)
-            if (components := pca.of_model(raw, train, runtime)) is not None:
+            components = pca.of_model(raw, train, runtime)
+            if components is not None:
                 metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
-            return {f"{split}.{name}": value for name, value in metrics.items()}
+            levels = sorted({*noise_levels, *([config.evaluation.noise_std] if config.evaluation.noise_std else [])})
+            found = _assess(raw, components, train, reader, metrics, levels, subset, samples, network, config, runtime)
+            if runtime.is_main:
+                run = f"{run_dir.name or run_dir}, {split}, step {trained.source[1] if trained.source else '?'}"
+                found = _write_evaluation(found, run, split, target, lenient=out is None)
+            else:
+                found = replace(found, metrics={f"{split}.{name}": value for name, value in found.metrics.items()})
+            return found
         finally:
             runtime.close()
+
+
+@dataclass(frozen=True)
+class _Assessed(Evaluated):
+    """With what only the picture shows."""
+
+    per_image: quality.PerImage
+
+
+def _assess(
+    model: Autoencoder, components: Components | None, train: Reader, reader: Reader, metrics: dict[str, float],
+    levels: list[float], subset: int, samples: int, network: torch.nn.Module | None, config: Config, runtime: Runtime,
+) -> _Assessed:  # fmt: skip
+    """What ``quality`` finds, beside the metrics of training, and what is to be said of it."""
+    batch, count = config.evaluation.batch_size, len(reader.split)
+    found, remarks = dict(metrics), []
+    each = quality.per_image(model, components, reader, batch, runtime)
+    for name, values in (("ssim", each.ssim), ("pca_ssim", each.pca_ssim)):
+        if values is not None:
+            found[name] = float(values.mean())
+    if count > len(each.error):
+        remarks.append(f"SSIM: of {len(each.error):,} evenly spaced images of {count:,}")
+    if reader is train:
+        remarks.append("no linear probe on training images: it is fitted on them")
+    else:
+        probed = quality.probe(model, components, train, reader, batch, runtime)
+        found |= probed
+        if not probed:
+            remarks.append("no linear probe: the data has no labels of two classes, or the code is too long for one")
+    denoised = quality.denoising(model, reader, levels, subset, config, runtime)
+    remarks.append(f"denoising: of {min(count, quality.denoised_images(subset, model)):,} evenly spaced images")
+    if not quality.has_non_local_means():
+        remarks.append("no non-local means: it needs scikit-image, pip install 'dist-ae[evaluate]'")
+    code: dict[str, list[float]] = {}
+    if model.variational:
+        posterior = quality.posterior(model, reader, batch, runtime)
+        bound = quality.importance_bound(model, reader, samples, subset, config, runtime)
+        found |= {"neg_iw_bound": bound.bound, "subset_neg_elbo": bound.neg_elbo}
+        remarks.append(
+            f"importance-weighted bound: K = {samples}, of {min(count, subset):,} evenly spaced images, whose own "
+            f"negative ELBO is {bound.neg_elbo:.6g}"
+        )
+        if config.objective.likelihood == "discretized":
+            found["neg_iw_bound.bits_per_dim"] = bound.bound / math.prod(model.image_shape) / math.log(2)
+        else:
+            remarks.append(
+                f"no bits per dimension: a {config.objective.likelihood} likelihood gives no probability of a byte; "
+                "--objective.likelihood discretized does"
+            )
+        found["aggregate.mean"] = float(posterior.mean.abs().max())
+        found["aggregate.variance.min"] = float(posterior.variance.min())
+        found["aggregate.variance.max"] = float(posterior.variance.max())
+        code = {
+            "rate": posterior.rate.tolist(),
+            "aggregate_mean": posterior.mean.tolist(),
+            "aggregate_variance": posterior.variance.tolist(),
+            "variance_of_means": posterior.variance_of_means.tolist(),
+        }
+        remarks += _of_posterior(posterior, found)
+    if network is None:
+        remarks.append("no FID, no KID: they need a feature network, --features FILE (TorchScript, uint8 RGB in)")
+    else:
+        found |= quality.feature_distances(model, reader, network, batch, runtime)
+    return _Assessed(found, denoised, code, remarks, [], each)
+
+
+def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> list[str]:
+    """What is wrong with a variational code, in words."""
+    if warning := collapsed(metrics):
+        return [warning]
+    remarks = []
+    idle = int((posterior.variance_of_means <= ACTIVE_VARIANCE).sum())
+    if idle:
+        remarks.append(
+            f"{idle:,} of {len(posterior.rate):,} numbers of the code have collapsed: their means vary by less than "
+            f"{ACTIVE_VARIANCE} over the images"
+        )
+    off = (posterior.mean.abs() > MEAN_OFF) | (posterior.variance.log().abs() > math.log(VARIANCE_OFF))
+    if bool(off.any()):
+        remarks.append(
+            f"aggregate posterior: {int(off.sum()):,} of {len(off):,} numbers are off N(0, 1) (mean beyond "
+            f"±{MEAN_OFF}, or variance beyond a factor of {VARIANCE_OFF}), so samples from N(0, I) miss some codes"
+        )
+    return remarks
+
+
+def _write_evaluation(found: _Assessed, run: str, split: str, target: Path, lenient: bool) -> _Assessed:
+    """JSON and the picture. A run that is only to be read still gets its figures, where no place was asked for."""
+    metrics = {f"{split}.{name}": value for name, value in found.metrics.items()}
+    content = {
+        "run": run,
+        "metrics": metrics,
+        "denoising": {str(level): values for level, values in found.denoising.items()},
+        "code": found.code,
+        "remarks": found.remarks,
+    }
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import evaluation
+
+        each = found.per_image
+        evaluation(run, each.error, each.pca_error, found.denoising, found.code, path)
+
+    written, remarks = [], list(found.remarks)
+    try:
+        written.append(_write(target, lambda path: path.write_bytes(to_json(content))))
+        written.append(_write(target.with_suffix(".png"), draw))
+    except InputError as error:
+        if not lenient:
+            raise
+        remarks.append(str(error))
+    return replace(found, metrics=metrics, remarks=remarks, written=written)
 
 
 # -- what is written to files
@@ -219,25 +377,177 @@ def embed_run(
     return _write_table(out, one, columns)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What ``score_run`` found, and what it wrote."""
+
+    path: Path
+    score: str  # its name
+    scores: Tensor  # [N]
+    threshold: float
+    basis: str  # where the threshold comes from, in words
+    names: list[str] | None
+    figures: dict[str, float]  # AUROC and average precision, where folders say what is anomalous
+    pictures: list[Path]
+    remarks: list[str]
+
+    @property
+    def flagged(self) -> Tensor:
+        """Which images score above the threshold, [N]."""
+        return self.scores > self.threshold
+
+
 def score_run(
     run_dir: Path,
     images: Path | str | None = None,
     out: Path | None = None,
     which: Which = "best",
     data_root: Path | None = None,
-) -> tuple[Path, Tensor, Literal["neg_elbo", "mse"], list[str] | None]:
-    """Writes scores, high where the model expects an image little: .npy, float32 [N], or .csv or .parquet with the
-    images' paths.
+    *,
+    score: str | None = None,
+    quantile: float = 0.99,
+    threshold: float | None = None,
+    maps: Path | None = None,
+    map_of: Literal["error", "ssim"] = "error",
+) -> Scored:
+    """Writes scores, high where the model expects an image little: .csv or .parquet with path, score and whether it is
+    flagged; .npy, float32 [N].
 
-    Returns them too, which figure they are, and the images' paths where they have some.
+    A picture of the highest and the lowest stands beside it. Where the images lie in ``normal/`` and ``anomalous/``, or
+    in MVTec's folders, it also finds AUROC and average precision, those of PCA, and draws the ROC.
+
+    Args:
+        score: as ``TrainedModel.score`` has it.
+        quantile: of the scores of the run's validation images: above it, an image is flagged.
+        threshold: flag above this score instead.
+        maps: a folder for heat maps, a .png for each image.
+        map_of: what they show.
     """
+    from dist_ae.use import anomalies
+
     trained = load(run_dir, which)
-    out = _destination(run_dir, out, "scores.npy", (".npy", ".csv", ".parquet"), images)
+    if data_root is not None:
+        trained.config = trained.config.override({"data.root": data_root})
+    name = check_score(trained.model, score)
+    if threshold is not None and not math.isfinite(threshold):
+        raise InputError(f"--threshold: expected a score, got {threshold}")
+    out = _destination(run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), images)
+    if maps is not None:
+        maps = _destination(run_dir, maps, "", ("",), images, "--maps")
+    what = shown(os.fspath(images)) if images is not None else "the run's validation images"
+    limit = trained.threshold(quantile, name) if threshold is None else threshold
+    basis = "as given"
+    remarks: list[str] = []
+    if threshold is None:
+        count = len(trained.calibration().scores[name])
+        basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
+        if count * (1 - quantile) < 1:
+            remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
     one = _given(trained, images, data_root)
-    scores = trained.score(one)
-    path = _write_array(out, scores) if out.suffix == ".npy" else _write_table(out, one, {"score": scores})
-    names = None if one.names is None else [shown(name) for name in one.names]
-    return path, scores, "neg_elbo" if trained.config.model.variational else "mse", names
+    truth = anomalies.truth_of(one.names, what)
+    scores = trained.score(one, score=name)
+
+    columns: dict[str, Tensor] = {"score": scores, "flagged": scores > limit}
+    if truth is not None:
+        columns["anomalous"] = torch.from_numpy(truth)
+    path = _write_array(out, scores) if out.suffix == ".npy" else _write_table(out, one, columns)
+    pictures = [_draw_extremes(out, one, scores, name, limit, basis)]
+    figures: dict[str, float] = {}
+    if truth is not None:
+        figures, picture, more = _judge(trained, one, truth, scores, name, out)
+        pictures.append(picture)
+        remarks += more
+    if maps is not None:
+        pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of))
+    names = None if one.names is None else [shown(each) for each in one.names]
+    return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f"{out.stem}-{ending}.png")
+
+
+def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
+    order = scores.argsort(descending=True, stable=True)
+    count = min(SHOWN, len(order))
+    places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
+    rows = {label: floats(picked(one, index.numpy()), range(count)) for label, index in places.items()}
+    notes = [[f"{value:.3g}" for value in scores[index].tolist()] for index in places.values()]
+    alarms = [(scores[index] > limit).tolist() for index in places.values()]
+    flagged = int((scores > limit).sum())
+    title = f"{name}: {flagged:,} of {len(scores):,} above {limit:.3g}, {basis} (red)"
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import extremes
+
+        extremes(rows, notes, alarms, path, title)
+
+    return _write(_beside(out, "extremes"), draw)
+
+
+def _judge(
+    trained: TrainedModel, one: Given, truth: Array, scores: Tensor, name: str, out: Path
+) -> tuple[dict[str, float], Path, list[str]]:
+    """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and what is to be said of it."""
+    from dist_ae.use import anomalies
+
+    remarks = []
+    found = {name: anomalies.separation(truth, scores)}
+    try:
+        linear = anomalies.pca_scores(trained, trained.dataset(), one)
+    except InputError as error:
+        linear = None
+        remarks.append(f"no PCA beside: the run's training images are not there ({error})")
+    if linear is not None:
+        numbers = math.prod(trained.model.code_shape)
+        found[f"PCA, {numbers:,} numbers"] = anomalies.separation(truth, linear)
+    figures: dict[str, float] = {}
+    for key, each in zip(("", "pca."), found.values(), strict=False):
+        figures |= {f"{key}auroc": each.auroc, f"{key}average_precision": each.average_precision}
+    known = truth[truth >= 0]
+    if len(known) < len(truth):
+        remarks.append(f"{len(truth) - len(known):,} images lie in neither kind of folder and are not in these figures")
+    title = f"{int(known.sum()):,} anomalous and {int((1 - known).sum()):,} normal images"
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import roc
+
+        labels = {
+            f"{label}: AUROC {each.auroc:.3f}, AP {each.average_precision:.3f}": each for label, each in found.items()
+        }
+        curves = {label: (each.false_positives, each.true_positives) for label, each in labels.items()}
+        roc(curves, path, title)
+
+    return figures, _write(_beside(out, "roc"), draw), remarks
+
+
+def _write_maps(
+    trained: TrainedModel,
+    one: Given,
+    scores: Tensor,
+    name: str,
+    limit: float,
+    folder: Path,
+    kind: Literal["error", "ssim"],
+) -> Path:
+    """A picture of every image with its heat map, all on one scale."""
+    from dist_ae.figures import HeatMaps
+    from dist_ae.use import anomalies
+
+    _, height, width = trained.model.image_shape
+    label = "squared error" if kind == "error" else "1 - SSIM"
+    maps = HeatMaps(height, width, anomalies.scale_of(trained, one, kind), label)
+    names = file_names(one)
+
+    def write(path: Path) -> None:
+        for place, image, reconstruction, values in anomalies.maps_of(trained, one, kind):
+            value = float(scores[place])
+            note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
+            target = path / names[place]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            maps.picture(image, reconstruction, values, note, value > limit).save(target)
+
+    return _write_into(folder, write)
 
 
 def export_run(
@@ -267,9 +577,7 @@ def export_run(
     if format != "safetensors":
         content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
         return _write(out, lambda path: path.write_bytes(content)), None
-    written = _write(
-        out, lambda path: _into(out, path, lambda folder: export.write_folder(trained, run_dir, folder, license))
-    )
+    written = _write_into(out, lambda folder: export.write_folder(trained, run_dir, folder, license))
     return written, None if push_to_hub is None else export.push(written, push_to_hub)
 
 
@@ -318,28 +626,36 @@ def _given(trained: TrainedModel, images: Path | str | None, data_root: Path | N
 
 
 def _destination(
-    run_dir: Path, out: Path | None, name: str, suffixes: tuple[str, ...], images: Path | str | None = None
+    run_dir: Path,
+    out: Path | None,
+    name: str,
+    suffixes: tuple[str, ...],
+    images: Path | str | None = None,
+    option: str = "--out",
 ) -> Path:
     """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed. The suffix "" is a
     folder's."""
     if out is None:
         return run_dir / name
     out = expand(out)
-    folder = "" in suffixes and (not out.suffix or (os.path.isdir(out) and out.suffix not in suffixes))
+    folder = "" in suffixes and (
+        not out.suffix or suffixes == ("",) or (os.path.isdir(out) and out.suffix not in suffixes)
+    )
     if out.suffix not in suffixes and not folder:
         names = " or ".join(suffix for suffix in suffixes if suffix)
         raise InputError(
-            f"--out {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
+            f"{option} {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
         )
     if not os.path.isdir(out.parent):
-        raise InputError(f"--out {shown(out)}: the folder {shown(out.parent)} does not exist; make it first")
+        raise InputError(f"{option} {shown(out)}: the folder {shown(out.parent)} does not exist; make it first")
     if os.path.isdir(out) and not folder:
-        raise InputError(f"--out {shown(out)} is a folder: name a file in it")
+        raise InputError(f"{option} {shown(out)} is a folder: name a file in it")
     if folder and os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"--out {shown(out)} is a file: name a folder, or a file that ends in .npy or .png")
+        file = ", or a file that ends in .npy or .png" if len(suffixes) > 1 else ""
+        raise InputError(f"{option} {shown(out)} is a file: name a folder{file}")
     given = None if images is None else os.fspath(images).removeprefix("folder:").removeprefix("array:")
     if given is not None and out.resolve() == expand(given).resolve():
-        raise InputError(f"--out {shown(out)} would replace the images it is made of: give it another name")
+        raise InputError(f"{option} {shown(out)} would replace the images it is made of: give it another name")
     return out
 
 
@@ -366,18 +682,23 @@ def _write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
             pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
 
-    return _write(out, lambda temporary: _into(out, temporary, write))
+    return _write_into(out, write)
 
 
-def _into(out: Path, temporary: Path, write: Callable[[Path], object]) -> None:
-    """Writes a folder at ``temporary``; where ``out`` is a folder already, its files move into that one."""
-    write(temporary)
-    if out.exists():
-        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            target = out / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        shutil.rmtree(temporary)
+def _write_into(out: Path, write: Callable[[Path], object]) -> Path:
+    """Writes files into a folder: all of them, or none. What else is in it stays."""
+
+    def move(temporary: Path) -> None:
+        temporary.mkdir()
+        write(temporary)
+        if out.exists():
+            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                target = out / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+            shutil.rmtree(temporary)
+
+    return _write(out, move)
 
 
 def _write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:

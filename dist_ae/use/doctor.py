@@ -20,6 +20,7 @@ from dist_ae.draws import Step, draw
 from dist_ae.files import Damaged, open_plainly, parse_json, read_bounded, read_json
 from dist_ae.models import build
 from dist_ae.objectives import objective
+from dist_ae.run import calibration
 from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
 from dist_ae.saved import image_shape
@@ -41,6 +42,12 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
     except InputError as error:
         yield False, str(error)
     yield from _examine_checkpoints(run_dir / "checkpoints")
+    for path in sorted((run_dir / "calibration").glob("*.safetensors")):
+        whole = calibration.kept(run_dir, int(path.stem) if path.stem.isdecimal() else -1) is not None
+        yield (
+            whole,
+            f"calibration/{path.name}" + ("" if whole else ": damaged; remove it, and score finds it out again"),
+        )
     yield from _examine_metrics(run_dir / "metrics.jsonl")
     if (run_dir / "nonfinite.json").exists():
         yield False, "nonfinite.json: a step was not finite; --replay repeats it"

@@ -120,10 +120,9 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
 
     Args:
         run_dir: the run, for its figures and pictures.
-        folder: to make.
+        folder: an empty one.
         license: an identifier of the Hub, such as apache-2.0 or cc-by-4.0.
     """
-    folder.mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
     config = trained.config.override({"run_dir": None, "data.root": None, "data.cache": None})

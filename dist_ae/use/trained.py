@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 
 from dist_ae.config import Config, InputError
+from dist_ae.data import sources
 from dist_ae.data.given import Given, floats, given
-from dist_ae.draws import Draws, Step, normal
-from dist_ae.evaluate import fixed_epsilon
+from dist_ae.data.reader import Reader
+from dist_ae.data.records import Dataset, Split
+from dist_ae.draws import Step, normal
+from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, build
-from dist_ae.objectives import terms
+from dist_ae.processes.runtime import Alone
+from dist_ae.run import calibration as kept_calibration
 from dist_ae.saved import CONFIG, WEIGHTS, Which, image_shape, run_config, saved_weights
+from dist_ae.scores import Calibration, calibrate, check_score, score_images
 
 Images = Any  # what `dist_ae.data.given.given` takes
 HUB = "hf:"
@@ -32,8 +38,18 @@ class TrainedModel:
     image.
     """
 
-    def __init__(self, model: Autoencoder, config: Config, device: torch.device | str = "cpu") -> None:
-        self.config = config
+    def __init__(
+        self,
+        model: Autoencoder,
+        config: Config,
+        device: torch.device | str = "cpu",
+        source: tuple[Path, int] | None = None,
+    ) -> None:
+        """Args:
+        source: the run directory and the step of the checkpoint, where what belongs to these weights is kept.
+        """
+        self.config, self.source = config, source
+        self._calibration: Calibration | None = None
         self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.device = torch.device(device)
 
@@ -45,19 +61,89 @@ class TrainedModel:
         """Codes [N, *code_shape]; of a variational model, their means."""
         return self._map(lambda x, rows: self.model.encode(x)[0], images, batch_size)
 
-    def score(self, images: Images, batch_size: int = 1000) -> Tensor:
-        """How little the model expects each image, [N]: the negative ELBO in nats of a variational model (one ε keyed
-        by the image's
-        place in the call), else the squared error per pixel on [0, 1]."""
+    def score(self, images: Images, batch_size: int = 1000, score: str | None = None) -> Tensor:
+        """How little the model expects each image, [N].
 
-        def score(x: Tensor, rows: range) -> Tensor:
-            if not self.config.model.variational:
-                error: Tensor = (self.model(x, None).reconstruction - x).square().flatten(1).mean(1)
-                return error
-            epsilon = fixed_epsilon(rows, self.model.code_shape, self.device)
-            return terms(self.model(x, Draws(epsilon=epsilon)), x, self.config.objective, beta=1.0).loss
+        Args:
+            score: ``error``, squared error per pixel on [0, 1] of the reconstruction, the usual one;
+                ``neg_elbo``, the negative ELBO in nats (one ε keyed by the image's place in the call), the usual one of
+                a variational model; or ``mahalanobis``, the distance of the code from those of training images.
 
-        return self._map(score, images, batch_size)
+        Raises:
+            InputError: no such score, or not for this model; ``mahalanobis`` without a calibration (see
+                ``calibration``).
+        """
+        name = check_score(self.model, score)
+        moments = self.calibration().moments if name == "mahalanobis" else None
+        return self._map(
+            lambda x, rows: score_images(self.model, x, rows, self.config, (name,), moments)[name], images, batch_size
+        )
+
+    def threshold(self, quantile: float = 0.99, score: str | None = None) -> float:
+        """The score that this share of the run's validation images does not exceed: above it, an image is flagged.
+
+        Raises:
+            InputError: not a share, no such score, or no calibration.
+        """
+        name = check_score(self.model, score)
+        return self.calibration().threshold(name, quantile)
+
+    def calibration(self) -> Calibration:
+        """What thresholds need: kept by the training in the run; else found from the run's own data, and kept.
+
+        Raises:
+            InputError: the run kept none and its data is not there; says what to do.
+        """
+        if self._calibration is None and self.source is not None:
+            self._calibration = Calibration.of(kept_calibration.kept(*self.source) or {}, self.model)
+        if self._calibration is None:
+            try:
+                dataset = self.dataset()
+            except InputError as error:
+                where = "this model" if self.source is None else f"{self.source[0]}, step {self.source[1]}"
+                raise InputError(
+                    f"{where}: no threshold was kept, and the data it can be found from is not there ({error}). Say "
+                    "where it lies (--data.root), give --threshold (which mahalanobis cannot do without this), or from "
+                    "Python calibrate(train, normal) the loaded model"
+                ) from None
+            self._calibrate(dataset.train, dataset.val)
+            if self.source is not None:
+                with contextlib.suppress(OSError):  # a run that is only to be read
+                    kept_calibration.keep(*self.source, self.calibration().tensors())
+        assert self._calibration is not None
+        return self._calibration
+
+    def dataset(self) -> Dataset:
+        """The data that the run was trained on.
+
+        Raises:
+            InputError: it is not there, or other data is in its place.
+        """
+        dataset = sources.load(self.config.data)
+        kept: Any = None
+        if self.source is not None:
+            with contextlib.suppress(Damaged, KeyError, TypeError):
+                kept = read_json(self.source[0] / "config.json")["trajectory"]["data.fingerprint"]
+        if kept not in (None, dataset.fingerprint):
+            raise InputError(f"{dataset.name} is not what the run was trained on: its fingerprint is another")
+        return dataset
+
+    def calibrate(self, train: Images, normal: Images) -> None:
+        """Takes thresholds and the place of codes from these images, for as long as this object lives.
+
+        Args:
+            train: images that the model was trained on: where their codes lie.
+            normal: images that it was not trained on and that are as they should be: how they score.
+        """
+        self._calibrate(self.given(train).split, self.given(normal).split)
+
+    def _calibrate(self, train: Split, normal: Split) -> None:
+        shape = self.model.image_shape
+        for split in (train, normal):
+            if split.images.shape[1:] != shape:
+                raise InputError(f"the run's model takes images of shape {list(shape)}, got {split.images.shape[1:]}")
+        readers = [Reader(split, self.device) for split in (train, normal)]
+        self._calibration = calibrate(self.model, readers[0], readers[1], self.config, Alone(self.device))
 
     def sample(self, num: int, seed: int = 0) -> Tensor:
         """New images [num, C, H, W] on [0, 1], decoded from z ~ N(0, I). The same seed gives the same images.
@@ -149,8 +235,9 @@ def load(
     config = run_config(run_dir)
     built = build(config, image_shape(config, run_dir), model)
     built.to(torch.float64 if config.precision == "fp64" else torch.float32)
-    built.load_state_dict(saved_weights(run_dir, built, which))
-    return TrainedModel(built, config, device)
+    saved = saved_weights(run_dir, built, which)
+    built.load_state_dict(saved.weights)
+    return TrainedModel(built, config, device, None if saved.step is None else (run_dir, saved.step))
 
 
 def _from_hub(name: str) -> Path:

@@ -1,0 +1,395 @@
+"""How good a trained model is: what `dist-ae evaluate` adds to the metrics of training.
+
+Every figure is a sum over images, each of which counts once, so it is the same on any number of processes. What is
+dear is computed of evenly spaced images, and of no more than is said.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_ae import pca
+from dist_ae.config import Config, InputError
+from dist_ae.data.reader import Reader
+from dist_ae.data.records import Array
+from dist_ae.draws import Step, normal
+from dist_ae.evaluate import EVALUATION_SEED, fixed_noise, psnr
+from dist_ae.models import Autoencoder, Components, Output, pixels
+from dist_ae.objectives import terms
+from dist_ae.processes.runtime import Alone
+from dist_ae.scores import in_batches, sampled
+
+LONGEST_PROBED = 4096  # numbers of a code for which a linear probe is fitted: the matrix of a longer one is too large
+MEDIAN_SIDES = (3, 5)  # of a median filter's window; the better one on the very images that are shown
+DENOISED_VALUES = 2**21  # numbers of the images that are denoised, which bounds the time of non-local means
+NLM_STRENGTHS = (0.6, 0.8, 1.0)  # of non-local means, in units of the noise; the best likewise
+
+
+class PerImage(NamedTuple):
+    """Figures of single images, each [n]; those of PCA are None where a model has no linear counterpart."""
+
+    error: Tensor
+    ssim: Tensor | None
+    pca_error: Tensor | None
+    pca_ssim: Tensor | None
+
+
+class Posterior(NamedTuple):
+    """A variational model's code, number by number, over all images: each [L]."""
+
+    rate: Tensor  # nats per image; they add up to the model's rate
+    mean: Tensor  # of the aggregate posterior, which should be that of N(0, 1): 0
+    variance: Tensor  # likewise: 1
+    variance_of_means: Tensor  # above 0.01 the number is active
+
+
+class ImportanceBound(NamedTuple):
+    """Bounds on the negative log-likelihood of the same images with the same draws, nats per image."""
+
+    bound: float  # importance-weighted, of K samples
+    neg_elbo: float  # of one sample, averaged over the K
+
+
+def structural_similarity(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM of pairs of images [B, C, H, W] on [0, 1], [B], and of each of their pixels, [B, C, H, W].
+
+    Wang et al. (2004): Gaussian window of 11 × 11 pixels, σ = 1.5; for sides under 6 pixels 3 × 3, σ = 0.4.
+
+    Raises:
+        InputError: images of less than two pixels to a side, which have no structure.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # half a second to import
+
+    side = min(images.shape[-2:])
+    if side < 2:
+        raise InputError(f"SSIM needs images of at least 2 × 2 pixels, got {list(images.shape[-2:])}")
+    mean, every = structural_similarity_index_measure(
+        reconstructions.clamp(0, 1),
+        images.clamp(0, 1),
+        sigma=1.5 if side > 5 else 0.4,
+        data_range=1.0,
+        reduction="none",
+        return_full_image=True,
+    )
+    return mean, every
+
+
+@torch.no_grad()
+def per_image(
+    model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Alone
+) -> PerImage:
+    """Error and SSIM of the reconstructions of at most 10,000 evenly spaced images, and those of PCA."""
+    rows = sampled(len(reader.split))
+    code = model.linear_code()
+    structured = min(model.image_shape[1:]) >= 2
+
+    def figures(images: Tensor, reconstruction: Tensor) -> list[Tensor]:
+        error = (reconstruction - images).square().flatten(1).mean(1)
+        return [error, structural_similarity(images, reconstruction)[0]] if structured else [error]
+
+    table = torch.zeros(4, len(rows), dtype=runtime.exact, device=runtime.device)
+    for places, piece in in_batches(rows, batch_size, runtime):
+        if not len(piece):
+            continue
+        images = reader.take(piece)
+        found = figures(images, pixels(model.decode_raw(model.encode(images)[0]), model.bernoulli))
+        for line, values in enumerate(found):
+            table[line, places.start : places.stop] = values.to(table)
+        if components is not None and code is not None:
+            linear = pca.coded(components, code.patch, images)[1].to(images)
+            for line, values in enumerate(figures(images, linear)):
+                table[2 + line, places.start : places.stop] = values.to(table)
+    error, ssim, pca_error, pca_ssim = runtime.sum(table).cpu()
+    has_pca = components is not None
+    return PerImage(
+        error,
+        ssim if structured else None,
+        pca_error if has_pca else None,
+        pca_ssim if has_pca and structured else None,
+    )
+
+
+@torch.no_grad()
+def denoising(
+    model: Autoencoder, reader: Reader, levels: Sequence[float], subset: int, config: Config, runtime: Alone
+) -> dict[float, dict[str, float]]:
+    """PSNR in dB of noisy images and of what becomes of them, by the standard deviation of the noise on [0, 1].
+
+    ``model``; ``median``, the better of 3 × 3 and 5 × 5; ``non-local means``, the best of three strengths, where
+    scikit-image is installed. All of the same evenly spaced images (``denoised_images``) with the same noise.
+    """
+    rows = sampled(len(reader.split), denoised_images(subset, model))
+    numbers = len(rows) * math.prod(model.image_shape)
+    result = {}
+    for level in levels:
+        noisy_config = config.override({"evaluation.noise_std": level})
+        methods = ["noisy", "model", *(f"median {side}" for side in MEDIAN_SIDES)]
+        methods += [f"non-local means {h}" for h in NLM_STRENGTHS] if has_non_local_means() else []
+        sums = torch.zeros(len(methods), dtype=runtime.exact, device=runtime.device)
+        for places, piece in in_batches(rows, config.evaluation.batch_size, runtime):
+            if not len(piece):
+                continue
+            images = reader.take(piece)
+            noisy = images + fixed_noise(noisy_config, places, model.image_shape, images.device).to(images.dtype)
+            cleaned = [noisy, pixels(model.decode_raw(model.encode(noisy)[0]), model.bernoulli)]
+            on_host = noisy.cpu().numpy()
+            filtered = [_median(on_host, side) for side in MEDIAN_SIDES]
+            if has_non_local_means():
+                filtered += [_non_local_means(on_host, level, h) for h in NLM_STRENGTHS]
+            cleaned += [torch.from_numpy(each).to(images) for each in filtered]
+            sums += torch.stack([(each - images).square().to(runtime.exact).sum() for each in cleaned])
+        found = dict(zip(methods, (psnr(float(value) / numbers) for value in runtime.sum(sums)), strict=True))
+        best: dict[str, float] = {}
+        for name, value in found.items():
+            plain = name.rstrip("0123456789. ")
+            best[plain] = max(value, best.get(plain, -math.inf))
+        result[level] = best
+    return result
+
+
+def denoised_images(subset: int, model: Autoencoder) -> int:
+    """How many images ``denoising`` looks at, at most: of large ones fewer than ``subset``."""
+    return max(1, min(subset, max(16, DENOISED_VALUES // math.prod(model.image_shape))))
+
+
+def has_non_local_means() -> bool:
+    """Whether scikit-image is installed."""
+    import importlib.util
+
+    return importlib.util.find_spec("skimage") is not None
+
+
+def _median(images: Array, side: int) -> Array:
+    from scipy.ndimage import median_filter
+
+    return np.asarray(median_filter(images, size=(1, 1, side, side)))
+
+
+def _non_local_means(images: Array, std: float, strength: float) -> Array:
+    from skimage.restoration import denoise_nl_means
+
+    settings: dict[str, Any] = {"patch_size": 5, "patch_distance": 6, "fast_mode": True}
+    if images.shape[1] == 1:  # with an axis of one channel, scikit-image gives the image back transposed
+        return np.stack([denoise_nl_means(image[0], h=strength * std, sigma=std, **settings) for image in images])[
+            :, None
+        ]
+    settings["channel_axis"] = 0
+    return np.stack([denoise_nl_means(image, h=strength * std, sigma=std, **settings) for image in images])
+
+
+@torch.no_grad()
+def probe(
+    model: Autoencoder, components: Components | None, train: Reader, val: Reader, batch_size: int, runtime: Alone
+) -> dict[str, float]:
+    """Share of labels that a linear map of the code tells, fitted on training images; and of PCA's code.
+
+    At most 10,000 evenly spaced labelled images of either split. Empty where there are no labels, or too few.
+    """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    size = math.prod(model.code_shape)
+    if size > LONGEST_PROBED or train.split.labels is None or val.split.labels is None:
+        return {}
+    codes: dict[str, list[Array]] = {"probe_accuracy": [], "pca_probe_accuracy": []}
+    labels: list[Array] = []
+    for reader in (train, val):
+        known = np.flatnonzero(_labels(reader) >= 0)
+        rows = torch.from_numpy(known)[sampled(len(known))]
+        labels.append(_labels(reader)[rows.numpy()])
+        if len(np.unique(labels[0])) < 2 or not len(rows):
+            return {}
+        ours, linear = _codes(model, components, reader, rows, batch_size, runtime)
+        codes["probe_accuracy"].append(ours.numpy())
+        if linear is not None:
+            codes["pca_probe_accuracy"].append(linear.numpy())
+    return {
+        name: float(make_pipeline(StandardScaler(), RidgeClassifier()).fit(x[0], labels[0]).score(x[1], labels[1]))
+        for name, x in codes.items()
+        if x
+    }
+
+
+def _labels(reader: Reader) -> Array:
+    labels = reader.split.labels
+    assert labels is not None
+    return labels
+
+
+def _codes(
+    model: Autoencoder, components: Components | None, reader: Reader, rows: Tensor, batch_size: int, runtime: Alone
+) -> tuple[Tensor, Tensor | None]:
+    """Codes of rows, and those of PCA, on every process: [n, L] each."""
+    code = model.linear_code()
+    ours: Tensor | None = None
+    linear: Tensor | None = None
+    for places, piece in in_batches(rows, batch_size, runtime):
+        images = reader.take(piece)
+        found = model.encode(images)[0].flatten(1)
+        if ours is None:
+            ours = found.new_zeros(len(rows), found.shape[1])
+        ours[places.start : places.stop] = found
+        if components is not None and code is not None:
+            values = pca.coded(components, code.patch, images)[0].to(found)
+            if linear is None:
+                linear = values.new_zeros(len(rows), values.shape[1])
+            linear[places.start : places.stop] = values
+    assert ours is not None
+    return runtime.sum(ours).cpu(), None if linear is None else runtime.sum(linear).cpu()
+
+
+@torch.no_grad()
+def posterior(model: Autoencoder, reader: Reader, batch_size: int, runtime: Alone) -> Posterior:
+    """What each number of a variational code carries and how its aggregate posterior lies, over all images."""
+    size, count = math.prod(model.code_shape), len(reader.split)
+    sums = torch.zeros(4, size, dtype=runtime.exact, device=runtime.device)
+    for _, piece in in_batches(torch.arange(count), batch_size, runtime):
+        if not len(piece):
+            continue
+        mean, logvar = (each.flatten(1).to(runtime.exact) for each in _variational(model, reader.take(piece)))
+        variance = logvar.exp()
+        rate = 0.5 * (variance + mean.square() - 1 - logvar)
+        sums += torch.stack([rate.sum(0), mean.sum(0), mean.square().sum(0), variance.sum(0)])
+    rate, mean, square, variance = runtime.sum(sums).cpu() / count
+    of_means = (square - mean.square()).clamp(min=0)
+    return Posterior(rate, mean, variance + of_means, of_means)
+
+
+def _variational(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    mean, logvar = model.encode(images)
+    assert logvar is not None
+    return mean, logvar
+
+
+@torch.no_grad()
+def importance_bound(
+    model: Autoencoder, reader: Reader, samples: int, subset: int, config: Config, runtime: Alone
+) -> ImportanceBound:
+    """The importance-weighted bound (Burda, Grosse and Salakhutdinov 2016) of at most ``subset`` evenly spaced images.
+
+    -log 1/K Σ p(x, z) / q(z|x) with K = ``samples`` draws z of q(z|x). The draws are keyed by image and sample, so the
+    figure is the same however the images are shared and batched.
+    """
+    rows = sampled(len(reader.split), subset)
+    sums = torch.zeros(2, dtype=runtime.exact, device=runtime.device)
+    for places, piece in in_batches(rows, config.evaluation.batch_size, runtime):
+        if not len(piece):
+            continue
+        images = reader.take(piece)
+        mean, logvar = _variational(model, images)
+        total: Tensor | None = None
+        elbo = torch.zeros(len(images), dtype=runtime.exact, device=runtime.device)
+        for sample in range(samples):
+            stream = (EVALUATION_SEED, "evaluation.importance", Step(sample), places, model.code_shape)
+            epsilon = normal(*stream, images.device).to(images.dtype)
+            code = mean + torch.exp(0.5 * logvar) * epsilon
+            output = Output(model.decode_raw(code), mean, logvar, model.log_sigma, model.bernoulli)
+            distortion = terms(output, images, config.objective).distortion.to(runtime.exact)
+            # log N(z; 0, I) - log N(z; μ, σ²): the constants cancel.
+            ratio = 0.5 * (epsilon.square() - code.square() + logvar).flatten(1).to(runtime.exact).sum(1)
+            weight = ratio - distortion
+            total = weight if total is None else torch.logaddexp(total, weight)
+            elbo += weight / samples
+        assert total is not None
+        sums += torch.stack([(total - math.log(samples)).sum(), elbo.sum()])
+    bound, elbo_sum = (-runtime.sum(sums) / len(rows)).tolist()
+    return ImportanceBound(bound, elbo_sum)
+
+
+# -- distances by the features of a network
+
+
+class _Features(nn.Module):
+    """A feature network for images on [0, 1]: as most take them, RGB bytes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.is_floating_point():
+            images = images.clamp(0, 1).mul(255).round().to(torch.uint8)
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        features: Tensor = self.network(images).flatten(1)
+        return features
+
+
+def feature_network(path: Path) -> nn.Module:
+    """A TorchScript program that takes uint8 images [B, 3, H, W] and gives features [B, F].
+
+    Raises:
+        InputError: no such file, or something else.
+    """
+    if not path.is_file():
+        raise InputError(f"--features {path}: no such file; expected a TorchScript program of a feature network")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and what published feature networks are in
+            network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise InputError(f"--features {path}: not a TorchScript program ({first})") from None
+    return _Features(network)
+
+
+@torch.no_grad()
+def feature_distances(
+    model: Autoencoder, reader: Reader, network: nn.Module, batch_size: int, runtime: Alone
+) -> dict[str, float]:
+    """``fid`` and ``kid`` of reconstructions against their images; of a variational model also of as many samples.
+
+    All images of the split; torchmetrics adds up over processes.
+
+    Raises:
+        InputError: the network does not take these images.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    channels, height, width = model.image_shape
+    if channels not in (1, 3):
+        raise InputError(
+            f"--features: a feature network takes grey or colour, and these images have {channels} channels"
+        )
+    count = len(reader.split)
+    size = min(1000, count)  # of KID's subsets
+    shape = {"input_img_size": (3, height, width)}
+    try:
+        network = network.to(runtime.device)
+        kinds = ["", *(["sample_"] if model.variational else [])]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")  # of KID; known
+            metrics = {
+                f"{kind}{name}": metric.to(runtime.device)
+                for kind in kinds
+                for name, metric in (
+                    ("fid", FrechetInceptionDistance(network, **shape)),  # type: ignore[arg-type]
+                    ("kid", KernelInceptionDistance(network, subset_size=size, subsets=1 if size == count else 100)),
+                )
+            }
+        for places, piece in in_batches(torch.arange(count), batch_size, runtime):
+            images = reader.take(piece).float()
+            code = model.encode(reader.take(piece))[0]
+            noise = normal(EVALUATION_SEED, "evaluation.samples", Step(0), places, model.code_shape, runtime.device)
+            for name, metric in metrics.items():
+                fake = model.decode(noise.to(code.dtype) if name.startswith("sample_") else code).float()
+                if len(piece):
+                    metric.update(images, real=True)
+                    metric.update(fake, real=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(EVALUATION_SEED)  # KID draws its subsets from torch's own generator
+            found = {name: metric.compute() for name, metric in metrics.items()}
+    except (RuntimeError, ValueError, TypeError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"--features: the network or its distances fail on these images ({first})") from None
+    return {name: float(value[0] if isinstance(value, tuple) else value) for name, value in found.items()}

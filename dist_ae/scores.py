@@ -1,0 +1,228 @@
+"""How little a model expects an image: three scores, and what held-out normal images have of them.
+
+``error``: squared error per pixel of the reconstruction from the mean code. Finds what the model cannot draw.
+``neg_elbo``: negative ELBO in nats, of a variational model: error and cost of the code, weighed as it was trained.
+``mahalanobis``: distance of the (mean) code from those of the training images. Finds what can be drawn, but is coded
+where no training image is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_ae.config import Config, InputError
+from dist_ae.data.order import share
+from dist_ae.data.reader import Reader
+from dist_ae.evaluate import fixed_epsilon
+from dist_ae.models import Autoencoder, Output, pixels
+from dist_ae.objectives import terms
+from dist_ae.processes.runtime import Alone
+from dist_ae.processes.stop import StopRequested
+
+SCORES = ("error", "neg_elbo", "mahalanobis")
+SAMPLE = 10_000  # images that a calibration looks at, of either split: bounds its time whatever the data
+FULL_COVARIANCE = 2048  # numbers of a code; of longer ones only the variances are kept (16 MiB at this size)
+
+
+class CodeMoments(NamedTuple):
+    """Where codes lie: what the Mahalanobis distance is measured by."""
+
+    mean: Tensor  # [L]
+    whitening: Tensor  # [L, L], of which the distance is |whitening · (code - mean)|; [L] where only variances are kept
+
+    def distance(self, codes: Tensor) -> Tensor:
+        """Mahalanobis distance of codes [B, …] → [B]."""
+        centred = codes.flatten(1) - self.mean.to(codes)
+        whitening = self.whitening.to(codes)
+        white = centred * whitening if whitening.ndim == 1 else centred @ whitening.T
+        return white.square().sum(1).sqrt()
+
+
+class Calibration(NamedTuple):
+    """What a threshold needs: the moments of training codes and the sorted scores of held-out images, by score."""
+
+    moments: CodeMoments
+    scores: dict[str, Tensor]  # each [n], ascending
+
+    def threshold(self, score: str, quantile: float) -> float:
+        """The smallest kept score that at least this share of the held-out images does not exceed.
+
+        Raises:
+            InputError: not a share between 0 and 1.
+        """
+        if not 0 < quantile < 1:
+            raise InputError(f"quantile: expected a share between 0 and 1, such as 0.99, got {quantile}")
+        return float(np.quantile(self.scores[score].numpy(), quantile, method="inverted_cdf"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As one file keeps it."""
+        return {
+            "code.mean": self.moments.mean,
+            "code.whitening": self.moments.whitening,
+            **{f"scores.{name}": values for name, values in self.scores.items()},
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], model: Autoencoder) -> Calibration | None:
+        """What ``tensors`` gave for this model; None where they are something else."""
+        size = math.prod(model.code_shape)
+        wanted = {f"scores.{name}" for name in scores_of(model)}
+        if set(tensors) != {"code.mean", "code.whitening", *wanted}:
+            return None
+        mean, whitening = tensors["code.mean"], tensors["code.whitening"]
+        shapes = {tuple(tensors[name].shape) for name in wanted}
+        if tuple(mean.shape) != (size,) or tuple(whitening.shape) not in ((size,), (size, size)) or len(shapes) != 1:
+            return None
+        if any(tensors[name].ndim != 1 or not len(tensors[name]) for name in wanted):
+            return None
+        return cls(CodeMoments(mean, whitening), {name.removeprefix("scores."): tensors[name] for name in wanted})
+
+
+def scores_of(model: Autoencoder) -> tuple[str, ...]:
+    """The scores that a model has, the usual one of its kind first."""
+    return ("neg_elbo", "error", "mahalanobis") if model.variational else ("error", "mahalanobis")
+
+
+def check_score(model: Autoencoder, score: str | None) -> str:
+    """The name of a score, None for the model's usual one.
+
+    Raises:
+        InputError: there is none of that name, or not for this model.
+    """
+    if score is None:
+        return scores_of(model)[0]
+    if score not in SCORES:
+        raise InputError(f"score: expected {', '.join(SCORES)}, got {score!r}")
+    if score not in scores_of(model):
+        raise InputError(
+            f"score {score} needs a variational model, which this is not; use {' or '.join(scores_of(model))}"
+        )
+    return score
+
+
+def score_images(
+    model: Autoencoder, images: Tensor, rows: range, config: Config, wanted: Sequence[str], moments: CodeMoments | None
+) -> dict[str, Tensor]:
+    """Scores of images [B, C, H, W] on [0, 1], each [B]. The encoder runs once for all of them.
+
+    Args:
+        rows: the places of the images, by which the one ε of ``neg_elbo`` is drawn.
+        moments: needed for ``mahalanobis``.
+    """
+    mean, logvar = model.encode(images)
+    found = {}
+    if "error" in wanted:
+        found["error"] = (pixels(model.decode_raw(mean), model.bernoulli) - images).square().flatten(1).mean(1)
+    if "neg_elbo" in wanted:
+        assert logvar is not None
+        epsilon = fixed_epsilon(rows, model.code_shape, images.device).to(images.dtype)
+        raw = model.decode_raw(mean + torch.exp(0.5 * logvar) * epsilon)
+        output = Output(raw, mean, logvar, model.log_sigma, model.bernoulli)
+        found["neg_elbo"] = terms(output, images, config.objective, beta=1.0).loss
+    if "mahalanobis" in wanted:
+        assert moments is not None
+        found["mahalanobis"] = moments.distance(mean)
+    return found
+
+
+def sampled(count: int, most: int = SAMPLE) -> Tensor:
+    """Evenly spaced rows of ``count``, at most so many: all of them where they are fewer."""
+    size = min(count, most)
+    return torch.arange(size) * count // max(size, 1)
+
+
+def in_batches(
+    rows: Tensor, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[range, Tensor]]:
+    """This process's pieces of ``rows``: the places in them, and the rows. Some may be empty.
+
+    Raises:
+        StopRequested: ``stop`` said so. It is asked before every piece, equally often on every process.
+    """
+    batch = max(batch_size, runtime.world)
+    for start in range(0, len(rows), batch):
+        if stop():
+            raise StopRequested
+        places = share(range(start, min(start + batch, len(rows))), runtime.rank, runtime.world)
+        yield places, rows[places.start : places.stop]
+
+
+@torch.no_grad()
+def code_moments(
+    model: Autoencoder,
+    train: Reader,
+    batch_size: int,
+    runtime: Alone,
+    stop: Callable[[], bool] = lambda: False,
+) -> CodeMoments:
+    """Mean and covariance of the codes of at most 10,000 evenly spaced training images, summed over processes.
+
+    The covariance is shrunk towards a multiple of the identity as Chen, Wiesel, Eldar and Hero (2010) do (OAS), which
+    matters where images are few for the length of the code. A code longer than 2,048 numbers keeps its variances only.
+    """
+    size = math.prod(model.code_shape)
+    full = size <= FULL_COVARIANCE
+    rows = sampled(len(train.split))
+    # Sums of differences from about the middle: of codes far from 0 that vary little, squares would lose the variance.
+    middle = model.encode(train.take(rows[:256]))[0].flatten(1).to(runtime.exact).mean(0)
+    total = torch.zeros(size, dtype=runtime.exact, device=runtime.device)
+    second = torch.zeros((size, size) if full else (size,), dtype=runtime.exact, device=runtime.device)
+    for _, piece in in_batches(rows, batch_size, runtime, stop):
+        if len(piece):
+            codes = model.encode(train.take(piece))[0].flatten(1).to(runtime.exact) - middle
+            total += codes.sum(0)
+            second += codes.T @ codes if full else codes.square().sum(0)
+    total, second = runtime.sum(total).cpu().double(), runtime.sum(second).cpu().double()
+    offset = total / len(rows)
+    mean = middle.cpu().double() + offset
+    if not full:
+        variance = (second / len(rows) - offset.square()).clamp(min=0)
+        floor = max(float(variance.mean()) * 1e-6, 1e-12)
+        return CodeMoments(mean.float(), (variance + floor).rsqrt().float())
+    covariance = second / len(rows) - torch.outer(offset, offset)
+    scale = float(covariance.diagonal().mean())
+    squares = float(covariance.square().mean())
+    divisor = (len(rows) + 1) * (squares - scale**2 / size)
+    shrinkage = 1.0 if divisor <= 0 else min((squares + scale**2) / divisor, 1.0)
+    covariance *= 1 - shrinkage
+    covariance.diagonal().add_(shrinkage * scale + max(scale * 1e-6, 1e-12))  # also of a collapsed code invertible
+    root = torch.linalg.cholesky(covariance)
+    whitening = torch.linalg.solve_triangular(root, torch.eye(size, dtype=torch.float64), upper=False)
+    return CodeMoments(mean.float(), whitening.float())
+
+
+@torch.no_grad()
+def calibrate(
+    model: Autoencoder,
+    train: Reader,
+    normal: Reader,
+    config: Config,
+    runtime: Alone,
+    stop: Callable[[], bool] = lambda: False,
+) -> Calibration:
+    """The moments of the training images' codes, and every score of at most 10,000 evenly spaced held-out images.
+
+    The model computes in its own type, without autocast. The same on any number of processes but for rounding.
+
+    Args:
+        normal: images that the model was not trained on and that are taken for normal.
+
+    Raises:
+        StopRequested: ``stop`` said so.
+    """
+    batch_size, wanted = config.evaluation.batch_size, scores_of(model)
+    moments = code_moments(model, train, batch_size, runtime, stop)
+    rows = sampled(len(normal.split))
+    table = torch.zeros(len(wanted), len(rows), dtype=runtime.exact, device=runtime.device)
+    for places, piece in in_batches(rows, batch_size, runtime, stop):
+        if len(piece):
+            found = score_images(model, normal.take(piece), places, config, wanted, moments)
+            table[:, places.start : places.stop] = torch.stack([found[name] for name in wanted]).to(table)
+    scores = runtime.sum(table).cpu().float().sort(1).values
+    return Calibration(moments, {name: scores[number].clone() for number, name in enumerate(wanted)})
