@@ -203,6 +203,9 @@ class TrainConfig(Section):
     log_every: int = free(50, "steps between two lines of training metrics", gt=0)
     eval_every: int | None = free(None, "steps between two evaluations; left out, once an epoch", gt=0)
     save_every: int | None = free(None, "steps between two checkpoints; left out, at every evaluation", gt=0)
+    save_minutes: float | None = free(
+        None, "minutes between two checkpoints, beside those by steps: for machines that are taken away", gt=0
+    )
     keep: int = free(2, "newest checkpoints to keep, beside the best", ge=2)
     timeout: float = free(120.0, "seconds after which a process that does not answer is given up", gt=0)
 

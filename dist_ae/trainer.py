@@ -246,7 +246,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     display = Display(runtime.is_main, state.step, steps.total_steps)
     for line in (*notes(config), *_headline(job, learner, state)):
         display.say(line)
-    stops, pauses = Agreement(runtime, job.signals), Agreement(runtime, job.signals)
+    stops, pauses = Agreement(runtime, job.signals, config.train.save_minutes), Agreement(runtime, job.signals)
     components = None
     if config.model.start == "pca" and state.step == 0:
         components = pca.of_model(learner.raw_model, learner.images, runtime)
@@ -285,7 +285,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
 
             # Save.
             new_best = state.evaluated and state.best is not None and state.best["step"] == state.step
-            if stopping or steps.saves(state.step) or new_best:
+            if stopping or steps.saves(state.step) or new_best or stops.save:
                 clock.pause()
                 if saved != state.key():
                     _refuse_non_finite(learner, folder)
@@ -293,6 +293,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                     patience = LAST_SAVE_SECONDS if last else STOP_SAVE_SECONDS if stopping else 0.0
                     if _save(learner, state, folder, min(patience, config.train.timeout / 2)):
                         saved = state.key()
+                stops.saved()  # or it failed: the next interval tries again
                 if stopping:
                     raise Stopped(_stopped(state, saved, steps, config))
 
