@@ -157,7 +157,11 @@ def test_a_killed_process_is_replaced_and_the_run_ends_as_undisturbed(tmp_path: 
         end = time.monotonic() + 60
         while not list(run_dir.glob("checkpoints/0*")) and time.monotonic() < end:
             time.sleep(0.05)
-        workers = [pid for pid in processes_of(run_dir) if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(launcher.pid)]
+        workers = [
+            pid
+            for pid in processes_of(run_dir)
+            if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(launcher.pid)
+        ]
         os.kill(max(workers), signal.SIGKILL)
         said, _ = launcher.communicate(timeout=120)
     finally:

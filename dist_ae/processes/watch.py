@@ -19,7 +19,7 @@ from dist_ae.terminal import say
 
 INTERVAL = 1.0  # seconds between two heartbeats
 KNOWN_AFTER = 3 * INTERVAL  # a living process is heard of at least once in that time
-LEFT = b"left"  # in place of a heartbeat: this process ended since others were lost, and is not one of them
+LEFT = "left"  # in place of a heartbeat: this process ended since others were lost, and is not one of them
 
 
 class LostProcess(Fault):
@@ -99,9 +99,8 @@ class Watch:
                 os._exit(1)
 
     def _lost(self, limit: float) -> list[int]:
-        others = {
-            rank: since for rank, (value, since) in self._heard.items() if rank != self._runtime.rank and value != LEFT
-        }
+        there = {rank: since for rank, (value, since) in self._heard.items() if value.decode() != LEFT}
+        others = {rank: since for rank, since in there.items() if rank != self._runtime.rank}
         return blame(others, self._answered, time.monotonic(), limit)
 
     def _describe(self, lost: list[int]) -> str:
