@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from conftest import REPOSITORY, metrics
-from test_hosts import DEBIAN, NETWORK, Hosts, needs_hosts, until
+from test_hosts import NETWORK, Hosts, needs_hosts, until
 
 OLDEST = "1.31"  # in which podFailurePolicy is stable
 JOB = REPOSITORY / "launch/kubernetes/job.yaml"
@@ -72,9 +72,9 @@ def test_the_pods_of_the_job_train_together(tmp_path: Path) -> None:
     ]
     (tmp_path / "dist-ae").write_text('#!/bin/sh\nexec "$PYTHON" -m dist_ae "$@"\n')
     (tmp_path / "dist-ae").chmod(0o755)
-    given |= {"MASTER_ADDR": f"{NETWORK}.1", "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    given |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
     command = [*container["command"], *container["args"][:2], *own, "--run-dir", str(tmp_path / "run")]
-    with Hosts(tmp_path / "hosts", DEBIAN) as hosts:
+    with Hosts(tmp_path / "hosts", f"127.0.0.1 localhost\n{NETWORK}.1 {given['MASTER_ADDR']}\n") as hosts:
         pods = [host.start(*command, **given, JOB_COMPLETION_INDEX=str(rank)) for rank, host in enumerate(hosts)]
         hosts.running += pods
         until(lambda: all(pod.poll() is not None for pod in pods), hosts)
