@@ -46,7 +46,7 @@ needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 class Host:
-    """One machine: its own network, name, processes and /dev/shm. The file system is shared with the others."""
+    """One machine: network, name, processes, /dev/shm and /tmp/ray of its own. The rest of the files is shared."""
 
     def __init__(self, index: int, folder: Path, names: str) -> None:
         self.name, self.address = f"host{index}", f"{NETWORK}.{index + 1}"
@@ -55,6 +55,7 @@ class Host:
         names_file.write_text(names.format(name=self.name))
         script = (
             f"hostname {self.name} && mount -t tmpfs none /dev/shm && mount --bind {names_file} /etc/hosts && "
+            "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && "
             "ip link set lo up && echo ready && exec sleep infinity"
         )
         self.outer = subprocess.Popen([*APART, "sh", "-c", script], stdout=subprocess.PIPE, text=True)

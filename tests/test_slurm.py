@@ -115,14 +115,28 @@ def test_a_job_that_is_told_to_stop_queues_up_again_and_ends_as_undisturbed(slur
 
 
 @needs_slurm
-def test_a_mistake_ends_the_job_and_a_sweep_is_accepted(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_mistake_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
     on_cpus = ("--gpus-per-node=0", "--ntasks-per-node=2", f"--output={tmp_path / 'job.log'}", f"--chdir={REPOSITORY}")
     job = slurm.said("sbatch", "--parsable", *on_cpus, "launch/slurm/train.sbatch", "vae", "--train.steps", "0").strip()
     until(lambda: slurm.job(job)["JobState"] == "FAILED", slurm.hosts, 60)
     assert slurm.job(job)["ExitCode"] == "2:0" and slurm.job(job)["Restarts"] == "0"
     assert "train.steps" in (tmp_path / "job.log").read_text()
-    sweep = ("sbatch", "--test-only", "--gpus-per-node=0", "launch/slurm/sweep.sbatch", str(tmp_path), "first", "ae")
-    done = subprocess.run(
-        slurm.hosts[0].command(*sweep), env=environment(**slurm.more), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
+
+
+@needs_slurm
+def test_a_sweep_runs_on_a_ray_cluster_of_the_jobs_two_nodes_and_resumes(slurm: Slurm, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "token").write_text("0123456789abcdef" * 4)
+    (tmp_path / "token").chmod(0o600)
+    slurm.more |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    on_cpus = ("--gpus-per-node=0", f"--output={tmp_path / 'job.log'}", f"--chdir={REPOSITORY}")
+    settings = ["model.hidden_dims=16", "train.steps=20", "tracking.wandb=off"]
+    sweep = [str(tmp_path / "sweeps"), "first", "ae", "--num-trials", "2"]
+    command = ["sbatch", "--parsable", *on_cpus, "launch/slurm/sweep.sbatch", *sweep]
+    command += [word for setting in settings for word in ("--set", setting)]
+    for _ in range(2):
+        job = slurm.said(*command).strip()
+        until(lambda job=job: slurm.job(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"), slurm.hosts, 200)
+        assert slurm.job(job)["JobState"] == "COMPLETED", (tmp_path / "job.log").read_text()
+    assert len(list((tmp_path / "sweeps" / "first").glob("trials/*/reports.jsonl"))) == 2
+    assert (tmp_path / "sweeps" / "first" / "best.json").exists()
