@@ -16,6 +16,9 @@ import yaml
 from accelerate.commands.config.config_args import BaseConfig, ClusterConfig
 from conftest import REPOSITORY, environment, free_port, metrics, relative_difference, weights
 
+from dist_ae.presets import PRESETS
+from dist_ae.processes.environment import notes
+
 pytestmark = pytest.mark.slow
 
 FILES = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
@@ -137,6 +140,17 @@ def test_the_restart_policy_goes_on_after_a_stop_backs_off_after_a_fault_and_giv
     status, ran, said = statuses(1, 1, 0)
     assert (status, ran) == (0, 3) and "again in 1 s" in said and "again in 2 s" in said
     assert statuses(1, 1, 0, tries=2)[:2] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("shared", "restarts", "said"), [("True", "3", True), ("True", "0", False), ("False", "3", False)]
+)
+def test_torchruns_restarts_into_a_used_store_are_named(
+    shared: str, restarts: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert any("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note for note in notes(PRESETS["ae"])) == said
 
 
 def test_a_killed_process_is_replaced_and_the_run_ends_as_undisturbed(tmp_path: Path) -> None:
