@@ -24,6 +24,20 @@ from dist_ae.files import sync, write_atomically, write_new
 
 SIZE = 64 << 20  # bytes of the file that speed is measured with
 SECONDS = 60.0  # for what another process is asked to do
+REPLACING = 0.5  # seconds that a file is replaced for, again and again, under the eyes of a reader
+READ = """
+import os, sys
+path, enough = sys.argv[1:]
+print(flush=True)
+while not os.path.exists(enough):
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        sys.exit(print("no file:", error.strerror))
+    if len(data) != 4096 or len(set(data)) != 1:
+        sys.exit(print("a torn file"))
+"""
 # Another process that takes a lock, says so, and keeps it.
 HOLD = """
 import sys, time, filelock
@@ -100,31 +114,26 @@ def _sync(folder: Path) -> str:
 
 
 def _replace(folder: Path) -> None:
-    """A reader that never sleeps finds the old content or the new, whole."""
-    path, done, wrong = folder / "replaced", threading.Event(), list[str]()
+    """Another process that reads all the time finds the old content or the new, whole."""
+    path, temporary, enough = folder / "replaced", folder / "replacing", folder / "enough"
     contents = [bytes([65 + number]) * 4096 for number in range(2)]
     write_atomically(path, contents[0])
-
-    def read() -> None:
-        while not done.is_set() and not wrong:
-            try:
-                if path.read_bytes() not in contents:
-                    wrong.append("a reader found a torn file")
-            except OSError as error:
-                wrong.append(f"a reader found no file ({error.strerror})")
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        for number in range(50):
-            temporary = folder / "replacing"
-            temporary.write_bytes(contents[number % 2])
-            os.replace(temporary, path)
-    finally:
-        done.set()
-        reader.join()
-    if wrong:
-        raise Fails(wrong[0])
+    command = [sys.executable, "-c", READ, str(path), str(enough)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as reader:
+        try:
+            assert reader.stdout is not None
+            reader.stdout.readline()  # it has begun
+            number, end = 0, time.monotonic() + REPLACING
+            while time.monotonic() < end and reader.poll() is None:
+                number += 1
+                temporary.write_bytes(contents[number % 2])
+                os.replace(temporary, path)
+            enough.touch()
+            found, _ = reader.communicate(timeout=SECONDS)
+        finally:
+            reader.kill()
+    if found:
+        raise Fails(f"a reader found {found.strip()}")
 
 
 def _rename_folder(folder: Path) -> None:
