@@ -1,6 +1,6 @@
 """Weak and strong scaling on this machine, and what a network costs, with a model that predicts an unseen setting.
 
-    python -m benchmarks.scaling [--budget 420] [--steps 24]
+    python -m benchmarks.scaling [scaling] [network] [sizes] [--budget 420] [--steps 24]
 
 Prints Markdown. The network is played: every process is a host of its own (a network namespace), and one thread carries
 their packets, each after the time that its size takes at a bandwidth, and a latency. That is what ``tc netem`` does,
@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,6 +227,7 @@ def network(bench: Bench) -> None:
     """Seconds of a step = step + rounds × latency + crossings × gradient / bandwidth: three constants a model."""
     hosts = Hosts(2)
     head("model", "link", "images/s", "step, ms", "communication", "predicted, ms", "off by")
+    laws = []
     try:
         for model, (_, share, _) in MODELS.items():
             found = {}
@@ -257,7 +257,8 @@ def network(bench: Bench) -> None:
                 )
             step, rounds, crossings = constants
             parts_of_it = f"{rounds:.1f} × latency + {crossings:.2f} × {size:,} bytes / bandwidth"
-            print(f"\n{model}: {1000 * step:.1f} ms + {parts_of_it}")
+            laws.append(f"{model}: {1000 * step:.1f} ms + {parts_of_it}")
+        print("\n" + "\n\n".join(laws), flush=True)
     finally:
         hosts.end()
 
@@ -286,22 +287,20 @@ def sizes(bench: Bench) -> None:
             )
 
 
-def parts(bench: Bench) -> Iterator[None]:
-    for part in (scaling, network, sizes):
-        part(bench)
-        yield
+PARTS = {"scaling": scaling, "network": network, "sizes": sizes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=420, help="seconds after which nothing new is measured")
     parser.add_argument("--steps", type=int, default=24, help="of each run; speed is that of the second half")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; left out, all of it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.steps, arguments.budget)
         try:
-            for _ in parts(bench):
-                pass
+            for part in arguments.parts or PARTS:
+                PARTS[part](bench)
         except TimeoutError:
             print(f"\nThe {arguments.budget:g} s are over; what is missing above was not measured.")
 
