@@ -399,14 +399,26 @@ def pack(
     say(f"train from it: dist-ae train ae --data.name packed:{out}")
 
 
-def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) -> None:
+def doctor(
+    run_dir: Annotated[Path | None, tyro.conf.Positional] = None,
+    replay: bool = False,
+    replay_wandb: bool = False,
+    storage: Path | None = None,
+) -> None:
     """Verifies a run directory or a packed set and says what is wrong with it: exit status 1 where something is.
 
     Args:
         run_dir: the run, or the packed set.
         replay: repeat, on one process, the step whose loss or gradient was not finite.
         replay_wandb: rebuild an offline Weights & Biases run from metrics.jsonl.
+        storage: a folder; try out whether its file system does what run directories and sweeps ask of it.
     """
+    if storage is not None:
+        from dist_ae.use.storage import examine_storage
+
+        _examined(examine_storage(storage), "FAILS  ")
+    if run_dir is None:
+        raise InputError("dist-ae doctor: name a run directory or a packed set, or --storage DIR")
     from dist_ae.data.pack import examine_packed, is_packed
 
     if is_packed(run_dir):
@@ -423,11 +435,11 @@ def doctor(run_dir: RunDir, replay: bool = False, replay_wandb: bool = False) ->
     _examined(doctor.examine(run_dir))
 
 
-def _examined(found: Iterator[tuple[bool, str]]) -> NoReturn:
+def _examined(found: Iterator[tuple[bool, str]], bad: str = "DAMAGED") -> NoReturn:
     whole = True
     for good, what in found:
         whole &= good
-        say(f"{'ok     ' if good else 'DAMAGED'} {what}")
+        say(f"{'ok     ' if good else bad} {what}")
     sys.exit(0 if whole else 1)
 
 

@@ -206,6 +206,9 @@ class TrainConfig(Section):
     patience: int | None = free(
         None, "evaluations without a better one after which training ends; left out, it never does early", gt=0
     )
+    save_minutes: float | None = free(
+        None, "minutes between two checkpoints, beside those by steps: for machines that are taken away", gt=0
+    )
     keep: int = free(2, "newest checkpoints to keep, beside the best", ge=2)
     timeout: float = free(120.0, "seconds after which a process that does not answer is given up", gt=0)
 
@@ -256,8 +259,21 @@ class Config(Section):
         None, "where the run is kept; left out, runs/<name>-<data>-<fingerprint>. The same command again resumes it"
     )
 
+    profile: str | None = free(
+        None, "FROM:TO, steps to watch with torch's profiler: a Chrome trace and a table in the run directory"
+    )
+
+    def profiled(self) -> range | None:
+        """The steps of ``profile``."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        return range(int(first), int(last))
+
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.profile is not None and (not re.fullmatch(r"\d{1,12}:\d{1,12}", self.profile) or not self.profiled()):
+            raise ValueError(f"profile must be FROM:TO, two step numbers such as 100:110, got {self.profile!r}")
         if self.precision == "fp16" and self.optim.name == "muon":
             raise ValueError(
                 "precision fp16 scales the gradient for one optimizer and muon has two; use bf16, or optim.name adam"

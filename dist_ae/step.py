@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,7 @@ from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, objective
 from dist_ae.optim import build, materialize, set_learning_rate, state_tensors
+from dist_ae.processes.clock import PARTS, shares
 from dist_ae.processes.gradients import sum_gradients
 from dist_ae.processes.runtime import Runtime, accumulation_steps
 from dist_ae.timeline import Timeline
@@ -53,6 +55,7 @@ class Learner:
         self._rows, self._mine, self._number = self._order, range(0), 0
         self._graph_rows = self._order
         self.graph: Graph | None = None
+        self.travel = ""  # how gradients get to the other processes, for a person
 
     # -- one step, in the order in which it happens
 
@@ -131,7 +134,9 @@ class Learner:
         for part in range(self.accumulate):
             piece = share(mine, part, self.accumulate)
             first, last_row = piece.start - mine.start, piece.stop - mine.start
+            since = time.perf_counter()
             images = self.images.take(rows[first:last_row], self._then(rows[last_row:], part))
+            runtime.clock.count("data", since)
             draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
             last = part == self.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
@@ -179,7 +184,7 @@ class Learner:
             self.raw_model.compile()
         self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
         if self.runtime.world > 1:
-            sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
+            self.travel = sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
             for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes
@@ -193,6 +198,7 @@ class Learner:
             self.place(0)
             self._rows = self._graph_rows = self._rows.clone()  # a place of its own, where the graph reads
             self.graph = capture(lambda: self.compute(size), self._changed_by_a_step())
+        self.runtime.clock.take()  # what was spent until here is no step's
 
     def _wants_graph(self) -> bool:
         """Whether the step is to run as one CUDA graph.
@@ -239,11 +245,19 @@ class Learner:
         return self._batch(step).cpu()
 
     def take_window(self) -> dict[str, float]:
-        """Means over the images of all processes since the last call, in nats per image. Reads the device."""
-        sums, images = self.runtime.sum(self.window.clone()).tolist(), self.window_images
+        """Means over the images of all processes since the last call, in nats per image, and where the time went. Reads
+        the device.
+        """
+        runtime, images = self.runtime, self.window_images
+        # Each process's seconds travel with the sums, in a row of their own among zeros.
+        seconds = self.window.new_zeros(runtime.world, len(PARTS))
+        seconds[runtime.rank] = self.window.new_tensor(runtime.clock.take())
+        all_sums = runtime.sum(torch.cat([self.window, seconds.flatten()]))
+        sums, taken = all_sums[:3].tolist(), all_sums[3:].view_as(seconds).tolist()
         self.window.zero_()
         self.window_images = 0
-        return dict(zip(("loss", "distortion", "rate"), (value / images for value in sums), strict=True))
+        means = dict(zip(("loss", "distortion", "rate"), (value / images for value in sums), strict=True))
+        return {**means, **shares(taken)}
 
     def refuse_divergence(self) -> None:
         """Raises RuntimeError unless the weights are the same to the bit on every process."""

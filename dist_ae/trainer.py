@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +26,7 @@ from dist_ae.evaluate import collapsed, evaluate, selection
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models import Autoencoder, Builder, blank, build
 from dist_ae.models.weights import weights_sha256
+from dist_ae.processes.clock import Clock
 from dist_ae.processes.environment import check_environment, launched_world, meeting, notes, pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
@@ -34,7 +34,8 @@ from dist_ae.processes.watch import Watch
 from dist_ae.run import calibration
 from dist_ae.run.checkpoint import EMA, WEIGHTS, Checkpoint, Tensors, read_checkpoint, template_of
 from dist_ae.run.directory import RunDirectory, SaveError
-from dist_ae.run.progress import Display
+from dist_ae.run.profile import Profile
+from dist_ae.run.progress import Display, processes_table
 from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.saved import image_shape, run_config, saved_weights
 from dist_ae.scores import calibrate
@@ -319,22 +320,25 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     display = Display(runtime.is_main, state.step, steps.total_steps)
     for line in (*notes(config), *_headline(job, learner, state)):
         display.say(line)
-    stops, pauses = Agreement(runtime, job.signals), Agreement(runtime, job.signals)
+    stops, pauses = Agreement(runtime, job.signals, config.train.save_minutes), Agreement(runtime, job.signals)
     components = None
     if config.model.start == "pca" and state.step == 0 and config.init_from is None:
         components = pca.of_model(learner.raw_model, learner.images, runtime)
         if components is not None and runtime.is_main:
             learner.raw_model.start_from(components, config.objective)
     learner.prepare()
+    for line in _processes(config, learner):
+        display.say(line)
     tracking = _start_tracking(config, folder, display) if folder else None
-    clock, saved, stopping = Clock(runtime), state.key(), False
+    clock, saved, stopping = runtime.clock, state.key(), False
     job.signals.has_work = True
 
-    with display, tracking or nullcontext():
+    profile = Profile(config.profiled(), folder.path / "profile" if folder else None)
+    with display, tracking or nullcontext(), profile:
         while True:
             # Evaluate.
             if steps.evaluates(state.step) and not (state.evaluated and state.metrics):
-                clock.pause()
+                clock.pause("evaluation")
                 _refuse_non_finite(learner, folder)
                 try:
                     if state.pca_mse is None:
@@ -360,14 +364,15 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
             # Save.
             new_best = state.evaluated and state.best is not None and state.best["step"] == state.step
             ending = state.step == steps.total_steps or _out_of_patience(state, steps, config)
-            if stopping or steps.saves(state.step) or new_best or ending:
-                clock.pause()
+            if stopping or steps.saves(state.step) or new_best or ending or stops.save:
+                clock.pause("saving")
                 if saved != state.key():
                     _refuse_non_finite(learner, folder)
                     last = ending and not stopping
-                    patience = LAST_SAVE_SECONDS if last else STOP_SAVE_SECONDS if stopping else 0.0
-                    if _save(learner, state, folder, min(patience, config.train.timeout / 2)):
+                    seconds = LAST_SAVE_SECONDS if last else STOP_SAVE_SECONDS if stopping else 0.0
+                    if _save(learner, state, folder, min(seconds, config.train.timeout / 2)):
                         saved = state.key()
+                stops.saved()  # or it failed: the next interval tries again
                 if stopping:
                     raise Stopped(_stopped(state, saved, steps, config))
 
@@ -388,6 +393,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
             # Train.
             clock.start()
             watch.step = state.step
+            profile.before(state.step)
             learner.step(state.step)
             clock.images += len(steps.positions(state.step))
             state.step, state.evaluated = state.step + 1, False
@@ -400,6 +406,9 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                 _record("train", values, state.step, steps, folder, tracking)
                 display.advance(state.step, values["loss"], values["images_per_second"])
 
+        profile.end()
+        if profile.written:
+            display.say(f"profile: {profile.written}")
         learner.refuse_divergence()
         try:
             _calibrate(learner, state, validation, folder, pauses.stop)
@@ -694,15 +703,19 @@ def _headline(job: Job, learner: Learner, state: State) -> list[str]:
     numbers = torch.Size(learner.raw_model.code_shape).numel()
     where = f"{world} process{'es' if world > 1 else ''} on {learner.runtime.device.type}, {config.precision}"
     start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
-    lines = [
+    return [
         f"{config.name} on {job.dataset.name}: {len(job.dataset.train):,} images ({learner.images.held}), "
         f"code of {numbers:,} numbers, {parameters:,} parameters, {where}; {start} → {config.directory()}"
     ]
-    batch = config.train.batch_size
-    if batch % world:
-        shares = [len(share(range(batch), rank, world)) for rank in range(world)]
-        lines.append(f"the batch of {batch} is shared as {' + '.join(map(str, shares))} images")
-    return lines
+
+
+def _processes(config: Config, learner: Learner) -> list[str]:
+    """The table of what takes part; one process is in the headline."""
+    runtime, batch = learner.runtime, range(config.train.batch_size)
+    if runtime.world == 1:
+        return []
+    shares = [len(share(batch, rank, runtime.world)) for rank in range(runtime.world)]
+    return processes_table(runtime.places(), shares, config.precision, learner.travel)
 
 
 def _stopped(state: State, saved: tuple[int, bool], steps: Timeline, config: Config) -> str:
@@ -759,29 +772,3 @@ def _start_tracking(config: Config, folder: RunDirectory, display: Display) -> T
     return Tracking(
         config.tracking, folder.path, config.label(), str(kept["wandb_id"]), describe(config), display.say, tags
     )
-
-
-class Clock:
-    """Images per second of training; evaluation and saving are not counted."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.images, self._seconds, self._device = 0, 0.0, runtime.device
-        self._since: float | None = None
-
-    def start(self) -> None:
-        """Training goes on."""
-        if self._since is None:
-            self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        """Training pauses; waits for the device, so that what it still has to do is counted."""
-        if self._since is not None:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self._seconds += time.perf_counter() - self._since
-            self._since = None
-
-    def rate(self) -> float:
-        """Images per second over all processes since this process began."""
-        running = 0.0 if self._since is None else time.perf_counter() - self._since
-        return self.images / max(self._seconds + running, 1e-9)

@@ -185,7 +185,15 @@ def fashion_mnist() -> Path:
     return FASHION_MNIST
 
 
-LONGEST = ("test_tune_ray", "test_hosts", "test_fuzz", "test_surroundings", "test_distributed", "test_conv")
+LONGEST = (
+    "test_tune_ray",
+    "test_hosts",
+    "test_fuzz",
+    "test_surroundings",
+    "test_distributed",
+    "test_conv",
+    "test_launch",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 class Host:
-    """One machine: its own network, name, processes and /dev/shm. The file system is shared with the others."""
+    """One machine: network, name, processes, /dev/shm and /tmp/ray of its own. The rest of the files is shared."""
 
     def __init__(self, index: int, folder: Path, names: str) -> None:
         self.name, self.address = f"host{index}", f"{NETWORK}.{index + 1}"
@@ -55,6 +56,7 @@ class Host:
         names_file.write_text(names.format(name=self.name))
         script = (
             f"hostname {self.name} && mount -t tmpfs none /dev/shm && mount --bind {names_file} /etc/hosts && "
+            "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && "
             "ip link set lo up && echo ready && exec sleep infinity"
         )
         self.outer = subprocess.Popen([*APART, "sh", "-c", script], stdout=subprocess.PIPE, text=True)
@@ -143,6 +145,7 @@ class Hosts(list[Host]):
         for host in self:
             host.end()
         for process in self.running:
+            process.kill()  # `nsenter` stops itself with what it runs, and of the latter's end hears nothing then
             process.wait()
 
 
@@ -154,21 +157,23 @@ BY_NAME = f"127.0.0.1 localhost\n127.0.1.1 {{name}}\n{NETWORK}.1 host0\n{NETWORK
 
 def experiment(run_dir: Path, steps: int, *more: str) -> list[str]:
     words = "--model.latent-dim 8 --model.hidden-dims 32 16 --train.batch-size 96 --train.log-every 1 --precision fp64"
-    often = "--train.eval-every 1000000 --train.save-every 25 --tracking.wandb off"
+    often = "--train.eval-every 1000000 --train.save-every 25 --tracking.wandb off --optim.schedule constant"
     return [
         *("-m", "dist_ae", "train", "vae", *words.split(), *often.split()),
         *("--train.steps", str(steps), "--run-dir", str(run_dir), *more),
     ]
 
 
-def launch(hosts: Hosts, main: str, *command: str, only: int | None = None) -> list[subprocess.Popen[str]]:
+def launch(
+    hosts: Hosts, main: str, *command: str, only: int | None = None, patience: int = 10
+) -> list[subprocess.Popen[str]]:
     """What launch/README.md says for several hosts, with two processes on each; on all hosts or on one of them."""
     started = [
         host.start(
-            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *(sys.executable, "launch/interruptible.py", "accelerate", "launch"),
             *("--config_file", "launch/accelerate/cpu_processes.yaml", "--num_machines", "2", "--num_processes", "4"),
             *("--machine_rank", str(rank), "--main_process_ip", main, "--main_process_port", "29500"),
-            *("--rdzv_conf", "timeout=10", *command),
+            *("--rdzv_conf", f"timeout={patience}", *command),
         )
         for rank, host in enumerate(hosts)
         if only in (None, rank)
@@ -223,6 +228,12 @@ def test_a_main_process_named_by_its_loopback_ends_every_host_with_one_sentence(
         assert [host.processes() for host in hosts] == [[], []]
 
 
+def waits_at(host: Host, port: int) -> bool:
+    """Whether a process of this host listens at a port."""
+    lines = Path(f"/proc/{host.first}/net/tcp").read_text() + Path(f"/proc/{host.first}/net/tcp6").read_text()
+    return re.search(rf":{port:04X} [0-9A-F]+:0000 0A", lines) is not None
+
+
 @needs_hosts
 @pytest.mark.long
 def test_a_host_that_never_comes_ends_the_other_within_the_launchers_time_out(tmp_path: Path) -> None:
@@ -231,6 +242,21 @@ def test_a_host_that_never_comes_ends_the_other_within_the_launchers_time_out(tm
         until(lambda: waiting.poll() is not None, hosts, 60)
         assert waiting.returncode and hosts[0].processes() == []
         assert "1/2 clients joined" in hosts[0].said()
+
+
+@needs_hosts
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_ctrl_c_ends_a_launcher_that_waits_for_another_host(launcher: str, tmp_path: Path) -> None:
+    with Hosts(tmp_path / "hosts", DEBIAN) as hosts:
+        if launcher == "accelerate":
+            launch(hosts, f"{NETWORK}.1", *experiment(tmp_path / "run", 30), only=0, patience=600)
+            until(lambda: waits_at(hosts[0], 29500), hosts)
+        else:
+            hosts.running.append(elastic(hosts[0], 2, *experiment(tmp_path / "run", 30)[3:], HOSTS="2"))
+            until(lambda: waits_at(hosts[0], 29400), hosts)
+        hosts[0].signal_all(signal.SIGINT)
+        until(lambda: hosts.running[0].poll() is not None, hosts, 10)
+        assert hosts[0].processes() == [] and not (tmp_path / "run").exists()
 
 
 def cut(hosts: Hosts) -> None:
@@ -276,3 +302,55 @@ def test_a_lost_host_is_named_by_the_others_which_end_and_the_run_resumes(
     last = max(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
     assert relative_difference(alone(run_dir, last + 10), alone(tmp_path / "alone", last + 10)) < 1e-10
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, last + 11))
+
+
+def elastic(host: Host, processes: int, *command: str, **more: str) -> subprocess.Popen[str]:
+    """What launch/README.md says for hosts that come and go; the first of them keeps the list."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"MAIN": f"{NETWORK}.1", "HOSTS": "1:2", "PROCESSES": str(processes), "LAST_CALL": "3", "PATH": path}
+    return host.start("launch/torchrun/elastic.sh", *command, **given | more)
+
+
+def newest(run_dir: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    found = (run_dir / "checkpoints").glob("[0-9]*") if run_dir.exists() else ()
+    return max((int(p.name) for p in found if p.name.isdigit()), default=0)
+
+
+@needs_hosts
+@pytest.mark.long
+def test_a_lost_host_leaves_three_of_four_processes_which_go_on_and_it_joins_them_again(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    def command(steps: int) -> list[str]:
+        return experiment(run_dir, steps, "--train.timeout", "10")[3:]
+
+    def began(processes: int) -> int:
+        return hosts[0].said().count(f"{processes} processes on cpu")
+
+    with Hosts(tmp_path / "hosts", DEBIAN) as hosts:
+        stays = elastic(hosts[0], 3, *command(1_000_000))
+        goes = elastic(hosts[1], 1, *command(1_000_000))
+        hosts.running += [stays, goes]
+        until(lambda: began(4) == 1 and newest(run_dir) > 0, hosts)
+        hosts[1].signal_all(signal.SIGKILL)
+        until(lambda: began(3) == 1, hosts)
+        resumed = newest(run_dir)
+        until(lambda: newest(run_dir) > resumed, hosts)
+        assert stays.poll() is None
+
+        hosts.running.append(elastic(hosts[1], 1, *command(1_000_000)))
+        until(lambda: began(4) == 2, hosts)
+        rejoined = newest(run_dir)
+        until(lambda: newest(run_dir) > rejoined, hosts)
+        for host in hosts:
+            host.signal_all(signal.SIGTERM)
+        until(lambda: not any(host.processes() for host in hosts), hosts)
+
+        last = newest(run_dir) + 10
+        ending = [elastic(host, 2, *command(last)) for host in hosts]
+        hosts.running += ending
+        until(lambda: all(p.poll() is not None for p in ending), hosts)
+        assert [p.returncode for p in ending] == [0, 0], "\n".join(host.said() for host in hosts)
+    assert relative_difference(weights(run_dir), alone(tmp_path / "alone", last)) < 1e-9
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, last + 1))  # once each

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import BaseConfig, ClusterConfig
-from conftest import REPOSITORY, environment, metrics
+from conftest import REPOSITORY, environment, free_port, metrics, relative_difference, weights
+
+from dist_ae.presets import PRESETS
+from dist_ae.processes.environment import notes
 
 pytestmark = pytest.mark.slow
 
@@ -136,3 +141,57 @@ def test_the_restart_policy_goes_on_after_a_stop_backs_off_after_a_fault_and_giv
     status, ran, said = statuses(1, 1, 0)
     assert (status, ran) == (0, 3) and "again in 1 s" in said and "again in 2 s" in said
     assert statuses(1, 1, 0, tries=2)[:2] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("shared", "restarts", "said"), [("True", "3", True), ("True", "0", False), ("False", "3", False)]
+)
+def test_torchruns_restarts_into_a_used_store_are_named(
+    shared: str, restarts: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert any("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note for note in notes(PRESETS["ae"])) == said
+
+
+def test_a_killed_process_is_replaced_and_the_run_ends_as_undisturbed(tmp_path: Path) -> None:
+    words = "ae --model.hidden-dims 16 --precision fp64 --train.batch-size 96 --train.log-every 1 --train.save-every 20"
+    more = "--train.eval-every 1000000 --tracking.wandb off --run-dir"
+
+    def experiment(run_dir: Path, steps: int) -> list[str]:
+        return [*words.split(), "--train.steps", str(steps), *more.split(), str(run_dir)]
+
+    here: dict[str, Any] = {
+        "MAIN": "127.0.0.1",
+        "HOSTS": "1",
+        "PROCESSES": "2",
+        "PORT": str(free_port()),
+        "LAST_CALL": "1",
+    }
+    here["PYTHON"] = sys.executable
+    run_dir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        ["launch/torchrun/elastic.sh", *experiment(run_dir, 600)], env=environment(**here), cwd=REPOSITORY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 60
+        while not list(run_dir.glob("checkpoints/0*")) and time.monotonic() < end:
+            time.sleep(0.05)
+        workers = [
+            pid
+            for pid in processes_of(run_dir)
+            if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(launcher.pid)
+        ]
+        os.kill(max(workers), signal.SIGKILL)
+        said, _ = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, said
+    assert said.count("2 processes on cpu") == 2 and "resuming at step" in said
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_ae", "train", *experiment(tmp_path / "alone", 600)],
+        env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert relative_difference(weights(run_dir), weights(tmp_path / "alone")) < 1e-9

@@ -86,7 +86,10 @@ def same_records(a: Path, b: Path) -> None:
     """Every step once, with the same values but for the speed."""
     for split in ("train", "val"):
         lines = [
-            [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(path, split)]
+            [
+                {k: v for k, v in line.items() if not k.startswith(("images_per_second", "time_", "slowest_"))}
+                for line in metrics(path, split)
+            ]
             for path in (a, b)
         ]
         assert lines[0] == lines[1]
@@ -422,3 +425,27 @@ def test_doctor_says_what_is_wrong_with_a_run_directory(tmp_path: Path) -> None:
     wrong = [what for good, what in doctor.examine(tmp_path / "run") if not good]
     assert len(wrong) == 3
     assert "00000030/weights.safetensors" in wrong[0] and "repeats train step 30" in wrong[1] and "torn" in wrong[2]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_by_the_clock_is_one_of_all_processes_and_changes_no_weight(world: int, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    rarely = {"train.save_every": 10**6, "train.eval_every": 10**6, "train.log_every": 100}
+    wanted = {**rarely, "optim.schedule": "constant", "train.steps": 10**6, "train.save_minutes": 0.005}
+    group = Forked(world, train(experiment("vae", run_dir, **wanted)), tmp_path / "log-killed")
+    end, seen = time.monotonic() + 60, set[str]()
+    while len(seen) < 2 and time.monotonic() < end:
+        seen |= {path.name for path in run_dir.glob("checkpoints/0*")}
+        time.sleep(0.02)
+    group.kill()
+    assert group.wait() == [KILLED] * world, group.output()
+    assert len(seen) >= 2, group.output()
+
+    last = int(max(path.name for path in run_dir.glob("checkpoints/0*")))
+    wanted |= {"train.steps": last + 5}
+    assert run(world, train(experiment("vae", run_dir, **wanted)), run_dir) == [0] * world
+    del wanted["train.save_minutes"]
+    assert run(world, train(experiment("vae", tmp_path / "straight", **wanted)), tmp_path / "straight") == [0] * world
+    resumed, straight = weights(run_dir), weights(tmp_path / "straight")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    assert [line["step"] for line in metrics(run_dir)] == [*range(100, last + 5, 100), last + 5]

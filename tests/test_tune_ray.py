@@ -454,24 +454,31 @@ def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_whe
     assert sweep.outcome(last).status in ("finished", "stopped")
 
 
+# A machine's /tmp/ray is its own. Nodes that share one replace the code of a job under each other's processes.
+OWN_FOLDER = ["unshare", "--mount", "sh", "-c", 'mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"', "_"]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(420)
-def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
-    """As in launch/ray/README.md: `ray start`, token authentication, a sweep submitted as a job, one worker killed."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cluster_of_separate_processes_loses_a_node(workers: int, tmp_path: Path) -> None:
+    """As in launch/ray/README.md: `ray start`, token authentication, a sweep submitted as a job, one node killed.
+
+    Two trials of one worker go on on the node that is left; one trial of two waits for a node that comes.
+    """
     pytest.importorskip("aiohttp", reason="submitting a job needs ray[default]")
+    if subprocess.run([*OWN_FOLDER, "true"], capture_output=True).returncode:
+        pytest.skip("this machine forbids mount namespaces")
     port, dashboard = free_port(), free_port()
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
-    common = {
+    environment = {
+        **os.environ,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PYTHONPATH": str(REPOSITORY),
         "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    environment = {
-        **os.environ,
-        **common,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
@@ -480,7 +487,7 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
     def node(*arguments: str) -> subprocess.Popen[bytes]:
         log = open(tmp_path / f"node-{len(nodes)}.log", "wb")  # noqa: SIM115 - open as long as the node runs
         process = subprocess.Popen(
-            ["ray", "start", "--block", "--disable-usage-stats", *arguments],
+            [*OWN_FOLDER, "ray", "start", "--block", "--disable-usage-stats", *arguments],
             env=environment,
             stdout=log,
             stderr=log,
@@ -489,45 +496,29 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
         nodes.append(process)
         return process
 
+    def worker() -> subprocess.Popen[bytes]:
+        log, process = tmp_path / f"node-{len(nodes)}.log", node("--address", f"127.0.0.1:{port}", "--num-cpus", "1")
+        wait(lambda: "Ray runtime started" in log.read_text(), 90)
+        return process
+
     def kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    arguments = [
-        "ae",
-        "--name",
-        "first",
-        "--storage",
-        str(tmp_path / "sweeps"),
-        "--num-trials",
-        "2",
-        "--set",
-        "model.hidden_dims=16",
-        "--set",
-        "model.latent_dim=8",
-    ]
-    arguments += ["--set", "train.steps=3000", "--set", "train.eval_every=100", "--set", "tracking.wandb=off"]
+    count = 2 // workers
+    name = ["--name", "first", "--storage", str(tmp_path / "sweeps"), "--num-trials", str(count)]
+    arguments = ["ae", *name, "--workers-per-trial", str(workers)]
+    settings = {"model.hidden_dims": 16, "model.latent_dim": 8, "precision": "fp64", "optim.schedule": "constant"}
+    settings |= {"train.steps": 3000 // workers, "train.eval_every": 100, "tracking.wandb": "off"}
+    for key, value in settings.items():
+        arguments += ["--set", f"{key}={value}"]
     try:
-        node(
-            "--head",
-            "--port",
-            str(port),
-            "--num-cpus",
-            "0",
-            "--dashboard-host",
-            "127.0.0.1",
-            "--dashboard-port",
-            str(dashboard),
-        )
+        head = ("--head", "--port", str(port), "--num-cpus", "0", "--dashboard-host", "127.0.0.1")
+        node(*head, "--dashboard-port", str(dashboard))
         wait(lambda: _answers(dashboard), 90)
-        workers = []
-        for number in (1, 2):  # one after the other: each then finds free ports
-            workers.append(node("--address", f"127.0.0.1:{port}", "--num-cpus", "1"))
-            log = tmp_path / f"node-{number}.log"
-            wait(lambda log=log: "Ray runtime started" in log.read_text(), 90)  # type: ignore[misc]
-        strangers = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"} | {
-            "RAY_AUTH_MODE": "disabled"
-        }
+        joined = [worker(), worker()]  # one after the other: each then finds free ports
+        strangers = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"}
+        strangers["RAY_AUTH_MODE"] = "disabled"
         refused = subprocess.run(["ray", "job", "list"], env=strangers, capture_output=True, text=True, timeout=60)
         assert refused.returncode != 0, "a stranger without the token was let in"
         job = subprocess.Popen(
@@ -539,12 +530,15 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
             stderr=subprocess.STDOUT,
         )
         trials = tmp_path / "sweeps/first/trials"
-        wait(
-            lambda: job.poll() is not None or sum(reports(p.parent) >= 3 for p in trials.glob("*/reports.jsonl")) == 2,
-            200,
-        )
+
+        def began() -> int:
+            return sum(reports(path.parent) >= 3 for path in trials.glob("*/reports.jsonl"))
+
+        wait(lambda: job.poll() is not None or began() == count, 200)
         assert job.poll() is None, job.communicate()[0]
-        kill(workers[1])
+        kill(joined[1])
+        if workers == 2:
+            worker()
         out, _ = job.communicate(timeout=280)
         assert job.returncode == 0, out
     finally:
@@ -552,10 +546,11 @@ def test_a_cluster_of_separate_processes_loses_a_node(tmp_path: Path) -> None:
             if process.poll() is None:
                 kill(process)
     sweep = read_sweep(tmp_path / "sweeps/first")
-    assert [sweep.outcome(trial).status for trial in sweep.trials()] == ["finished"] * 2
-    assert sorted(starts(sweep.trial_dir(trial.id)) for trial in sweep.trials()) == [1, 2]
+    assert [sweep.outcome(trial).status for trial in sweep.trials()] == ["finished"] * count
+    assert sorted(starts(sweep.trial_dir(trial.id)) for trial in sweep.trials()) == [1, 2][-count:]
     for trial in sweep.trials():
-        assert sha(sweep, trial) == undisturbed(sweep, trial, tmp_path)
+        alone = dist_ae.train(sweep.answer(trial).override({"run_dir": tmp_path / f"alone-{trial.id}"}))
+        assert sweep.outcome(trial).metric("val.mse") == pytest.approx(alone.metrics["val.mse"], rel=1e-9)
 
 
 def _answers(port: int) -> bool:

@@ -366,7 +366,7 @@ def test_the_importance_weighted_bound_is_exact_where_the_posterior_is(tmp_path:
     settings = {**SMALL, **linear, "model.hidden_dims": (), "model.latent_dim": 5, "train.steps": 1, "optim.lr": 1e-9}
     dist_ae.train(PRESETS["vae"].override({**settings, "run_dir": tmp_path / "run"}))
     found = commands.evaluate_run(tmp_path / "run", subset=1000, samples=3, noise_levels=(0.3,)).metrics
-    model = dist_ae.load(tmp_path / "run").model
+    model: Any = dist_ae.load(tmp_path / "run").model
     weight, bias = model.to_pixels.weight.double(), model.to_pixels.bias.double()  # on [-1, 1]
     sigma = 2 * float(model.log_sigma.exp())
     covariance = (weight @ weight.T).detach().numpy() + sigma**2 * np.eye(64)

@@ -107,6 +107,12 @@ def notes(config: Config) -> list[str]:
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
         found.append("note: the launcher asks for torch.compile; --train.compile asks for it here, and decides")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        found.append(
+            "note: torchrun will restart processes into the store of those before them, where they find old addresses "
+            '("Connection refused"). Start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as '
+            "launch/torchrun/elastic.sh does"
+        )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and launched_world()[1] == 1:
         found += _default_file_note()
     return found

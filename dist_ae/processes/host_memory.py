@@ -9,6 +9,7 @@ Fashion-MNIST images.
 import os
 import secrets
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -28,11 +29,11 @@ class SharedSum:
     def __init__(self, slots: Tensor, runtime: Runtime, dtype: torch.dtype) -> None:
         """``slots`` as ``share_memory`` gives them; ``dtype`` is what gradients are rounded to on their way."""
         self._slots, self._rank, self._wait = slots.view(dtype), runtime.rank, runtime.wait
-        self._calls = 0
+        self._calls, self._clock = 0, runtime.clock
 
     def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
         """DDP's communication hook: the sum in the place of this process's gradient."""
-        gradient = bucket.buffer()
+        since, gradient = time.perf_counter(), bucket.buffer()
         # Two sets of slots in turn: whoever is in the next call's `wait` is done with reading this call's.
         slots = self._slots[self._calls % 2, :, : gradient.numel()]
         self._calls += 1
@@ -41,6 +42,7 @@ class SharedSum:
         gradient.copy_(slots[0])
         for other in slots[1:]:
             gradient.add_(other)
+        self._clock.count("communication", since)
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         future.set_result(gradient)
         return future

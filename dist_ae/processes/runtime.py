@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import Tensor
 
 from dist_ae.config import Config, Fault, InputError
+from dist_ae.processes.clock import Clock
 from dist_ae.processes.environment import (
     HOW_TO_START,
     interface_to_main,
@@ -110,6 +112,7 @@ class Runtime(Alone):
                 f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
                 f"they would train apart in one folder. {HOW_TO_START}"
             )
+        self.clock = Clock(self.device)
         # Host-side agreement does not wait for the device's queue.
         with meeting(config.train.timeout), interface_to_main(joins):
             self.host_group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
@@ -128,6 +131,23 @@ class Runtime(Alone):
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return [float(v) for v in tensor]
+
+    def _texts(self, own: str) -> list[str]:
+        """A short text of each process, by rank; cut after 250 bytes."""
+        if self.host_group is None:
+            return [own]
+        data = own.encode()[:250]
+        mine = torch.zeros(256, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        gathered = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(gathered, mine, group=self.host_group)
+        return [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace") for text in gathered]
+
+    def places(self) -> list[tuple[str, str]]:
+        """Host and device of each process, by rank."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        found = (text.partition("\n") for text in self._texts(f"{socket.gethostname()}\n{device}"))
+        return [(host, device) for host, _, device in found]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """What ``work`` returns on rank 0, on every process: small and JSON-ready (it travels as text, never as a

@@ -86,26 +86,36 @@ class Agreement:
     """All processes' answer to "was any of us asked to stop?", found about once a second without touching the device.
 
     Each of them asks equally often, between pieces of work of about the same length: one agreement for steps, another
-    for evaluation batches.
+    for evaluation batches. A checkpoint by the clock is agreed on in the same exchange.
     """
 
     SECONDS = 1.0
 
-    def __init__(self, runtime: Runtime, signals: Signals) -> None:
+    def __init__(self, runtime: Runtime, signals: Signals, save_minutes: float | None = None) -> None:
         self._runtime, self._signals = runtime, signals
         self._calls, self._every, self._since = 0, 1, time.monotonic()
+        self._save_every = float("inf") if save_minutes is None else 60 * save_minutes
+        self.saved()
+
+    def saved(self) -> None:
+        """A checkpoint is on the disk: the next is due ``save_minutes`` from now."""
+        self.save, self._save_at = False, time.monotonic() + self._save_every
 
     def stop(self) -> bool:
-        """The same answer on every process."""
+        """The same answer on every process; ``save`` then says, the same on every process, whether a checkpoint is
+        due.
+        """
         if self._runtime.world == 1:
+            self.save = time.monotonic() >= self._save_at
             return self._signals.requested
         self._calls += 1
         if self._calls < self._every:
             return False
         now = time.monotonic()
-        # The largest of both, bit-equal everywhere, so that all count to the same next time. At most twice as far as
+        # The largest of each, bit-equal everywhere, so that all count to the same next time. At most twice as far as
         # the last time: the first calls come faster than the work they are to measure.
-        wanted, seconds = self._runtime.largest(float(self._signals.requested), now - self._since)
+        asked = float(self._signals.requested), float(now >= self._save_at), now - self._since
+        wanted, save, seconds = self._runtime.largest(*asked)
         self._every = max(1, min(2 * self._every, int(self.SECONDS * self._calls / max(seconds, 1e-6))))
-        self._calls, self._since = 0, now
+        self._calls, self._since, self.save = 0, now, save > 0
         return wanted > 0

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 
 from dist_ae.config import Fault
 from dist_ae.processes.runtime import Runtime
@@ -19,6 +19,7 @@ from dist_ae.terminal import say
 
 INTERVAL = 1.0  # seconds between two heartbeats
 KNOWN_AFTER = 3 * INTERVAL  # a living process is heard of at least once in that time
+LEFT = "left"  # in place of a heartbeat: this process ended since others were lost, and is not one of them
 
 
 class LostProcess(Fault):
@@ -75,13 +76,17 @@ class Watch:
 
     def _exchange(self) -> None:
         while not self._done.is_set():
-            with contextlib.suppress(Exception):  # the store is gone: `_answered` ages, and rank 0 is named
+            try:
                 self._beat()
                 values = self._store.multi_get([str(rank) for rank in range(self._runtime.world)])
                 now = self._answered = time.monotonic()
                 for rank, value in enumerate(values):
                     if self._heard[rank][0] != value:
                         self._heard[rank] = (value, now)
+            except DistNetworkError:  # the store is gone for good: `_answered` ages, and rank 0 is named
+                return
+            except Exception:  # it was slow to answer
+                pass
             self._done.wait(INTERVAL)
 
     def _guard(self) -> None:
@@ -90,10 +95,12 @@ class Watch:
                 # Processes of one lost host fall silent within a heartbeat of each other: name them all.
                 lost = self._lost(max(self._timeout - KNOWN_AFTER, KNOWN_AFTER)) or lost
                 say(f"error: {self._describe(lost)}", sys.stderr)
+                self._leave()
                 os._exit(1)
 
     def _lost(self, limit: float) -> list[int]:
-        others = {rank: since for rank, (_, since) in self._heard.items() if rank != self._runtime.rank}
+        there = {rank: since for rank, (value, since) in self._heard.items() if value.decode() != LEFT}
+        others = {rank: since for rank, since in there.items() if rank != self._runtime.rank}
         return blame(others, self._answered, time.monotonic(), limit)
 
     def _describe(self, lost: list[int]) -> str:
@@ -116,7 +123,20 @@ class Watch:
         time.sleep(KNOWN_AFTER + (4 if self._runtime.is_main else 1) * INTERVAL)
         lost = self._lost(KNOWN_AFTER)
         self._done.set()
+        if lost:
+            self._leave()
         return LostProcess(self._describe(lost)) if lost else error
+
+    def _leave(self) -> None:
+        """Tells the others, for at most a second, that this process is not lost."""
+
+        def leave() -> None:
+            with contextlib.suppress(Exception):
+                self._store.set(str(self._runtime.rank), LEFT)
+
+        thread = threading.Thread(target=leave, daemon=True)
+        thread.start()
+        thread.join(INTERVAL)
 
     def close(self) -> None:
         """Ends watching, together with the others: none takes the first to leave for lost."""

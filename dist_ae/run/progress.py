@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dist_ae.terminal import say
+
+HOSTS = 16  # shown, of those that take part
+
+
+def processes_table(places: Sequence[tuple[str, str]], shares: Sequence[int], precision: str, travel: str) -> list[str]:
+    """What takes part in a run of several processes, a line a host, and how their gradients become one.
+
+    Args:
+        places: host and device of each process, by rank.
+        shares: images of a batch of each process, by rank.
+    """
+    by_host: dict[str, list[int]] = {}
+    for rank, (host, _) in enumerate(places):
+        by_host.setdefault(host, []).append(rank)
+    rows = [("host", "ranks", "devices", "images of a batch")]
+    for host, ranks in list(by_host.items())[:HOSTS]:
+        listed = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 and ranks[-1] - ranks[0] + 1 == len(ranks) else None
+        rows.append(
+            (
+                host,
+                listed or " ".join(map(str, ranks)),
+                _counted([places[rank][1] for rank in ranks]),
+                _counted([shares[rank] for rank in ranks]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if len(by_host) > HOSTS:
+        lines.append(f"… and {len(by_host) - HOSTS} hosts more")
+    total = f"{len(places)} processes on {len(by_host)} host{'s' if len(by_host) > 1 else ''}"
+    return [*lines, f"{total} share a batch of {sum(shares):,}, {precision}; gradients: {travel}"]
+
+
+def _counted(values: Sequence[object]) -> str:
+    return " + ".join(f"{count} × {value}" for value, count in Counter(values).items())
 
 
 class Display:

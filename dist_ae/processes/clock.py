@@ -1,0 +1,83 @@
+"""Where the seconds of a run go, on each process, without an exchange of its own and without waiting for a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+PARTS = ("data", "communication", "evaluation", "saving", "all")
+
+
+class Clock:
+    """Seconds by what they are spent on, and images per second of training.
+
+    On a CPU, ``communication`` is what gradients take to travel, with the wait for the slowest process. On a GPU the
+    host does not see it: it is part of what remains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.images, self._device = 0, device
+        self._trained, self._part = 0.0, "other"
+        self._since = self._last = time.perf_counter()
+        self._spent = dict.fromkeys(PARTS, 0.0)
+
+    def start(self) -> None:
+        """Training goes on."""
+        self._turn_to("training")
+
+    def pause(self, part: str) -> None:
+        """Training pauses for an evaluation or a checkpoint; waits for the device, so that what it still has to do is
+        counted as training.
+        """
+        if self._part == "training" and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._turn_to(part)
+
+    def _turn_to(self, part: str) -> None:
+        now = time.perf_counter()
+        if self._part == "training":
+            self._trained += now - self._since
+        elif self._part in self._spent:
+            self._spent[self._part] += now - self._since
+        self._part, self._since = part, now
+
+    def count(self, part: str, since: float) -> None:
+        """Seconds of training from ``since`` (of ``time.perf_counter``) until now that went into a part of it."""
+        self._spent[part] += time.perf_counter() - since
+
+    def rate(self) -> float:
+        """Images per second of training over all processes since this process began."""
+        running = time.perf_counter() - self._since if self._part == "training" else 0.0
+        return self.images / max(self._trained + running, 1e-9)
+
+    def take(self) -> list[float]:
+        """Seconds by ``PARTS`` since the last call; the last of them is all seconds."""
+        now = time.perf_counter()
+        self._spent["all"], self._last = now - self._last, now
+        taken = [self._spent[part] for part in PARTS]
+        self._spent = dict.fromkeys(PARTS, 0.0)
+        return taken
+
+
+def shares(taken: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What all processes' clocks say together: each part as a share of the time, and who is slow.
+
+    Args:
+        taken: ``Clock.take`` of each rank, [world][part], in seconds.
+
+    Returns:
+        ``time_data``, ``time_compute`` (whatever is none of the others), ``time_evaluation`` and ``time_saving``, which
+        add up to 1. Where gradients were seen to travel also ``time_communication``; ``slowest_rank``, the one that
+        waits least for others; and ``slowest_costs``, the share of the time that a process waits for it on average.
+    """
+    *parts, total = (sum(column) for column in zip(*taken, strict=True))
+    of = {name: seconds / max(total, 1e-9) for name, seconds in zip(PARTS[:-1], parts, strict=True)}
+    found = {"time_data": of["data"], "time_compute": max(0.0, 1 - sum(of.values()))}
+    found |= {f"time_{name}": of[name] for name in PARTS[1:-1] if name != "communication" or of[name]}
+    waits = [row[PARTS.index("communication")] for row in taken]
+    if len(taken) > 1 and max(waits) > 0:
+        found["slowest_rank"] = waits.index(min(waits))
+        found["slowest_costs"] = (sum(waits) / len(waits) - min(waits)) * len(waits) / max(total, 1e-9)
+    return found
