@@ -3,8 +3,7 @@
     python benchmarks/contestants.py METER CALL        CALL such as bare(128) or ours(128, "--precision", "bf16")
 
 Each writes the time of every step into METER, a file that speed.py maps. Rivals are written as their documentation
-says.
-The network is D → 512 → 256 → 128 and back, on Fashion-MNIST.
+says. The network is D → 512 → 256 → 128 and back, on Fashion-MNIST.
 """
 
 from __future__ import annotations

@@ -129,9 +129,8 @@ def reconstruct(
         run_dir: the run.
         images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
             validation images.
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
-            folder, a .png
-            for each image; left out, RUN_DIR/reconstructions.npy.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder,
+            a .png for each image; left out, RUN_DIR/reconstructions.npy.
         which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
@@ -152,15 +151,12 @@ def denoise(
 
     Args:
         run_dir: the run.
-        images: noisy pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out,
-            the run's
-            validation images with noise added.
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png
-            for each
-            image; left out, RUN_DIR/denoised.npy.
+        images: noisy pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the
+            run's validation images with noise added.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png for
+            each image; left out, RUN_DIR/denoised.npy.
         noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
-            images
-            the run's evaluation.noise_std.
+            images the run's evaluation.noise_std.
         which: the best weights by validation, or those of the newest checkpoint.
         data_root: where the run's data lies here, if elsewhere than where it was trained.
     """

@@ -29,8 +29,8 @@ def run_pictures(
     model: Autoencoder, config: Config, validation: Reader, run_dir: Path, columns: int = 12, step: int | None = None
 ) -> dict[str, Path]:
     """Draws a run's pictures into ``figures/``: the loss curve; originals, reconstructions and their differences with
-    the error under
-    each (noisy images in place of the originals where noise is trained against); samples of a variational model.
+    the error under each (noisy images in place of the originals where noise is trained against); samples of a
+    variational model.
 
     Args:
         columns: validation images shown.

@@ -22,8 +22,7 @@ def read_images(path: Path) -> Array:
     array.
 
     Layouts and types as for ``array:PATH``, but floats may leave [0, 1] as far as noise takes them. Returns [N, C, H,
-    W], uint8 or
-    floats, memory-mapped where the file is.
+    W], uint8 or floats, memory-mapped where the file is.
 
     Raises:
         InputError: naming the file: not there or not readable, several arrays, another layout or type, the first value

@@ -47,9 +47,8 @@ def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
 
     Args:
         images: a path (a picture, a folder, .npy, .npz, a packed set; also ``folder:``, ``tar:``, ``hf:``, ``array:``,
-            ``packed:``), a
-            PIL image, an array or tensor ([N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image), or a list of
-            such.
+            ``packed:``), a PIL image, an array or tensor ([N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one
+            image), or a list of such.
         config: the run's own settings, by which pictures get the model's size. Arrays are taken as they are.
 
     Raises:

@@ -16,8 +16,7 @@ def epoch_order(
     """The permutation [num_images] of an epoch: a pure function, so resuming anywhere is arithmetic.
 
     With ``window``, the shards (of ``shards`` images each) are permuted, then the images within each group of
-    ``window`` shards:
-    only so many shards are read from at a time, which a slow disk or network needs.
+    ``window`` shards: only so many shards are read from at a time, which a slow disk or network needs.
     """
     generator = torch.Generator().manual_seed(keyed_seed(seed, "order", epoch))
     if window is None or shards is None or len(shards) <= window:

@@ -2,10 +2,8 @@
 they are.
 
 A packed set is a folder: ``manifest.json`` and per shard ``images-00000.npy`` (uint8 [n, C, H, W]),
-``labels-00000.npy`` (int64 [n], -1
-where there is none), ``keys-00000.npy`` (uint64 [n], where a picture lies on [0, 2^64): what is below the validation
-fraction is held
-out) and ``names-00000.json``. Imports no torch.
+``labels-00000.npy`` (int64 [n], -1 where there is none), ``keys-00000.npy`` (uint64 [n], where a picture lies on [0,
+2^64): what is below the validation fraction is held out) and ``names-00000.json``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -525,8 +523,7 @@ def _begin() -> None:
 class _Process(SpawnProcess):
     def start(self) -> None:
         # A spawned process imports the main script again, which would train again where it does so without a __main__
-        # guard.
-        # What decodes needs nothing of it.
+        # guard. What decodes needs nothing of it.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:

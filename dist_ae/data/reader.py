@@ -25,8 +25,7 @@ class Reader:
     """Images of a split on a device, as floats on [0, 1]. The same values wherever they are read from.
 
     A split that fits lives on the device in its stored type and is indexed there. A larger one is read batch by batch
-    from the
-    file that it is mapped from; a thread can gather the next batch in the meantime (``then`` of ``take``).
+    from the file that it is mapped from; a thread can gather the next batch in the meantime (``then`` of ``take``).
 
     ``resident`` is the split on the device, or None; ``held`` says in words what was chosen.
     """
@@ -73,9 +72,8 @@ class Reader:
         """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1].
 
         Args:
-            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. A hint:
-                a next call
-                with other rows gets those.
+            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. A hint: a
+                next call with other rows gets those.
 
         Raises:
             OSError, IndexError: what gathering raised, also where a thread did it.

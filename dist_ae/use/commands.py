@@ -227,9 +227,9 @@ def _write_evaluation(found: _Assessed, run: str, split: str, target: Path, leni
 
 # -- what is written to files
 #
-# Each loads a run, applies its model to the user's images or else to the run's validation
-# images, writes, and returns the path. All raise InputError: no such run; images that are not there, not readable or
-# not the model's; a place that cannot be written.
+# Each loads a run, applies its model to the user's images or else to the run's validation images, writes, and returns
+# the path. All raise InputError: no such run; images that are not there, not readable or not the model's; a place that
+# cannot be written.
 
 
 def reconstruct_run(
@@ -240,8 +240,7 @@ def reconstruct_run(
     data_root: Path | None = None,
 ) -> Path:
     """Writes reconstructions: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their
-    reconstructions; or a
-    folder, a .png for each image."""
+    reconstructions; or a folder, a .png for each image."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "reconstructions.npy", (".npy", ".png", ""), images)
     one = _given(trained, images, data_root)
@@ -327,9 +326,8 @@ def interpolate_run(
     which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or
-    .npy, float32
-    [pairs, steps, C, H, W] on [0, 1]."""
+    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or .npy,
+    float32 [pairs, steps, C, H, W] on [0, 1]."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
     one = _given(trained, images, data_root)

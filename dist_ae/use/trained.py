@@ -31,11 +31,9 @@ class TrainedModel:
     """A trained autoencoder.
 
     Images go in as a path (a picture, a folder, an array file, a packed set), a PIL image, a list of paths or of PIL
-    images, or an
-    array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one image.
-    Pictures get the
-    model's size by the run's own data settings; arrays must have it. Results are float32 tensors on the CPU, a row an
-    image.
+    images, or an array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or
+    one image. Pictures get the model's size by the run's own data settings; arrays must have it. Results are float32
+    tensors on the CPU, a row an image.
     """
 
     def __init__(
