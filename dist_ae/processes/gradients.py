@@ -39,13 +39,19 @@ def sum_gradients(model: nn.Module, runtime: Runtime, rounded: bool) -> str:
 def _add(runtime: Runtime, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     since = _now(runtime)
     work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: _arrived(runtime, since, future.value()[0]))
+    arrived: torch.futures.Future[torch.Tensor] = work.get_future().then(
+        lambda future: _arrived(runtime, since, future.value()[0])
+    )
+    return arrived
 
 
 def _add_rounded(runtime: Runtime, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     since, gradient = _now(runtime), bucket.buffer()
     work = dist.all_reduce(gradient.to(torch.bfloat16), async_op=True)
-    return work.get_future().then(lambda future: _arrived(runtime, since, gradient.copy_(future.value()[0])))
+    arrived: torch.futures.Future[torch.Tensor] = work.get_future().then(
+        lambda future: _arrived(runtime, since, gradient.copy_(future.value()[0]))
+    )
+    return arrived
 
 
 def _now(runtime: Runtime) -> float | None:
