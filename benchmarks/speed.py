@@ -302,7 +302,11 @@ def compared(ratios: list[tuple[str, str, str]], found: dict[str, Contestant], c
     for what, of, target in ratios:
         if what not in found or of not in found:
             continue
-        first, second = turns(found[what], found[of], count)
+        try:
+            first, second = turns(found[what], found[of], count)
+        except RuntimeError as error:  # one that died, or a machine too busy to compare anything
+            print(f"left out: {what} : {of}: {error}", file=sys.stderr)
+            continue
         each = [a / b for a, b in zip(first, second, strict=True)]
         low, high = interval(each)
         rates = f"{statistics.median(first):,.0f} : {statistics.median(second):,.0f}"
