@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from benchmarks.contestants import HIDDEN, LATENT, SLOTS
 
@@ -94,10 +95,12 @@ class Contestant:
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": threads, "WANDB_SILENT": "true"}
         self.log = folder / f"{self.path.stem}.log"
         with self.log.open("w") as log:
-            # A session of its own, so that its helpers, W&B's too, stop and go on with it.
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
             )
+        self.groups = {
+            self.process.pid
+        }  # its processes, also those that a launcher or W&B put into groups of their own
 
     def started(self) -> bool:
         """Waits until it trains, then stops it. False, with the reason said, where it does not."""
@@ -105,6 +108,9 @@ class Contestant:
         while self.times[0] < START_STEPS and self.process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(3)  # what still starts in the background
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.groups |= {os.getpgid(child.pid) for child in family}
         self.signal(signal.SIGSTOP)
         if self.process.poll() is None and self.times[0] >= START_STEPS:
             return True
@@ -126,8 +132,9 @@ class Contestant:
         return float(self.times[1] * (len(ends) - 1) / (ends[-1] - ends[0]))
 
     def signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        for group in self.groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, number)
 
     def end(self) -> None:
         self.signal(signal.SIGKILL)

@@ -653,8 +653,8 @@ def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
     for size in (2, 8):
         model = PCA(size).fit(train)
         expected = float(np.square(model.inverse_transform(model.transform(val)) - val).mean())
-        assert found[size] == pytest.approx(expected, rel=1e-6)
-    assert found[64] < 1e-20
+        assert found[size] == pytest.approx(expected, rel=1e-5)
+    assert found[64] < 1e-12
     noisy = sweep_with(
         tmp_path / "noisy",
         [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (8, 64)],

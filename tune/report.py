@@ -23,7 +23,7 @@ from .results import Row, Selection, front, number, results, select, spread, wri
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
 CHUNK = 4096  # images at once
-EXACT = 1e-15  # a squared error per pixel that is nothing but rounding
+EXACT = 1e-12  # a squared error per pixel that is nothing but rounding
 COLORS = {"ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c"}  # by a preset's first word
 ACCENT, PCA = "#111827", "#6b7280"
 METRICS = {
@@ -85,38 +85,42 @@ def _about_noise(sweep: Sweep) -> bool:
 
 
 def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
-    """The same error of PCA, the best linear code, by code size. PCA is fitted on the training images."""
+    """The same error of the best linear code, by code size: PCA, or of a grid code PCA of its patches."""
     import torch
 
+    from dist_ae import pca
     from dist_ae.data import sources
     from dist_ae.data.reader import Reader
     from dist_ae.evaluate import fixed_noise
+    from dist_ae.models import blank
+    from dist_ae.processes.runtime import Alone
 
-    sizes = sorted({row.latent_dim for row in rows})
-    if not sizes:
+    if not rows:
         return {}
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
-    dataset, cpu, kind = sources.load(config.data), torch.device("cpu"), torch.float64
-    train, val = Reader(dataset.train, cpu, kind), Reader(dataset.val, cpu, kind)
-    count, num_val, pixels = len(dataset.train), len(dataset.val), math.prod(dataset.image_shape)
-    # Sums over chunks: a memory-mapped dataset need not fit.
-    total, outer = torch.zeros(pixels, dtype=kind), torch.zeros(pixels, pixels, dtype=kind)
-    for start in range(0, count, CHUNK):
-        x = train.span(range(start, min(start + CHUNK, count))).flatten(1)
-        total += x.sum(0)
-        outer += x.T @ x
-    mean = total / count
-    axes = torch.linalg.eigh(outer / count - mean.outer(mean)).eigenvectors.flip(1)  # largest variance first
-    squared = dict.fromkeys(sizes, 0.0)
-    for start in range(0, num_val, CHUNK):
-        span = range(start, min(start + CHUNK, num_val))
-        images = val.span(span)
-        noise = fixed_noise(config, span, tuple(images.shape[1:]), cpu).double() if _about_noise(sweep) else 0
-        codes = ((images + noise).flatten(1) - mean) @ axes
-        for size in sizes:
-            decoded = codes[:, :size] @ axes[:, :size].T + mean
-            squared[size] += float((decoded - images.flatten(1)).square().sum())
-    return {size: value / (num_val * pixels) for size, value in squared.items()}
+    dataset, cpu = sources.load(config.data), torch.device("cpu")
+    train, val = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
+    pixels, found = math.prod(dataset.image_shape), dict[int, float]()
+    sides: dict[int | None, dict[int, int]] = {}  # numbers of a code by its size, by the side of its patches
+    for row in (row for row in rows if row.outcome.reports):
+        code = blank(sweep.answer(row.trial), dataset.image_shape).linear_code()
+        if code is not None:
+            sides.setdefault(code.patch, {})[row.size] = code.values
+    for side, sizes in sides.items():
+        most = pixels if side is None else dataset.image_shape[0] * side**2
+        components = pca.principal_components(train, min(max(sizes.values()), most), side, Alone(cpu))
+        squared = dict.fromkeys(sizes, 0.0)
+        for start in range(0, len(val.split), CHUNK):
+            span = range(start, min(start + CHUNK, len(val.split)))
+            images = val.span(span)
+            noise = fixed_noise(config, span, tuple(images.shape[1:]), cpu) if _about_noise(sweep) else 0
+            for size, values in sizes.items():
+                leading = components._replace(basis=components.basis[:values])
+                decoded = pca.coded(leading, side, images + noise)[1]
+                squared[size] += float((decoded - images).double().square().sum())
+        for size, value in squared.items():
+            found[size] = min(value / (len(val.split) * pixels), found.get(size, math.inf))
+    return found
 
 
 # -- page
@@ -146,10 +150,10 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     facts = {"trial": winner.trial.id, "preset": winner.trial.preset}
     facts |= {key: number(value) for key, value in winner.trial.values.items()}
     facts[sweep.metric] = number(winner.value)
-    error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.latent_dim)
+    error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.size)
     if error is not None and linear:
         change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA has a component for each pixel"
-        facts[f"squared error beside PCA, code of {winner.latent_dim}"] = (
+        facts[f"squared error beside PCA, code of {winner.size}"] = (
             f"{number(error)} beside {number(linear)} ({change})"
         )
     again = spread(sweep, winner.trial)
@@ -203,16 +207,16 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     best = front(rows, error)
     figure, (axes,) = _axes()
     axes.plot(list(pca), list(pca.values()), "s--", color=PCA, markersize=3.5, linewidth=1.2)
-    axes.plot([r.latent_dim for r in best], [error[r.trial.id] for r in best], color=ACCENT, linewidth=1.8)
+    axes.plot([r.size for r in best], [error[r.trial.id] for r in best], color=ACCENT, linewidth=1.8)
     for row in shown:
         size, alpha = (7, 1) if row in best else (5, 0.45)
-        point = ([row.latent_dim], [error[row.trial.id]])
+        point = ([row.size], [error[row.trial.id]])
         axes.plot(*point, "o", color=_color(row), markersize=size, alpha=alpha, markeredgewidth=0)
         if row is winner:
             axes.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=ACCENT)
     axes.set(xlabel="code size", ylabel="squared error per pixel", xscale="log")
     ticks: list[int] = []
-    for size in sorted({row.latent_dim for row in shown}):
+    for size in sorted({row.size for row in shown}):
         ticks += [size] if not ticks or size >= 1.25 * ticks[-1] else []
     axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -220,8 +224,8 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     _round_ticks(axes.yaxis)
     lines = {"Pareto front": Line2D([], [], color=ACCENT), "PCA": Line2D([], [], color=PCA, linestyle="--")}
     _legend(figure, shown, lines)
-    compared = [row for row in best if row.latent_dim in pca]
-    below = [row for row in compared if error[row.trial.id] < pca[row.latent_dim]]
+    compared = [row for row in best if row.size in pca]
+    below = [row for row in compared if error[row.trial.id] < pca[row.size]]
     note = f"Error of the {'denoised images' if _about_noise(sweep) else 'reconstructions'}, pixels on [0, 1]. "
     note += "A larger code reconstructs better, all else equal: compare trials of one size. The ring is the answer. "
     if any(row.outcome.status == "stopped" for row in rows):

@@ -11,9 +11,9 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from dist_ae.config import InputError
+from dist_ae.config import Config, InputError
 
-from .plan import Outcome, Sweep, Trial, write_json
+from .plan import Outcome, Sweep, Trial, read_json, write_json
 from .spaces import shown
 
 ORDER = ("finished", "stopped", "unfinished", "pending", "failed")
@@ -27,6 +27,7 @@ class Row:
     outcome: Outcome
     value: float
     latent_dim: int
+    size: int  # numbers of a code: latent_dim, and of a grid code that many in each cell
 
 
 def results(sweep: Sweep) -> list[Row]:
@@ -35,13 +36,28 @@ def results(sweep: Sweep) -> list[Row]:
     for trial in sweep.trials():
         outcome = sweep.outcome(trial)
         value = outcome.metric(sweep.metric)
-        rows.append(Row(trial, outcome, math.nan if value is None else value, sweep.answer(trial).model.latent_dim))
+        config = sweep.answer(trial)
+        value = math.nan if value is None else value
+        rows.append(Row(trial, outcome, value, config.model.latent_dim, _code_size(sweep, trial, config)))
 
     def rank(row: Row) -> tuple[int, bool, float, int]:
         good = math.isfinite(row.value)
         return ORDER.index(row.outcome.status), not good, -sweep.sign * row.value if good else 0, row.trial.number
 
     return sorted(rows, key=rank)
+
+
+def _code_size(sweep: Sweep, trial: Trial, config: Config) -> int:
+    """The numbers of a trial's code. A trial that never began has told no shape of its images: its latent_dim."""
+    if config.model.architecture == "mlp" or config.model.code == "vector":
+        return config.model.latent_dim
+    kept = (read_json(sweep.run_dir(trial) / "config.json") or {}).get("config", {})
+    shape = kept.get("model", {}).get("image_shape")
+    if shape is None:
+        return config.model.latent_dim
+    from dist_ae.models import blank
+
+    return math.prod(blank(config, shape).code_shape)
 
 
 def number(value: Any) -> str:
@@ -81,7 +97,7 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
     """The answer among the finished trials, or None where there is none."""
     good = [row for row in rows if row.outcome.status == "finished" and math.isfinite(row.value)]
     if selection.kind == "best-under":
-        good = [row for row in good if row.latent_dim <= selection.number]
+        good = [row for row in good if row.size <= selection.number]
     if not good:
         return None
     best = good[0]
@@ -89,7 +105,7 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
         # Of the size of the best value, which may be negative (a log-likelihood of densities) or in dB.
         margin = selection.number / 100 * abs(best.value)
         near = [row for row in good if sweep.sign * row.value >= sweep.sign * best.value - margin]
-        return min(near, key=lambda row: (row.latent_dim, good.index(row)))
+        return min(near, key=lambda row: (row.size, good.index(row)))
     return best
 
 
@@ -113,7 +129,7 @@ def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
     ``error`` is by trial id; smaller is better.
     """
     best: list[Row] = []
-    for row in sorted((r for r in rows if r.trial.id in error), key=lambda r: (r.latent_dim, error[r.trial.id])):
+    for row in sorted((r for r in rows if r.trial.id in error), key=lambda r: (r.size, error[r.trial.id])):
         if not best or error[row.trial.id] < error[best[-1].trial.id]:
             best.append(row)
     return best

@@ -272,7 +272,7 @@ _CONV: dict[str, Any] = {
     "model.latent_dim": {"choice": [2, 4, 8, 12, 24]},
     "model.widths": {
         "choice": [[16, 32, 64], [32, 64, 128], [64, 128, 192]]
-    },  # one patch size: codes compare by latent_dim
+    },  # one patch size, so that all trials see the same patches
     "model.blocks": {"choice": [1, 2]},
     "optim.lr": {"loguniform": [3e-4, 5e-3]},
 }
