@@ -217,10 +217,11 @@ def ours(batch: int, *more: str, preset: str = "ae") -> None:
         settings = {
             "data.name": "fashion_mnist", "model.latent-dim": LATENT, "train.batch-size": batch, "train.steps": 10**8,
             "train.eval-every": 10**7, "train.log-every": 50, "train.timeout": 3600, "tracking.wandb": "offline",
-            "optim.name": "adam", "optim.schedule": "constant", "model.start": "random", "model.activation": "relu",
+            "optim.name": "adam", "optim.betas": "0.9 0.999", "optim.schedule": "constant", "model.start": "random",
+            "model.activation": "relu",
             "precision": "fp32", "run-dir": Path(folder) / "run",
         }  # fmt: skip
-        given = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        given = [part for key, value in settings.items() for part in (f"--{key}", *str(value).split())]
         sys.argv[1:] = ["train", preset, *given, *more]
         __main__.main()
 
