@@ -1,11 +1,14 @@
 """Training speed on Fashion-MNIST beside what people would write, and what the trainer costs beside training.
 
-    python -m benchmarks.speed [--turns 15] [--only WORD] [--beside CHECKOUT]       (make bench)
+    python -m benchmarks.speed [--turns 15] [--starts 1] [--only WORD] [--beside CHECKOUT]       (make bench)
 
 Every contestant (benchmarks/contestants.py) is a process that trains without end. All but one are stopped; the two of
 a ratio take turns of a second, and neighbouring turns are compared. So their start, and that of W&B, is in no figure,
 and a slow minute of a shared machine slows both. A ratio is the median over the turns, with a 95 % bootstrap interval;
 "ours : ours again" says how far to trust the others. Lightning and pythae: pip install -e ".[bench]".
+
+Two starts of one and the same program can differ by some percent for as long as they live: ``--starts 3`` spreads the
+turns over so many starts of every contestant, and takes so many times the time to start them.
 
 ``--beside`` compares the step of this checkout with that of another one.
 """
@@ -303,26 +306,35 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}"
 
 
-def compared(ratios: list[tuple[str, str, str]], found: dict[str, Contestant], count: int) -> list[str]:
-    """Rows of ratios, and what they were made of."""
+def compared(
+    ratios: list[tuple[str, str, str]], calls: dict[str, tuple[str, int, Path]], count: int, starts: int
+) -> list[str]:
+    """Rows of ratios, and what they were made of: ``count`` turns, over so many starts of the contestants."""
+    rates: dict[tuple[str, str, str], list[tuple[float, float]]] = {ratio: [] for ratio in ratios}
+    for _ in range(starts):
+        with contestants(calls) as found:
+            for what, of, target in ratios:
+                if what not in found or of not in found:
+                    continue
+                try:
+                    pairs = turns(found[what], found[of], -(-count // starts))
+                except RuntimeError as error:  # one that died, or a machine too busy to compare anything
+                    print(f"left out: {what} : {of}: {error}", file=sys.stderr)
+                    continue
+                rates[what, of, target] += zip(*pairs, strict=True)
     rows = ["| ratio of neighbouring turns | median | 95 % interval | target | images/s |", "|---|---|---|---|---|"]
-    for what, of, target in ratios:
-        if what not in found or of not in found:
-            continue
-        try:
-            first, second = turns(found[what], found[of], count)
-        except RuntimeError as error:  # one that died, or a machine too busy to compare anything
-            print(f"left out: {what} : {of}: {error}", file=sys.stderr)
-            continue
-        each = [a / b for a, b in zip(first, second, strict=True)]
-        low, high = interval(each)
-        rates = f"{statistics.median(first):,.0f} : {statistics.median(second):,.0f}"
-        rows.append(f"| {what} : {of} | {statistics.median(each):.3f} | {low:.3f} – {high:.3f} | {target} | {rates} |")
-        print(rows[-1], file=sys.stderr, flush=True)
+    for (what, of, target), pairs in rates.items():
+        if pairs:
+            each = [a / b for a, b in pairs]
+            low, high = interval(each)
+            speeds = " : ".join(f"{statistics.median(side):,.0f}" for side in zip(*pairs, strict=True))
+            rows.append(
+                f"| {what} : {of} | {statistics.median(each):.3f} | {low:.3f} – {high:.3f} | {target} | {speeds} |"
+            )
     return rows
 
 
-def beside(checkout: Path, count: int) -> list[str]:
+def beside(checkout: Path, count: int, starts: int) -> list[str]:
     """The step of each preset with random draws, here against another checkout."""
     root, calls, ratios = HERE.parent, {}, []
     for preset, batch in itertools.product(BESIDE, (128, 1024)):
@@ -330,25 +342,25 @@ def beside(checkout: Path, count: int) -> list[str]:
         names = [f"{preset}, batch {batch}, {place}" for place in ("here", "there")]
         calls |= {name: (call, 1, place) for name, place in zip(names, (root, checkout.resolve()), strict=True)}
         ratios.append((*names, "≥ 1.05" if preset == "dropout" else "≥ 1.02" if preset != "ae" else ""))
-    with contestants(calls) as found:
-        return compared(ratios, found, count)
+    return compared(ratios, calls, count, starts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--starts", type=int, default=1, help="starts of every contestant")
     parser.add_argument("--only", default="", help="ratios in whose names this stands; nothing is written then")
     parser.add_argument("--beside", type=Path, help="another checkout; nothing is written then")
     arguments = parser.parse_args()
-    head = f"{machine()}; {arguments.turns} turns of {TURN:g} s; {time.strftime('%Y-%m-%d')}"
+    plan = f"{arguments.turns} turns of {TURN:g} s over {arguments.starts} start{'s' * (arguments.starts > 1)}"
+    head = f"{machine()}; {plan}; {time.strftime('%Y-%m-%d')}"
     if arguments.beside:
-        print("\n".join([head, "", *beside(arguments.beside, arguments.turns)]))
+        print("\n".join([head, "", *beside(arguments.beside, arguments.turns, arguments.starts)]))
         return
     ratios = [ratio for ratio in RATIOS if any(arguments.only in name for name in ratio[:2])]
     needed = {name for ratio in ratios for name in ratio[:2]}
     calls = {name: (call, world, HERE.parent) for name, (call, world) in CONTESTANTS.items() if name in needed}
-    with contestants(calls) as found:
-        rows = compared(ratios, found, arguments.turns)
+    rows = compared(ratios, calls, arguments.turns, arguments.starts)
     if arguments.only:
         print("\n".join([head, "", *rows]))
         return
