@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Files side by side: most of a test's time is waiting for processes that start.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-fast test-long test-gpu fuzz lint bench
 

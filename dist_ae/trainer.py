@@ -427,7 +427,7 @@ def _finished(folder: RunDirectory, steps: Timeline, config: Config) -> dict[str
     """What ``result.json`` says of a run that is finished: one whose last step is on the disk."""
     kept = folder.read("result.json")
     wanted = {f.name for f in fields(Result)} - {"run_dir"}
-    if kept is None or not wanted <= set(kept):
+    if kept is None or not wanted <= set(kept) or not isinstance(kept["steps"], int):
         return None
     ran_out = config.train.patience is not None and kept.get("patience") == config.train.patience
     if not folder.holds(kept["steps"]) or not (kept["steps"] == steps.total_steps or ran_out):

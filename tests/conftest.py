@@ -185,17 +185,30 @@ def fashion_mnist() -> Path:
     return FASHION_MNIST
 
 
-LONGEST = (
-    "test_tune_ray",
-    "test_hosts",
-    "test_fuzz",
-    "test_surroundings",
-    "test_distributed",
-    "test_conv",
-    "test_launch",
-)
+# By stem, the longest first.
+LONGEST = [
+    "tune_ray",
+    "hosts",
+    "launch",
+    "wandb_faults",
+    "examples",
+    "verdicts",
+    "resume",
+    "surroundings",
+    "fuzz",
+    "explore",
+    "distributed",
+    "checkpoint",
+    "trainer",
+    "conv",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: side by side, the last one to start decides when all are done."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)

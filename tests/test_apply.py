@@ -125,6 +125,7 @@ def test_best_is_the_checkpoint_with_the_best_validation(tmp_path: Path) -> None
 
 def test_evaluate_gives_the_run_s_own_figures_on_any_number_of_processes(trained: Path) -> None:
     expected = json.loads((trained / "vae" / "result.json").read_text())["metrics"]
+    del expected["val.train_mse"]  # of a sample of the training images: a figure of training, not of a split
     for world in (1, 2):
         outputs = run(world, "-m", "dist_ae", "evaluate", str(trained / "vae"), "--batch-size", "50")
         assert all(status == 0 for status, _, _ in outputs), outputs

@@ -662,7 +662,8 @@ def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
         "denoising",
     )
     found = pca_errors(noisy, results(noisy))
-    assert found[64] == pytest.approx(0.09, rel=0.02)  # all of the noise goes through: its variance
+    # All of the noise goes through, of variance 0.09, but in the few directions in which no image varies.
+    assert 0.08 < found[64] < 0.09
     assert found[8] < found[64] / 2
 
 

@@ -34,13 +34,14 @@ class Reader:
         self.split, self.device, self.dtype = split, device, dtype
         self.resident: Tensor | None = None
         self._rows: Tensor | None = None  # of the images in `resident`, where it holds more than this split
-        self._axes = stored_order(split.images) if isinstance(split.images, np.ndarray) else (0, 1, 2, 3)
+        axes = stored_order(split.images) if isinstance(split.images, np.ndarray) else (0, 1, 2, 3)
+        self._axes = axes if axes[0] == 0 else (0, 1, 2, 3)  # images that are not each in one piece are copied
         self._ahead: tuple[Array, Future[Tensor]] | None = None
         self._thread: ThreadPoolExecutor | None = None
         stored_type = np.uint8 if split.images.dtype == np.uint8 else np.float32
         num_bytes = len(split) * int(np.prod(split.images.shape[1:])) * np.dtype(stored_type).itemsize
         whole = split.images
-        if device.type == "cpu" and isinstance(whole, np.ndarray) and not is_mapped(whole) and self._axes[0] == 0:
+        if device.type == "cpu" and isinstance(whole, np.ndarray) and not is_mapped(whole) and axes[0] == 0:
             # In memory already: no second copy, also where another split has the rest of its rows.
             self.resident = torch.from_numpy(np.ascontiguousarray(whole.transpose(self._axes), stored_type))
             self._rows = None if split.rows is None else torch.from_numpy(split.rows)
