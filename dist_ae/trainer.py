@@ -173,6 +173,11 @@ def prepare(
         )
     config = config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()})
     model = build(config, dataset.image_shape, own)
+    if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):
+        raise InputError(
+            f"extend: {config.directory()} holds no run to resume. Name it with --run-dir; the folder's usual name has "
+            "the number of epochs in it"
+        )
     if config.init_from is None:
         pca.check(config, model)
     elif launched_world()[0] == 0 and not _begun(config.directory()):
@@ -255,14 +260,11 @@ def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | 
     """Says how the learning rate of an extended run changes.
 
     Raises:
-        InputError: there is no run to extend, or it was longer.
+        InputError: it was longer.
     """
     before, step = ((kept or {}).get("trajectory") or {}).get("total_steps"), folder.newest_step()
-    if not isinstance(before, int) or step is None:
-        raise InputError(
-            f"extend: {folder.path} holds no run to resume. Name it with --run-dir; the folder's usual name has the "
-            "number of epochs in it"
-        )
+    if not isinstance(before, int) or step is None:  # `claim` says what is wrong with it
+        return
     if before > total:
         raise InputError(f"extend: the run in {folder.path} has {before} steps, more than the {total} asked for")
     if before < total:

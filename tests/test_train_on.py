@@ -99,6 +99,7 @@ def test_a_decaying_run_is_extended_only_on_request_and_says_what_changes(tmp_pa
         trained(tmp_path / "run", extend=True)
     with pytest.raises(InputError, match="holds no run to resume"):
         trained(tmp_path / "none", extend=True)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("world", [1, 2])
