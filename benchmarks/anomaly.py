@@ -9,8 +9,8 @@ images, by its error and by the Mahalanobis distance of its code. Prints one Mar
 then the mean over classes with its range over the seeds. Runs stay in ``--storage`` and are not trained twice.
 
 ``speed``: images a second of ``score`` and ``embed`` on arrays at batch 1024 beside the model's own forward or encoder
-(target ≥ 0.8), and the seconds of both on PNG files beside decoding the files on all cores (target ≤ 1.15). The rounds
-take turns; ratios are of each round, with their median and range.
+(target ≥ 0.8), and the seconds of both on PNG files beside decoding the files on all cores (target ≤ 1.15). The
+rounds take turns; ratios are of each round, with their median and range.
 """
 
 from __future__ import annotations

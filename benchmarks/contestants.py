@@ -139,7 +139,8 @@ def lightning(batch: int) -> None:
     images = pictures().float().div(127.5).sub(1)
     settings = {"max_epochs": -1, "accelerator": "cpu"}
     settings |= dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    L.Trainer(**settings).fit(Module(), DataLoader(TensorDataset(images), batch_size=batch, shuffle=True))  # type: ignore[arg-type]
+    batches = DataLoader(TensorDataset(images), batch_size=batch, shuffle=True)
+    L.Trainer(**settings).fit(Module(), batches)  # type: ignore[arg-type]
 
 
 def pythae(batch: int) -> None:

@@ -157,8 +157,8 @@ class Bench:
             if hosts:
                 started.append(hosts.start(rank, command, more_env))
             else:
-                quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-                started.append(subprocess.Popen(command, env={**os.environ, **more_env}, **quiet))  # type: ignore[call-overload]
+                nowhere, environment = subprocess.DEVNULL, {**os.environ, **more_env}
+                started.append(subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere))
         path = run_dir / "metrics.jsonl"
         try:
             while not path.exists() and all(process.poll() is None for process in started):

@@ -367,7 +367,8 @@ def main() -> None:
     rows += ["", "| beside training | median | range | target |", "|---|---|---|---|"]
     for name, (_, target) in COSTS.items():
         values = cost(name)
-        rows.append(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} – {max(values):.2f} | {target} |")
+        middle, low, high = statistics.median(values), min(values), max(values)
+        rows.append(f"| {name} | {middle:.2f} | {low:.2f} – {high:.2f} | {target} |")
     text = "\n".join([head, "", *rows])
     print(text)
     before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)

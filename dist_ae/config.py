@@ -258,7 +258,6 @@ class Config(Section):
     run_dir: Path | None = free(
         None, "where the run is kept; left out, runs/<name>-<data>-<fingerprint>. The same command again resumes it"
     )
-
     profile: str | None = free(
         None, "FROM:TO, steps to watch with torch's profiler: a Chrome trace and a table in the run directory"
     )

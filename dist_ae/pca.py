@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_ae.config import Config, InputError
-from dist_ae.data.order import share
+from dist_ae.data.order import evenly_spaced, share
 from dist_ae.data.reader import Reader
 from dist_ae.models import Autoencoder, Components, pad_to_multiple
 from dist_ae.processes.runtime import Alone
@@ -33,8 +33,7 @@ OVERSAMPLE, PASSES = (
 
 def sample_rows(num_images: int, size: int) -> Tensor:
     """The images that PCA looks at: evenly spaced rows, a pure function of the data set's size and the image's."""
-    count = min(num_images, SAMPLE_IMAGES, max(SAMPLE_VALUES // size, 1024))
-    return torch.arange(count) * num_images // count
+    return evenly_spaced(num_images, min(SAMPLE_IMAGES, max(SAMPLE_VALUES // size, 1024)))
 
 
 def patches(images: Tensor, side: int) -> Tensor:

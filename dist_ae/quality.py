@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dist_ae import pca
 from dist_ae.config import Config, InputError
+from dist_ae.data.order import evenly_spaced
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array
 from dist_ae.draws import Step, normal
@@ -25,7 +26,7 @@ from dist_ae.evaluate import EVALUATION_SEED, fixed_noise, psnr
 from dist_ae.models import Autoencoder, Components, Output, pixels
 from dist_ae.objectives import terms
 from dist_ae.processes.runtime import Alone
-from dist_ae.scores import in_batches, sampled
+from dist_ae.scores import SAMPLE, in_batches
 
 LONGEST_PROBED = 4096  # numbers of a code for which a linear probe is fitted: the matrix of a longer one is too large
 MEDIAN_SIDES = (3, 5)  # of a median filter's window; the better one on the very images that are shown
@@ -87,7 +88,7 @@ def per_image(
     model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Alone
 ) -> PerImage:
     """Error and SSIM of the reconstructions of at most 10,000 evenly spaced images, and those of PCA."""
-    rows = sampled(len(reader.split))
+    rows = evenly_spaced(len(reader.split), SAMPLE)
     code = model.linear_code()
     structured = min(model.image_shape[1:]) >= 2
 
@@ -126,7 +127,7 @@ def denoising(
     ``model``; ``median``, the better of 3 × 3 and 5 × 5; ``non-local means``, the best of three strengths, where
     scikit-image is installed. All of the same evenly spaced images (``denoised_images``) with the same noise.
     """
-    rows = sampled(len(reader.split), denoised_images(subset, model))
+    rows = evenly_spaced(len(reader.split), denoised_images(subset, model))
     numbers = len(rows) * math.prod(model.image_shape)
     result = {}
     for level in levels:
@@ -204,7 +205,7 @@ def probe(
     labels: list[Array] = []
     for reader in (train, val):
         known = np.flatnonzero(_labels(reader) >= 0)
-        rows = torch.from_numpy(known)[sampled(len(known))]
+        rows = torch.from_numpy(known)[evenly_spaced(len(known), SAMPLE)]
         labels.append(_labels(reader)[rows.numpy()])
         if len(np.unique(labels[0])) < 2 or not len(rows):
             return {}
@@ -279,7 +280,7 @@ def importance_bound(
     -log 1/K Σ p(x, z) / q(z|x) with K = ``samples`` draws z of q(z|x). The draws are keyed by image and sample, so the
     figure is the same however the images are shared and batched.
     """
-    rows = sampled(len(reader.split), subset)
+    rows = evenly_spaced(len(reader.split), subset)
     sums = torch.zeros(2, dtype=runtime.exact, device=runtime.device)
     for places, piece in in_batches(rows, config.evaluation.batch_size, runtime):
         if not len(piece):

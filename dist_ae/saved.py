@@ -12,7 +12,7 @@ from dist_ae.config import Config, InputError, load_config
 from dist_ae.files import Damaged, read_bounded
 from dist_ae.models import Autoencoder
 from dist_ae.run import checkpoint as checkpoints
-from dist_ae.run.checkpoint import EMA, MAX_HEADER, parse_tensors, read_checkpoint, step_of, template_of
+from dist_ae.run.checkpoint import EMA, MAX_HEADER, Checkpoint, parse_tensors, read_checkpoint, step_of, template_of
 
 Which = Literal["best", "last"]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
@@ -65,18 +65,27 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> S
             return Saved(parse_tensors(read_bounded(run_dir / WEIGHTS, room + MAX_HEADER), WEIGHTS, template), None)
         except Damaged as error:
             raise InputError(f"{run_dir}: {error}") from None
-    moving = {name: kind for name, kind in template.items() if name in dict(model.named_parameters())}
-    files = {checkpoints.WEIGHTS: template, EMA: moving}
     folders = [p for p in (run_dir / "checkpoints").glob("*") if step_of(p) is not None]
     for folder in sorted(folders, key=lambda p: step_of(p) or 0, reverse=True):
         try:
-            checkpoint = read_checkpoint(folder, files, part=True)
+            checkpoint, weights = read_weights(folder, model)
             best = checkpoint.state.get("best")
             if which == "best" and isinstance(best, dict) and best.get("step") != checkpoint.step:
-                folder = run_dir / "checkpoints" / f"{int(best['step']):08d}"
-                checkpoint = read_checkpoint(folder, files, part=True)
+                checkpoint, weights = read_weights(run_dir / "checkpoints" / f"{int(best['step']):08d}", model)
         except (Damaged, TypeError, ValueError) as error:
             reasons.append(str(error))
             continue
-        return Saved({**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})}, checkpoint.step)
+        return Saved(weights, checkpoint.step)
     raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")
+
+
+def read_weights(folder: Path, model: Autoencoder) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """A checkpoint without its optimizer, and the weights that are evaluated: their moving average, where it has one.
+
+    Raises:
+        Damaged: it is not whole, or another model's.
+    """
+    template = template_of(model.state_dict())
+    moving = {name: template[name] for name, _ in model.named_parameters()}
+    checkpoint = read_checkpoint(folder, {checkpoints.WEIGHTS: template, EMA: moving}, part=True)
+    return checkpoint, {**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_ae.config import Config, InputError
-from dist_ae.data.order import share
+from dist_ae.data.order import evenly_spaced, share
 from dist_ae.data.reader import Reader
 from dist_ae.evaluate import fixed_epsilon
 from dist_ae.models import Autoencoder, Output, pixels
@@ -34,7 +34,7 @@ class CodeMoments(NamedTuple):
     """Where codes lie: what the Mahalanobis distance is measured by."""
 
     mean: Tensor  # [L]
-    whitening: Tensor  # [L, L], of which the distance is |whitening · (code - mean)|; [L] where only variances are kept
+    whitening: Tensor  # [L, L]; the distance is |whitening · (code - mean)|. [L] where only variances are kept
 
     def distance(self, codes: Tensor) -> Tensor:
         """Mahalanobis distance of codes [B, …] → [B]."""
@@ -131,12 +131,6 @@ def score_images(
     return found
 
 
-def sampled(count: int, most: int = SAMPLE) -> Tensor:
-    """Evenly spaced rows of ``count``, at most so many: all of them where they are fewer."""
-    size = min(count, most)
-    return torch.arange(size) * count // max(size, 1)
-
-
 def in_batches(
     rows: Tensor, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[range, Tensor]]:
@@ -168,7 +162,7 @@ def code_moments(
     """
     size = math.prod(model.code_shape)
     full = size <= FULL_COVARIANCE
-    rows = sampled(len(train.split))
+    rows = evenly_spaced(len(train.split), SAMPLE)
     # Sums of differences from about the middle: of codes far from 0 that vary little, squares would lose the variance.
     middle = model.encode(train.take(rows[:256]))[0].flatten(1).to(runtime.exact).mean(0)
     total = torch.zeros(size, dtype=runtime.exact, device=runtime.device)
@@ -218,7 +212,7 @@ def calibrate(
     """
     batch_size, wanted = config.evaluation.batch_size, scores_of(model)
     moments = code_moments(model, train, batch_size, runtime, stop)
-    rows = sampled(len(normal.split))
+    rows = evenly_spaced(len(normal.split), SAMPLE)
     table = torch.zeros(len(wanted), len(rows), dtype=runtime.exact, device=runtime.device)
     for places, piece in in_batches(rows, batch_size, runtime, stop):
         if len(piece):

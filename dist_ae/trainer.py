@@ -32,12 +32,12 @@ from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
 from dist_ae.run import calibration
-from dist_ae.run.checkpoint import EMA, WEIGHTS, Checkpoint, Tensors, read_checkpoint, template_of
+from dist_ae.run.checkpoint import Checkpoint, Tensors, read_checkpoint, template_of
 from dist_ae.run.directory import RunDirectory, SaveError
 from dist_ae.run.profile import Profile
 from dist_ae.run.progress import Display, processes_table
 from dist_ae.run.tracking import Tracking, new_run_id
-from dist_ae.saved import image_shape, run_config, saved_weights
+from dist_ae.saved import image_shape, read_weights, run_config, saved_weights
 from dist_ae.scores import calibrate
 from dist_ae.step import Learner
 from dist_ae.terminal import EXIT_STOPPED, say
@@ -241,8 +241,8 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
     if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
         raise InputError(
             f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and this "
-            f"is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as it "
-            "is; to train, choose another --run-dir"
+            f"is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as "
+            "it is; to train, choose another --run-dir"
         )
     trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
     may_change: tuple[str, ...] = ()
@@ -317,7 +317,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     # Start, or resume.
     learner = Learner(config, job.dataset, job.model, runtime, steps)
     validation = Reader(job.dataset.val, runtime.device, runtime.dtype)
-    seen = Reader(_sample(job.dataset.train, len(job.dataset.val)), runtime.device, runtime.dtype)
+    seen: Reader | None = None  # some training images; from a slow disk, which the first step need not wait for
     state = _resume(learner, folder, job.start_from)
     display = Display(runtime.is_main, state.step, steps.total_steps)
     for line in (*notes(config), *_headline(job, learner, state)):
@@ -351,6 +351,9 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                         components = None
                     with learner.evaluation_weights():
                         metrics = evaluate(learner.model, validation, config, runtime, pauses.stop)
+                        seen = seen or Reader(
+                            _sample(job.dataset.train, len(job.dataset.val)), runtime.device, runtime.dtype
+                        )
                         metrics["train_mse"] = evaluate(learner.model, seen, config, runtime, pauses.stop)["mse"]
                 except StopRequested:
                     stopping = True
@@ -656,22 +659,18 @@ def _read_weights(learner: Learner, folder: RunDirectory | None, step: int) -> b
     """Fills the model, on every process, with the weights of a checkpoint as they are evaluated; False where it is not
     whole."""
     model = learner.raw_model
-    live = dict(model.state_dict())
 
     def read() -> bool:
         assert folder is not None
-        moving = template_of({name: live[name] for name, _ in model.named_parameters()})
         try:
-            path = folder.checkpoints / f"{step:08d}"
-            files = read_checkpoint(path, {WEIGHTS: template_of(live), EMA: moving}, part=True).files
+            model.load_state_dict(read_weights(folder.checkpoints / f"{step:08d}", model)[1])
         except Damaged:
             return False
-        model.load_state_dict({**files[WEIGHTS], **files.get(EMA, {})})
         return True
 
     whole = bool(learner.runtime.on_main(read))
     if whole and learner.runtime.world > 1:
-        for tensor in live.values():
+        for tensor in model.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
     return whole
 

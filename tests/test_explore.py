@@ -170,6 +170,14 @@ def test_an_exported_folder_loads_as_its_run_and_its_card_holds_the_run_s_figure
     assert json.loads((tmp_path / "again/result.json").read_text())["weights_sha256"] == result["weights_sha256"]
 
 
+def test_a_run_whose_result_cannot_be_read_is_exported_as_unfinished(trained: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained / "ae", run_dir)
+    (run_dir / "result.json").write_text("{")
+    folder, _ = commands.export_run(run_dir, tmp_path / "out", format="safetensors")
+    assert "| steps | unfinished |" in (folder / "README.md").read_text()
+
+
 def test_an_uploaded_model_comes_back_from_the_hub(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

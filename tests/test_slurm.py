@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ class Slurm:
         words = self.said("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def has_ended(self, number: str) -> bool:
+        return self.job(number)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING")
+
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[Slurm]:
@@ -137,7 +141,7 @@ def test_a_sweep_runs_on_a_ray_cluster_of_the_jobs_two_nodes_and_resumes(slurm: 
     command += [word for setting in settings for word in ("--set", setting)]
     for _ in range(2):
         job = slurm.said(*command).strip()
-        until(lambda job=job: slurm.job(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"), slurm.hosts, 200)  # type: ignore[misc]
+        until(partial(slurm.has_ended, job), slurm.hosts, 200)
         assert slurm.job(job)["JobState"] == "COMPLETED", (tmp_path / "job.log").read_text()
     assert len(list((tmp_path / "sweeps" / "first").glob("trials/*/reports.jsonl"))) == 2
     assert (tmp_path / "sweeps" / "first" / "best.json").exists()

@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dist_ae.config import Config, Fault, InputError
-
-EXIT_STOPPED = 75  # 75 is EX_TEMPFAIL: --resume goes on
+from dist_ae.terminal import EXIT_STOPPED
 
 
 def sweep(

@@ -21,6 +21,7 @@ from typing import Any
 
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
+from dist_ae.terminal import EXIT_STOPPED
 
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from .results import Selection, results, retrained, select
@@ -33,7 +34,7 @@ PROBED = 100  # points of an optimizer's space that are looked at before it sugg
 class Interrupted(Exception):
     """The sweep was interrupted. The message says how to go on with it."""
 
-    exit_status = 75
+    exit_status = EXIT_STOPPED
 
 
 # -- what can be wrong, before Ray starts

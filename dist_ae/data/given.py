@@ -86,6 +86,11 @@ def picked(one: Given, index: Array) -> Given:
     return Given(Split(one.split.images, labels, rows), names, one.classes)
 
 
+def blocks(count: int, size: int = 1000) -> list[range]:
+    """The rows of ``count`` images in blocks of at most ``size``."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def floats(one: Given, rows: range) -> Tensor:
     """Images ``rows`` as float32 [len(rows), C, H, W].
 

@@ -10,6 +10,12 @@ from torch import Tensor
 from dist_ae.draws import keyed_seed
 
 
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Rows of ``count``, at most ``most`` of them, evenly spaced: all of them where they are fewer."""
+    size = min(count, most)
+    return torch.arange(size) * count // max(size, 1)
+
+
 def epoch_order(
     seed: int, epoch: int, num_images: int, shards: Sequence[int] | None = None, window: int | None = None
 ) -> Tensor:

@@ -14,6 +14,8 @@ from torch import nn
 from dist_ae.processes.host_memory import SharedSum, share_memory
 from dist_ae.processes.runtime import Runtime
 
+Gradient = torch.futures.Future[torch.Tensor]  # that a hook gives back when it has come
+
 
 def sum_gradients(model: nn.Module, runtime: Runtime, rounded: bool) -> str:
     """Makes DDP add up gradients, through shared memory where all processes are on one machine's CPU.
@@ -36,19 +38,17 @@ def sum_gradients(model: nn.Module, runtime: Runtime, rounded: bool) -> str:
     return f"{num_bytes:,} bytes a step as {str(dtype).removeprefix('torch.')}, added up {way}"
 
 
-def _add(runtime: Runtime, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+def _add(runtime: Runtime, bucket: dist.GradBucket) -> Gradient:  # type: ignore[name-defined]
     since = _now(runtime)
     work = dist.all_reduce(bucket.buffer(), async_op=True)
-    arrived: torch.futures.Future[torch.Tensor] = work.get_future().then(
-        lambda future: _arrived(runtime, since, future.value()[0])
-    )
+    arrived: Gradient = work.get_future().then(lambda future: _arrived(runtime, since, future.value()[0]))
     return arrived
 
 
-def _add_rounded(runtime: Runtime, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+def _add_rounded(runtime: Runtime, bucket: dist.GradBucket) -> Gradient:  # type: ignore[name-defined]
     since, gradient = _now(runtime), bucket.buffer()
     work = dist.all_reduce(gradient.to(torch.bfloat16), async_op=True)
-    arrived: torch.futures.Future[torch.Tensor] = work.get_future().then(
+    arrived: Gradient = work.get_future().then(
         lambda future: _arrived(runtime, since, gradient.copy_(future.value()[0]))
     )
     return arrived

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_ae import pca
 from dist_ae.config import InputError
-from dist_ae.data.given import Given, floats
+from dist_ae.data.given import Given, blocks, floats
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array, Dataset
 from dist_ae.processes.runtime import Alone
@@ -22,7 +22,6 @@ from dist_ae.use.trained import TrainedModel
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
 MVTEC_NORMAL = "good"  # as MVTec AD names its folder of pictures without a defect
-BLOCK = 1000  # images at once
 SATURATED = 0.01  # share of images whose map may go beyond the one scale of all maps
 
 
@@ -92,14 +91,7 @@ def pca_scores(trained: TrainedModel, dataset: Dataset, one: Given) -> Tensor | 
     alone = Alone(torch.device("cpu"))
     components = pca.of_model(trained.model, Reader(dataset.train, alone.device), alone)
     assert components is not None
-    return torch.cat([pca.errors(components, code.patch, images) for _, images in blocks(one)])
-
-
-def blocks(one: Given) -> Iterator[tuple[range, Tensor]]:
-    """Images in pieces: their places, and floats [B, C, H, W]."""
-    for start in range(0, len(one.split), BLOCK):
-        rows = range(start, min(start + BLOCK, len(one.split)))
-        yield rows, floats(one, rows)
+    return torch.cat([pca.errors(components, code.patch, floats(one, rows)) for rows in blocks(len(one.split))])
 
 
 def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
@@ -122,7 +114,8 @@ def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
 
 def maps_of(trained: TrainedModel, one: Given, kind: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Place, image, reconstruction [C, H, W] and map [H, W] of every image."""
-    for rows, images in blocks(one):
+    for rows in blocks(len(one.split)):
+        images = floats(one, rows)
         reconstructions = trained.reconstruct(images)
         maps = error_maps(images, reconstructions, kind)
         yield from zip(rows, images, reconstructions, maps, strict=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_ae import pca, quality
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
-from dist_ae.data.given import Given, file_names, floats, picked
+from dist_ae.data.given import Given, blocks, file_names, floats, picked
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array
@@ -31,7 +31,7 @@ from dist_ae.processes.environment import pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.saved import Which, run_config
 from dist_ae.scores import check_score
-from dist_ae.use import export
+from dist_ae.use import export, hub
 from dist_ae.use.explore import explore_page, plane
 from dist_ae.use.trained import TrainedModel, load
 
@@ -40,7 +40,6 @@ TILES = 100  # rows or columns of a picture at most: beyond it images are too ma
 SAMPLE_COLUMNS = 8
 NOISE_LEVELS = (0.1, 0.3, 0.5)  # standard deviations on [0, 1] at which an evaluation denoises
 MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior: beyond them it is said to be off N(0, 1)
-BLOCK = 1000  # images that are written before the next are computed
 
 
 @dataclass(frozen=True)
@@ -295,12 +294,12 @@ def _write_reconstructions(
             image_rows(rows, path)
 
         return _write(out, draw)
-    blocks = [range(start, min(start + BLOCK, len(one.split))) for start in range(0, len(one.split), BLOCK)]
+    cut = blocks(len(one.split))
     if out.suffix == ".npy":
-        return _write_array(out, torch.cat([outputs(rows) for rows in blocks]))
+        return _write_array(out, torch.cat([outputs(rows) for rows in cut]))
     names = file_names(one)
     return _write_folder(
-        out, ((names[row], image) for rows in blocks for row, image in zip(rows, outputs(rows), strict=True))
+        out, ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
     )
 
 
@@ -326,8 +325,8 @@ def interpolate_run(
     which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or .npy,
-    float32 [pairs, steps, C, H, W] on [0, 1]."""
+    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or
+    .npy, float32 [pairs, steps, C, H, W] on [0, 1]."""
     trained = load(run_dir, which)
     out = _destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
     one = _given(trained, images, data_root)
@@ -576,7 +575,7 @@ def export_run(
         content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
         return _write(out, lambda path: path.write_bytes(content)), None
     written = _write_into(out, lambda folder: export.write_folder(trained, run_dir, folder, license))
-    return written, None if push_to_hub is None else export.push(written, push_to_hub)
+    return written, None if push_to_hub is None else hub.push(written, push_to_hub)
 
 
 def explore_run(

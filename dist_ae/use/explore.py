@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dist_ae.config import InputError
-from dist_ae.data.given import Given, floats
+from dist_ae.data.given import Given, blocks, floats
 from dist_ae.data.records import Array
 from dist_ae.models import MLP
 from dist_ae.use.export import onnx_bytes
@@ -53,11 +53,10 @@ def explore_page(
     count = len(images.split)
     if count < 3:
         raise InputError(f"a map needs at least 3 images, got {count}")
-    codes, errors, reconstructed = _applied(trained, images)
+    codes, errors, originals, reconstructed = _applied(trained, images)
     mean, directions, scales = _principal(codes)
     coordinates = (codes - mean) @ directions.T
     kept = float((scales**2).sum() / np.maximum(codes.var(0, ddof=1).sum(), 1e-30))
-    originals = torch.cat([floats(images, rows) for rows in _blocks(count)])
     labels = images.split.labels
     worst_first = np.argsort(-errors, kind="stable")
     extremes = [*worst_first[::-1][:EXTREMES], *worst_first[:EXTREMES]]
@@ -76,11 +75,11 @@ def explore_page(
         "pairs": _pairs(originals[extremes], reconstructed[extremes]),
         "strips": _strips(trained, mean, directions, scales),
         "samples": _samples(trained),
+        "deviations": scales.tolist(),
         **_quantized(coordinates),
         **_decoder(trained, mean, directions, runtime),
+        **_sprites(originals, reconstructed),
     }
-    page["deviations"] = scales.tolist()
-    page |= _sprites(originals, reconstructed)
     # "<" would let a picture's name end the element that the data stands in.
     data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
     html = TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", _escaped(title)).replace("{{data}}", data)
@@ -91,21 +90,18 @@ def explore_page(
     return html
 
 
-def _blocks(count: int, size: int = 1000) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _applied(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor]:
-    """Codes [N, D], errors per pixel [N], and reconstructions [N, C, H, W] as bytes."""
-    codes, errors, reconstructed = [], [], []
-    for rows in _blocks(len(images.split)):
+def _applied(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor, Tensor]:
+    """Codes [N, D], errors per pixel [N], and originals and reconstructions [N, C, H, W] as bytes."""
+    codes, errors, originals, reconstructed = [], [], [], []
+    for rows in blocks(len(images.split)):
         clean = floats(images, rows)
         output = trained.model(clean.to(trained.device), None)
         seen = output.reconstruction.float().cpu()
         codes.append(output.mean.flatten(1).float().cpu().numpy())
         errors.append((seen - clean).square().flatten(1).mean(1).numpy())
+        originals.append(_bytes(clean))
         reconstructed.append(_bytes(seen))
-    return np.concatenate(codes), np.concatenate(errors), torch.cat(reconstructed)
+    return np.concatenate(codes), np.concatenate(errors), torch.cat(originals), torch.cat(reconstructed)
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -205,14 +201,14 @@ def _samples(trained: TrainedModel, columns: int = 12, rows: int = 4) -> str | N
 
 def _pairs(originals: Tensor, reconstructed: Tensor) -> list[str]:
     """Pictures of an original over its reconstruction."""
-    both = torch.cat([_bytes(originals), reconstructed], 2)
+    both = torch.cat([originals, reconstructed], 2)
     return [_data_uri(_tiled(_shrunk(pair[None], 2 * LARGEST_STRIP_SIDE), 1), "PNG") for pair in both]
 
 
 def _sprites(originals: Tensor, reconstructed: Tensor) -> dict[str, Any]:
     """Thumbnails of all images and their reconstructions, each in one picture: as fine as the page has room for."""
     columns = math.ceil(math.sqrt(len(originals)))
-    small = [_bytes(originals), reconstructed]
+    small = [originals, reconstructed]
     for side, quality in ((32, 80), (32, 60), (28, 50), (24, 40), (20, 30), (16, 20)):
         small = [_shrunk(images, side) for images in small]
         sprites = [_data_uri(_tiled(images, columns), "WEBP", quality) for images in small]

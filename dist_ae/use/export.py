@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ae.config import Config, Fault, InputError
-from dist_ae.files import to_json
+from dist_ae.files import Damaged, read_json, to_json
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.presets import PRESETS
@@ -132,9 +131,11 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
     picture = run_dir / "figures" / "reconstructions.png"
     if picture.is_file():
         shutil.copyfile(picture, folder / picture.name)
-    result = run_dir / "result.json"
-    kept = json.loads(result.read_text()) if result.is_file() else {}
-    card = _card(trained, kept, license, picture.name if picture.is_file() else None)
+    try:
+        result = read_json(run_dir / "result.json")
+    except Damaged:  # a run that is not finished
+        result = {}
+    card = _card(trained, result, license, picture.name if picture.is_file() else None)
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
@@ -207,23 +208,3 @@ def command_of(config: Config) -> str:
             text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
             parts.append(f"--{flag} {text}")
     return " ".join(parts)
-
-
-def push(folder: Path, name: str) -> str:
-    """Uploads an exported folder to the Hugging Face Hub and returns its address.
-
-    Raises:
-        InputError: the Hub refuses: no login, no such owner, no network.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        address = str(api.create_repo(name, exist_ok=True))
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by dist-ae")
-    except Exception as error:  # those of its HTTP library too, which changes with the version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"--push-to-hub {name}: {reason}; `hf auth login` logs in. The folder is in {folder}"
-        ) from None
-    return address

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
-from dist_ae.data.given import Given, floats, given
+from dist_ae.data.given import Given, blocks, floats, given
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset, Split
 from dist_ae.draws import Step, normal
@@ -20,11 +20,11 @@ from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, build
 from dist_ae.processes.runtime import Alone
 from dist_ae.run import calibration as kept_calibration
-from dist_ae.saved import CONFIG, WEIGHTS, Which, image_shape, run_config, saved_weights
+from dist_ae.saved import CONFIG, Which, image_shape, run_config, saved_weights
 from dist_ae.scores import Calibration, calibrate, check_score, score_images
+from dist_ae.use import hub
 
 Images = Any  # what `dist_ae.data.given.given` takes
-HUB = "hf:"
 
 
 class TrainedModel:
@@ -64,8 +64,8 @@ class TrainedModel:
 
         Args:
             score: ``error``, squared error per pixel on [0, 1] of the reconstruction, the usual one;
-                ``neg_elbo``, the negative ELBO in nats (one ε keyed by the image's place in the call), the usual one of
-                a variational model; or ``mahalanobis``, the distance of the code from those of training images.
+                ``neg_elbo``, the negative ELBO in nats (one ε keyed by the image's place in the call), the usual one
+                of a variational model; or ``mahalanobis``, the distance of the code from those of training images.
 
         Raises:
             InputError: no such score, or not for this model; ``mahalanobis`` without a calibration (see
@@ -121,7 +121,7 @@ class TrainedModel:
         kept: Any = None
         if self.source is not None:
             with contextlib.suppress(Damaged, KeyError, TypeError):
-                kept = read_json(self.source[0] / "config.json")["trajectory"]["data.fingerprint"]
+                kept = read_json(self.source[0] / CONFIG)["trajectory"]["data.fingerprint"]
         if kept not in (None, dataset.fingerprint):
             raise InputError(f"{dataset.name} is not what the run was trained on: its fingerprint is another")
         return dataset
@@ -206,11 +206,8 @@ class TrainedModel:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         found = self.given(images)
-        parts = []
-        for start in range(0, len(found.split), batch_size):
-            rows = range(start, min(start + batch_size, len(found.split)))
-            parts.append(function(floats(found, rows).to(self.device), rows).float().cpu())
-        return torch.cat(parts)
+        cut = blocks(len(found.split), batch_size)
+        return torch.cat([function(floats(found, rows).to(self.device), rows).float().cpu() for rows in cut])
 
 
 def load(
@@ -229,20 +226,10 @@ def load(
     """
     if which not in ("last", "best"):
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")
-    run_dir = _from_hub(run_dir) if isinstance(run_dir, str) and run_dir.startswith(HUB) else Path(run_dir)
+    run_dir = hub.pull(run_dir) if isinstance(run_dir, str) and run_dir.startswith(hub.PREFIX) else Path(run_dir)
     config = run_config(run_dir)
     built = build(config, image_shape(config, run_dir), model)
     built.to(torch.float64 if config.precision == "fp64" else torch.float32)
     saved = saved_weights(run_dir, built, which)
     built.load_state_dict(saved.weights)
     return TrainedModel(built, config, device, None if saved.step is None else (run_dir, saved.step))
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:  # those of its HTTP library too, which changes with the version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {reason}") from None

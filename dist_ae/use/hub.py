@@ -1,0 +1,47 @@
+"""The Hugging Face Hub: folders that ``dist-ae export --format safetensors`` made, up and down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_ae.config import InputError
+from dist_ae.saved import CONFIG, WEIGHTS
+
+PREFIX = "hf:"
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads an exported folder and returns its address.
+
+    Raises:
+        InputError: the Hub refuses: no login, no such owner, no network.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(name, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by dist-ae")
+    except Exception as error:  # those of its HTTP library too, which changes with the version
+        raise InputError(
+            f"--push-to-hub {name}: {_reason(error)}; `hf auth login` logs in. The folder is in {folder}"
+        ) from None
+    return address
+
+
+def pull(name: str) -> Path:
+    """The folder of ``hf:OWNER/NAME``, downloaded once.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # as above
+        raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
