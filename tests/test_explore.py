@@ -170,6 +170,16 @@ def test_an_exported_folder_loads_as_its_run_and_its_card_holds_the_run_s_figure
     assert json.loads((tmp_path / "again/result.json").read_text())["weights_sha256"] == result["weights_sha256"]
 
 
+def test_a_card_s_figures_are_those_of_the_exported_weights(tmp_path: Path) -> None:
+    # A rate that spoils the model after a good start: the best weights, which are exported, are not the last.
+    values = {**SMALL, "train.steps": 40, "train.eval_every": 5, "optim.lr": 0.5, "optim.schedule": "constant"}
+    result = dist_ae.train(PRESETS["ae"].override({**values, "run_dir": str(tmp_path / "run")}))
+    assert result.best_step < 40
+    folder, _ = commands.export_run(tmp_path / "run", tmp_path / "out", format="safetensors")
+    found = re.search(r"\| `val.mse` \| (.*) \|", (folder / "README.md").read_text())
+    assert found and float(found[1]) == pytest.approx(float(dist_ae.load(folder).score(IMAGES).mean()), rel=1e-4)
+
+
 def test_a_run_whose_result_cannot_be_read_is_exported_as_unfinished(trained: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(trained / "ae", run_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ae.config import Config, Fault, InputError
-from dist_ae.files import Damaged, read_json, to_json
+from dist_ae.files import Damaged, parse_json, read_json, to_json
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.presets import PRESETS
@@ -135,22 +135,42 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
         result = read_json(run_dir / "result.json")
     except Damaged:  # a run that is not finished
         result = {}
-    card = _card(trained, result, license, picture.name if picture.is_file() else None)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    step = None if trained.source is None else trained.source[1]
+    rows = [
+        ("steps", f"{result['steps']:,}" if isinstance(result.get("steps"), int) else "unfinished"),
+        *([("weights", f"of step {step:,}")] if step is not None else []),
+        *((f"`val.{name}`", f"{value:.6g}") for name, value in _figures(run_dir, step).items()),
+    ]
+    (folder / CARD).write_text(_card(trained, rows, license, picture.name if picture.is_file() else None), "utf-8")
 
 
-def _card(trained: TrainedModel, result: Mapping[str, Any], license: str, picture: str | None) -> str:
+def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
+    """What the evaluation at a step found: the best weights' own figures, where they are not the last."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return {}
+    for raw in reversed(lines):
+        try:
+            line = parse_json(raw, "metrics.jsonl")
+        except Damaged:
+            continue
+        if line.get("split") == "val" and line.get("step") == step:
+            return {name: value for name, value in line.items() if isinstance(value, float) and name != "epoch"}
+    return {}
+
+
+def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: str, picture: str | None) -> str:
     """A model card from what the run knows: data, figures, the command, how to load it."""
     config, model = trained.config, trained.model
-    kind = f"{'variational ' if config.model.variational else ''}autoencoder, {config.model.architecture}"
+    kind = f"{'A variational' if config.model.variational else 'An'} autoencoder, {config.model.architecture}"
     numbers = torch.Size(model.code_shape).numel()
     rows = [
         ("data", f"`{config.data.name}`"),
         ("images", f"{' × '.join(map(str, model.image_shape))} (channels, height, width), floats on [0, 1]"),
         ("code", f"{numbers:,} numbers, shape {list(model.code_shape)}"),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
-        ("steps", f"{result['steps']:,}" if "steps" in result else "unfinished"),
-        *((f"`{name}`", f"{value:.6g}") for name, value in result.get("metrics", {}).items()),
+        *figures,
         ("SHA-256 of the weights", f"`{weights_sha256(model.state_dict())}`"),
     ]
     return "\n".join(
@@ -164,7 +184,7 @@ def _card(trained: TrainedModel, result: Mapping[str, Any], license: str, pictur
             "",
             f"# {config.name} on {config.data.name}",
             "",
-            f"A {kind}, trained by dist-ae. Figures are of the validation images: `mse` per pixel on [0, 1], `psnr` in",
+            f"{kind}, trained by dist-ae. Figures are of the validation images: `mse` per pixel on [0, 1], `psnr` in",
             "dB, `neg_elbo` and its parts in nats an image; `pca_mse` is the best linear code of the same size.",
             "",
             *([f"![originals and reconstructions]({picture})", ""] if picture else []),
