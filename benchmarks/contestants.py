@@ -200,6 +200,66 @@ def limit(bf16: bool) -> None:
         METER.tick(2 * 1024**3 / FLOPS_PER_IMAGE)
 
 
+def conv():  # type: ignore[no-untyped-def]
+    """The network that the preset `conv` trains on Fashion-MNIST in benchmarks/recipes.md."""
+    import dist_ae
+    from dist_ae.models import build
+
+    return build(dist_ae.PRESETS["conv"].override({"model.widths": (32, 64), "model.latent_dim": 3}), (1, 28, 28))
+
+
+def bare_conv(batch: int) -> None:
+    """The same network in the loop of ``bare``, in bf16."""
+    import torch
+
+    images = pictures()
+    model = conv()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    while True:
+        order = torch.randperm(len(images))
+        for at in range(0, len(images) - batch, batch):
+            x = images[order[at : at + batch]].float().div_(255)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(x).raw
+            loss = (y.float() - x.mul(2).sub_(1)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            METER.tick(batch)
+
+
+def conv_limit(batch: int) -> None:
+    """That network's own convolutions and their gradients in bf16, one after the other, and nothing else."""
+    import torch
+    from torch.nn import functional as F
+
+    from dist_ae.models.conv import Convolution
+
+    model, calls = conv(), []
+
+    def note(layer: Convolution, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        calls.append((layer, inputs[0].requires_grad, inputs[0].shape, output.shape))
+
+    hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, Convolution)]
+    model(torch.zeros(batch, 1, 28, 28))
+    for hook in hooks:
+        hook.remove()
+
+    def filled(shape: torch.Size, gradient: bool = False) -> torch.Tensor:
+        made = torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        return made.requires_grad_(gradient)
+
+    work = [
+        (layer, filled(taken, gradient), filled(torch.Size(layer.kernel), True), filled(given))
+        for layer, gradient, taken, given in calls
+    ]
+    while True:
+        for layer, x, kernel, upstream in work:
+            y = F.conv2d(x, kernel, None, layer.stride, layer.padding)
+            torch.autograd.grad(y, [kernel, x] if x.requires_grad else [kernel], upstream)
+        METER.tick(batch)
+
+
 def ours(batch: int, *more: str, preset: str = "ae") -> None:
     """`dist-ae train` with Accelerate, metrics every 50 steps and W&B offline; evaluation and checkpoints, whose time
     is no training's, are timed apart."""
@@ -225,6 +285,12 @@ def ours(batch: int, *more: str, preset: str = "ae") -> None:
         given = [part for key, value in settings.items() for part in (f"--{key}", *str(value).split())]
         sys.argv[1:] = ["train", preset, *given, *more]
         __main__.main()
+
+
+def ours_conv(batch: int, *more: str) -> None:
+    """The same with the convolutional model, in bf16."""
+    network = ("--model.widths", "32", "64", "--model.latent-dim", "3", "--model.activation", "gelu")
+    ours(batch, *network, "--precision", "bf16", *more, preset="conv")
 
 
 METER: Meter

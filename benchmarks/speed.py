@@ -59,6 +59,11 @@ CONTESTANTS = {  # the call, and the number of processes
     "ours, 2 processes, batch 1024": ("ours(1024)", 2),
     "ours, 2 processes, bf16 gradients, batch 1024": ("ours(1024, '--train.gradient-type', 'bf16')", 2),
     "ours, 2 processes, batch 8192": ("ours(8192)", 2),
+    "ours, conv, batch 256": ("ours_conv(256)", 1),
+    "ours, conv, compiled, batch 256": ("ours_conv(256, '--train.compile')", 1),
+    "ours, 2 processes, conv, batch 256": ("ours_conv(256)", 2),
+    "bare loop, conv, batch 256": ("bare_conv(256)", 1),
+    "limit of its convolutions, batch 256": ("conv_limit(256)", 1),
     "limit of matrix products, fp32": ("limit(False)", 1),
     "limit of matrix products, bf16": ("limit(True)", 1),
 }
@@ -80,6 +85,10 @@ RATIOS = (  # what, of which, target
     ("ours, 2 processes, batch 1024", "ours, batch 1024", "≥ 1.08"),
     ("ours, 2 processes, batch 8192", "ours, batch 8192", "≥ 1.04"),
     ("ours, 2 processes, bf16 gradients, batch 1024", "ours, batch 1024", "≥ 0.90"),
+    ("ours, conv, batch 256", "bare loop, conv, batch 256", "≥ 0.97"),
+    ("ours, conv, batch 256", "limit of its convolutions, batch 256", ""),
+    ("ours, conv, compiled, batch 256", "ours, conv, batch 256", ""),
+    ("ours, 2 processes, conv, batch 256", "ours, conv, batch 256", ""),
 )
 BESIDE = ("denoising", "dropout", "vae", "ae")  # presets whose step is compared with another checkout's
 

@@ -240,6 +240,15 @@ class Learner:
             parts["ema"] = dict(zip(names, self.ema, strict=True))
         return parts
 
+    def memory(self, kept: int) -> int:
+        """Bytes that training takes on this process beside the images: weights, their gradients, optimizer, moving
+        average, and the ``kept`` bytes of each image in a piece of the batch.
+        """
+        parts = self.tensors()
+        held = [*parts["weights"].values(), *(tensor for part in parts.values() for tensor in part.values())]
+        images = -(-self.config.train.batch_size // (self.runtime.world * self.accumulate))
+        return sum(tensor.nbytes for tensor in held) + images * kept
+
     def rows(self, step: int) -> Tensor:
         """The rows of the dataset that a step sees over all processes, [B], on the host."""
         return self._batch(step).cpu()

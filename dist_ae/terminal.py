@@ -39,6 +39,14 @@ def say(text: str, stream: TextIO | None = None) -> None:
         silence(stream)
 
 
+def size_of(num_bytes: int) -> str:
+    """Bytes in the unit that a person reads them in."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} KiB"
+
+
 def rank() -> int:
     """This process's rank as the launcher says it, 0 where it says nothing that can be read."""
     text = os.environ.get("RANK", "")

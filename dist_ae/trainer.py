@@ -25,6 +25,7 @@ from dist_ae.draws import has_draws
 from dist_ae.evaluate import collapsed, evaluate, selection
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models import Autoencoder, Builder, blank, build
+from dist_ae.models.cost import cost_of
 from dist_ae.models.weights import weights_sha256
 from dist_ae.processes.clock import Clock
 from dist_ae.processes.environment import check_environment, launched_world, meeting, notes, pinned_torch
@@ -40,7 +41,7 @@ from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.saved import image_shape, read_weights, run_config, saved_weights
 from dist_ae.scores import calibrate
 from dist_ae.step import Learner
-from dist_ae.terminal import EXIT_STOPPED, say
+from dist_ae.terminal import EXIT_STOPPED, say, size_of
 from dist_ae.timeline import Timeline
 
 LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk
@@ -702,11 +703,14 @@ def _headline(job: Job, learner: Learner, state: State) -> list[str]:
     config, world = job.config, learner.runtime.world
     parameters = sum(p.numel() for p in learner.parameters)
     numbers = torch.Size(learner.raw_model.code_shape).numel()
+    one = cost_of(learner.raw_model, learner.runtime.lower)
+    operations = f"{one.operations / 1e6:,.1f} MFLOP"
     where = f"{world} process{'es' if world > 1 else ''} on {learner.runtime.device.type}, {config.precision}"
     start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
     return [
         f"{config.name} on {job.dataset.name}: {len(job.dataset.train):,} images ({learner.images.held}), "
-        f"code of {numbers:,} numbers, {parameters:,} parameters, {where}; {start} → {config.directory()}"
+        f"code of {numbers:,} numbers, {parameters:,} parameters, {operations} an image, "
+        f"{size_of(learner.memory(one.kept))} to train, {where}; {start} → {config.directory()}"
     ]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
+from dist_ae.terminal import size_of
 
 SHARE_OF_MEMORY = (
     0.5  # of what is free, for images held in memory: the rest is for weights, activations and other programs
@@ -50,7 +51,7 @@ class Reader:
         where = "in memory" if device.type == "cpu" else f"on {device.type}"
         if self.resident is None:
             where = "memory-mapped" if is_mapped(split.images) else "in the memory of the host"
-        self.held = f"{_size(num_bytes)} {where}"
+        self.held = f"{size_of(num_bytes)} {where}"
 
     def _copy(self, stored_type: type) -> Tensor:
         kind = torch.uint8 if stored_type is np.uint8 else torch.float32
@@ -120,13 +121,6 @@ def _collect(split: Split, index: Array, axes: tuple[int, ...], pin: bool) -> Te
 def _tensor(images: Array, axes: tuple[int, ...]) -> Tensor:
     stored_type = np.uint8 if images.dtype == np.uint8 else np.float32  # also of floats that torch has no type for
     return torch.from_numpy(np.require(images.transpose(axes), stored_type, ["C", "W"]))
-
-
-def _size(num_bytes: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes / 1024:.1f} KiB"
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -107,6 +107,7 @@ class Runtime(Alone):
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         super().__init__(self.accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
         self.is_main = self.accelerator.is_main_process
+        self.lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)  # autocast's type
         if self.world != launched:
             raise InputError(
                 f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
