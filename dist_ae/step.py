@@ -134,13 +134,20 @@ class Learner:
         for part in range(self.accumulate):
             piece = share(mine, part, self.accumulate)
             first, last_row = piece.start - mine.start, piece.stop - mine.start
+            taken, idle = rows[first:last_row], not piece
+            if idle:
+                # Computes the first image, which then has no weight: compiled code, and a model of a user's own, need
+                # not take an empty batch.
+                taken, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
             since = time.perf_counter()
-            images = self.images.take(rows[first:last_row], self._then(rows[last_row:], part))
+            images = self.images.take(taken, self._then(rows[last_row:], part))
             runtime.clock.count("data", since)
             draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
             last = part == self.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 terms = objective(self.model, images, draws, config, self._beta)
+                if idle:
+                    terms = Terms(*(term[:0] for term in terms))
                 total = terms.loss.sum()
                 # A loss that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient,
                 # on all processes.
@@ -188,11 +195,14 @@ class Learner:
             for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes
-        # the order in which gradients are added up. Empty batches get that over with, so a resumed run adds as the
-        # uninterrupted one does.
+        # the order in which gradients are added up. Batches without weight get that over with, so a resumed run adds as
+        # the uninterrupted one does. Compilation is for a size: there they have that of a step.
+        batch = range(self.config.train.batch_size if self.config.train.compile else 0)
+        dry, window = share(batch, self.runtime.rank, self.runtime.world), self.window.clone()
         for _ in range(3 if self.runtime.world > 1 else 1):
-            self._backward(torch.empty(0, dtype=torch.int64), range(0), batch_size=1)
+            self._backward(torch.zeros(len(dry), dtype=torch.int64), dry, max(1, len(batch)))
             self._zero_grad()
+        self.window.copy_(window)
         if self._wants_graph():
             size = self.config.train.batch_size
             self.place(0)

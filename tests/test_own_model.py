@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,6 +63,23 @@ def test_a_model_of_ones_own_is_the_same_on_1_and_2_processes_killed_and_resumed
     assert model.interpolate(IMAGES[:2, None], IMAGES[2:4, None], 5).shape == (2, 5, 1, 8, 8)
     with pytest.raises(InputError, match=r"load\(run_dir, model=build\)"):
         dist_ae.load(tmp_path / "plain")
+
+
+def test_a_model_of_ones_own_need_not_take_an_empty_batch(tmp_path: Path) -> None:
+    class NeedsImages(EXAMPLE.Convolutional):  # type: ignore[misc, name-defined]
+        def encode_raw(self, images: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+            assert len(images) > 0
+            raw: torch.Tensor = super().encode_raw(images, masks)
+            return raw
+
+    def train(name: str) -> Any:
+        # 100 images in batches of 33: the last of an epoch has one, so that one of two processes has none.
+        values = {"train.batch_size": 33, "train.save_every": None, "data.val_fraction": 0.5}
+        return lambda rank: dist_ae.train(config(tmp_path / name, **values), data=IMAGES[:200], model=NeedsImages)
+
+    assert forked(1, train("one"), tmp_path / "log") == [0]
+    assert forked(2, train("two"), tmp_path / "log") == [0, 0]
+    assert relative_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-9
 
 
 def test_images_from_python_train_as_the_same_images_from_a_file(tmp_path: Path) -> None:

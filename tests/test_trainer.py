@@ -146,6 +146,14 @@ def test_a_compiled_model_trains_as_the_eager_one(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
+def test_a_compiled_convolution_trains(tmp_path: Path) -> None:
+    values = {"model.widths": (8, 16), "train.steps": 4, "train.compile": True, "data.name": "digits"}
+    values |= {"tracking.wandb": "off", "train.batch_size": 500, "run_dir": tmp_path / "run"}
+    result = dist_ae.train(dist_ae.PRESETS["conv"].override(values))
+    assert result.metrics["val.mse"] < result.metrics["val.pca_mse"]
+
+
 def test_bf16_computes_in_bf16_and_scores_in_fp32(tmp_path: Path) -> None:
     fp32, bf16 = (dist_ae.train(small("vae", tmp_path / p, precision=p)) for p in ("fp32", "bf16"))
     assert fp32.metrics["val.neg_elbo"] != bf16.metrics["val.neg_elbo"]
