@@ -27,7 +27,7 @@ def cli(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 def test_presets_are_the_four_systems_and_the_tutorials() -> None:
     kinds = ("ae", "denoising", "dropout", "vae")
-    conv = ("conv", "conv-denoising", "conv-dropout", "conv-vae")
+    conv = ("conv", "conv-denoising", "conv-dropout", "conv-vae", "conv-fast")
     more = (f"{kind}-{recipe}" for recipe in ("fast", "reference") for kind in kinds)
     assert list(PRESETS) == [*kinds, *more, *conv] and list(DESCRIPTIONS) == list(PRESETS)
     reference = PRESETS["ae-reference"]
