@@ -419,7 +419,7 @@ def test_what_is_no_image_of_the_model_is_refused_in_one_sentence(
         (tmp_path / "folder", "no pictures in it"),
         ("~nobody-here/x.png", "in full"),
         (tmp_path / "pipe.npy", "not a file"),
-        (tmp_path / "none.png", "no such file"),
+        (tmp_path / "none.png", "none.png: no such file; expected a picture, a folder of pictures, or an array"),
         ([tmp_path / "none.png"], "no such file"),
         (tmp_path / "set", r"takes images of shape \[N, 1, 8, 8\], got \[3, 9, 9\]"),
         ("tar:nothing-*.tar", "no such file"),

@@ -205,7 +205,10 @@ def _from_path(name: str, config: DataConfig, image_shape: Shape) -> Given:
         source = open_source(name)
         return _decode_pictures(source.pictures(), source.count, shown(name), config, image_shape)
     path = expand(name.removeprefix("array:"))
-    if _is_picture(path.name) and path.is_file():
+    if _is_picture(path.name):
+        if not os.path.isfile(path):
+            what = "not a file" if os.path.exists(path) else "no such file"
+            raise InputError(f"{shown(path)}: {what}; expected a picture, a folder of pictures, or an array")
         image = _decode(os.fspath(path), shown(path), _form(config, image_shape))
         return Given(Split(image[None]), [path.name])
     images = read_images(path)
