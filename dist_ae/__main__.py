@@ -18,9 +18,24 @@ from dist_ae.terminal import EXIT_STOPPED, prepare_streams, rank, say, silence
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 
-RunDir = Annotated[Path, tyro.conf.Positional]
-Root = Annotated[Path | None, tyro.conf.arg(name="data.root")]  # the spelling that `train` has
-Which = Literal["best", "last"]
+PICTURES = "pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's "
+TRUTH = (
+    "Where they lie in normal/ and anomalous/, or in MVTec's folders, AUROC, average precision and the ROC are found, "
+    "too, beside PCA's."
+)
+RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="the run.")]
+Images = Annotated[str | None, tyro.conf.arg(help=f"{PICTURES}validation images.")]
+Which = Annotated[
+    Literal["best", "last"],
+    tyro.conf.arg(help="the best weights by validation, or those of the newest checkpoint."),
+]
+Root = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        name="data.root",  # the spelling that `train` has
+        help="where the run's data lies here, if elsewhere than where it was trained.",
+    ),
+]
 
 
 def train(arguments: list[str]) -> None:
@@ -83,12 +98,9 @@ def evaluate(
     processes.
 
     Args:
-        run_dir: the run.
         split: the images to evaluate on.
-        which: the best weights by validation, or those of the newest checkpoint.
         noise_std: noise of the fixed noisy copy; left out, the run's own setting.
         batch_size: images at once over all processes; changes no figure.
-        data_root: where the run's data lies here, if elsewhere than where it was trained.
         out: .json, with the picture beside it; left out, RUN_DIR/evaluation.json.
         subset: evenly spaced images for what is dear: denoising, and the importance-weighted bound of a variational
             run.
@@ -97,7 +109,7 @@ def evaluate(
         features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
             program: use one that you trust.
     """
-    from dist_ae.use.commands import evaluate_run
+    from dist_ae.use.evaluation import evaluate_run
 
     found = evaluate_run(
         run_dir, split, which, noise_std, batch_size, data_root,
@@ -118,7 +130,7 @@ def evaluate(
 
 def reconstruct(
     run_dir: RunDir,
-    images: str | None = None,
+    images: Images = None,
     out: Path | None = None,
     which: Which = "best",
     data_root: Root = None,
@@ -126,13 +138,8 @@ def reconstruct(
     """Writes what the model makes of images; noisy images come out denoised.
 
     Args:
-        run_dir: the run.
-        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
-            validation images.
         out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder,
             a .png for each image; left out, RUN_DIR/reconstructions.npy.
-        which: the best weights by validation, or those of the newest checkpoint.
-        data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
 
@@ -141,7 +148,7 @@ def reconstruct(
 
 def denoise(
     run_dir: RunDir,
-    images: str | None = None,
+    images: Annotated[str | None, tyro.conf.arg(help=f"noisy {PICTURES}validation images with noise added.")] = None,
     out: Path | None = None,
     noise_std: float | None = None,
     which: Which = "best",
@@ -150,15 +157,10 @@ def denoise(
     """Writes noisy images without their noise: what `reconstruct` makes of them.
 
     Args:
-        run_dir: the run.
-        images: noisy pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the
-            run's validation images with noise added.
         out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png for
             each image; left out, RUN_DIR/denoised.npy.
         noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
             images the run's evaluation.noise_std.
-        which: the best weights by validation, or those of the newest checkpoint.
-        data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
 
@@ -169,11 +171,9 @@ def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = Non
     """Writes new images from a variational run, decoded from z ~ N(0, I).
 
     Args:
-        run_dir: the run.
         num: how many.
         seed: the same seed gives the same images.
         out: .png, or .npy, float32 [num, C, H, W] on [0, 1]; left out, RUN_DIR/samples.png.
-        which: the best weights by validation, or those of the newest checkpoint.
     """
     from dist_ae.use import commands
 
@@ -184,7 +184,7 @@ def interpolate(
     run_dir: RunDir,
     pairs: int = 8,
     steps: int = 10,
-    images: str | None = None,
+    images: Images = None,
     out: Path | None = None,
     which: Which = "best",
     data_root: Root = None,
@@ -192,15 +192,10 @@ def interpolate(
     """Writes what lies between images: straight lines between the codes of images 0 and 1, 2 and 3, …, decoded.
 
     Args:
-        run_dir: the run.
         pairs: how many pairs of images.
         steps: images from one reconstruction to the other, both counted.
-        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
-            validation images.
         out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
             RUN_DIR/interpolation.png.
-        which: the best weights by validation, or those of the newest checkpoint.
-        data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
 
@@ -209,7 +204,7 @@ def interpolate(
 
 def embed(
     run_dir: RunDir,
-    images: str | None = None,
+    images: Images = None,
     out: Path | None = None,
     which: Which = "best",
     data_root: Root = None,
@@ -217,13 +212,8 @@ def embed(
     """Writes the codes of images; of a variational run, their means.
 
     Args:
-        run_dir: the run.
-        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
-            validation images.
         out: .npy, float32 [N, *code shape]; or .csv or .parquet, with the path and label of each image, and x and y,
             the first two principal components of the codes; left out, RUN_DIR/codes.npy.
-        which: the best weights by validation, or those of the newest checkpoint.
-        data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
 
@@ -232,7 +222,7 @@ def embed(
 
 def score(
     run_dir: RunDir,
-    images: str | None = None,
+    images: Annotated[str | None, tyro.conf.arg(help=f"{PICTURES}validation images. {TRUTH}")] = None,
     out: Path | None = None,
     which: Which = "best",
     data_root: Root = None,
@@ -245,13 +235,7 @@ def score(
     """Writes how little the model expects each image, and flags what it expects less than its validation images.
 
     Args:
-        run_dir: the run.
-        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
-            validation images. Where they lie in normal/ and anomalous/, or in MVTec's folders, AUROC, average precision
-            and the ROC are found, too, beside PCA's.
         out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv.
-        which: the best weights by validation, or those of the newest checkpoint.
-        data_root: where the run's data lies here, if elsewhere than where it was trained.
         score: error: squared error per pixel; neg_elbo: nats, of a variational run; mahalanobis: distance of the code
             from those of training images; left out, neg_elbo of a variational run, else error.
         quantile: flag above this quantile of the validation images' scores.
@@ -261,9 +245,9 @@ def score(
     """
     import numpy as np
 
-    from dist_ae.use import commands
+    from dist_ae.use.anomalies import score_run
 
-    found = commands.score_run(
+    found = score_run(
         run_dir, images, out, which, data_root,
         score=score, quantile=quantile, threshold=threshold, maps=maps, map_of=map,
     )  # fmt: skip
@@ -302,9 +286,7 @@ def export(
     """Writes the deterministic model for other programs: images on [0, 1] to reconstruction and code.
 
     Args:
-        run_dir: the run.
         out: where to write; left out, model.pt2, model.onnx or the folder export/ in RUN_DIR.
-        which: the best weights by validation, or those of the newest checkpoint.
         format: torch, a .pt2 that needs torch and nothing else; onnx, compared with torch by onnxruntime first;
             safetensors, a folder with a model card that dist_ae.load takes.
         part: the whole model, or one half of it.
@@ -331,7 +313,7 @@ def export(
 
 def explore(
     run_dir: RunDir,
-    images: str | None = None,
+    images: Images = None,
     out: Path | None = None,
     num: int = 10_000,
     runtime: Path | None = None,
@@ -342,15 +324,10 @@ def explore(
     directions of the code, lines between images. It needs no network.
 
     Args:
-        run_dir: the run.
-        images: pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's
-            validation images.
         out: .html; left out, RUN_DIR/explore.html.
         num: most images on the map.
         runtime: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the decoder of
             a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
-        which: the best weights by validation, or those of the newest checkpoint.
-        data_root: where the run's data lies here, if elsewhere than where it was trained.
     """
     from dist_ae.use import commands
 
@@ -415,7 +392,7 @@ def doctor(
         _examined(examine_storage(storage), "FAILS  ")
     if run_dir is None:
         raise InputError("dist-ae doctor: name a run directory or a packed set, or --storage DIR")
-    from dist_ae.data.pack import examine_packed, is_packed
+    from dist_ae.data.packed import examine_packed, is_packed
 
     if is_packed(run_dir):
         _examined(examine_packed(run_dir))

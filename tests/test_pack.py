@@ -24,6 +24,8 @@ import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import pack, reader
 from dist_ae.data.order import epoch_order
+from dist_ae.data.packed import examine_packed, packed_names, read_manifest
+from dist_ae.data.pictures import decode_all
 from dist_ae.data.reader import Reader, free_memory
 from dist_ae.data.records import Shards, Split
 from dist_ae.data.sources import load
@@ -69,9 +71,9 @@ def start_packing(folder: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def test_shards_hold_every_picture_once_in_the_order_of_names(folder: Path, packed: Path) -> None:
-    manifest = pack.read_manifest(packed)
+    manifest = read_manifest(packed)
     assert [shard.images for shard in manifest.shards] == [64] * 10 + [60] and manifest.image_shape == (3, 24, 24)
-    names = pack.packed_names(packed, manifest)
+    names = packed_names(packed, manifest)
     assert names == sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
     dataset = load(DataConfig(name=f"packed:{packed}"))
     assert dataset.shards is not None and sum(dataset.shards) == len(dataset.train) and len(dataset.shards) == 11
@@ -81,7 +83,7 @@ def test_shards_hold_every_picture_once_in_the_order_of_names(folder: Path, pack
 
         expected = decode(str(folder / names[row]), Form((24, 24)))
         assert np.array_equal(dataset.train.images[np.array([row])][0], expected)
-    assert all(good for good, _ in pack.examine_packed(packed))
+    assert all(good for good, _ in examine_packed(packed))
 
 
 def test_packing_killed_again_and_again_resumes_to_the_same_bytes(folder: Path, packed: Path, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_damaged_set_is_refused_and_the_doctor_names_the_file(packed: Path, tm
     else:
         (out / "names-00002.json").write_text("[]")
         expected = "names-00002.json"
-    found = [what for good, what in pack.examine_packed(out) if not good]
+    found = [what for good, what in examine_packed(out) if not good]
     assert len(found) == 1 and expected in found[0]
     if damage not in ("altered", "names"):  # those are found by reading every byte
         with pytest.raises(InputError, match=expected):
@@ -227,14 +229,14 @@ def test_joined_sets_are_one_and_other_settings_are_refused(tmp_path: Path) -> N
 
 def test_a_folder_that_changes_while_it_is_packed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "p", 20, sizes=False)
-    real = pack.decode_all
+    real = decode_all
 
     def decode_and_add(contents: object, form: object) -> object:
         cut(1, 24, 24).save(root / "late.png")
         (root / "temple" / "00003.png").unlink(missing_ok=True)
         return real(contents, form)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pack, "decode_all", decode_and_add)
+    monkeypatch.setattr("dist_ae.data.decode.decode_all", decode_and_add)
     config = DataConfig(name=f"folder:{root}", cache=tmp_path / "cache")
     with pytest.raises(InputError, match="changed while it was being packed"):
         load(config)

@@ -160,7 +160,7 @@ def test_train_and_val_folders_are_honoured(tmp_path: Path, held_out: str) -> No
 
 
 def test_pictures_that_come_later_move_none_to_the_other_side(tmp_path: Path) -> None:
-    from dist_ae.data.pack import packed_names, packed_sets, read_manifest
+    from dist_ae.data.packed import packed_names, packed_sets, read_manifest
 
     def sides(count: int) -> dict[str, bool]:
         make_folder(tmp_path / "p", count, sizes=False, classes=())

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.arrays import NOISY_RANGE, read_images
-from dist_ae.data.pack import decoded, open_packed, packed_names, packed_sets, read_manifest, refuse_unreadable
+from dist_ae.data.decode import decoded
+from dist_ae.data.pack import refuse_unreadable
+from dist_ae.data.packed import open_packed, packed_names, packed_sets, read_manifest
 from dist_ae.data.pictures import (
     EXTENSIONS,
     PREFIXES,

@@ -1,10 +1,5 @@
-"""Pictures packed once into fixed-size bytes: shards that training maps into memory, and a manifest that says what
-they are.
-
-A packed set is a folder: ``manifest.json`` and per shard ``images-00000.npy`` (uint8 [n, C, H, W]),
-``labels-00000.npy`` (int64 [n], -1 where there is none), ``keys-00000.npy`` (uint64 [n], where a picture lies on [0,
-2^64): what is below the validation fraction is held out) and ``names-00000.json``. Imports no torch.
-"""
+"""Packs pictures, once: resumed after a kill, whole or not at all, safe when several processes begin it. Imports no
+torch. ``packed.py`` says what a packed set is."""
 
 from __future__ import annotations
 
@@ -13,7 +8,6 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -21,33 +15,37 @@ import signal
 import sys
 import tempfile
 import threading
-import types
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.pictures import Decoded, Form, Picture, Source, decode_all, expand, form_of, open_source, shown
-from dist_ae.data.records import Array, Dataset, Shards, Split
+from dist_ae.data.decode import CHUNK, INLINE, DecoderKilled, decoded
+from dist_ae.data.packed import (
+    FORMAT,
+    MANIFEST,
+    TRAIN_KEY,
+    VAL_KEY,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    file_name,
+    read_manifest,
+    settings_of,
+    sha256_of,
+)
+from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, shown
+from dist_ae.data.records import Array
 from dist_ae.files import sync, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, rank
 
-FORMAT = 1
 SHARD_BYTES = 2**28  # of images in a shard: what a kill costs at most, and what `data.window` counts in
-CHUNK = 32  # pictures that a decoding process gets at once
-INLINE = 64  # so few pictures are decoded before a process has started
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
-KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json"}
-VAL_KEY, TRAIN_KEY = 0, 2**64 - 1  # the keys of pictures whose source says on which side they are
+PROGRESS = "progress.json"
 Check = Callable[[], None]  # raises where a signal asked to stop
 NAMED = 5  # unreadable pictures that are named
 
@@ -56,51 +54,6 @@ class PackingStopped(Exception):
     """A signal stopped the packing; what is packed so far is kept and the same command goes on from there."""
 
     exit_status = EXIT_STOPPED
-
-
-class FileRecord(BaseModel):
-    bytes: int = Field(ge=0)
-    sha256: str
-
-
-class ShardRecord(BaseModel):
-    images: int = Field(gt=0)
-    files: dict[str, FileRecord]
-
-
-class Manifest(BaseModel):
-    """What a packed set holds, and by which settings its pictures got their size."""
-
-    format: int
-    identity: str
-    settings: dict[str, Any]
-    shard_bytes: int
-    image_shape: tuple[int, int, int] | None = None
-    classes: list[str] = []
-    ignored: dict[str, int] = {}
-    read: int = 0  # pictures of the source that are dealt with, readable or not
-    unreadable: int = 0
-    reasons: list[tuple[str, str]] = []  # the first unreadable ones
-    shards: list[ShardRecord] = []
-
-    @property
-    def images(self) -> int:
-        return sum(shard.images for shard in self.shards)
-
-
-def file_name(kind: str, shard: int) -> str:
-    """The file of a shard that holds its images, labels, keys or names."""
-    return f"{kind}-{shard:05d}.{KINDS[kind]}"
-
-
-def settings_of(config: DataConfig) -> dict[str, Any]:
-    """What decides how pictures come out, with every default filled in."""
-    return {
-        "image_size": config.image_size,
-        "fit": config.fit or "crop",
-        "channels": config.channels or "auto",
-        "background": config.background or "white",
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -408,7 +361,7 @@ class _Shard:
             self._file.seek(0)
             self._file.write(_header((len(self.labels), *self.image_shape)))
             self._file.seek(0)
-            self._digest = _sha256(self._file)
+            self._digest = sha256_of(self._file)
         self._file.flush()
         os.fsync(self._file.fileno())
         size = os.fstat(self._file.fileno()).st_size
@@ -444,13 +397,6 @@ def _npy(values: Array) -> bytes:
     return content.getvalue()
 
 
-def _sha256(file: BinaryIO) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest
-
-
 def _json(manifest: Manifest) -> bytes:
     return (json.dumps(manifest.model_dump(), indent=1) + "\n").encode()
 
@@ -460,80 +406,6 @@ def _remove(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
-
-
-# ------------------------------------------------------------------------------------------------- processes that
-# decode
-
-
-class DecoderKilled(InputError):
-    """What is packed so far stays of use."""
-
-
-def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
-    """Each picture and what became of it, in order, decoded on all cores with a bounded number of them under way."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    head = list(itertools.islice(pictures, INLINE))
-    if workers == 1 or len(head) < INLINE or count == INLINE:
-        for picture in itertools.chain(head, pictures):
-            yield picture, decode_all([picture.content], form)[0]
-        return
-    chunks = _chunks(itertools.chain(head, pictures))
-    executor = ProcessPoolExecutor(workers, mp_context=_Context(), initializer=_begin)
-    try:
-        pending: deque[tuple[list[Picture], Future[list[Decoded]]]] = deque()
-        for chunk in chunks:
-            pending.append((chunk, executor.submit(decode_all, [picture.content for picture in chunk], form)))
-            if len(pending) >= 3 * workers:
-                yield from _delivered(*pending.popleft())
-        while pending:
-            yield from _delivered(*pending.popleft())
-    except BrokenProcessPool:
-        raise DecoderKilled(
-            "a process that decodes pictures was killed, most likely for lack of memory; the same command goes on "
-            "from there"
-        ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _chunks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
-    while chunk := list(itertools.islice(pictures, CHUNK)):
-        yield chunk
-
-
-def _delivered(chunk: list[Picture], future: Future[list[Decoded]]) -> Iterator[tuple[Picture, Decoded]]:
-    return zip(chunk, future.result(), strict=True)
-
-
-def _begin() -> None:
-    """Starts a decoding process: Ctrl-C is its parent's to handle, and it does not outlive it, however that one
-    ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
-
-
-class _Process(SpawnProcess):
-    def start(self) -> None:
-        # A spawned process imports the main script again, which would train again where it does so without a __main__
-        # guard. What decodes needs nothing of it.
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            super().start()
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _Context(SpawnContext):
-    Process = _Process  # fork would copy locks that torch's threads hold
 
 
 @contextmanager
@@ -555,199 +427,6 @@ def _progress_bar(start: int, total: int | None) -> Iterator[Any]:
                 bar.advance(task, CHUNK)
 
         yield advance
-
-
-# -------------------------------------------------------------------------------------------------------- packed sets
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder says that it is a packed set; a run directory has a ``config.json``."""
-    return (folder / MANIFEST).is_file() and not (folder / "config.json").exists()
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a packed set.
-
-    Raises:
-        InputError: none there, or none that was written here.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{shown(folder)} is no packed set: it has no {MANIFEST}")
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise InputError(f"{shown(path)} is damaged ({reason}); pack again") from None
-    if manifest.format != FORMAT:
-        raise InputError(f"{shown(path)}: format {manifest.format}; this version reads format {FORMAT}")
-    if manifest.image_shape is None or not manifest.shards or any(n < 1 for n in manifest.image_shape):
-        raise InputError(f"{shown(path)} is damaged (no images); pack again")
-    if any(set(shard.files) != set(KINDS) for shard in manifest.shards):
-        raise InputError(f"{shown(path)} is damaged (files missing from it); pack again")
-    return manifest
-
-
-def examine_packed(folder: Path) -> Iterator[tuple[bool, str]]:
-    """(whole, what) for each shard of a packed set: every byte is read and compared with the manifest."""
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        yield False, str(error)
-        return
-    assert manifest.image_shape is not None
-    yield True, f"{MANIFEST}: {manifest.images:,} images of shape {list(manifest.image_shape)}"
-    for number, shard in enumerate(manifest.shards):
-        wrong = []
-        for kind, record in shard.files.items():
-            name = file_name(kind, number)
-            try:
-                with open(folder / name, "rb", opener=_regular) as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size != record.bytes:
-                        wrong.append(f"{name} has {size:,} bytes, not {record.bytes:,}")
-                    elif _sha256(file).hexdigest() != record.sha256:
-                        wrong.append(f"{name} is not what was written: its SHA-256 differs")
-            except OSError as error:
-                wrong.append(f"{name} cannot be read ({error.strerror})")
-        if not wrong:
-            try:
-                _open_shard(folder, number, shard, manifest.image_shape)
-            except InputError as error:
-                wrong.append(str(error))
-        yield not wrong, "; ".join(wrong) or f"shard {number:05d}: {shard.images:,} images"
-
-
-def _regular(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in place of a file blocks nobody
-
-
-def packed_sets(pattern: str) -> list[Path]:
-    """The packed sets that a path or a pattern with braces and globs names, in the order of their names."""
-    import glob
-
-    from dist_ae.data.pictures import braces
-
-    whole = expand(pattern)
-    if whole.exists():
-        return [whole]
-    found = sorted({Path(path) for part in braces(os.fspath(whole)) for path in glob.glob(part)})
-    if not found:
-        raise InputError(f"packed:{shown(pattern)}: no such folder; make one with `dist-ae pack SOURCE OUT`")
-    return found
-
-
-def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_fraction: float) -> Dataset:
-    """The images of packed sets, one after the other, memory-mapped.
-
-    Raises:
-        InputError: a file of a set is missing or short; sets of differing shapes; settings that the sets were not
-        packed with.
-    """
-    parts: list[Array] = []
-    labels: list[Array] = []
-    keys: list[Array] = []
-    classes: dict[str, int] = {}
-    digest = hashlib.sha256()
-    shape: tuple[int, int, int] | None = None
-    for folder in folders:
-        manifest = read_manifest(folder)
-        assert manifest.image_shape is not None
-        if shape is not None and manifest.image_shape != shape:
-            raise InputError(
-                f"{shown(folder)}: images of shape {list(manifest.image_shape)}, and sets before it {list(shape)}"
-            )
-        shape = manifest.image_shape
-        _check_settings(manifest, folder, config)
-        numbers = np.array([classes.setdefault(each, len(classes)) for each in manifest.classes], np.int64)
-        for number, shard in enumerate(manifest.shards):
-            images, own_labels, own_keys = _open_shard(folder, number, shard, shape)
-            parts.append(images)
-            known = (own_labels >= 0) & (own_labels < len(numbers))
-            if len(numbers) and known.any():
-                own_labels = np.where(known, numbers[np.where(known, own_labels, 0)], own_labels)
-            labels.append(own_labels)
-            keys.append(own_keys)
-            digest.update(f"{shard.files['images'].sha256}{shard.files['keys'].sha256}".encode())
-    digest.update(f"{val_fraction!r}".encode())
-    all_keys, all_labels, whole = np.concatenate(keys), np.concatenate(labels), Shards(parts)
-    if len(all_keys) < 2:
-        raise InputError(
-            f"{name}: {len(all_keys)} picture cannot be split into training and validation; at least 2 are needed"
-        )
-    held_out = all_keys < np.uint64(int(val_fraction * 2**64))
-    if not held_out.any():  # few pictures: the nearest to the border
-        held_out[all_keys.argmin()] = True
-    if held_out.all():
-        held_out[all_keys.argmax()] = False
-    rows = [np.flatnonzero(side) for side in (~held_out, held_out)]
-    labelled = bool((all_labels >= 0).any())
-    train, val = (Split(whole, all_labels[side] if labelled else None, side) for side in rows)
-    counts = [
-        int((~held_out[start : start + len(part)]).sum()) for start, part in zip(whole.starts, parts, strict=True)
-    ]
-    return Dataset(name, train, val, digest.hexdigest(), tuple(count for count in counts if count), tuple(classes))
-
-
-def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> None:
-    given = {
-        "image_size": config.image_size, "fit": config.fit, "channels": config.channels, "background": config.background
-    }  # fmt: skip
-    for key, value in given.items():
-        if value is not None and manifest.settings.get(key) not in (None, value):
-            raise InputError(
-                f"{shown(folder)} was packed with {key} {manifest.settings.get(key)}, not {value}; leave "
-                f"--data.{key.replace('_', '-')} out, or pack again"
-            )
-
-
-def _open_shard(
-    folder: Path, number: int, shard: ShardRecord, image_shape: tuple[int, int, int]
-) -> tuple[Array, Array, Array]:
-    """A shard's images, mapped, with their labels and keys. Compares sizes, not every byte: `dist-ae doctor` does
-    that."""
-    way_out = "; restore it from a copy, or pack again"
-    loaded = {}
-    for kind, dtype, shape in (
-        ("images", np.uint8, (shard.images, *image_shape)),
-        ("labels", np.int64, (shard.images,)),
-        ("keys", np.uint64, (shard.images,)),
-    ):
-        path = folder / file_name(kind, number)
-        if not path.is_file():
-            raise InputError(f"{shown(path)}: missing from the packed set{way_out}")
-        if (size := path.stat().st_size) != shard.files[kind].bytes:
-            raise InputError(f"{shown(path)}: damaged, {size:,} bytes in place of {shard.files[kind].bytes:,}{way_out}")
-        try:
-            array = np.load(path, mmap_mode="r" if kind == "images" else None, allow_pickle=False)
-        except Exception as error:  # numpy raises several for a damaged header
-            raise InputError(f"{shown(path)}: damaged ({error}){way_out}") from None
-        if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-            raise InputError(f"{shown(path)}: damaged, {array.dtype} {array.shape}{way_out}")
-        loaded[kind] = array
-    return loaded["images"], loaded["labels"], loaded["keys"]
-
-
-def open_packed(folder: Path, manifest: Manifest) -> list[Array]:
-    """The images of each shard of a packed set, memory-mapped."""
-    assert manifest.image_shape is not None
-    shards = enumerate(manifest.shards)
-    return [_open_shard(folder, number, shard, manifest.image_shape)[0] for number, shard in shards]
-
-
-def packed_names(folder: Path, manifest: Manifest) -> list[str]:
-    """The relative names of all pictures of a packed set."""
-    names: list[str] = []
-    for number, shard in enumerate(manifest.shards):
-        path = folder / file_name("names", number)
-        try:
-            own = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{shown(path)}: cannot be read ({error})") from None
-        if not (isinstance(own, list) and len(own) == shard.images and all(isinstance(name, str) for name in own)):
-            raise InputError(f"{shown(path)}: damaged; `dist-ae doctor {shown(folder)}` says more")
-        names += own
-    return names
 
 
 # ---------------------------------------------------------------------------------------------- what the commands call

@@ -10,7 +10,8 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data import named
 from dist_ae.data.arrays import array_dataset
 from dist_ae.data.memory import NAME
-from dist_ae.data.pack import MANIFEST, cached, packed_dataset, packed_sets
+from dist_ae.data.pack import cached
+from dist_ae.data.packed import MANIFEST, packed_dataset, packed_sets
 from dist_ae.data.pictures import PREFIXES, expand, open_source, shown
 from dist_ae.data.records import Dataset, Split, fingerprint
 

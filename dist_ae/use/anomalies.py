@@ -1,11 +1,13 @@
-"""What `dist-ae score` makes of scores: which images are known to be anomalous, how well that is told, heat maps."""
+"""`dist-ae score`: scores and verdicts, which images are known to be anomalous, how well that is told, heat maps."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +15,16 @@ from torch import Tensor
 
 from dist_ae import pca
 from dist_ae.config import InputError
-from dist_ae.data.given import Given, blocks, floats
+from dist_ae.data.given import Given, blocks, file_names, floats, picked
+from dist_ae.data.pictures import shown
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array, Dataset
 from dist_ae.processes.runtime import Alone
 from dist_ae.quality import structural_similarity
-from dist_ae.use.trained import TrainedModel
+from dist_ae.saved import Which
+from dist_ae.scores import check_score
+from dist_ae.use.trained import TrainedModel, images_of, load
+from dist_ae.use.write import SHOWN, destination, write_array, write_into, write_table, write_whole
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
 MVTEC_NORMAL = "good"  # as MVTec AD names its folder of pictures without a defect
@@ -125,3 +131,174 @@ def scale_of(trained: TrainedModel, one: Given, kind: str) -> float:
     """The upper end of the one scale of all maps: what the largest value of a map exceeds in one image of a hundred."""
     largest = [float(values.max()) for _, _, _, values in maps_of(trained, one, kind)]
     return max(float(np.quantile(largest, 1 - SATURATED, method="inverted_cdf")), 1e-6)
+
+
+# -- the command
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What ``score_run`` found, and what it wrote."""
+
+    path: Path
+    score: str  # its name
+    scores: Tensor  # [N]
+    threshold: float
+    basis: str  # where the threshold comes from, in words
+    names: list[str] | None
+    figures: dict[str, float]  # AUROC and average precision, where folders say what is anomalous
+    pictures: list[Path]
+    remarks: list[str]
+
+    @property
+    def flagged(self) -> Tensor:
+        """Which images score above the threshold, [N]."""
+        return self.scores > self.threshold
+
+
+def score_run(
+    run_dir: Path,
+    images: Path | str | None = None,
+    out: Path | None = None,
+    which: Which = "best",
+    data_root: Path | None = None,
+    *,
+    score: str | None = None,
+    quantile: float = 0.99,
+    threshold: float | None = None,
+    maps: Path | None = None,
+    map_of: Literal["error", "ssim"] = "error",
+) -> Scored:
+    """Writes scores, high where the model expects an image little: .csv or .parquet with path, score and whether it is
+    flagged; .npy, float32 [N].
+
+    A picture of the highest and the lowest stands beside it. Where the images lie in ``normal/`` and ``anomalous/``, or
+    in MVTec's folders, it also finds AUROC and average precision, those of PCA, and draws the ROC.
+
+    Args:
+        score: as ``TrainedModel.score`` has it.
+        quantile: of the scores of the run's validation images: above it, an image is flagged.
+        threshold: flag above this score instead.
+        maps: a folder for heat maps, a .png for each image.
+        map_of: what they show.
+    """
+    trained = load(run_dir, which)
+    if data_root is not None:
+        trained.config = trained.config.override({"data.root": data_root})
+    name = check_score(trained.model, score)
+    if threshold is not None and not math.isfinite(threshold):
+        raise InputError(f"--threshold: expected a score, got {threshold}")
+    out = destination(run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), images)
+    if maps is not None:
+        maps = destination(run_dir, maps, "", ("",), images, "--maps")
+    what = shown(os.fspath(images)) if images is not None else "the run's validation images"
+    limit = trained.threshold(quantile, name) if threshold is None else threshold
+    basis = "as given"
+    remarks: list[str] = []
+    if threshold is None:
+        count = len(trained.calibration().scores[name])
+        basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
+        if count * (1 - quantile) < 1:
+            remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
+    one = images_of(trained, images, data_root)
+    truth = truth_of(one.names, what)
+    scores = trained.score(one, score=name)
+
+    columns: dict[str, Tensor] = {"score": scores, "flagged": scores > limit}
+    if truth is not None:
+        columns["anomalous"] = torch.from_numpy(truth)
+    path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, one, columns)
+    pictures = [_draw_extremes(out, one, scores, name, limit, basis)]
+    figures: dict[str, float] = {}
+    if truth is not None:
+        figures, picture, more = _judge(trained, one, truth, scores, name, out)
+        pictures.append(picture)
+        remarks += more
+    if maps is not None:
+        pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of))
+    names = None if one.names is None else [shown(each) for each in one.names]
+    return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f"{out.stem}-{ending}.png")
+
+
+def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
+    order = scores.argsort(descending=True, stable=True)
+    count = min(SHOWN, len(order))
+    places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
+    rows = {label: floats(picked(one, index.numpy()), range(count)) for label, index in places.items()}
+    notes = [[f"{value:.3g}" for value in scores[index].tolist()] for index in places.values()]
+    alarms = [(scores[index] > limit).tolist() for index in places.values()]
+    flagged = int((scores > limit).sum())
+    title = f"{name}: {flagged:,} of {len(scores):,} above {limit:.3g}, {basis} (red)"
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import extremes
+
+        extremes(rows, notes, alarms, path, title)
+
+    return write_whole(_beside(out, "extremes"), draw)
+
+
+def _judge(
+    trained: TrainedModel, one: Given, truth: Array, scores: Tensor, name: str, out: Path
+) -> tuple[dict[str, float], Path, list[str]]:
+    """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and what is to be said of it."""
+    remarks = []
+    found = {name: separation(truth, scores)}
+    try:
+        linear = pca_scores(trained, trained.dataset(), one)
+    except InputError as error:
+        linear = None
+        remarks.append(f"no PCA beside: the run's training images are not there ({error})")
+    if linear is not None:
+        numbers = math.prod(trained.model.code_shape)
+        found[f"PCA, {numbers:,} numbers"] = separation(truth, linear)
+    figures: dict[str, float] = {}
+    for key, each in zip(("", "pca."), found.values(), strict=False):
+        figures |= {f"{key}auroc": each.auroc, f"{key}average_precision": each.average_precision}
+    known = truth[truth >= 0]
+    if len(known) < len(truth):
+        remarks.append(f"{len(truth) - len(known):,} images lie in neither kind of folder and are not in these figures")
+    title = f"{int(known.sum()):,} anomalous and {int((1 - known).sum()):,} normal images"
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import roc
+
+        labels = {
+            f"{label}: AUROC {each.auroc:.3f}, AP {each.average_precision:.3f}": each for label, each in found.items()
+        }
+        curves = {label: (each.false_positives, each.true_positives) for label, each in labels.items()}
+        roc(curves, path, title)
+
+    return figures, write_whole(_beside(out, "roc"), draw), remarks
+
+
+def _write_maps(
+    trained: TrainedModel,
+    one: Given,
+    scores: Tensor,
+    name: str,
+    limit: float,
+    folder: Path,
+    kind: Literal["error", "ssim"],
+) -> Path:
+    """A picture of every image with its heat map, all on one scale."""
+    from dist_ae.figures import HeatMaps
+
+    _, height, width = trained.model.image_shape
+    label = "squared error" if kind == "error" else "1 - SSIM"
+    maps = HeatMaps(height, width, scale_of(trained, one, kind), label)
+    names = file_names(one)
+
+    def fill(path: Path) -> None:
+        for place, image, reconstruction, values in maps_of(trained, one, kind):
+            value = float(scores[place])
+            note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
+            target = path / names[place]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            maps.picture(image, reconstruction, values, note, value > limit).save(target)
+
+    return write_into(folder, fill)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.given import Given, blocks, floats, given
+from dist_ae.data.pictures import shown
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset, Split
 from dist_ae.draws import Step, normal
@@ -233,3 +234,18 @@ def load(
     saved = saved_weights(run_dir, built, which)
     built.load_state_dict(saved.weights)
     return TrainedModel(built, config, device, None if saved.step is None else (run_dir, saved.step))
+
+
+def images_of(trained: TrainedModel, images: Path | str | None, data_root: Path | None) -> Given:
+    """The user's images, or else the run's validation images."""
+    if images is not None:
+        return trained.given(images)
+    config = trained.config if data_root is None else trained.config.override({"data.root": data_root})
+    dataset = sources.load(config.data)
+    validation = dataset.val
+    if validation.images.shape[1:] != trained.model.image_shape:
+        raise InputError(
+            f"validation images of {shown(config.data.name)}: the run's model takes images of shape "
+            f"{list(trained.model.image_shape)}, got {list(validation.images.shape[1:])}"
+        )
+    return Given(validation, classes=dataset.classes)

@@ -1,0 +1,171 @@
+"""Before a run begins: everything that can be wrong with the input, and the run directory made this experiment's."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_ae import pca, timeline
+from dist_ae.config import Config, InputError
+from dist_ae.data import sources
+from dist_ae.data.memory import Given, memory_dataset
+from dist_ae.data.records import Dataset
+from dist_ae.draws import VERSION as DRAWS
+from dist_ae.draws import has_draws
+from dist_ae.models import Autoencoder, Builder, blank, build
+from dist_ae.processes.environment import check_environment, launched_world
+from dist_ae.processes.runtime import check_device
+from dist_ae.run.directory import RunDirectory
+from dist_ae.saved import image_shape, run_config, saved_weights
+from dist_ae.terminal import say
+from dist_ae.timeline import Timeline
+
+
+def prepare(
+    config: Config, data: Given | None = None, own: Builder | None = None
+) -> tuple[Config, Dataset, Autoencoder]:
+    """Finds everything that can be wrong with the input, before any process group starts, and fills in the image
+    shape.
+    """
+    launched_world()
+    check_environment()
+    check_device(config)
+    if data is not None:
+        config = config.override({"data.name": "memory"})
+    if own is not None:
+        config = config.override({"model.architecture": "own"})
+    dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data.val_fraction)
+    if config.model.image_shape not in (None, dataset.image_shape):
+        raise InputError(
+            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are "
+            f"{dataset.image_shape}"
+        )
+    if config.train.batch_size > len(dataset.train):
+        raise InputError(
+            f"train.batch_size {config.train.batch_size} is larger than the dataset: "
+            f"{dataset.name} has {len(dataset.train)} training images"
+        )
+    config = config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()})
+    model = build(config, dataset.image_shape, own)
+    if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):
+        raise InputError(
+            f"extend: {config.directory()} holds no run to resume. Name it with --run-dir; the folder's usual name has "
+            "the number of epochs in it"
+        )
+    if config.init_from is None:
+        pca.check(config, model)
+    elif launched_world()[0] == 0 and not _begun(config.directory()):
+        _init_from(model, config.init_from)
+    return config, dataset, model
+
+
+def _begun(run_dir: Path) -> bool:
+    """Whether a run directory has a checkpoint to resume from."""
+    return any((run_dir / "checkpoints").glob("[0-9]*"))
+
+
+def _init_from(model: Autoencoder, source: Path) -> None:
+    """Fills a new model with the weights of a trained one.
+
+    Raises:
+        InputError: there is no such run, or its tensors have other names or shapes; a learned σ may come or go.
+    """
+    other = run_config(source)
+    shape = image_shape(other, source)
+    twin = model if other.model.architecture == "own" else blank(other, shape)
+    twin = twin.to(torch.float64 if other.precision == "fp64" else torch.float32)
+    weights = saved_weights(source, twin).weights
+    own = model.state_dict()
+    differing = [
+        f"{name} is {list(own[name].shape) if name in own else 'missing'} here, "
+        f"{list(weights[name].shape) if name in weights else 'missing'} there"
+        for name in sorted((own.keys() | weights.keys()) - {"log_sigma"})
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise InputError(
+            f"init_from {source}: its weights do not fit this model: {'; '.join(differing[:3])}{more}. "
+            "Architecture, widths, size of the code and shape of the images must be the same"
+        )
+    model.load_state_dict({**own, **{name: weights[name] for name in own.keys() & weights.keys()}})
+
+
+@contextmanager
+def claimed(config: Config, dataset: Dataset) -> Iterator[RunDirectory | None]:
+    """The locked run directory on rank 0, None on the others."""
+    if launched_world()[0] != 0:
+        yield None
+        return
+    folder = RunDirectory(config.directory())
+    try:
+        _claim(folder, config, dataset)
+        yield folder
+    finally:
+        folder.close()
+
+
+def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
+    """Makes the folder this experiment's, or checks that it is.
+
+    Raises:
+        InputError: it holds another experiment, or one that this version cannot go on with.
+    """
+    kept = folder.read("config.json")
+    if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
+        raise InputError(
+            f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and this "
+            f"is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as "
+            "it is; to train, choose another --run-dir"
+        )
+    trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
+    may_change: tuple[str, ...] = ()
+    if config.optim.schedule != "constant":
+        # It ends at the last step: another length is another rate from the start.
+        trajectory["total_steps"] = Timeline.of(config.train, len(dataset.train)).total_steps
+        if config.extend:
+            _say_extension(folder, config, kept, trajectory["total_steps"])
+            may_change = ("total_steps",)
+    # A field that an older version did not know has the value that means "as it was": its default.
+    folder.claim(trajectory, describe(config), unknown=Config().trajectory_values(), may_change=may_change)
+
+
+def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | None, total: int) -> None:
+    """Says how the learning rate of an extended run changes.
+
+    Raises:
+        InputError: it was longer.
+    """
+    before, step = ((kept or {}).get("trajectory") or {}).get("total_steps"), folder.newest_step()
+    if not isinstance(before, int) or step is None:  # `claim` says what is wrong with it
+        return
+    if before > total:
+        raise InputError(f"extend: the run in {folder.path} has {before} steps, more than the {total} asked for")
+    if before < total:
+        was, becomes = (timeline.learning_rate(step, steps, config.optim) for steps in (before, total))
+        say(
+            f"extended from {before} to {total} steps: at step {step} the learning rate goes from {was:.0%} to "
+            f"{becomes:.0%} of its peak. The result is not that of a run of {total} steps from the start"
+        )
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The resolved configuration, the versions and the number of processes, for config.json and the trackers."""
+    import accelerate
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    return {
+        "config": config.model_dump(mode="json"),
+        "draws": DRAWS,
+        "versions": versions,
+        "world_size": launched_world()[1],
+    }

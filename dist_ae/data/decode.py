@@ -1,0 +1,92 @@
+"""Pictures decoded in processes of their own, in order."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
+
+from dist_ae.config import InputError
+from dist_ae.data.pictures import Decoded, Form, Picture, decode_all
+
+CHUNK = 32  # pictures that a decoding process gets at once
+INLINE = 64  # so few pictures are decoded before a process has started
+
+
+class DecoderKilled(InputError):
+    """What is packed so far stays of use."""
+
+
+def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
+    """Each picture and what became of it, in order, decoded on all cores with a bounded number of them under way."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    head = list(itertools.islice(pictures, INLINE))
+    if workers == 1 or len(head) < INLINE or count == INLINE:
+        for picture in itertools.chain(head, pictures):
+            yield picture, decode_all([picture.content], form)[0]
+        return
+    chunks = _chunks(itertools.chain(head, pictures))
+    executor = ProcessPoolExecutor(workers, mp_context=_Context(), initializer=_begin)
+    try:
+        pending: deque[tuple[list[Picture], Future[list[Decoded]]]] = deque()
+        for chunk in chunks:
+            pending.append((chunk, executor.submit(decode_all, [picture.content for picture in chunk], form)))
+            if len(pending) >= 3 * workers:
+                yield from _delivered(*pending.popleft())
+        while pending:
+            yield from _delivered(*pending.popleft())
+    except BrokenProcessPool:
+        raise DecoderKilled(
+            "a process that decodes pictures was killed, most likely for lack of memory; the same command goes on "
+            "from there"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _chunks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
+    while chunk := list(itertools.islice(pictures, CHUNK)):
+        yield chunk
+
+
+def _delivered(chunk: list[Picture], future: Future[list[Decoded]]) -> Iterator[tuple[Picture, Decoded]]:
+    return zip(chunk, future.result(), strict=True)
+
+
+def _begin() -> None:
+    """Starts a decoding process: Ctrl-C is its parent's to handle, and it does not outlive it, however that one
+    ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+class _Process(SpawnProcess):
+    def start(self) -> None:
+        # A spawned process imports the main script again, which would train again where it does so without a __main__
+        # guard. What decodes needs nothing of it.
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    Process = _Process  # fork would copy locks that torch's threads hold

@@ -1,0 +1,210 @@
+"""`dist-ae evaluate`: how good a trained run is, as figures, JSON and one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dist_ae import pca, quality
+from dist_ae.config import Config, InputError
+from dist_ae.data import sources
+from dist_ae.data.pictures import expand
+from dist_ae.data.reader import Reader
+from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed, evaluate
+from dist_ae.files import to_json
+from dist_ae.models import Autoencoder, Components
+from dist_ae.processes.environment import pinned_torch
+from dist_ae.processes.runtime import Runtime, check_device
+from dist_ae.saved import Which, run_config
+from dist_ae.use.trained import load
+from dist_ae.use.write import destination, write_whole
+
+NOISE_LEVELS = (0.1, 0.3, 0.5)  # standard deviations on [0, 1] at which an evaluation denoises
+MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior: beyond them it is said to be off N(0, 1)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What ``evaluate_run`` found, on every process, and what the first one wrote."""
+
+    metrics: dict[str, float]  # by split: "val.mse"
+    denoising: dict[float, dict[str, float]]  # PSNR in dB by noise and method
+    code: dict[str, list[float]]  # of a variational model, number by number
+    remarks: list[str]  # in words: what was computed of how many images, what is missing, what is wrong
+    written: list[Path]
+
+
+def evaluate_run(
+    run_dir: Path, split: Literal["val", "train"] = "val", which: Which = "best", noise_std: float | None = None,
+    batch_size: int | None = None, data_root: Path | None = None, *, out: Path | None = None, subset: int = 200,
+    samples: int = 50, noise_levels: Sequence[float] = NOISE_LEVELS, features: Path | None = None,
+) -> Evaluated:  # fmt: skip
+    """How good a trained run is, on as many processes as the launcher started; each image counts once.
+
+    The metrics of training; SSIM, PCA and a linear probe beside; denoising beside classical filters; of a variational
+    run what its code carries. ``quality`` says how each is found. Writes JSON and one picture.
+
+    Args:
+        out: .json; None is RUN_DIR/evaluation.json. The picture stands beside it.
+        subset: evenly spaced images that what is dear is computed of: denoising and the importance-weighted bound.
+        samples: K of that bound.
+        noise_levels: standard deviations on [0, 1] at which is denoised; the run's own is added.
+        features: a TorchScript feature network, for FID and KID.
+
+    Raises:
+        InputError: no such run, its data is not there, or a value out of range.
+    """
+    config = run_config(run_dir)
+    changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size, "data.root": data_root}
+    # The run's batch plan and precision are about training; every figure is of the float32 (or float64) model.
+    precision = {"precision": "fp64" if config.precision == "fp64" else "fp32"}
+    config = config.override({**{key: value for key, value in changes.items() if value is not None}, **precision})
+    check_device(config)
+    for name, value in (("--subset", subset), ("--samples", samples)):
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    for level in noise_levels:
+        if not 0 < level <= 1:
+            raise InputError(f"--noise-levels: expected standard deviations on [0, 1] pixels above 0, got {level}")
+    target = destination(run_dir, out, "evaluation.json", (".json",))
+    network = None if features is None else quality.feature_network(expand(features))
+    trained = load(run_dir, which)
+    dataset = sources.load(config.data)
+    with pinned_torch(config.precision):
+        runtime = Runtime(config)
+        try:
+            raw = trained.model.to(runtime.device, runtime.dtype)
+            model = runtime.accelerator.prepare_model(raw, evaluation_mode=True)
+            train, val = (Reader(part, runtime.device, runtime.dtype) for part in (dataset.train, dataset.val))
+            reader = train if split == "train" else val
+            metrics = evaluate(model, reader, config, runtime)
+            components = pca.of_model(raw, train, runtime)
+            if components is not None:
+                metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
+            levels = sorted({*noise_levels, *([config.evaluation.noise_std] if config.evaluation.noise_std else [])})
+            found = _assess(raw, components, train, reader, metrics, levels, subset, samples, network, config, runtime)
+            if runtime.is_main:
+                run = f"{run_dir.name or run_dir}, {split}, step {trained.source[1] if trained.source else '?'}"
+                found = _write_evaluation(found, run, split, target, lenient=out is None)
+            else:
+                found = replace(found, metrics={f"{split}.{name}": value for name, value in found.metrics.items()})
+            return found
+        finally:
+            runtime.close()
+
+
+@dataclass(frozen=True)
+class _Assessed(Evaluated):
+    """With what only the picture shows."""
+
+    per_image: quality.PerImage
+
+
+def _assess(
+    model: Autoencoder, components: Components | None, train: Reader, reader: Reader, metrics: dict[str, float],
+    levels: list[float], subset: int, samples: int, network: torch.nn.Module | None, config: Config, runtime: Runtime,
+) -> _Assessed:  # fmt: skip
+    """What ``quality`` finds, beside the metrics of training, and what is to be said of it."""
+    batch, count = config.evaluation.batch_size, len(reader.split)
+    found, remarks = dict(metrics), []
+    each = quality.per_image(model, components, reader, batch, runtime)
+    for name, values in (("ssim", each.ssim), ("pca_ssim", each.pca_ssim)):
+        if values is not None:
+            found[name] = float(values.mean())
+    if count > len(each.error):
+        remarks.append(f"SSIM: of {len(each.error):,} evenly spaced images of {count:,}")
+    if reader is train:
+        remarks.append("no linear probe on training images: it is fitted on them")
+    else:
+        probed = quality.probe(model, components, train, reader, batch, runtime)
+        found |= probed
+        if not probed:
+            remarks.append("no linear probe: the data has no labels of two classes, or the code is too long for one")
+    denoised = quality.denoising(model, reader, levels, subset, config, runtime)
+    remarks.append(f"denoising: of {min(count, quality.denoised_images(subset, model)):,} evenly spaced images")
+    if not quality.has_non_local_means():
+        remarks.append("no non-local means: it needs scikit-image, pip install 'dist-ae[evaluate]'")
+    code: dict[str, list[float]] = {}
+    if model.variational:
+        posterior = quality.posterior(model, reader, batch, runtime)
+        bound = quality.importance_bound(model, reader, samples, subset, config, runtime)
+        found |= {"neg_iw_bound": bound.bound, "subset_neg_elbo": bound.neg_elbo}
+        remarks.append(
+            f"importance-weighted bound: K = {samples}, of {min(count, subset):,} evenly spaced images, whose own "
+            f"negative ELBO is {bound.neg_elbo:.6g}"
+        )
+        if config.objective.likelihood == "discretized":
+            found["neg_iw_bound.bits_per_dim"] = bound.bound / math.prod(model.image_shape) / math.log(2)
+        else:
+            remarks.append(
+                f"no bits per dimension: a {config.objective.likelihood} likelihood gives no probability of a byte; "
+                "--objective.likelihood discretized does"
+            )
+        found["aggregate.mean"] = float(posterior.mean.abs().max())
+        found["aggregate.variance.min"] = float(posterior.variance.min())
+        found["aggregate.variance.max"] = float(posterior.variance.max())
+        code = {
+            "rate": posterior.rate.tolist(),
+            "aggregate_mean": posterior.mean.tolist(),
+            "aggregate_variance": posterior.variance.tolist(),
+            "variance_of_means": posterior.variance_of_means.tolist(),
+        }
+        remarks += _of_posterior(posterior, found)
+    if network is None:
+        remarks.append("no FID, no KID: they need a feature network, --features FILE (TorchScript, uint8 RGB in)")
+    else:
+        found |= quality.feature_distances(model, reader, network, batch, runtime)
+    return _Assessed(found, denoised, code, remarks, [], each)
+
+
+def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> list[str]:
+    """What is wrong with a variational code, in words."""
+    if warning := collapsed(metrics):
+        return [warning]
+    remarks = []
+    idle = int((posterior.variance_of_means <= ACTIVE_VARIANCE).sum())
+    if idle:
+        remarks.append(
+            f"{idle:,} of {len(posterior.rate):,} numbers of the code have collapsed: their means vary by less than "
+            f"{ACTIVE_VARIANCE} over the images"
+        )
+    off = (posterior.mean.abs() > MEAN_OFF) | (posterior.variance.log().abs() > math.log(VARIANCE_OFF))
+    if bool(off.any()):
+        remarks.append(
+            f"aggregate posterior: {int(off.sum()):,} of {len(off):,} numbers are off N(0, 1) (mean beyond "
+            f"±{MEAN_OFF}, or variance beyond a factor of {VARIANCE_OFF}), so samples from N(0, I) miss some codes"
+        )
+    return remarks
+
+
+def _write_evaluation(found: _Assessed, run: str, split: str, target: Path, lenient: bool) -> _Assessed:
+    """JSON and the picture. A run that is only to be read still gets its figures, where no place was asked for."""
+    metrics = {f"{split}.{name}": value for name, value in found.metrics.items()}
+    content = {
+        "run": run,
+        "metrics": metrics,
+        "denoising": {str(level): values for level, values in found.denoising.items()},
+        "code": found.code,
+        "remarks": found.remarks,
+    }
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import evaluation
+
+        each = found.per_image
+        evaluation(run, each.error, each.pca_error, found.denoising, found.code, path)
+
+    written, remarks = [], list(found.remarks)
+    try:
+        written.append(write_whole(target, lambda path: path.write_bytes(to_json(content))))
+        written.append(write_whole(target.with_suffix(".png"), draw))
+    except InputError as error:
+        if not lenient:
+            raise
+        remarks.append(str(error))
+    return replace(found, metrics=metrics, remarks=remarks, written=written)

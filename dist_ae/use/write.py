@@ -1,0 +1,141 @@
+"""How commands write: what cannot be written is found before anything is computed, and nothing is left half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dist_ae.config import InputError
+from dist_ae.data.given import Given
+from dist_ae.data.pictures import expand, shown
+
+SHOWN = 12  # images in a picture of reconstructions, as in the run's own
+
+
+def destination(
+    run_dir: Path,
+    out: Path | None,
+    name: str,
+    suffixes: tuple[str, ...],
+    images: Path | str | None = None,
+    option: str = "--out",
+) -> Path:
+    """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed. The suffix "" is a
+    folder's."""
+    if out is None:
+        return run_dir / name
+    out = expand(out)
+    folder = "" in suffixes and (
+        not out.suffix or suffixes == ("",) or (os.path.isdir(out) and out.suffix not in suffixes)
+    )
+    if out.suffix not in suffixes and not folder:
+        names = " or ".join(suffix for suffix in suffixes if suffix)
+        raise InputError(
+            f"{option} {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
+        )
+    if not os.path.isdir(out.parent):
+        raise InputError(f"{option} {shown(out)}: the folder {shown(out.parent)} does not exist; make it first")
+    if os.path.isdir(out) and not folder:
+        raise InputError(f"{option} {shown(out)} is a folder: name a file in it")
+    if folder and os.path.exists(out) and not os.path.isdir(out):
+        file = ", or a file that ends in .npy or .png" if len(suffixes) > 1 else ""
+        raise InputError(f"{option} {shown(out)} is a file: name a folder{file}")
+    given = None if images is None else os.fspath(images).removeprefix("folder:").removeprefix("array:")
+    if given is not None and out.resolve() == expand(given).resolve():
+        raise InputError(f"{option} {shown(out)} would replace the images it is made of: give it another name")
+    return out
+
+
+def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
+    """Writes under another name beside ``out`` and renames, so that a reader, or a fault, never meets half a file."""
+    temporary = out.with_name(f".{os.getpid()}-{out.name}")
+    try:
+        fill(temporary)
+        if temporary.exists():
+            os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(
+            f"{shown(out)} cannot be written ({error.strerror or error}); choose another place with --out"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+    return out
+
+
+def write_into(out: Path, fill: Callable[[Path], object]) -> Path:
+    """Writes files into a folder: all of them, or none. What else is in it stays."""
+
+    def move(temporary: Path) -> None:
+        temporary.mkdir()
+        fill(temporary)
+        if out.exists():
+            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                target = out / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+            shutil.rmtree(temporary)
+
+    return write_whole(out, move)
+
+
+def write_array(out: Path, values: Tensor) -> Path:
+    return write_whole(out, lambda path: np.save(path, values.numpy(), allow_pickle=False))
+
+
+def write_images(out: Path, images: Tensor, columns: int) -> Path:
+    """Images [..., C, H, W] as they are to .npy, or as a grid to .png."""
+    if out.suffix == ".npy":
+        return write_array(out, images)
+
+    def draw(path: Path) -> None:
+        from dist_ae.figures import image_grid
+
+        image_grid(images.reshape(-1, *images.shape[-3:]), path, columns)
+
+    return write_whole(out, draw)
+
+
+def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
+    """Writes images [C, H, W] on [0, 1] under their names: all of them, or none."""
+
+    def fill(folder: Path) -> None:
+        for name, image in images:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
+
+    return write_into(out, fill)
+
+
+def write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:
+    """Writes figures of images with the images' paths, or their numbers where they have none, to .csv or .parquet."""
+    paths = [str(row) for row in range(len(one.split))] if one.names is None else one.names
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise InputError(
+                f"--out {shown(out)} needs pyarrow: pip install 'dist-ae[parquet]', or write .csv"
+            ) from None
+        named = {"path": [shown(path) for path in paths], **{name: values.numpy() for name, values in columns.items()}}
+        return write_whole(out, lambda path: pyarrow.parquet.write_table(pyarrow.table(named), path))
+
+    def fill(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(["path", *columns])
+            table.writerows(zip(paths, *(values.tolist() for values in columns.values()), strict=True))
+
+    return write_whole(out, fill)
