@@ -7,21 +7,24 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from dist_ae.config import Config, Fault, InputError
 from dist_ae.terminal import EXIT_STOPPED
 
+from .plan import Scheduler, Search, Settings
+from .spaces import OWN, Metric, load_space, parse_overrides
+
 
 def sweep(
     which: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SPACE")] = None,
     space: Path | None = None,
     num_trials: int | None = None,
-    scheduler: Literal["none", "asha", "median", "pbt"] = "none",
-    search: Literal["random", "grid", "optuna"] = "random",
-    metric: Literal["val.mse", "val.denoised_psnr", "val.neg_elbo", "val.probe_accuracy"] | None = None,
+    scheduler: Scheduler = "none",
+    search: Search = "random",
+    metric: Metric | None = None,
     select: str = "best",
     name: str | None = None,
     resume: str | None = None,
@@ -61,9 +64,7 @@ def sweep(
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
         seed: of the search.
     """
-    from .plan import Settings
     from .results import parse_selection
-    from .spaces import load_space, parse_overrides
     from .sweep import checked
 
     for needed in ("ray", "optuna", "jinja2"):
@@ -82,11 +83,18 @@ def sweep(
         from .sweep import start
 
         chosen = load_space(which, space)
-        limits = (workers_per_trial, cpus_per_worker, gpus_per_worker, max_concurrent)
-        settings = Settings(num_trials or 0, scheduler, search, *limits, address or "local", seed)
+        settings = Settings(
+            scheduler=scheduler,
+            search=search,
+            workers_per_trial=workers_per_trial,
+            cpus_per_worker=cpus_per_worker,
+            gpus_per_worker=gpus_per_worker,
+            max_concurrent=max_concurrent,
+            address=address or "local",
+            seed=seed,
+        )
         name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
         found = checked(chosen, parse_overrides(set), metric, settings, num_trials, name, storage)
-        print(f"sweep {name} of {found.settings.num_trials} trials → {found.path}", flush=True)
         start(found, selection, retrain)
 
     from .report import write_report
@@ -102,8 +110,6 @@ def spelled_as_set(arguments: Sequence[str]) -> list[str]:
     Raises:
         InputError: no value follows.
     """
-    from .spaces import OWN
-
     fields, made, rest = dict(Config().flat()), [], list(arguments)
     while rest:
         argument = rest.pop(0)

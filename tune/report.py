@@ -20,18 +20,13 @@ from dist_ae.presets import PRESETS
 
 from .plan import Sweep
 from .results import Row, Selection, front, number, results, select, spread, write_best, write_table
+from .spaces import METRICS
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
 CHUNK = 4096  # images at once
 EXACT = 1e-12  # a squared error per pixel that is nothing but rounding
 COLORS = {"ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c"}  # by a preset's first word
 ACCENT, PCA = "#111827", "#6b7280"
-METRICS = {
-    "val.mse": "squared error per pixel on [0, 1] of clean validation images",
-    "val.denoised_psnr": "PSNR in dB of denoised validation images, with the same noise for every trial",
-    "val.neg_elbo": "negative ELBO at β = 1, nats per image",
-    "val.probe_accuracy": "accuracy of a linear probe on the code",
-}
 
 
 def write_report(sweep: Sweep, selection: Selection) -> bool:
@@ -134,7 +129,7 @@ def _page(sweep: Sweep, rows: list[Row], winner: Row | None, selection: Selectio
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         sweep=sweep,
-        judged_by=METRICS[sweep.metric],
+        judged_by=METRICS[sweep.metric][1],
         counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
         steps=sum(row.outcome.reports[-1]["step"] for row in rows if row.outcome.reports),
         selection=selection,
@@ -255,7 +250,7 @@ def _curves(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, fl
         axes.set(ylim=(lowest * 0.95, min(ceiling, highest) * 1.05), yscale="log")
         _round_ticks(axes.yaxis)
     _legend(figure, [row for row, *_ in curves], {"the answer": Line2D([], [], color=ACCENT)} if winner else {})
-    return "Learning curves", f"{sweep.metric} at each evaluation: {METRICS[sweep.metric]}.", _png(figure)
+    return "Learning curves", f"{sweep.metric} at each evaluation: {METRICS[sweep.metric][1]}.", _png(figure)
 
 
 def _effects(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> Chart | None:

@@ -62,7 +62,7 @@ def _code_size(sweep: Sweep, trial: Trial, config: Config) -> int:
 
 def number(value: Any) -> str:
     """A value as a person reads it."""
-    if isinstance(value, tuple):
+    if isinstance(value, list):
         return ",".join(map(str, value))
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -111,7 +111,7 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
 
 def retrained(sweep: Sweep, winner: Trial) -> Sweep:
     """The folder in which a winner is trained again, as a sweep of its own without a scheduler."""
-    settings = dataclasses.replace(sweep.settings, scheduler="none", search="random", num_trials=0)
+    settings = sweep.settings.model_copy(update={"scheduler": "none", "search": "random", "num_trials": 1})
     path, name = sweep.path / f"retrain-{winner.id}", f"{sweep.name}-retrain"
     return dataclasses.replace(sweep, path=path, name=name, settings=settings, key=f"{winner.id}s")
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,7 +24,18 @@ from dist_ae.terminal import EXIT_STOPPED
 
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from .results import Selection, results, retrained, select
-from .spaces import MAX_TRIALS, Space, Values, check, check_metric, check_mutable, check_together, override, shown
+from .spaces import (
+    MAX_TRIALS,
+    Space,
+    Values,
+    check,
+    check_mutable,
+    check_sizes,
+    check_together,
+    override,
+    parse_space,
+    shown,
+)
 
 CONNECT_SECONDS = 2.0
 PROBED = 100  # points of an optimizer's space that are looked at before it suggests its own
@@ -55,55 +65,20 @@ def checked(
         InputError: naming what is wrong and the way out.
     """
     check_name(name)
-    if metric is not None:
-        check_metric(metric, space.parts)
-        space = dataclasses.replace(space, metric=metric)
-    _check_numbers(settings, num_trials)
-    space = space.pinned(overrides)
+    space = parse_space(space.to_data(), space.name, metric).pinned(overrides)
+    settings = Settings(**{**settings.model_dump(), "num_trials": _count(space, settings, num_trials)})
     check(space, overrides, settings.workers_per_trial)
     if settings.scheduler == "pbt":
-        if settings.workers_per_trial > 1:
-            raise InputError(
-                "--scheduler pbt works with --workers-per-trial 1 only: Ray Train owns the checkpoints of a trial of "
-                "several workers, and Ray Tune would skip the cloning without a word. Use --scheduler asha"
-            )
-        if settings.search == "optuna":
-            reason = "changes the values of running trials, which would mislead --search optuna"
-            raise InputError(f"--scheduler pbt {reason}; use --search random")
         check_mutable(space)
-    settings = dataclasses.replace(settings, num_trials=_count(space, settings, num_trials))
-    if settings.scheduler == "pbt" and settings.num_trials < 2:
-        raise InputError("--scheduler pbt needs at least two trials to clone one into the other; raise --num-trials")
     check_together(overrides, _plan(space, settings))
     _check_local(settings)
     _check_address(settings.address)
-    _check_storage(storage)
-    return new_sweep((storage / name).resolve(), space, _absolute(overrides), space.metric, settings)
-
-
-def _check_numbers(settings: Settings, num_trials: int | None) -> None:
-    whole = {
-        "--num-trials": num_trials,
-        "--workers-per-trial": settings.workers_per_trial,
-        "--max-concurrent": settings.max_concurrent,
-    }
-    for option, value in whole.items():
-        if value is not None and not 1 <= value <= MAX_TRIALS:
-            raise InputError(f"{option} {value}: expected 1 to {MAX_TRIALS:,}")
-    if not 0 < settings.cpus_per_worker < math.inf:
-        raise InputError(f"--cpus-per-worker {settings.cpus_per_worker}: expected a number greater than 0")
-    if not 0 <= settings.gpus_per_worker < math.inf:
-        raise InputError(f"--gpus-per-worker {settings.gpus_per_worker}: expected 0 or more")
-    if settings.workers_per_trial > 1 and settings.gpus_per_worker % 1:
-        raise InputError(
-            f"--gpus-per-worker {settings.gpus_per_worker}: workers of one trial cannot share a GPU (NCCL refuses it); "
-            "use whole GPUs, or --workers-per-trial 1 with a share of one"
-        )
+    return new_sweep((storage / name).resolve(), space, overrides, space.metric, settings)
 
 
 def _count(space: Space, settings: Settings, asked: int | None) -> int:
     if settings.search != "grid":
-        return 16 if asked is None else asked
+        return settings.num_trials if asked is None else asked
     size = space.grid_size()
     if asked not in (None, size):
         ways_out = "leave --num-trials out, or use --search random"
@@ -156,15 +131,6 @@ def _check_address(address: str) -> None:
         raise InputError(f"--address {shown(address)}: nothing answers there ({error}); {ways_out}") from None
 
 
-def _check_storage(storage: Path) -> None:
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=storage):
-            pass
-    except OSError as error:
-        raise InputError(f"--storage {storage} cannot be written: {error.strerror}; choose another folder") from None
-
-
 def _absolute(overrides: Values) -> Values:
     """Paths as every process sees them, whatever folder it works in."""
     from dist_ae.data.sources import absolute
@@ -203,12 +169,14 @@ def check_data(sweep: Sweep) -> None:
             raise InputError(f"--metric val.probe_accuracy {reason}; use another metric")
         if config.model.image_shape not in (None, shape):
             raise InputError(f"{where}model.image_shape is {config.model.image_shape}, and the images are {shape}")
-        only = dataclasses.replace(space, parts={preset: part})
-        check(only, sweep.overrides, settings.workers_per_trial, (shape, count))
         points = [{key: value} for key, d in part.items() for value in d.probes()]
         points += [values for planned, values in _plan(space, settings) if planned == preset]
         for values in points:
             changed = override(config, values, where)
+            check_sizes(changed, shape, settings.workers_per_trial, where)
+            if changed.train.batch_size > count:
+                size = changed.train.batch_size
+                raise InputError(f"{where}train.batch_size {size} is larger than the {count} training images")
             try:
                 check_device(changed)
                 pca.check(changed, blank(changed, shape))
@@ -245,8 +213,9 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
         Interrupted: by Ctrl-C or SIGTERM; ``--resume`` goes on.
     """
     with only_driver(sweep.path, new=True):
+        print(f"sweep {sweep.name} of {sweep.settings.num_trials} trials → {sweep.path}", flush=True)
         check_data(sweep)
-        sweep = dataclasses.replace(sweep, overrides={**sweep.overrides, **_tracking(sweep)})
+        sweep = dataclasses.replace(sweep, overrides=_absolute(sweep.overrides) | _tracking(sweep))
         with cluster(sweep):
             plan_trials(sweep)
             run(sweep)
@@ -260,10 +229,9 @@ def resume(path: Path, address: str | None, max_concurrent: int | None, selectio
     """
     with only_driver(path, new=False):
         sweep = read_sweep(path)
-        new: Values = {"address": address, "max_concurrent": max_concurrent}
-        settings = dataclasses.replace(sweep.settings, **{k: v for k, v in new.items() if v is not None})
+        new = {"address": address, "max_concurrent": max_concurrent}
+        settings = Settings(**sweep.settings.model_dump() | {k: v for k, v in new.items() if v is not None})
         sweep = dataclasses.replace(sweep, settings=settings)
-        _check_numbers(settings, None)
         _check_local(settings)
         _check_address(settings.address)
         if left(sweep) or seeds:
