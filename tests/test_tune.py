@@ -371,7 +371,7 @@ UNTRAINABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", UNTRAINABLE)
 def test_what_no_trial_could_train_is_refused_before_ray_starts(case: str, tmp_path: Path) -> None:
     part, overrides, word = UNTRAINABLE[case]
-    sweep = checked(parse_space({"presets": {"ae": part}}, "s"), overrides, None, Settings(), 4, "s", tmp_path)
+    sweep = checked(parse_space({"presets": {"ae": part}}, "s"), overrides, None, Settings(num_trials=4), "s", tmp_path)
     with pytest.raises(InputError, match=word):
         check_data(sweep)
 
@@ -379,7 +379,7 @@ def test_what_no_trial_could_train_is_refused_before_ray_starts(case: str, tmp_p
 def test_a_pipe_in_place_of_data_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npy")
     name = f"array:{tmp_path}/pipe.npy"
-    sweep = checked(load_space("ae", None), {"data.name": name}, None, Settings(), 2, "s", tmp_path)
+    sweep = checked(load_space("ae", None), {"data.name": name}, None, Settings(num_trials=2), "s", tmp_path)
     with pytest.raises(InputError, match="not a file"):
         check_data(sweep)
 
@@ -416,7 +416,7 @@ def test_any_file_name_gives_a_sweep_a_legal_name(stem: str, tmp_path: Path) -> 
 def test_a_damaged_sweep_or_a_wrong_limit_of_a_resumed_one_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = checked(load_space("ae", None), {}, None, Settings(), 2, "s", tmp_path)
+    good = checked(load_space("ae", None), {}, None, Settings(num_trials=2), "s", tmp_path)
     plan_trials(good)
     sweep_json, trial_json = good.path / "sweep.json", good.trial_dir(good.trials()[1].id) / "trial.json"
     again = ("--resume", "s", "--storage", str(tmp_path))
@@ -621,7 +621,7 @@ def test_reports_forget_what_a_retry_did_again_and_what_a_kill_tore(tmp_path: Pa
 
 
 def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
-    sweep = checked(load_space("ae", None), {}, None, Settings(), 2, "mine", tmp_path)
+    sweep = checked(load_space("ae", None), {}, None, Settings(num_trials=2), "mine", tmp_path)
     with only_driver(sweep.path, new=True):
         plan_trials(sweep)
         with pytest.raises(InputError, match="is running"), only_driver(sweep.path, new=False):
@@ -634,7 +634,7 @@ def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_never_began_is_planned_anew(tmp_path: Path) -> None:
-    sweep = checked(load_space("ae", None), {}, None, Settings(), 2, "mine", tmp_path)
+    sweep = checked(load_space("ae", None), {}, None, Settings(num_trials=2), "mine", tmp_path)
     sweep.new_trial(5, "ae", {})  # what a driver leaves that dies before sweep.json is written
     with only_driver(sweep.path, new=True):
         plan_trials(sweep)

@@ -14,29 +14,23 @@ import tyro
 from dist_ae.config import Config, Fault, InputError
 from dist_ae.terminal import EXIT_STOPPED
 
-from .plan import Scheduler, Search, Settings
+from .plan import Settings
 from .spaces import OWN, Metric, load_space, parse_overrides
+
+DEFAULT = Settings()
 
 
 def sweep(
     which: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SPACE")] = None,
     space: Path | None = None,
-    num_trials: int | None = None,
-    scheduler: Scheduler = "none",
-    search: Search = "random",
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = DEFAULT,
     metric: Metric | None = None,
     select: str = "best",
     name: str | None = None,
     resume: str | None = None,
     retrain: int = 0,
     storage: Path = Path("runs/sweeps"),
-    workers_per_trial: int = 1,
-    cpus_per_worker: float = 1,
-    gpus_per_worker: float = 0,
-    max_concurrent: int | None = None,
-    address: str | None = None,
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
-    seed: int = 0,
 ) -> Path:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
@@ -46,9 +40,7 @@ def sweep(
     Args:
         which: space to search: ae, denoising, dropout, vae, conv, or all, which chooses among the first four.
         space: your own space, a JSON or TOML file (docs/sweeps.md shows one).
-        num_trials: trials to run; left out, 16, or all points of a grid.
-        scheduler: asha and median stop weak trials early; pbt clones strong ones and changes lr, noise and dropout.
-        search: where the next configuration comes from.
+        settings: how it is run; --resume takes an address and a limit of trials at once, and nothing else of it.
         metric: what trials are judged by; left out, the space's own.
         select: the answer: best, smallest-within-PCT (the smallest code within PCT percent of the best),
             best-under-SIZE (the best of codes up to SIZE).
@@ -56,16 +48,11 @@ def sweep(
         resume: name of an interrupted sweep to go on with.
         retrain: train the winner with this many further seeds and report mean and standard deviation.
         storage: folder of sweeps; on a cluster, one that all nodes share.
-        workers_per_trial: processes that train one trial together.
-        cpus_per_worker: CPUs of each.
-        gpus_per_worker: GPUs of each; with one worker, a share such as 0.25 lets trials share a GPU.
-        max_concurrent: most trials at once; left out, as many as fit.
-        address: local (the default), auto for the running cluster of this machine, or HOST:PORT.
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
-        seed: of the search.
     """
     from .results import parse_selection
-    from .sweep import checked
+    from .sweep import checked, start
+    from .sweep import resume as go_on
 
     for needed in ("ray", "optuna", "jinja2"):
         if importlib.util.find_spec(needed) is None:
@@ -76,25 +63,11 @@ def sweep(
     if resume is not None:
         if which is not None or space is not None or set:
             raise InputError("--resume takes the space and what is fixed from the sweep; leave them out")
-        from .sweep import resume as go_on
-
-        found = go_on(storage.resolve() / resume, address, max_concurrent, selection, retrain)
+        found = go_on(storage.resolve() / resume, settings, selection, retrain)
     else:
-        from .sweep import start
-
         chosen = load_space(which, space)
-        settings = Settings(
-            scheduler=scheduler,
-            search=search,
-            workers_per_trial=workers_per_trial,
-            cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker,
-            max_concurrent=max_concurrent,
-            address=address or "local",
-            seed=seed,
-        )
         name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
-        found = checked(chosen, parse_overrides(set), metric, settings, num_trials, name, storage)
+        found = checked(chosen, parse_overrides(set), metric, settings, name, storage)
         start(found, selection, retrain)
 
     from .report import write_report

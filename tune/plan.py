@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dist_ae.config import Config, InputError
+from dist_ae.files import to_json, write_atomically
 from dist_ae.presets import PRESETS
 
 from .spaces import MAX_TRIALS, METRICS, Metric, Space, Values, explained, shown
@@ -31,24 +32,29 @@ from .spaces import MAX_TRIALS, METRICS, Metric, Space, Values, explained, shown
 FORMAT = 1
 
 
-Scheduler = Literal["none", "asha", "median", "pbt"]
-Search = Literal["random", "grid", "optuna"]
-
-
 class Settings(BaseModel):
     """How a sweep is run. What is searched stands in the space."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    num_trials: int = Field(16, ge=1, le=MAX_TRIALS)
-    scheduler: Scheduler = "none"
-    search: Search = "random"
-    workers_per_trial: int = Field(1, ge=1, le=MAX_TRIALS)
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
-    max_concurrent: int | None = Field(None, ge=1, le=MAX_TRIALS)
-    address: str = "local"
-    seed: int = 0
+    num_trials: int = Field(0, ge=0, le=MAX_TRIALS, description="trials to run; 0: 16, or all points of a grid")
+    scheduler: Literal["none", "asha", "median", "pbt"] = Field(
+        "none",
+        description="asha and median stop weak trials early; pbt clones strong ones and changes lr, noise and dropout",
+    )
+    search: Literal["random", "grid", "optuna"] = Field("random", description="where the next configuration comes from")
+    workers_per_trial: int = Field(1, ge=1, le=MAX_TRIALS, description="processes that train one trial together")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of each")
+    gpus_per_worker: float = Field(
+        0, ge=0, description="GPUs of each; with one worker, a share such as 0.25 lets trials share a GPU"
+    )
+    max_concurrent: int | None = Field(
+        None, ge=1, le=MAX_TRIALS, description="most trials at once; left out, as many as fit"
+    )
+    address: str | None = Field(
+        None, description="local (as left out), auto for the running cluster of this machine, or HOST:PORT"
+    )
+    seed: int = Field(0, description="of the search")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -71,7 +77,7 @@ class Settings(BaseModel):
         if self.scheduler == "pbt" and self.search == "optuna":
             reason = "changes the values of running trials, which would mislead --search optuna"
             raise InputError(f"--scheduler pbt {reason}; use --search random")
-        if self.scheduler == "pbt" and self.num_trials < 2:
+        if self.scheduler == "pbt" and self.num_trials == 1:
             reason = "needs at least two trials to clone one into the other"
             raise InputError(f"--scheduler pbt {reason}; raise --num-trials")
         return self
@@ -270,8 +276,6 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file: the old content or the new is there, whole, whenever the machine stops."""
-    from dist_ae.files import to_json, write_atomically
-
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_json(value))
 

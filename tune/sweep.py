@@ -55,7 +55,6 @@ def checked(
     overrides: Values,
     metric: str | None,
     settings: Settings,
-    num_trials: int | None,
     name: str,
     storage: Path,
 ) -> Sweep:
@@ -66,22 +65,23 @@ def checked(
     """
     check_name(name)
     space = parse_space(space.to_data(), space.name, metric).pinned(overrides)
-    settings = Settings(**{**settings.model_dump(), "num_trials": _count(space, settings, num_trials)})
+    decided = {"num_trials": _count(space, settings), "address": settings.address or "local"}
+    settings = Settings(**settings.model_dump() | decided)
     check(space, overrides, settings.workers_per_trial)
     if settings.scheduler == "pbt":
         check_mutable(space)
     check_together(overrides, _plan(space, settings))
     _check_local(settings)
-    _check_address(settings.address)
+    _check_address(settings)
     return new_sweep((storage / name).resolve(), space, overrides, space.metric, settings)
 
 
-def _count(space: Space, settings: Settings, asked: int | None) -> int:
+def _count(space: Space, settings: Settings) -> int:
     if settings.search != "grid":
-        return settings.num_trials if asked is None else asked
+        return settings.num_trials or 16
     size = space.grid_size()
-    if asked not in (None, size):
-        ways_out = "leave --num-trials out, or use --search random"
+    if settings.num_trials not in (0, size):
+        asked, ways_out = settings.num_trials, "leave --num-trials out, or use --search random"
         raise InputError(f"--num-trials {asked}: the grid of space {space.name} has {size:,} points; {ways_out}")
     if size > MAX_TRIALS:
         raise InputError(
@@ -117,8 +117,9 @@ def _check_fits(settings: Settings, have: dict[str, float], where: str) -> None:
             )
 
 
-def _check_address(address: str) -> None:
+def _check_address(settings: Settings) -> None:
     """Ray tries an address that does not answer for a long time."""
+    address = str(settings.address)
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")
@@ -222,18 +223,18 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
             retrain(sweep, selection, seeds)
 
 
-def resume(path: Path, address: str | None, max_concurrent: int | None, selection: Selection, seeds: int) -> Sweep:
-    """Goes on with a sweep.
+def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Sweep:
+    """Goes on with a sweep, with the address and the limit of trials at once that are given.
 
     Finished, stopped and failed trials stay as they are. The others continue from their checkpoints.
     """
     with only_driver(path, new=False):
         sweep = read_sweep(path)
-        new = {"address": address, "max_concurrent": max_concurrent}
-        settings = Settings(**sweep.settings.model_dump() | {k: v for k, v in new.items() if v is not None})
+        new = given.model_dump(include={"address", "max_concurrent"}, exclude_none=True)
+        settings = Settings(**sweep.settings.model_dump() | new)
         sweep = dataclasses.replace(sweep, settings=settings)
         _check_local(settings)
-        _check_address(settings.address)
+        _check_address(settings)
         if left(sweep) or seeds:
             check_data(sweep)
             with cluster(sweep):
