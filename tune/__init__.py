@@ -28,5 +28,6 @@ def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) 
 
     fixed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     named = {"space": space} if isinstance(space, Path) else {"which": space}
-    settled = Settings(**{key: options.pop(key) for key in Settings.model_fields if key in options})
-    return sweep(**named, settings=settled, set=fixed, **options)
+    given = {key: options.pop(key) for key in Settings.model_fields if key in options}
+    run = Settings(**{key: value for key, value in given.items() if value is not None})
+    return sweep(**named, settings=run, set=fixed, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ from dist_ae.config import Config, Fault, InputError
 from dist_ae.terminal import EXIT_STOPPED
 
 from .plan import Settings
+from .results import parse_selection
 from .spaces import OWN, Metric, load_space, parse_overrides
+from .sweep import checked, start
+from .sweep import resume as go_on
 
 DEFAULT = Settings()
 
@@ -50,10 +54,6 @@ def sweep(
         storage: folder of sweeps; on a cluster, one that all nodes share.
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
     """
-    from .results import parse_selection
-    from .sweep import checked, start
-    from .sweep import resume as go_on
-
     for needed in ("ray", "optuna", "jinja2"):
         if importlib.util.find_spec(needed) is None:
             raise InputError(f'a sweep needs {needed}, which is not installed; pip install "dist-ae[tune]"')
@@ -83,28 +83,24 @@ def spelled_as_set(arguments: Sequence[str]) -> list[str]:
     Raises:
         InputError: no value follows.
     """
-    fields, made, rest = dict(Config().flat()), [], list(arguments)
+    fields, made, rest = dict(Config().flat()), list[str](), list(arguments)
     while rest:
         argument = rest.pop(0)
         option, given, value = argument.partition("=")
         key = option.removeprefix("--").replace("-", "_")
-        section, dot, leaf = key.partition(".")
-        if (
-            not option.startswith("--")
-            or key in OWN
-            or (key not in fields and not (dot and section in Config.model_fields))
-        ):
+        known = key in fields or ("." in key and key.partition(".")[0] in Config.model_fields)
+        if not option.startswith("--") or not known or key in OWN:
             made.append(argument)
             continue
-        if not given and isinstance(fields.get(f"{section}.{leaf.removeprefix('no_')}"), bool):
-            value, key = str(not leaf.startswith("no_")).lower(), f"{section}.{leaf.removeprefix('no_')}"
+        flag = key.replace(".no_", ".")
+        if not given and isinstance(fields.get(flag), bool):
+            key, value = flag, str(key == flag).lower()
         elif not given:
-            values: list[str] = []
-            while rest and not rest[0].startswith("--") and (not values or isinstance(fields.get(key), tuple)):
-                values.append(rest.pop(0))
+            most = len(rest) if isinstance(fields.get(key), tuple) else 1
+            values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:most]))
             if not values:
                 raise InputError(f"{option}: expected a value")
-            value = ",".join(values)
+            value, rest = ",".join(values), rest[len(values) :]
         made += ["--set", f"{key}={'null' if value == 'None' else value}"]
     return made
 

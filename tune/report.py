@@ -13,7 +13,6 @@ import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dist_ae.presets import PRESETS
@@ -214,14 +213,15 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     axes.plot(*line, color=ACCENT, linewidth=1.8, label="Pareto front")
     for row in shown:
         size, alpha = (7, 1) if row in best else (5, 0.45)
-        axes.plot(row.size, error[row.trial.id], "o", color=_color(row), markersize=size, alpha=alpha)
+        look = {**_look(row, None), "markersize": size, "alpha": alpha}
+        axes.plot(row.size, error[row.trial.id], "o", **look)
         if row is winner:
             ring: Any = {"color": ACCENT, "markersize": 13, "fillstyle": "none", "markeredgewidth": 1}
             axes.plot(row.size, error[row.trial.id], "o", **ring)
     axes.set(xlabel="code size", ylabel="squared error per pixel")
     _log(axes, "x")
     _log(axes, "y")
-    _legend(figure, shown, axes.lines[:2])
+    _legend(figure)
     compared = [row for row in best if row.size in pca]
     below = [row for row in compared if error[row.trial.id] < pca[row.size]]
     note = f"Error of the {'denoised images' if _about_noise(sweep) else 'reconstructions'}, pixels on [0, 1]. "
@@ -251,7 +251,7 @@ def _curves(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
         ceiling = 20 * sorted(values[-1] for _, _, values in curves)[len(curves) // 2]
         axes.set(ylim=(lowest * 0.95, min(ceiling, highest) * 1.05))
         _log(axes, "y")
-    _legend(figure, [row for row, *_ in curves], [Line2D([], [], color=ACCENT, label="the answer")] if winner else [])
+    _legend(figure)
     return "Learning curves", f"{sweep.metric} at each evaluation: {METRICS[sweep.metric][1]}.", figure
 
 
@@ -276,8 +276,7 @@ def _effects(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
     for axes in every[len(keys) :]:
         axes.set_axis_off()
     every[0].set_ylabel(sweep.metric)
-    answer = Line2D([], [], color=ACCENT, marker="o", linestyle="", label="the answer")
-    _legend(figure, good, [answer] if winner else [])
+    _legend(figure)
     return "Parameters and result", f"Each point is a trial: its {sweep.metric} against one of its values.", figure
 
 
@@ -303,21 +302,18 @@ def _log(axes: Axes, which: str) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
-def _legend(figure: Figure, rows: Sequence[Row], more: Sequence[Line2D]) -> None:
-    colors = {row.trial.preset: _color(row) for row in rows}
-    presets = [Line2D([], [], color=color, marker="o", linestyle="", label=name) for name, color in colors.items()]
-    figure.legend(handles=[*presets, *more], loc="outside upper left", ncols=6)
+def _legend(figure: Figure) -> None:
+    found = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for line in figure.legend(found.values(), found, loc="outside upper left", ncols=6).get_lines():
+        line.set_alpha(1)
 
 
-def _look(row: Row, winner: Row | None, among: int) -> dict[str, Any]:
+def _look(row: Row, winner: Row | None, among: int = 1) -> dict[str, Any]:
     """The answer is black. Of many others each is fainter, so that where most of them are can still be seen."""
     if row is winner:
-        return {"color": ACCENT}
-    return {"color": _color(row), "alpha": min(0.55, max(0.15, 30 / among))}
-
-
-def _color(row: Row) -> str:
-    return COLORS[row.trial.preset.partition("-")[0]]
+        return {"label": "the answer", "color": ACCENT}
+    color = COLORS[row.trial.preset.partition("-")[0]]
+    return {"label": row.trial.preset, "color": color, "alpha": min(0.55, max(0.15, 30 / among))}
 
 
 def _uri(content: bytes) -> str:

@@ -47,27 +47,13 @@ FIXED = ("data.", "evaluation.", "tracking.", "name", "run_dir", "model.variatio
 OWN = ("name", "seed", "run_dir")
 
 # What population-based training can change in the middle of a trial: nothing that a checkpoint's tensors depend on.
-MUTABLE = (
-    "optim.lr",
-    "optim.lr_adam",
-    "optim.weight_decay",
-    "optim.clip_norm",
-    "optim.momentum",
-    "objective.noise_std",
-    "objective.beta",
-    "model.dropout",
-)
+MUTABLE: tuple[str, ...] = ("optim.lr", "optim.lr_adam", "optim.weight_decay", "optim.clip_norm", "optim.momentum")
+MUTABLE += ("objective.noise_std", "objective.beta", "model.dropout")
 
 _FIELDS = dict(Config().flat())  # every configuration key, with its default
 
-IMAGE_SHAPES = {
-    "photos": (3, 64, 64),
-    "digits": (1, 8, 8),
-    "fashion_mnist": (1, 28, 28),
-    "mnist": (1, 28, 28),
-    "kmnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
-}
+IMAGE_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "photos": (3, 64, 64)}
+IMAGE_SHAPES |= dict.fromkeys(("fashion_mnist", "mnist", "kmnist"), (1, 28, 28))
 
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
@@ -364,12 +350,12 @@ def check(space: Space, overrides: Values, workers: int) -> None:
             if key == "objective.likelihood" and space.metric == "val.neg_elbo":
                 reason = "densities and probabilities do not compare"
                 raise InputError(f"{where}{key} cannot be searched by val.neg_elbo: {reason}; use val.mse")
-            for number, value in enumerate(d.probes()):
+            for value in d.probes():
                 try:
                     changed = override(config, {key: value}, where)
                 except InputError as error:
-                    inside = d.kind in ("uniform", "loguniform") and number >= len(d.values)  # both ends are legal
-                    hint = f"; use {d.kind.replace('uniform', 'randint')} or choice" if inside else ""
+                    fraction = d.kind in ("uniform", "loguniform") and "integer" in str(error)
+                    hint = f"; use {d.kind.replace('uniform', 'randint')} or choice" if fraction else ""
                     raise InputError(f"{error}{hint}") from None
                 check_sizes(changed, IMAGE_SHAPES.get(changed.data.name), workers, where)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -13,10 +12,9 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
@@ -95,22 +93,22 @@ def _check_local(settings: Settings) -> None:
     """Refuses workers that this machine cannot hold, where Ray is to run on it alone."""
     if settings.address != "local":
         return
-    have = {"CPU": float(_cores())}
-    _check_fits(settings, have, "this machine")
+    have = {"CPU": _cores(), "GPU": 0}
     if settings.gpus_per_worker:
         import torch
 
-        _check_fits(settings, {**have, "GPU": float(torch.cuda.device_count())}, "this machine")
+        have["GPU"] = torch.cuda.device_count()
+    _check_fits(settings, have, "this machine")
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_fits(settings: Settings, have: dict[str, float], where: str) -> None:
+def _check_fits(settings: Settings, have: Mapping[str, float], where: str) -> None:
     for kind, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
         needed = settings.workers_per_trial * each
-        if needed > have.get(kind, math.inf):
+        if needed > have[kind]:
             raise InputError(
                 f"a trial of {settings.workers_per_trial} workers with {each:g} {kind} each needs {needed:g} {kind}, "
                 f"and {where} has {have[kind]:g}; lower --workers-per-trial or --{kind.lower()}s-per-worker"
@@ -119,17 +117,13 @@ def _check_fits(settings: Settings, have: dict[str, float], where: str) -> None:
 
 def _check_address(settings: Settings) -> None:
     """Ray tries an address that does not answer for a long time."""
-    address = str(settings.address)
-    if address in ("auto", "local"):
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65536:
-        raise InputError(f"--address {shown(address)}: expected auto, local or HOST:PORT")
+    host, _, port = str(settings.address).rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be a host's name
-        ways_out = "start a cluster with `ray start --head`, or use --address local"
-        raise InputError(f"--address {shown(address)}: nothing answers there ({error}); {ways_out}") from None
+        if settings.address not in ("auto", "local"):
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        ways_out = "expected auto, local, or HOST:PORT of a cluster started with `ray start --head`"
+        raise InputError(f"--address {shown(settings.address)}: nothing answers there ({error}); {ways_out}") from None
 
 
 def _absolute(overrides: Values) -> Values:
@@ -310,20 +304,13 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     # How often a report of several workers is fetched, in seconds. The workers wait for it.
     variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     variables |= {key: os.environ[key] for key in ("WANDB_BASE_URL", "OMP_NUM_THREADS") if key in os.environ}
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    common["runtime_env"] = {"env_vars": variables}
+    here = {"include_dashboard": False, "num_cpus": _cores()} if settings.address == "local" else {}
+    environment = {"env_vars": variables}
     try:
-        if settings.address == "local":
-            ray.init(address="local", include_dashboard=False, num_cpus=_cores(), **common)
-        else:
-            ray.init(address=settings.address, **common)
+        ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        if settings.address == "local":
-            raise InputError(f"Ray did not start on this machine: {reason}") from None
-        raise InputError(
-            f"--address {settings.address}: no Ray cluster there ({reason}); start one with `ray start --head`"
-        ) from None
+        hint = "Ray did not start on this machine" if here else "no cluster there; start one with `ray start --head`"
+        raise InputError(f"--address {settings.address}: {hint} ({str(error).splitlines()[0]})") from None
     try:
         if settings.address != "local":
             have = {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
