@@ -150,11 +150,9 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.size)
     if error is not None and linear:
         change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA has a component for each pixel"
-        facts[f"squared error beside PCA, code of {winner.size}"] = (
-            f"{number(error)} beside {number(linear)} ({change})"
-        )
-    again = spread(sweep, winner.trial)
-    if again is not None:
+        name = f"squared error beside PCA, code of {winner.size}"
+        facts[name] = f"{number(error)} beside {number(linear)} ({change})"
+    if again := spread(sweep, winner.trial):
         values, mean, deviation = again
         facts[f"{len(values)} further seeds"] = f"{number(mean)} ± {number(deviation)} (mean ± standard deviation)"
     if winner.trial.donors:

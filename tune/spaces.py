@@ -200,6 +200,19 @@ class Space(BaseModel):
         parts = {p: {k: d for k, d in part.items() if k not in overrides} for p, part in self.parts.items()}
         return self.model_copy(update={"parts": parts})
 
+    def check_mutable(self) -> None:
+        """Raises InputError where population-based training cannot change a key in the middle of a trial."""
+        if len(self.parts) > 1:
+            reason = "are different models, whose weights cannot be cloned into each other"
+            raise InputError(f"--scheduler pbt: the presets of space {self.name} {reason}; use one preset")
+        for key in self.searched():
+            if key not in MUTABLE:
+                raise InputError(
+                    f"--scheduler pbt: {key} cannot change in the middle of training, the weights of a better trial "
+                    f"would not fit; fix it with {option(key)}, or use --scheduler asha. What can change: "
+                    f"{', '.join(MUTABLE)}"
+                )
+
     def to_data(self) -> dict[str, Any]:
         return self.model_dump(by_alias=True, exclude_defaults=True)
 
@@ -243,9 +256,8 @@ _PARTS: dict[str, dict[str, Any]] = {
 }
 _CONV: dict[str, Any] = {
     "model.latent_dim": {"choice": [2, 4, 8, 12, 24]},
-    "model.widths": {
-        "choice": [[16, 32, 64], [32, 64, 128], [64, 128, 192]]
-    },  # one patch size, so that all trials see the same patches
+    # Of one length, and so one patch size: all trials see the same patches.
+    "model.widths": {"choice": [[16, 32, 64], [32, 64, 128], [64, 128, 192]]},
     "model.blocks": {"choice": [1, 2]},
     "optim.lr": {"loguniform": [3e-4, 5e-3]},
 }
@@ -374,16 +386,3 @@ def check_sizes(config: Config, shape: tuple[int, ...] | None, workers: int, whe
         raise InputError(f"{where}model.latent_dim {shown(size)} is larger than the image: {image}")
     if batch < workers:
         raise InputError(f"{where}train.batch_size {batch} leaves some of {workers} workers without an image")
-
-
-def check_mutable(space: Space) -> None:
-    """Raises InputError where population-based training cannot change a searched key in the middle of a trial."""
-    if len(space.parts) > 1:
-        reason = "are different models, whose weights cannot be cloned into each other"
-        raise InputError(f"--scheduler pbt: the presets of space {space.name} {reason}; use one preset")
-    for key in space.searched():
-        if key not in MUTABLE:
-            raise InputError(
-                f"--scheduler pbt: {key} cannot change in the middle of training, the weights of a better trial would "
-                f"not fit; fix it with {option(key)}, or use --scheduler asha. What can change: {', '.join(MUTABLE)}"
-            )

@@ -22,18 +22,7 @@ from dist_ae.terminal import EXIT_STOPPED
 
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from .results import Selection, results, retrained, select
-from .spaces import (
-    MAX_TRIALS,
-    Space,
-    Values,
-    check,
-    check_mutable,
-    check_sizes,
-    check_together,
-    override,
-    parse_space,
-    shown,
-)
+from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
 PROBED = 100  # points of an optimizer's space that are looked at before it suggests its own
@@ -48,14 +37,7 @@ class Interrupted(Exception):
 # -- what can be wrong, before Ray starts
 
 
-def checked(
-    space: Space,
-    overrides: Values,
-    metric: str | None,
-    settings: Settings,
-    name: str,
-    storage: Path,
-) -> Sweep:
+def checked(space: Space, overrides: Values, metric: str | None, settings: Settings, name: str, storage: Path) -> Sweep:
     """The sweep that was asked for, if it can be run. Imports neither torch nor ray.
 
     Raises:
@@ -67,7 +49,7 @@ def checked(
     settings = Settings(**settings.model_dump() | decided)
     check(space, overrides, settings.workers_per_trial)
     if settings.scheduler == "pbt":
-        check_mutable(space)
+        space.check_mutable()
     check_together(overrides, _plan(space, settings))
     _check_local(settings)
     _check_address(settings)
@@ -403,7 +385,7 @@ def run(sweep: Sweep) -> None:
     # What Tune does at Ctrl-C it shall do at SIGTERM: stop the trials and return.
     old = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
     try:
-        with progress:
+        with progress.bar:
             tuner.fit()
     except KeyboardInterrupt:
         pass
