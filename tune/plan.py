@@ -45,15 +45,11 @@ class Settings(BaseModel):
     search: Literal["random", "grid", "optuna"] = Field("random", description="where the next configuration comes from")
     workers_per_trial: int = Field(1, ge=1, le=MAX_TRIALS, description="processes that train one trial together")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of each")
-    gpus_per_worker: float = Field(
-        0, ge=0, description="GPUs of each; with one worker, a share such as 0.25 lets trials share a GPU"
-    )
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each; 0.25 lets four one-worker trials share one")
     max_concurrent: int | None = Field(
-        None, ge=1, le=MAX_TRIALS, description="most trials at once; left out, as many as fit"
+        None, ge=1, le=MAX_TRIALS, description="most trials at once; left out, all that fit"
     )
-    address: str | None = Field(
-        None, description="local (as left out), auto for the running cluster of this machine, or HOST:PORT"
-    )
+    address: str | None = Field(None, description="local, as left out; auto: this machine's cluster; or HOST:PORT")
     seed: int = Field(0, description="of the search")
 
     def __init__(self, **values: Any) -> None:

@@ -35,7 +35,6 @@ LOOK: Any = {
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.color": "#e5e7eb",
-    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("color", "#9ca3af"), ("labelcolor", "black"))},
     "lines.markeredgewidth": 0,
     "legend.frameon": False,
     "legend.fontsize": 10,
