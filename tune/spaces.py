@@ -77,8 +77,8 @@ class Distribution(BaseModel):
     def _check(self) -> Distribution:
         kinds = Distribution.model_fields
         if len(self.model_fields_set) != 1 or self.kind not in kinds:
-            example = '"optim.lr" = {loguniform = [1e-4, 1e-2]}'
-            raise ValueError(f"expected one of {', '.join(kinds)} with its values, as in {example}")
+            hint = 'as in "optim.lr" = {loguniform = [1e-4, 1e-2]}, with the whole key in quotes'
+            raise ValueError(f"expected one of {', '.join(kinds)} with its values, {hint}")
         if self.kind == "choice":
             return self
         low, high = self.values
