@@ -648,6 +648,22 @@ def test_a_trial_is_complete_only_with_its_last_report(tmp_path: Path) -> None:
     assert sweep.outcome(trial).status == "unfinished"
 
 
+def test_a_trial_that_lost_a_peer_is_tried_again_and_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_ae.processes.watch import LostProcess
+    from tune.trial import train_trial
+
+    def lose(*arguments: Any, **more: Any) -> None:
+        raise LostProcess("lost rank 1 of 2 processes at step 478")
+
+    sweep = sweep_with(tmp_path, [("pending", {"model.latent_dim": 4}, None)])
+    monkeypatch.setattr(dist_ae, "train", lose)
+    with pytest.raises(LostProcess):
+        train_trial(sweep, sweep.trials()[0], lambda report: None)
+    assert sweep.outcome(sweep.trials()[0]).status == "pending"
+
+
 def test_further_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:
     sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": 4}, mse(0.1))])
     winner = sweep.trials()[0]

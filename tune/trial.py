@@ -171,7 +171,9 @@ def _can_be_mended(error: Exception) -> bool:
     """Whether the same call could go well on another try: the process was out of memory or storage, or lost a peer."""
     import torch
 
-    kinds = (MemoryError, OSError, torch.OutOfMemoryError, torch.distributed.DistError)
+    from dist_ae.processes.watch import LostProcess
+
+    kinds = (MemoryError, OSError, LostProcess, torch.OutOfMemoryError, torch.distributed.DistError)
     said = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and said is not None)
 
