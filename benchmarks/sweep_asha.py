@@ -49,18 +49,17 @@ def main() -> None:
     found = {}
     for scheduler in ("none", "asha"):
         name = f"{arguments.space}-{scheduler}-{arguments.trials}-{arguments.epochs}-{arguments.seed}"
-        settings = Settings(scheduler=scheduler, seed=arguments.seed)
+        settings = Settings(scheduler=scheduler, seed=arguments.seed, num_trials=arguments.trials)
         sweep = checked(
             load_space(arguments.space, None),
             {**overrides, "tracking.wandb": "off"},
             None,
             settings,
-            arguments.trials,
             name,
             arguments.storage,
         )
         if (sweep.path / "sweep.json").exists():
-            sweep = resume(sweep.path, None, None, Selection("best"), 0)
+            sweep = resume(sweep.path, Settings(), Selection("best"), 0)
         else:
             start(sweep, Selection("best"), 0)
         best = select(results(sweep), Selection("best"), sweep)

@@ -33,8 +33,8 @@ def main() -> None:
             "train.eval_every": 100,
             "tracking.wandb": "off",
         }
-        settings = Settings(max_concurrent=arguments.concurrency)
-        sweep = checked(load_space("ae", None), overrides, None, settings, arguments.trials, "overhead", Path(folder))
+        settings = Settings(max_concurrent=arguments.concurrency, num_trials=arguments.trials)
+        sweep = checked(load_space("ae", None), overrides, None, settings, "overhead", Path(folder))
         check_data(sweep)
         before = time.monotonic()
         with cluster(sweep):

@@ -45,9 +45,10 @@ from tune.results import Selection, front, parse_selection, results, retrained, 
 from tune.spaces import (
     IMAGE_SHAPES,
     SPACES,
+    Distribution,
+    Metric,
     check,
     check_together,
-    distribution,
     load_space,
     parse_overrides,
     parse_space,
@@ -101,7 +102,7 @@ def test_sampling_is_a_pure_function_of_seed_and_number() -> None:
 def test_a_range_is_sampled_within_its_ends_and_over_all_of_it(kind: str, low: float, high: float) -> None:
     import random
 
-    d, rng = distribution({kind: [low, high]}, "here"), random.Random(0)
+    d, rng = Distribution.model_validate({kind: [low, high]}), random.Random(0)
     values = [d.sample(rng) for _ in range(2000)]
     assert low <= min(values) <= max(values) <= high
     if "int" in kind:
@@ -190,10 +191,10 @@ BAD_SPACES = {
     "unknown key": ({"presets": {"ae": {"model.latent": {"choice": [2]}}}}, "model.latent_dim"),
     "empty range": ({"presets": {"ae": {"optim.lr": {"loguniform": [0.1, 0.1]}}}}, "empty"),
     "turned range": ({"presets": {"ae": {"optim.lr": {"uniform": [0.2, 0.1]}}}}, "empty"),
-    "no values": ({"presets": {"ae": {"optim.lr": {"choice": []}}}}, "list of values"),
+    "no values": ({"presets": {"ae": {"optim.lr": {"choice": []}}}}, "at least 1 item"),
     "logarithm of 0": ({"presets": {"ae": {"model.dropout": {"loguniform": [0, 0.5]}}}}, "use uniform"),
     "illegal value": ({"presets": {"ae": {"model.dropout": {"uniform": [0.5, 1.5]}}}}, "dropout"),
-    "fraction": ({"presets": {"ae": {"model.latent_dim": {"randint": [2, 8.5]}}}}, "whole numbers"),
+    "fraction": ({"presets": {"ae": {"model.latent_dim": {"randint": [2, 8.5]}}}}, "valid integer"),
     "unknown kind": ({"presets": {"ae": {"optim.lr": {"normal": [0, 1]}}}}, "loguniform"),
     "unknown preset": ({"presets": {"gan": {"optim.lr": {"choice": [1e-3]}}}}, "gan"),
     "wrong metric": ({"metric": "val.loss", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "val.mse"),
@@ -217,14 +218,17 @@ BAD_SPACES = {
     "text of a number": ({"presets": {"ae": {"optim.lr": {"choice": [1e-3, "fast"]}}}}, "optim.lr"),
     "metrics in a list": (
         {"metric": ["val.mse"], "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}},
-        "unknown metric",
+        "should be 'val.mse'",
     ),
-    "empty metric": ({"metric": "", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "unknown metric"),
-    "number beyond 64 bits": ({"presets": {"ae": {"model.latent_dim": {"lograndint": [1, 10**400]}}}}, "64 bits"),
+    "empty metric": ({"metric": "", "presets": {"ae": {"optim.lr": {"choice": [1e-3]}}}}, "should be 'val.mse'"),
+    "number beyond 64 bits": (
+        {"presets": {"ae": {"model.latent_dim": {"lograndint": [1, 10**400]}}}},
+        "less than 9223372036854775808",
+    ),
     "infinite width": ({"presets": {"ae": {"optim.lr": {"uniform": [-1e308, 1e308]}}}}, "finite"),
     "choice without end": ({"presets": {"ae": {"optim.lr": {"choice": [1e-3] * 100_000}}}}, "more than 10,000 values"),
     "many wrong values": ({"presets": {"ae": {"model.hidden_dims": {"choice": [[0] * 500]}}}}, "and 499 more"),
-    "long text": ({"presets": {"ae": {"x" * 100_000: {"choice": [1]}}}}, "longer than 1,000 characters"),
+    "long text": ({"presets": {"ae": {"x" * 100_000: {"choice": [1]}}}}, "unknown configuration key"),
     "table in place of a key": ({"presets": {"ae": {"optim": {"lr": {"choice": [1e-3]}}}}}, '"optim.lr"'),
 }
 
@@ -302,18 +306,26 @@ def test_any_data_is_a_space_of_legal_configurations_or_refused_in_one_line() ->
 FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "nested too deep": ("s.json", lambda path: path.write_text("[" * 100_000), "nested too deep"),
     "nested too deep, in TOML": ("s.toml", lambda path: path.write_text("a = " + "[" * 100_000), "nested too deep"),
-    "nested a little too deep": ("s.json", lambda path: path.write_text("[" * 50 + "]" * 50), "levels deep"),
+    "nested a little too deep": (
+        "s.json",
+        lambda path: path.write_text("[" * 50 + "]" * 50),
+        "expected a table of presets",
+    ),
     "pipe": ("s.json", os.mkfifo, "not a regular file"),
     "folder": ("s.json", Path.mkdir, "not a regular file"),
     "not UTF-8": ("s.json", lambda path: path.write_bytes(b'{"presets": "\xff"}'), "not a readable JSON file"),
-    "huge": ("s.json", lambda path: path.write_bytes(b" " * 3_000_000), "larger than 1 MiB"),
+    "huge": ("s.json", lambda path: path.write_bytes(b" " * 3_000_000), "more than the 1048576"),
     "device without end": ("s.json", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     "not there": ("s.json", lambda path: None, "No such file"),
     "name too long": ("s" * 300 + ".json", lambda path: None, "File name too long"),
     "number of 5,000 digits": ("s.json", lambda path: path.write_text("9" * 5000), "not a readable JSON file"),
-    "number of 5,000 digits, in TOML": ("s.toml", lambda path: path.write_text("a = 0x" + "f" * 5000), "64 bits"),
+    "number of 5,000 digits, in TOML": (
+        "s.toml",
+        lambda path: path.write_text("a = 0x" + "f" * 5000),
+        "not a readable TOML file",
+    ),
     "key given twice": ("s.json", lambda path: path.write_text('{"presets": {"ae": {}, "ae": {}}}'), "stands twice"),
-    "date": ("s.toml", lambda path: path.write_text("presets = 2020-01-01"), "neither a number nor"),
+    "date": ("s.toml", lambda path: path.write_text("presets = 2020-01-01"), "valid dictionary, got '2020-01-01'"),
 }
 
 
@@ -359,7 +371,7 @@ UNTRAINABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", UNTRAINABLE)
 def test_what_no_trial_could_train_is_refused_before_ray_starts(case: str, tmp_path: Path) -> None:
     part, overrides, word = UNTRAINABLE[case]
-    sweep = checked(parse_space({"presets": {"ae": part}}, "s"), overrides, None, Settings(), 4, "s", tmp_path)
+    sweep = checked(parse_space({"presets": {"ae": part}}, "s"), overrides, None, Settings(num_trials=4), "s", tmp_path)
     with pytest.raises(InputError, match=word):
         check_data(sweep)
 
@@ -367,7 +379,7 @@ def test_what_no_trial_could_train_is_refused_before_ray_starts(case: str, tmp_p
 def test_a_pipe_in_place_of_data_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npy")
     name = f"array:{tmp_path}/pipe.npy"
-    sweep = checked(load_space("ae", None), {"data.name": name}, None, Settings(), 2, "s", tmp_path)
+    sweep = checked(load_space("ae", None), {"data.name": name}, None, Settings(num_trials=2), "s", tmp_path)
     with pytest.raises(InputError, match="not a file"):
         check_data(sweep)
 
@@ -404,11 +416,12 @@ def test_any_file_name_gives_a_sweep_a_legal_name(stem: str, tmp_path: Path) -> 
 def test_a_damaged_sweep_or_a_wrong_limit_of_a_resumed_one_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = checked(load_space("ae", None), {}, None, Settings(), 2, "s", tmp_path)
+    good = checked(load_space("ae", None), {}, None, Settings(num_trials=2), "s", tmp_path)
     plan_trials(good)
     sweep_json, trial_json = good.path / "sweep.json", good.trial_dir(good.trials()[1].id) / "trial.json"
     again = ("--resume", "s", "--storage", str(tmp_path))
-    assert "--max-concurrent -1" in refused(capsys, *again, "--max-concurrent", "-1")
+    said = refused(capsys, *again, "--max-concurrent", "-1")
+    assert "--max-concurrent: Input should be greater than or equal to 1, got -1" in said
     whole = json.loads(sweep_json.read_text())
     damages: list[dict[str, Any]] = [
         {"settings": {"num_trials": "x"}},
@@ -456,9 +469,18 @@ REFUSED = {
     "address": (["ae", "--address", "somewhere"], "HOST:PORT"),
     "port that is none": (["ae", "--address", "127.0.0.1:99999"], "HOST:PORT"),
     "host that is none": (["ae", "--address", "a" * 70 + ":80"], "nothing answers"),
-    "trials without end": (["ae", "--num-trials", "1000000000"], "1 to 10,000"),
-    "CPUs that are no number": (["ae", "--cpus-per-worker", "nan"], "greater than 0"),
-    "GPUs that are no number": (["ae", "--gpus-per-worker", "nan"], "0 or more"),
+    "trials without end": (
+        ["ae", "--num-trials", "1000000000"],
+        "--num-trials: Input should be less than or equal to 10000",
+    ),
+    "CPUs that are no number": (
+        ["ae", "--cpus-per-worker", "nan"],
+        "--cpus-per-worker: Input should be a finite number",
+    ),
+    "GPUs that are no number": (
+        ["ae", "--gpus-per-worker", "nan"],
+        "--gpus-per-worker: Input should be a finite number",
+    ),
     "seeds without end": (["ae", "--retrain", "1000000000"], "0 to 1000"),
     "nested value": (["ae", "--set", "train.epochs=" + "[" * 100_000], "train.epochs"),
     "dotted option without a value": (["ae", "--train.epochs"], "expected a value"),
@@ -492,7 +514,7 @@ def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
 def sweep_with(
     folder: Path,
     outcomes: Iterable[tuple[str, dict[str, Any], dict[str, float] | None]],
-    metric: str = "val.mse",
+    metric: Metric = "val.mse",
     preset: str = "ae",
 ) -> Sweep:
     """A sweep of trials that went as told: (status, values, last metrics)."""
@@ -599,7 +621,7 @@ def test_reports_forget_what_a_retry_did_again_and_what_a_kill_tore(tmp_path: Pa
 
 
 def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
-    sweep = checked(load_space("ae", None), {}, None, Settings(), 2, "mine", tmp_path)
+    sweep = checked(load_space("ae", None), {}, None, Settings(num_trials=2), "mine", tmp_path)
     with only_driver(sweep.path, new=True):
         plan_trials(sweep)
         with pytest.raises(InputError, match="is running"), only_driver(sweep.path, new=False):
@@ -612,7 +634,7 @@ def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_never_began_is_planned_anew(tmp_path: Path) -> None:
-    sweep = checked(load_space("ae", None), {}, None, Settings(), 2, "mine", tmp_path)
+    sweep = checked(load_space("ae", None), {}, None, Settings(num_trials=2), "mine", tmp_path)
     sweep.new_trial(5, "ae", {})  # what a driver leaves that dies before sweep.json is written
     with only_driver(sweep.path, new=True):
         plan_trials(sweep)
@@ -624,6 +646,22 @@ def test_a_trial_is_complete_only_with_its_last_report(tmp_path: Path) -> None:
     trial = sweep.trials()[0]
     write_json(sweep.run_dir(trial) / "result.json", {"steps": 100})  # the kill came before the report
     assert sweep.outcome(trial).status == "unfinished"
+
+
+def test_a_trial_that_lost_a_peer_is_tried_again_and_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_ae.processes.watch import LostProcess
+    from tune.trial import train_trial
+
+    def lose(*arguments: Any, **more: Any) -> None:
+        raise LostProcess("lost rank 1 of 2 processes at step 478")
+
+    sweep = sweep_with(tmp_path, [("pending", {"model.latent_dim": 4}, None)])
+    monkeypatch.setattr(dist_ae, "train", lose)
+    with pytest.raises(LostProcess):
+        train_trial(sweep, sweep.trials()[0], lambda report: None)
+    assert sweep.outcome(sweep.trials()[0]).status == "pending"
 
 
 def test_further_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:

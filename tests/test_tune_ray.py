@@ -51,14 +51,19 @@ def sweep_of(
     folder: Path,
     address: str,
     part: dict[str, Any],
-    trials: int | None = None,
+    trials: int = 0,
     preset: str = "ae",
     overrides: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Sweep:
     space = parse_space({"presets": {preset: part}}, "s")
     return checked(
-        space, {**TINY, **(overrides or {})}, None, Settings(address=address, **settings), trials, "s", folder
+        space,
+        {**TINY, **(overrides or {})},
+        None,
+        Settings(address=address, num_trials=trials, **settings),
+        "s",
+        folder,
     )
 
 
@@ -300,7 +305,7 @@ def test_a_killed_actor_a_wrong_trial_and_a_diverging_one(cluster: Cluster, tmp_
     """The first goes on and ends as if nothing had been; the others are not tried again and do not stop the sweep."""
     part = {"optim.lr": {"choice": [1e-3, 1e30]}}
     sweep = sweep_of(
-        tmp_path, cluster.address, part, None, overrides={"train.steps": 3000, "train.eval_every": 100}, search="grid"
+        tmp_path, cluster.address, part, overrides={"train.steps": 3000, "train.eval_every": 100}, search="grid"
     )
     killed: list[int] = []
 
@@ -338,7 +343,6 @@ def test_asha_stops_weak_trials_and_gives_their_place_to_the_next(cluster: Clust
             tmp_path,
             cluster.address,
             {"optim.lr": {"choice": rates}},
-            None,
             overrides=made,
             scheduler="asha",
             search="grid",
@@ -402,7 +406,6 @@ def test_a_lost_node_costs_no_trial(tmp_path: Path) -> None:
             tmp_path,
             made.address,
             {"optim.lr": LR},
-            None,
             overrides={"train.steps": 4000, "train.eval_every": 100},
             search="grid",
         )
@@ -430,7 +433,7 @@ def test_a_trial_of_several_workers_goes_on_when_one_is_killed_and_frees_all_whe
     made = {"train.steps": 120, "train.eval_every": 10, "optim.schedule": "constant", "precision": "fp64"}
     part = {"optim.lr": {"choice": [3e-3, 1e-9, 2e-3]}}
     sweep = sweep_of(
-        tmp_path, cluster.address, part, None, overrides=made, scheduler="asha", search="grid", workers_per_trial=2
+        tmp_path, cluster.address, part, overrides=made, scheduler="asha", search="grid", workers_per_trial=2
     )
 
     def kill() -> None:

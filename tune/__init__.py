@@ -24,7 +24,10 @@ def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) 
         Fault: no trial finished.
     """
     from .__main__ import sweep
+    from .plan import Settings
 
     fixed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     named = {"space": space} if isinstance(space, Path) else {"which": space}
-    return sweep(**named, set=fixed, **options)
+    given = {key: options.pop(key) for key in Settings.model_fields if key in options}
+    run = Settings(**{key: value for key, value in given.items() if value is not None})
+    return sweep(**named, settings=run, set=fixed, **options)

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from dist_ae.config import Config, Fault, InputError
 from dist_ae.terminal import EXIT_STOPPED
 
+from .plan import Settings
+from .results import parse_selection
+from .spaces import OWN, Metric, load_space, parse_overrides
+from .sweep import checked, start
+from .sweep import resume as go_on
+
+DEFAULT = Settings()
+
 
 def sweep(
     which: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SPACE")] = None,
     space: Path | None = None,
-    num_trials: int | None = None,
-    scheduler: Literal["none", "asha", "median", "pbt"] = "none",
-    search: Literal["random", "grid", "optuna"] = "random",
-    metric: Literal["val.mse", "val.denoised_psnr", "val.neg_elbo", "val.probe_accuracy"] | None = None,
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = DEFAULT,
+    metric: Metric | None = None,
     select: str = "best",
     name: str | None = None,
     resume: str | None = None,
     retrain: int = 0,
     storage: Path = Path("runs/sweeps"),
-    workers_per_trial: int = 1,
-    cpus_per_worker: float = 1,
-    gpus_per_worker: float = 0,
-    max_concurrent: int | None = None,
-    address: str | None = None,
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
-    seed: int = 0,
 ) -> Path:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
@@ -43,9 +44,7 @@ def sweep(
     Args:
         which: space to search: ae, denoising, dropout, vae, conv, or all, which chooses among the first four.
         space: your own space, a JSON or TOML file (docs/sweeps.md shows one).
-        num_trials: trials to run; left out, 16, or all points of a grid.
-        scheduler: asha and median stop weak trials early; pbt clones strong ones and changes lr, noise and dropout.
-        search: where the next configuration comes from.
+        settings: how it is run; --resume takes an address and a limit of trials at once, and nothing else of it.
         metric: what trials are judged by; left out, the space's own.
         select: the answer: best, smallest-within-PCT (the smallest code within PCT percent of the best),
             best-under-SIZE (the best of codes up to SIZE).
@@ -53,19 +52,8 @@ def sweep(
         resume: name of an interrupted sweep to go on with.
         retrain: train the winner with this many further seeds and report mean and standard deviation.
         storage: folder of sweeps; on a cluster, one that all nodes share.
-        workers_per_trial: processes that train one trial together.
-        cpus_per_worker: CPUs of each.
-        gpus_per_worker: GPUs of each; with one worker, a share such as 0.25 lets trials share a GPU.
-        max_concurrent: most trials at once; left out, as many as fit.
-        address: local (the default), auto for the running cluster of this machine, or HOST:PORT.
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
-        seed: of the search.
     """
-    from .plan import Settings
-    from .results import parse_selection
-    from .spaces import load_space, parse_overrides
-    from .sweep import checked
-
     for needed in ("ray", "optuna", "jinja2"):
         if importlib.util.find_spec(needed) is None:
             raise InputError(f'a sweep needs {needed}, which is not installed; pip install "dist-ae[tune]"')
@@ -75,18 +63,11 @@ def sweep(
     if resume is not None:
         if which is not None or space is not None or set:
             raise InputError("--resume takes the space and what is fixed from the sweep; leave them out")
-        from .sweep import resume as go_on
-
-        found = go_on(storage.resolve() / resume, address, max_concurrent, selection, retrain)
+        found = go_on(storage.resolve() / resume, settings, selection, retrain)
     else:
-        from .sweep import start
-
         chosen = load_space(which, space)
-        limits = (workers_per_trial, cpus_per_worker, gpus_per_worker, max_concurrent)
-        settings = Settings(num_trials or 0, scheduler, search, *limits, address or "local", seed)
         name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
-        found = checked(chosen, parse_overrides(set), metric, settings, num_trials, name, storage)
-        print(f"sweep {name} of {found.settings.num_trials} trials → {found.path}", flush=True)
+        found = checked(chosen, parse_overrides(set), metric, settings, name, storage)
         start(found, selection, retrain)
 
     from .report import write_report
@@ -102,30 +83,24 @@ def spelled_as_set(arguments: Sequence[str]) -> list[str]:
     Raises:
         InputError: no value follows.
     """
-    from .spaces import OWN
-
-    fields, made, rest = dict(Config().flat()), [], list(arguments)
+    fields, made, rest = dict(Config().flat()), list[str](), list(arguments)
     while rest:
         argument = rest.pop(0)
         option, given, value = argument.partition("=")
         key = option.removeprefix("--").replace("-", "_")
-        section, dot, leaf = key.partition(".")
-        if (
-            not option.startswith("--")
-            or key in OWN
-            or (key not in fields and not (dot and section in Config.model_fields))
-        ):
+        known = key in fields or ("." in key and key.partition(".")[0] in Config.model_fields)
+        if not option.startswith("--") or not known or key in OWN:
             made.append(argument)
             continue
-        if not given and isinstance(fields.get(f"{section}.{leaf.removeprefix('no_')}"), bool):
-            value, key = str(not leaf.startswith("no_")).lower(), f"{section}.{leaf.removeprefix('no_')}"
+        flag = key.replace(".no_", ".")
+        if not given and isinstance(fields.get(flag), bool):
+            key, value = flag, str(key == flag).lower()
         elif not given:
-            values: list[str] = []
-            while rest and not rest[0].startswith("--") and (not values or isinstance(fields.get(key), tuple)):
-                values.append(rest.pop(0))
+            most = len(rest) if isinstance(fields.get(key), tuple) else 1
+            values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:most]))
             if not values:
                 raise InputError(f"{option}: expected a value")
-            value = ",".join(values)
+            value, rest = ",".join(values), rest[len(values) :]
         made += ["--set", f"{key}={'null' if value == 'None' else value}"]
     return made
 

@@ -19,17 +19,8 @@ class Progress(Callback):  # type: ignore[misc]
         """``before``: the last reports of trials that an earlier driver ran."""
         self._sweep, self._total, self._running = sweep, total, set[str]()
         self._last: dict[str, dict[str, Any]] = dict(before)
-        columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.TaskProgressColumn())
-        self._bar = rich.progress.Progress(*columns, rich.progress.TimeRemainingColumn(), refresh_per_second=2)
-        self._task = self._bar.add_task(sweep.name, total=100 * total, completed=round(self._reached()))
-
-    def __enter__(self) -> Progress:
-        if self._bar.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self.bar = rich.progress.Progress(disable=not rich.get_console().is_terminal, refresh_per_second=2)
+        self._task = self.bar.add_task(sweep.name, total=100 * total, completed=round(self._reached()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray keeps a pickle of the whole experiment, which nothing here reads
@@ -68,7 +59,7 @@ class Progress(Callback):  # type: ignore[misc]
         return sum(r.get("progress", 0.0) if i in self._running else 100.0 for i, r in self._last.items())
 
     def _update(self) -> None:
-        self._bar.update(self._task, completed=self._reached(), description=self._summary())
+        self.bar.update(self._task, completed=self._reached(), description=self._summary())
 
     def _summary(self) -> str:
         values = [r.get(self._sweep.metric, math.nan) for r in self._last.values()]
@@ -77,4 +68,4 @@ class Progress(Callback):  # type: ignore[misc]
         return f"{done} of {self._total} trials, {len(self._running)} running, best {number(best)}"
 
     def _say(self, line: str) -> None:
-        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

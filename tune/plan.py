@@ -16,34 +16,67 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dist_ae.config import Config, InputError
+from dist_ae.files import to_json, write_atomically
 from dist_ae.presets import PRESETS
 
-from .spaces import METRICS, Space, Values, check_metric, parse_space, shown
+from .spaces import MAX_TRIALS, METRICS, Metric, Space, Values, explained, shown
 
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(BaseModel):
     """How a sweep is run. What is searched stands in the space."""
 
-    num_trials: int = 16
-    scheduler: str = "none"
-    search: str = "random"
-    workers_per_trial: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
-    max_concurrent: int | None = None
-    address: str = "local"
-    seed: int = 0
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    num_trials: int = Field(0, ge=0, le=MAX_TRIALS, description="trials to run; 0: 16, or all points of a grid")
+    scheduler: Literal["none", "asha", "median", "pbt"] = Field(
+        "none",
+        description="asha and median stop weak trials early; pbt clones strong ones and changes lr, noise and dropout",
+    )
+    search: Literal["random", "grid", "optuna"] = Field("random", description="where the next configuration comes from")
+    workers_per_trial: int = Field(1, ge=1, le=MAX_TRIALS, description="processes that train one trial together")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of each")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each; 0.25 lets four one-worker trials share one")
+    max_concurrent: int | None = Field(
+        None, ge=1, le=MAX_TRIALS, description="most trials at once; left out, all that fit"
+    )
+    address: str | None = Field(None, description="local, as left out; auto: this machine's cluster; or HOST:PORT")
+    seed: int = Field(0, description="of the search")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(f"--{explained(error).replace('_', '-')}") from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.workers_per_trial > 1 and self.gpus_per_worker % 1:
+            raise InputError(
+                f"--gpus-per-worker {self.gpus_per_worker}: workers of one trial cannot share a GPU (NCCL refuses it); "
+                "use whole GPUs, or --workers-per-trial 1 with a share of one"
+            )
+        if self.scheduler == "pbt" and self.workers_per_trial > 1:
+            raise InputError(
+                "--scheduler pbt works with --workers-per-trial 1 only: Ray Train owns the checkpoints of a trial of "
+                "several workers, and Ray Tune would skip the cloning without a word. Use --scheduler asha"
+            )
+        if self.scheduler == "pbt" and self.search == "optuna":
+            reason = "changes the values of running trials, which would mislead --search optuna"
+            raise InputError(f"--scheduler pbt {reason}; use --search random")
+        if self.scheduler == "pbt" and self.num_trials == 1:
+            reason = "needs at least two trials to clone one into the other"
+            raise InputError(f"--scheduler pbt {reason}; raise --num-trials")
+        return self
 
 
 @dataclass(frozen=True)
@@ -89,14 +122,14 @@ class Sweep:
     name: str
     space: Space
     overrides: Values
-    metric: str
+    metric: Metric
     settings: Settings
     key: str  # makes trial ids unique among all sweeps, since W&B keeps one list of runs
 
     @property
     def sign(self) -> int:
         """+1 if a larger metric is better, else -1."""
-        return METRICS[self.metric]
+        return METRICS[self.metric][0]
 
     # -- trials
 
@@ -111,11 +144,10 @@ class Sweep:
     def trial(self, trial_id: str) -> Trial:
         path = self.trial_dir(trial_id) / "trial.json"
         try:
-            found = TypeAdapter(Trial).validate_json(path.read_bytes())
+            return TypeAdapter(Trial).validate_json(path.read_bytes())
         except (OSError, ValidationError):
             hint = f"is {self.path} on storage that every node sees?"
             raise InputError(f"{path} is missing or damaged; {hint}") from None
-        return replace(found, values={k: tuple(v) if isinstance(v, list) else v for k, v in found.values.items()})
 
     def new_trial(self, number: int, preset: str, values: Values) -> Trial:
         """Plans a trial: from here on it is never forgotten."""
@@ -149,13 +181,10 @@ class Sweep:
         said = read_json(self.trial_dir(trial.id) / "outcome.json") or {}
         if read_json(self.run_dir(trial) / "result.json") is not None:
             # A linear probe comes after the result: without its figure the trial is not done.
-            status = (
-                "finished"
-                if reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100
-                else "unfinished"
-            )
+            done = reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100
+            status = "finished" if done else "unfinished"
         elif said.get("status") in ("stopped", "failed"):
-            status = str(said["status"])
+            status = said["status"]
         else:
             status = "unfinished" if reports or (self.run_dir(trial) / "checkpoints").exists() else "pending"
         return Outcome(status, said.get("error"), reports)
@@ -170,7 +199,7 @@ class Sweep:
         """Writes sweep.json: from here on the sweep exists."""
         data = {"format": FORMAT, "name": self.name, "key": self.key, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         data |= {"space": self.space.to_data(), "overrides": self.overrides, "metric": self.metric}
-        write_json(self.path / "sweep.json", {**data, "settings": asdict(self.settings)})
+        write_json(self.path / "sweep.json", {**data, "settings": self.settings.model_dump()})
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -184,17 +213,13 @@ def read_sweep(path: Path) -> Sweep:
         others = ", ".join(sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))) or "none"
         raise InputError(f"no sweep in {path}; the sweeps in {path.parent} are: {others}")
     try:
-        space = parse_space(data["space"], data["space"]["name"])
-        settings = TypeAdapter(Settings).validate_python(data["settings"])
-        check_metric(data["metric"], space.parts)
-        return Sweep(
-            path, str(data["name"]), space, dict(data["overrides"]), data["metric"], settings, str(data["key"])
-        )
-    except (InputError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}/sweep.json is damaged ({str(error).splitlines()[0]}); begin a new sweep") from None
+        return TypeAdapter(Sweep).validate_python({**data, "path": path})
+    except (InputError, ValidationError) as error:
+        said = explained(error) if isinstance(error, ValidationError) else error
+        raise InputError(f"{path}/sweep.json is damaged ({said}); begin a new sweep") from None
 
 
-def new_sweep(path: Path, space: Space, overrides: Values, metric: str, settings: Settings) -> Sweep:
+def new_sweep(path: Path, space: Space, overrides: Values, metric: Metric, settings: Settings) -> Sweep:
     """A sweep that is not on the disk yet."""
     return Sweep(path, path.name, space, overrides, metric, settings, uuid.uuid4().hex[:6])
 
@@ -224,20 +249,17 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
     Raises:
         InputError: the folder cannot be written, is in use, or (for a new sweep) holds one already.
     """
-    if new:
-        path.mkdir(parents=True, exist_ok=True)
-    elif not path.is_dir():
+    if not new and not path.is_dir():
         read_sweep(path)  # says that there is none
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock").acquire(timeout=0)
     except Timeout:
-        raise InputError(
-            f"the sweep {path.name} is running: another process holds {path}; wait for it or stop it"
-        ) from None
+        reason = f"another process holds {path}; wait for it or stop it"
+        raise InputError(f"the sweep {path.name} is running: {reason}") from None
     except OSError as error:
-        raise InputError(
-            f"--storage {path.parent}: {path} cannot be written: {error.strerror}; choose another"
-        ) from None
+        reason = f"{path} cannot be written: {error.strerror}"
+        raise InputError(f"--storage {path.parent}: {reason}; choose another folder") from None
     with lock:
         if new and (path / "sweep.json").exists():
             ways_out = f"--resume {path.name} goes on with it, another --name begins a new one"
@@ -250,8 +272,6 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file: the old content or the new is there, whole, whenever the machine stops."""
-    from dist_ae.files import to_json, write_atomically
-
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_json(value))
 

@@ -10,58 +10,74 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dist_ae.presets import PRESETS
 
 from .plan import Sweep
-from .results import Row, Selection, front, number, results, select, spread, write_best, write_table
+from .results import Row, Selection, front, number, results, select, spread, table, write_best, write_table
+from .spaces import METRICS
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
 CHUNK = 4096  # images at once
 EXACT = 1e-12  # a squared error per pixel that is nothing but rounding
 COLORS = {"ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c"}  # by a preset's first word
 ACCENT, PCA = "#111827", "#6b7280"
-METRICS = {
-    "val.mse": "squared error per pixel on [0, 1] of clean validation images",
-    "val.denoised_psnr": "PSNR in dB of denoised validation images, with the same noise for every trial",
-    "val.neg_elbo": "negative ELBO at β = 1, nats per image",
-    "val.probe_accuracy": "accuracy of a linear probe on the code",
+LOOK: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelsize": 11,
+    "axes.labelcolor": "#4b5563",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "lines.markeredgewidth": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "legend.handlelength": 1.1,
+    "legend.columnspacing": 1,
+    "legend.borderaxespad": 0.2,
+    "savefig.dpi": 180,
 }
 
 
 def write_report(sweep: Sweep, selection: Selection) -> bool:
     """Writes the three files and says where they are. False where no trial finished."""
     rows = results(sweep)
-    write_table(sweep, rows)
+    cells, pca = table(sweep, rows), pca_errors(sweep, rows)
+    write_table(sweep, cells)
     winner = select(rows, selection, sweep)
     if winner is None and any(row.outcome.status == "finished" for row in rows):
         print(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
         winner = select(rows, Selection("best"), sweep)
-    if winner is not None:
-        write_best(sweep, winner)
-    (sweep.path / "report.html").write_text(_page(sweep, rows, winner, selection), encoding="utf-8")
+    statuses = [row.outcome.status for row in rows]
+    answer = _answer(sweep, winner, pca) if winner else {}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    page = template.render(
+        sweep=sweep,
+        judged_by=METRICS[sweep.metric][1],
+        counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
+        steps=sum(row["steps"] for row in cells),
+        selection=selection,
+        answer=answer,
+        charts=_charts(sweep, rows, winner, pca),
+        pictures=_pictures(sweep, winner) if winner else [],
+        ranking=_ranking(sweep, cells),
+        num_trials=len(rows),
+    )
+    (sweep.path / "report.html").write_text(page, encoding="utf-8")
     if winner is None:
         return False
-    facts = {**winner.trial.values, sweep.metric: winner.value}
-    values = ", ".join(f"{key} {number(value)}" for key, value in facts.items())
-    print(f"{selection}: trial {winner.trial.id}, {winner.trial.preset}, {values}")
-    again = spread(sweep, winner.trial)
-    if again is not None:
-        print(f"{len(again[0])} further seeds: {sweep.metric} {_mean(again)}")
-    best = sweep.path / "best.json"
-    print(
-        f"{sweep.path}/report.html, trials.csv, best.json (dist-ae train --config {best} trains it again)", flush=True
-    )
+    write_best(sweep, winner)
+    print(f"{selection}: {', '.join(f'{name} {value}' for name, value in answer.items())}")
+    again = f"dist-ae train --config {sweep.path / 'best.json'} trains it again"
+    print(f"{sweep.path}/report.html, trials.csv, best.json ({again})", flush=True)
     return True
-
-
-def _mean(found: tuple[list[float], float, float]) -> str:
-    return f"{number(found[1])} ± {number(found[2])} (mean ± standard deviation)"
 
 
 # -- PCA
@@ -100,50 +116,30 @@ def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
     dataset, cpu = sources.load(config.data), torch.device("cpu")
     train, val = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
-    pixels, found = math.prod(dataset.image_shape), dict[int, float]()
-    sides: dict[int | None, dict[int, int]] = {}  # numbers of a code by its size, by the side of its patches
+    pixels = math.prod(dataset.image_shape)
+    sizes: dict[int | None, dict[int, int]] = {}  # numbers of a code by its size, by the side of its patches
     for row in (row for row in rows if row.outcome.reports):
         code = blank(sweep.answer(row.trial), dataset.image_shape).linear_code()
         if code is not None:
-            sides.setdefault(code.patch, {})[row.size] = code.values
-    for side, sizes in sides.items():
+            sizes.setdefault(code.patch, {})[row.size] = code.values
+    found: dict[int, float] = {}
+    for side, codes in sizes.items():
         most = pixels if side is None else dataset.image_shape[0] * side**2
-        components = pca.principal_components(train, min(max(sizes.values()), most), side, Alone(cpu))
-        squared = dict.fromkeys(sizes, 0.0)
+        components = pca.principal_components(train, min(max(codes.values()), most), side, Alone(cpu))
+        squared = dict.fromkeys(codes, 0.0)
         for start in range(0, len(val.split), CHUNK):
             span = range(start, min(start + CHUNK, len(val.split)))
             images = val.span(span)
             noise = fixed_noise(config, span, tuple(images.shape[1:]), cpu) if _about_noise(sweep) else 0
-            for size, values in sizes.items():
+            for size, values in codes.items():
                 leading = components._replace(basis=components.basis[:values])
                 decoded = pca.coded(leading, side, images + noise)[1]
-                squared[size] += float((decoded - images).double().square().sum())
-        for size, value in squared.items():
-            found[size] = min(value / (len(val.split) * pixels), found.get(size, math.inf))
+                squared[size] += float((decoded - images).double().square().sum()) / (len(val.split) * pixels)
+        found |= {size: min(value, found.get(size, math.inf)) for size, value in squared.items()}
     return found
 
 
 # -- page
-
-
-def _page(sweep: Sweep, rows: list[Row], winner: Row | None, selection: Selection) -> str:
-    """The whole report as HTML."""
-    pca = pca_errors(sweep, rows)
-    statuses = [row.outcome.status for row in rows]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
-        sweep=sweep,
-        judged_by=METRICS[sweep.metric],
-        counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
-        steps=sum(row.outcome.reports[-1]["step"] for row in rows if row.outcome.reports),
-        selection=selection,
-        answer=_answer(sweep, winner, pca) if winner else None,
-        charts=[chart for draw in (_front, _curves, _effects) if (chart := draw(sweep, rows, winner, pca))],
-        pictures=_pictures(sweep, winner) if winner else [],
-        ranking=_ranking(sweep, rows, winner),
-        num_trials=len(rows),
-    )
 
 
 def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
@@ -153,12 +149,11 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.size)
     if error is not None and linear:
         change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA has a component for each pixel"
-        facts[f"squared error beside PCA, code of {winner.size}"] = (
-            f"{number(error)} beside {number(linear)} ({change})"
-        )
-    again = spread(sweep, winner.trial)
-    if again is not None:
-        facts[f"{len(again[0])} further seeds"] = _mean(again)
+        name = f"squared error beside PCA, code of {winner.size}"
+        facts[name] = f"{number(error)} beside {number(linear)} ({change})"
+    if again := spread(sweep, winner.trial):
+        values, mean, deviation = again
+        facts[f"{len(values)} further seeds"] = f"{number(mean)} ± {number(deviation)} (mean ± standard deviation)"
     if winner.trial.donors:
         where = f"best.json holds the last values, the weights are in trials/{winner.trial.id}"
         facts["trained by"] = f"{len(winner.trial.donors)} clonings; {where}"
@@ -175,26 +170,30 @@ def _pictures(sweep: Sweep, winner: Row) -> list[tuple[str, str]]:
     return [(caption, _uri(path.read_bytes())) for path, caption in paths.items() if path.is_file()]
 
 
-def _ranking(sweep: Sweep, rows: list[Row], winner: Row | None) -> list[tuple[bool, dict[str, str]]]:
-    """(is it the answer, cells by column) of the first trials."""
-    others = ("val.mse", "val.denoised_psnr", "val.neg_elbo", "val.rate", "val.probe_accuracy")
-    there = [n for n in others if any(row.outcome.metric(n) is not None for row in rows)]
-    names = dict.fromkeys([sweep.metric, *there])
-    failed, table = any(row.outcome.error for row in rows), []
-    for rank, row in enumerate(rows[:SHOWN], 1):
-        last: dict[str, Any] = row.outcome.reports[-1] if row.outcome.reports else {}
-        cells = {"#": str(rank), "trial": row.trial.id, "status": row.outcome.status, "preset": row.trial.preset}
-        cells |= {key: number(row.trial.values.get(key)) for key in sweep.space.searched()}
-        cells |= {name: number(row.outcome.metric(name)) for name in names}
-        cells |= {"steps": f"{last.get('step', 0):,}", "seconds": f"{last.get('seconds', 0):.1f}"}
-        cells |= {"error": (row.outcome.error or "")[:300]} if failed else {}
-        table.append((row is winner, cells))
-    return table
+def _ranking(sweep: Sweep, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The first rows of the table, with the columns that say most, as a person reads them."""
+    found = {name for row in cells for name, value in row.items() if value not in (None, "")}
+    metrics = [name for name in dict.fromkeys([sweep.metric, *METRICS, "val.rate"]) if name in found]
+    names = ["rank", "trial", "status", "preset", *sweep.space.searched(), *metrics, "steps", "seconds"]
+    names += ["error"] if "error" in found else []
+    return [{name: number(row[name])[:300] for name in names} for row in cells[:SHOWN]]
 
 
 # -- charts
 
-Chart = tuple[str, str, str]  # heading, what is to be seen, data URI
+Chart = tuple[str, str, Figure]  # heading, what is to be seen
+
+
+def _charts(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> list[tuple[str, str, str]]:
+    """(heading, what is to be seen, data URI) of the charts for which there is something to draw."""
+    made = []
+    with matplotlib.rc_context(LOOK):
+        for chart in (_front(sweep, rows, winner, pca), _curves(sweep, rows, winner), _effects(sweep, rows, winner)):
+            if chart is not None:
+                content = io.BytesIO()
+                chart[2].savefig(content, format="png", pil_kwargs={"optimize": True})
+                made.append((chart[0], chart[1], _uri(content.getvalue())))
+    return made
 
 
 def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> Chart | None:
@@ -205,25 +204,21 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     # PCA with as many components as pixels is exact; on a logarithmic axis that point would press all others flat.
     pca = {size: value for size, value in sorted(pca.items()) if value > min(error.values()) / 10}
     best = front(rows, error)
+    line = [row.size for row in best], [error[row.trial.id] for row in best]
     figure, (axes,) = _axes()
-    axes.plot(list(pca), list(pca.values()), "s--", color=PCA, markersize=3.5, linewidth=1.2)
-    axes.plot([r.size for r in best], [error[r.trial.id] for r in best], color=ACCENT, linewidth=1.8)
+    axes.plot(list(pca), list(pca.values()), "s--", color=PCA, markersize=3.5, linewidth=1.2, label="PCA")
+    axes.plot(*line, color=ACCENT, linewidth=1.8, label="Pareto front")
     for row in shown:
         size, alpha = (7, 1) if row in best else (5, 0.45)
-        point = ([row.size], [error[row.trial.id]])
-        axes.plot(*point, "o", color=_color(row), markersize=size, alpha=alpha, markeredgewidth=0)
+        look = {**_look(row, None), "markersize": size, "alpha": alpha}
+        axes.plot(row.size, error[row.trial.id], "o", **look)
         if row is winner:
-            axes.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=ACCENT)
-    axes.set(xlabel="code size", ylabel="squared error per pixel", xscale="log")
-    ticks: list[int] = []
-    for size in sorted({row.size for row in shown}):
-        ticks += [size] if not ticks or size >= 1.25 * ticks[-1] else []
-    axes.set_xticks(ticks, [str(size) for size in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yscale("log")
-    _round_ticks(axes.yaxis)
-    lines = {"Pareto front": Line2D([], [], color=ACCENT), "PCA": Line2D([], [], color=PCA, linestyle="--")}
-    _legend(figure, shown, lines)
+            ring: Any = {"color": ACCENT, "markersize": 13, "fillstyle": "none", "markeredgewidth": 1}
+            axes.plot(row.size, error[row.trial.id], "o", **ring)
+    axes.set(xlabel="code size", ylabel="squared error per pixel")
+    _log(axes, "x")
+    _log(axes, "y")
+    _legend(figure)
     compared = [row for row in best if row.size in pca]
     below = [row for row in compared if error[row.trial.id] < pca[row.size]]
     note = f"Error of the {'denoised images' if _about_noise(sweep) else 'reconstructions'}, pixels on [0, 1]. "
@@ -231,10 +226,10 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     if any(row.outcome.status == "stopped" for row in rows):
         note += "Trials that were stopped early are not shown. "
     note += f"Better than PCA at {len(below)} of {len(compared)} code sizes on the front." if compared else ""
-    return "Code size against error", note, _png(figure)
+    return "Code size against error", note, figure
 
 
-def _curves(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> Chart | None:
+def _curves(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
     curves: list[tuple[Row, list[int], list[float]]] = []
     for row in rows:
         there = [r for r in row.outcome.reports if math.isfinite(r.get(sweep.metric, math.nan))]
@@ -244,21 +239,20 @@ def _curves(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, fl
         return None
     figure, (axes,) = _axes()
     for row, steps, values in reversed(curves):  # the best are drawn last
-        color, width, alpha = (ACCENT, 2.4, 1) if row is winner else (_color(row), 1.2, _faint(curves))
-        axes.plot(steps, values, color=color, linewidth=width, alpha=alpha)
-        axes.plot(steps[-1:], values[-1:], "o", color=color, markersize=4, alpha=alpha, markeredgewidth=0)
+        look = _look(row, winner, len(curves))
+        axes.plot(steps, values, "o-", markevery=[-1], markersize=4, linewidth=2.4 if row is winner else 1.2, **look)
     axes.set(xlabel="step", ylabel=sweep.metric, xlim=(0, None))
     lowest, highest = min(min(values) for *_, values in curves), max(max(values) for *_, values in curves)
     if sweep.sign < 0 and lowest > 0:
         # One diverging trial would press all others flat.
         ceiling = 20 * sorted(values[-1] for _, _, values in curves)[len(curves) // 2]
-        axes.set(ylim=(lowest * 0.95, min(ceiling, highest) * 1.05), yscale="log")
-        _round_ticks(axes.yaxis)
-    _legend(figure, [row for row, *_ in curves], {"the answer": Line2D([], [], color=ACCENT)} if winner else {})
-    return "Learning curves", f"{sweep.metric} at each evaluation: {METRICS[sweep.metric]}.", _png(figure)
+        axes.set(ylim=(lowest * 0.95, min(ceiling, highest) * 1.05))
+        _log(axes, "y")
+    _legend(figure)
+    return "Learning curves", f"{sweep.metric} at each evaluation: {METRICS[sweep.metric][1]}.", figure
 
 
-def _effects(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> Chart | None:
+def _effects(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
     good = [row for row in rows if math.isfinite(row.value)]
     keys = [key for key in sweep.space.searched() if len({str(row.trial.values.get(key)) for row in good}) > 1]
     if len(good) < 2 or not keys:
@@ -269,50 +263,35 @@ def _effects(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, f
         known = [(row, row.trial.values[key]) for row in good if key in row.trial.values]
         numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for _, value in known)
         for row, value in reversed(known):  # the best are drawn last
-            color, size, alpha = (ACCENT, 9, 1.0) if row is winner else (_color(row), 5, max(0.3, _faint(good)))
-            place = [value if numeric else number(value)]
-            axes.plot(place, [row.value], "o", color=color, markersize=size, alpha=alpha, markeredgewidth=0)
+            look = _look(row, winner, len(good)) | {"markersize": 9 if row is winner else 5}
+            axes.plot(value if numeric else number(value), row.value, "o", **look)
         axes.set_xlabel(key.rpartition(".")[2])
-        if numeric and _is_log(sweep, key):
-            axes.set_xscale("log")
-            _round_ticks(axes.xaxis)
+        if numeric and _is_log(sweep, key, [value for _, value in known]):
+            _log(axes, "x")
         if sweep.sign < 0 and min(row.value for row in good) > 0:
-            axes.set_yscale("log")
-            _round_ticks(axes.yaxis)
+            _log(axes, "y")
     for axes in every[len(keys) :]:
         axes.set_axis_off()
     every[0].set_ylabel(sweep.metric)
-    _legend(figure, good, {"the answer": Line2D([], [], color=ACCENT, marker="o", linestyle="")} if winner else {})
-    return (
-        "Parameters and result",
-        f"Each point is a trial: its {sweep.metric} against one of its values.",
-        _png(figure),
-    )
+    _legend(figure)
+    return "Parameters and result", f"Each point is a trial: its {sweep.metric} against one of its values.", figure
 
 
-def _is_log(sweep: Sweep, key: str) -> bool:
-    """Whether a searched key is looked at on a logarithmic axis: a log range, or a choice over nearly a decade."""
-    d = next(part[key] for part in sweep.space.parts.values() if key in part)
-    numbers = [v for v in d.values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    wide = len(numbers) == len(d.values) > 2 and min(numbers) > 0 and max(numbers) / min(numbers) >= 8
-    return "log" in d.kind or (d.kind == "choice" and wide)
+def _is_log(sweep: Sweep, key: str, values: list[float]) -> bool:
+    """Whether a searched key is looked at on a logarithmic axis: a log range or choices, over nearly a decade."""
+    kinds = {part[key].kind for part in sweep.space.parts.values() if key in part}
+    return not kinds & {"uniform", "randint"} and min(values) > 0 and max(values) / min(values) >= 8
 
 
 def _axes(rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(5.8, max(4.1, 2.2 * rows)), layout="constrained")
-    every = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten().tolist()
-    for axes in every:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=11 if len(every) == 1 else 10, color="#9ca3af")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.label.set(fontsize=11, color="#4b5563")
-    return figure, every
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=True).flatten().tolist()
 
 
-def _round_ticks(axis: Axis) -> None:
-    """Plain numbers at round values of a logarithmic axis."""
+def _log(axes: Axes, which: str) -> None:
+    """A logarithmic axis with plain numbers at round values."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     round_values = LogLocator(subs=(1,) if high / low > 1000 else (1, 2, 5) if high / low < 60 else (1, 3))
     axis.set_major_locator(round_values if high / low > 6 else MaxNLocator(4))
@@ -320,25 +299,18 @@ def _round_ticks(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
-def _legend(figure: Figure, rows: Sequence[Row], more: dict[str, Line2D]) -> None:
-    kinds = {row.trial.preset: Line2D([], [], color=_color(row), marker="o", linestyle="") for row in rows} | more
-    look: dict[str, Any] = {"ncols": 6, "frameon": False, "fontsize": 10, "handlelength": 1.1, "columnspacing": 1}
-    figure.legend(kinds.values(), kinds, loc="outside upper left", borderaxespad=0.2, **look)
+def _legend(figure: Figure) -> None:
+    found = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for line in figure.legend(found.values(), found, loc="outside upper left", ncols=6).get_lines():
+        line.set_alpha(1)
 
 
-def _faint(lines: Sequence[object]) -> float:
-    """How opaque each of many lines is, so that where most of them run can still be seen."""
-    return min(0.55, max(0.08, 30 / len(lines)))
-
-
-def _color(row: Row) -> str:
-    return COLORS[row.trial.preset.partition("-")[0]]
-
-
-def _png(figure: Figure) -> str:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=180, pil_kwargs={"optimize": True})
-    return _uri(content.getvalue())
+def _look(row: Row, winner: Row | None, among: int = 1) -> dict[str, Any]:
+    """The answer is black. Of many others each is fainter, so that where most of them are can still be seen."""
+    if row is winner:
+        return {"label": "the answer", "color": ACCENT}
+    color = COLORS[row.trial.preset.partition("-")[0]]
+    return {"label": row.trial.preset, "color": color, "alpha": min(0.55, max(0.15, 30 / among))}
 
 
 def _uri(content: bytes) -> str:

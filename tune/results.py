@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_ae.config import Config, InputError
+from dist_ae.files import write_atomically
 
 from .plan import Outcome, Sweep, Trial, read_json, write_json
 from .spaces import shown
@@ -62,7 +63,7 @@ def _code_size(sweep: Sweep, trial: Trial, config: Config) -> int:
 
 def number(value: Any) -> str:
     """A value as a person reads it."""
-    if isinstance(value, tuple):
+    if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -111,7 +112,7 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
 
 def retrained(sweep: Sweep, winner: Trial) -> Sweep:
     """The folder in which a winner is trained again, as a sweep of its own without a scheduler."""
-    settings = dataclasses.replace(sweep.settings, scheduler="none", search="random", num_trials=0)
+    settings = sweep.settings.model_copy(update={"scheduler": "none", "search": "random", "num_trials": 0})
     path, name = sweep.path / f"retrain-{winner.id}", f"{sweep.name}-retrain"
     return dataclasses.replace(sweep, path=path, name=name, settings=settings, key=f"{winner.id}s")
 
@@ -135,24 +136,30 @@ def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
     return best
 
 
-def write_table(sweep: Sweep, rows: list[Row]) -> None:
-    """trials.csv: a line a trial in the order of the ranking, with its values, last metrics, steps and seconds."""
+def table(sweep: Sweep, rows: list[Row]) -> list[dict[str, Any]]:
+    """Cells by column, of the trials in the order of the ranking: values, last metrics, steps and seconds."""
     keys = [key for key in sweep.space.searched() if key != "model.latent_dim"]
     reports = [report for row in rows for report in row.outcome.reports]
-    names = sorted({name for report in reports for name in report if name.startswith("val.")})
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    head = ["rank", "trial", "status", "preset", "model.latent_dim", *keys, *names]
-    table.writerow([*head, "steps", "seconds", "cloned_from", "error"])
+    metrics = sorted({name for report in reports for name in report if name.startswith("val.")})
+    made = []
     for rank, row in enumerate(rows, 1):
         last: dict[str, Any] = row.outcome.reports[-1] if row.outcome.reports else {}
-        values = [row.trial.values.get(key, "") for key in keys]
-        metrics = [last.get(name, "") for name in names]
-        begin: list[Any] = [rank, row.trial.id, row.outcome.status, row.trial.preset, row.latent_dim]
-        tail = [last.get("step", 0), round(last.get("seconds", 0.0), 3), " ".join(row.trial.donors)]
-        table.writerow([*begin, *values, *metrics, *tail, row.outcome.error or ""])
-    from dist_ae.files import write_atomically
+        cells = {"rank": rank, "trial": row.trial.id, "status": row.outcome.status, "preset": row.trial.preset}
+        values = {key: row.trial.values.get(key) for key in keys}
+        cells |= {"model.latent_dim": row.latent_dim}
+        cells |= {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        cells |= {name: last.get(name) for name in metrics}
+        cells |= {"steps": last.get("step", 0), "seconds": round(last.get("seconds", 0.0), 3)}
+        made.append({**cells, "cloned_from": " ".join(row.trial.donors), "error": row.outcome.error})
+    return made
 
+
+def write_table(sweep: Sweep, cells: list[dict[str, Any]]) -> None:
+    """trials.csv: a line a trial."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, cells[0] if cells else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells)
     write_atomically(sweep.path / "trials.csv", text.getvalue().encode())
 
 

@@ -5,19 +5,19 @@ What they must remember is replayed from that folder after a restart.
 
 from __future__ import annotations
 
-import json
 import math
+import random
 import uuid
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import optuna
 import ray.tune
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    PopulationBasedTraining,
-    TrialScheduler,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+from ray.tune import schedulers
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from .plan import Sweep, Trial
@@ -39,8 +39,8 @@ def scheduler(sweep: Sweep) -> TrialScheduler:
     if kind == "median":
         return _Median(sweep, time_attr=TIME, grace_period=MEDIAN_GRACE, min_samples_required=MEDIAN_SAMPLES)
     if kind == "pbt":
-        return _pbt(sweep)
-    return FIFOScheduler()
+        return _Pbt(sweep)
+    return schedulers.FIFOScheduler()
 
 
 class FreeWorkers(ray.tune.Callback):  # type: ignore[misc]
@@ -55,11 +55,10 @@ class FreeWorkers(ray.tune.Callback):  # type: ignore[misc]
     on_trial_error = on_trial_recover = on_trial_complete
 
 
-class _Gone:
+class _Gone(NamedTuple):
     """Stands for a trial of an earlier driver."""
 
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
+    trial_id: str
 
 
 class _Recorded:
@@ -97,11 +96,11 @@ class _Recorded:
         return decision
 
 
-class _Asha(_Recorded, AsyncHyperBandScheduler):  # type: ignore[misc]
+class _Asha(_Recorded, schedulers.AsyncHyperBandScheduler):  # type: ignore[misc]
     pass
 
 
-class _Median(_Recorded, MedianStoppingRule):  # type: ignore[misc]
+class _Median(_Recorded, schedulers.MedianStoppingRule):  # type: ignore[misc]
     def _replay(self, controller: Any, trial: Any, reports: tuple[dict[str, Any], ...]) -> None:
         # Its rule needs the past of a trial, not another verdict on it.
         self._results[trial].extend(report for report in reports if self._sweep.metric in report)
@@ -109,28 +108,24 @@ class _Median(_Recorded, MedianStoppingRule):  # type: ignore[misc]
             del self._results[trial]
 
 
-def _pbt(sweep: Sweep) -> PopulationBasedTraining:
-    ((_, part),) = sweep.space.parts.items()
+class _Pbt(schedulers.PopulationBasedTraining):  # type: ignore[misc]
+    def __init__(self, sweep: Sweep) -> None:
+        (part,) = sweep.space.parts.values()
+        super().__init__(
+            time_attr=TIME,
+            perturbation_interval=PERTURB_EVERY,
+            hyperparam_mutations={
+                key: d.values if d.kind == "choice" else partial(d.sample, random.Random()) for key, d in part.items()
+            },
+            custom_explore_fn=self._explore,
+            log_config=False,
+        )
+        self._sweep, self._part = sweep, part
 
-    def explore(config: dict[str, Any]) -> dict[str, Any]:
+    def _explore(self, config: dict[str, Any]) -> dict[str, Any]:
         # Ray copies the better trial's assignment, changes the values, and hands it here: its id says who was cloned.
-        clipped = {key: d.clip(config[key]) for key, d in part.items()}
+        clipped = {key: d.clip(config[key]) for key, d in self._part.items()}
         return {**config, **clipped, "donor": config["id"], "clone": uuid.uuid4().hex}
-
-    return _Pbt(
-        sweep,
-        time_attr=TIME,
-        perturbation_interval=PERTURB_EVERY,
-        hyperparam_mutations={key: _domain(d) for key, d in part.items()},
-        custom_explore_fn=explore,
-        log_config=False,
-    )
-
-
-class _Pbt(PopulationBasedTraining):  # type: ignore[misc]
-    def __init__(self, sweep: Sweep, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._sweep = sweep
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         # Ray refuses a Searcher beside PBT, so the planned values come in here.
@@ -140,23 +135,13 @@ class _Pbt(PopulationBasedTraining):  # type: ignore[misc]
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result[TIME] >= 100 or result.get("failed"):
-            return str(
-                TrialScheduler.CONTINUE
-            )  # a finished trial neither clones nor is cloned: nothing is left to train
+            return str(TrialScheduler.CONTINUE)  # it neither clones nor is cloned: nothing is left to train
         return str(super().on_trial_result(controller, trial, result))
 
     def _exploit(self, controller: Any, trial: Any, trial_to_clone: Any) -> None:
         own = trial.config["id"]
         super()._exploit(controller, trial, trial_to_clone)
         trial.set_config({**trial.config, "id": own})  # it is still itself: a later clone of it must name it
-
-
-def _domain(d: Distribution) -> Any:
-    """A distribution in Ray's terms. Ray's ranges of whole numbers leave their upper end out."""
-    if d.kind == "choice":
-        return list(d.values)
-    low, high = d.values
-    return getattr(ray.tune, d.kind)(low, high + 1 if "int" in d.kind else high)
 
 
 class Planned(Searcher):  # type: ignore[misc]
@@ -185,68 +170,55 @@ class Planned(Searcher):  # type: ignore[misc]
             self._optimizer.tell(trial, self._sweep.outcome(trial).metric(self._sweep.metric))
 
     def save(self, checkpoint_path: str) -> None:
-        """Ray wants a file; the sweep's folder is what counts."""
-        with open(checkpoint_path, "w") as file:
-            json.dump({}, file)
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("sweeps are resumed from their own folder")
+        """Ray wants a file. Sweeps are resumed from their own folder."""
+        Path(checkpoint_path).write_text("{}")
 
 
 class Optimizer:
     """Optuna's TPE over a space, told what the sweep's folder knows."""
 
     def __init__(self, sweep: Sweep) -> None:
-        import optuna
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna, self._space = optuna, sweep.space
+        self._parts = sweep.space.parts
         known = [(trial, sweep.outcome(trial)) for trial in sweep.trials()]
         # Another seed for each restart, else a resumed sweep would ask its first questions again.
         seed, at_random = (sweep.settings.seed + len(known)) % 2**32, min(10, max(2, sweep.settings.num_trials // 4))
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random)
-        direction = optuna.study.StudyDirection.MAXIMIZE if sweep.sign > 0 else optuna.study.StudyDirection.MINIMIZE
-        self._study = optuna.create_study(direction=direction, sampler=sampler)
+        self._study = optuna.create_study(direction="maximize" if sweep.sign > 0 else "minimize", sampler=sampler)
         for trial, outcome in known:
             if outcome.status not in ("pending", "unfinished"):  # those tell when they are done
                 self.tell(trial, outcome.metric(sweep.metric))
 
+    def _distributions(self, *presets: str) -> dict[str, BaseDistribution]:
+        """In Optuna's terms: the choice of a preset, and of each preset its keys, which no other preset shares."""
+        found: dict[str, BaseDistribution] = {"preset": CategoricalDistribution(list(self._parts))}
+        for preset in presets:
+            found |= {f"{preset} {key}": _distribution(d) for key, d in self._parts[preset].items()}
+        return found
+
     def ask(self) -> tuple[str, Values]:
-        """(preset, values) of the next trial. The preset is one of the choices; the others depend on it."""
-        trial = self._study.ask()
-        preset = str(trial.suggest_categorical("preset", list(self._space.parts)))
-        values = {}
-        for key, d in self._space.parts[preset].items():
-            name = f"{preset} {key}"
-            if d.kind == "choice":
-                values[key] = d.values[trial.suggest_categorical(name, list(range(len(d.values))))]
-            else:
-                suggest = trial.suggest_int if "int" in d.kind else trial.suggest_float
-                values[key] = suggest(name, *d.values, log="log" in d.kind)
-        return preset, values
+        """(preset, values) of the next trial. Of what Optuna suggests for each preset, the chosen one's counts."""
+        asked = self._study.ask(self._distributions(*self._parts)).params
+        part = self._parts[asked["preset"]]
+        given = {key: asked[f"{asked['preset']} {key}"] for key in part}
+        return asked["preset"], {k: d.values[given[k]] if d.kind == "choice" else given[k] for k, d in part.items()}
 
     def tell(self, trial: Trial, value: float | None) -> None:
         """A trial's result; None or NaN counts as failed."""
-        parameters: dict[str, Any] = {"preset": trial.preset}
-        kinds: dict[str, Any] = {"preset": self._optuna.distributions.CategoricalDistribution(list(self._space.parts))}
-        for key, d in self._space.parts[trial.preset].items():
-            name, given = f"{trial.preset} {key}", trial.values[key]
-            parameters[name] = d.values.index(given) if d.kind == "choice" else given
-            kinds[name] = self._distribution(d)
-        states = self._optuna.trial.TrialState
+        params: dict[str, Any] = {"preset": trial.preset}
+        for key, d in self._parts[trial.preset].items():
+            given = trial.values[key]
+            params[f"{trial.preset} {key}"] = d.values.index(given) if d.kind == "choice" else given
         good = value is not None and math.isfinite(value)
-        made = self._optuna.trial.create_trial(
-            params=parameters,
-            distributions=kinds,
-            value=value if good else None,
-            state=states.COMPLETE if good else states.FAIL,
-        )
-        self._study.add_trial(made)
+        result = {"value": value, "state": TrialState.COMPLETE} if good else {"state": TrialState.FAIL}
+        kinds = self._distributions(trial.preset)
+        self._study.add_trial(optuna.trial.create_trial(params=params, distributions=kinds, **result))
 
-    def _distribution(self, d: Distribution) -> Any:
-        """A distribution in Optuna's terms. Its choices are scalars: a list (hidden_dims) is chosen by its place."""
-        distributions = self._optuna.distributions
-        if d.kind == "choice":
-            return distributions.CategoricalDistribution(list(range(len(d.values))))
-        made = distributions.IntDistribution if "int" in d.kind else distributions.FloatDistribution
-        return made(*d.values, log="log" in d.kind)
+
+def _distribution(d: Distribution) -> BaseDistribution:
+    """A distribution in Optuna's terms. Its choices are scalars: a list (hidden_dims) is chosen by its place."""
+    if d.kind == "choice":
+        return CategoricalDistribution(range(len(d.values)))
+    low, high = d.values
+    made = IntDistribution if "int" in d.kind else FloatDistribution
+    return made(low, high, log="log" in d.kind)

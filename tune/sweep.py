@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import secrets
 import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
@@ -25,7 +22,7 @@ from dist_ae.terminal import EXIT_STOPPED
 
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from .results import Selection, results, retrained, select
-from .spaces import MAX_TRIALS, Space, Values, check, check_metric, check_mutable, check_together, override, shown
+from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
 PROBED = 100  # points of an optimizer's space that are looked at before it suggests its own
@@ -40,73 +37,31 @@ class Interrupted(Exception):
 # -- what can be wrong, before Ray starts
 
 
-def checked(
-    space: Space,
-    overrides: Values,
-    metric: str | None,
-    settings: Settings,
-    num_trials: int | None,
-    name: str,
-    storage: Path,
-) -> Sweep:
+def checked(space: Space, overrides: Values, metric: str | None, settings: Settings, name: str, storage: Path) -> Sweep:
     """The sweep that was asked for, if it can be run. Imports neither torch nor ray.
 
     Raises:
         InputError: naming what is wrong and the way out.
     """
     check_name(name)
-    if metric is not None:
-        check_metric(metric, space.parts)
-        space = dataclasses.replace(space, metric=metric)
-    _check_numbers(settings, num_trials)
-    space = space.pinned(overrides)
+    space = parse_space(space.to_data(), space.name, metric).pinned(overrides)
+    decided = {"num_trials": _count(space, settings), "address": settings.address or "local"}
+    settings = Settings(**settings.model_dump() | decided)
     check(space, overrides, settings.workers_per_trial)
     if settings.scheduler == "pbt":
-        if settings.workers_per_trial > 1:
-            raise InputError(
-                "--scheduler pbt works with --workers-per-trial 1 only: Ray Train owns the checkpoints of a trial of "
-                "several workers, and Ray Tune would skip the cloning without a word. Use --scheduler asha"
-            )
-        if settings.search == "optuna":
-            reason = "changes the values of running trials, which would mislead --search optuna"
-            raise InputError(f"--scheduler pbt {reason}; use --search random")
-        check_mutable(space)
-    settings = dataclasses.replace(settings, num_trials=_count(space, settings, num_trials))
-    if settings.scheduler == "pbt" and settings.num_trials < 2:
-        raise InputError("--scheduler pbt needs at least two trials to clone one into the other; raise --num-trials")
+        space.check_mutable()
     check_together(overrides, _plan(space, settings))
     _check_local(settings)
-    _check_address(settings.address)
-    _check_storage(storage)
-    return new_sweep((storage / name).resolve(), space, _absolute(overrides), space.metric, settings)
+    _check_address(settings)
+    return new_sweep((storage / name).resolve(), space, overrides, space.metric, settings)
 
 
-def _check_numbers(settings: Settings, num_trials: int | None) -> None:
-    whole = {
-        "--num-trials": num_trials,
-        "--workers-per-trial": settings.workers_per_trial,
-        "--max-concurrent": settings.max_concurrent,
-    }
-    for option, value in whole.items():
-        if value is not None and not 1 <= value <= MAX_TRIALS:
-            raise InputError(f"{option} {value}: expected 1 to {MAX_TRIALS:,}")
-    if not 0 < settings.cpus_per_worker < math.inf:
-        raise InputError(f"--cpus-per-worker {settings.cpus_per_worker}: expected a number greater than 0")
-    if not 0 <= settings.gpus_per_worker < math.inf:
-        raise InputError(f"--gpus-per-worker {settings.gpus_per_worker}: expected 0 or more")
-    if settings.workers_per_trial > 1 and settings.gpus_per_worker % 1:
-        raise InputError(
-            f"--gpus-per-worker {settings.gpus_per_worker}: workers of one trial cannot share a GPU (NCCL refuses it); "
-            "use whole GPUs, or --workers-per-trial 1 with a share of one"
-        )
-
-
-def _count(space: Space, settings: Settings, asked: int | None) -> int:
+def _count(space: Space, settings: Settings) -> int:
     if settings.search != "grid":
-        return 16 if asked is None else asked
+        return settings.num_trials or 16
     size = space.grid_size()
-    if asked not in (None, size):
-        ways_out = "leave --num-trials out, or use --search random"
+    if settings.num_trials not in (0, size):
+        asked, ways_out = settings.num_trials, "leave --num-trials out, or use --search random"
         raise InputError(f"--num-trials {asked}: the grid of space {space.name} has {size:,} points; {ways_out}")
     if size > MAX_TRIALS:
         raise InputError(
@@ -120,49 +75,37 @@ def _check_local(settings: Settings) -> None:
     """Refuses workers that this machine cannot hold, where Ray is to run on it alone."""
     if settings.address != "local":
         return
-    have = {"CPU": float(_cores())}
-    _check_fits(settings, have, "this machine")
+    have = {"CPU": _cores(), "GPU": 0}
     if settings.gpus_per_worker:
         import torch
 
-        _check_fits(settings, {**have, "GPU": float(torch.cuda.device_count())}, "this machine")
+        have["GPU"] = torch.cuda.device_count()
+    _check_fits(settings, have, "this machine")
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_fits(settings: Settings, have: dict[str, float], where: str) -> None:
+def _check_fits(settings: Settings, have: Mapping[str, float], where: str) -> None:
     for kind, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
         needed = settings.workers_per_trial * each
-        if needed > have.get(kind, math.inf):
+        if needed > have[kind]:
             raise InputError(
                 f"a trial of {settings.workers_per_trial} workers with {each:g} {kind} each needs {needed:g} {kind}, "
                 f"and {where} has {have[kind]:g}; lower --workers-per-trial or --{kind.lower()}s-per-worker"
             )
 
 
-def _check_address(address: str) -> None:
+def _check_address(settings: Settings) -> None:
     """Ray tries an address that does not answer for a long time."""
-    if address in ("auto", "local"):
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65536:
-        raise InputError(f"--address {shown(address)}: expected auto, local or HOST:PORT")
+    host, _, port = str(settings.address).rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be a host's name
-        ways_out = "start a cluster with `ray start --head`, or use --address local"
-        raise InputError(f"--address {shown(address)}: nothing answers there ({error}); {ways_out}") from None
-
-
-def _check_storage(storage: Path) -> None:
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=storage):
-            pass
-    except OSError as error:
-        raise InputError(f"--storage {storage} cannot be written: {error.strerror}; choose another folder") from None
+        if settings.address not in ("auto", "local"):
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        ways_out = "expected auto, local, or HOST:PORT of a cluster started with `ray start --head`"
+        raise InputError(f"--address {shown(settings.address)}: nothing answers there ({error}); {ways_out}") from None
 
 
 def _absolute(overrides: Values) -> Values:
@@ -203,12 +146,14 @@ def check_data(sweep: Sweep) -> None:
             raise InputError(f"--metric val.probe_accuracy {reason}; use another metric")
         if config.model.image_shape not in (None, shape):
             raise InputError(f"{where}model.image_shape is {config.model.image_shape}, and the images are {shape}")
-        only = dataclasses.replace(space, parts={preset: part})
-        check(only, sweep.overrides, settings.workers_per_trial, (shape, count))
         points = [{key: value} for key, d in part.items() for value in d.probes()]
         points += [values for planned, values in _plan(space, settings) if planned == preset]
         for values in points:
             changed = override(config, values, where)
+            check_sizes(changed, shape, settings.workers_per_trial, where)
+            if changed.train.batch_size > count:
+                size = changed.train.batch_size
+                raise InputError(f"{where}train.batch_size {size} is larger than the {count} training images")
             try:
                 check_device(changed)
                 pca.check(changed, blank(changed, shape))
@@ -245,27 +190,27 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
         Interrupted: by Ctrl-C or SIGTERM; ``--resume`` goes on.
     """
     with only_driver(sweep.path, new=True):
+        print(f"sweep {sweep.name} of {sweep.settings.num_trials} trials → {sweep.path}", flush=True)
         check_data(sweep)
-        sweep = dataclasses.replace(sweep, overrides={**sweep.overrides, **_tracking(sweep)})
+        sweep = dataclasses.replace(sweep, overrides=_absolute(sweep.overrides) | _tracking(sweep))
         with cluster(sweep):
             plan_trials(sweep)
             run(sweep)
             retrain(sweep, selection, seeds)
 
 
-def resume(path: Path, address: str | None, max_concurrent: int | None, selection: Selection, seeds: int) -> Sweep:
-    """Goes on with a sweep.
+def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Sweep:
+    """Goes on with a sweep, with the address and the limit of trials at once that are given.
 
     Finished, stopped and failed trials stay as they are. The others continue from their checkpoints.
     """
     with only_driver(path, new=False):
         sweep = read_sweep(path)
-        new: Values = {"address": address, "max_concurrent": max_concurrent}
-        settings = dataclasses.replace(sweep.settings, **{k: v for k, v in new.items() if v is not None})
+        new = given.model_dump(include={"address", "max_concurrent"}, exclude_none=True)
+        settings = Settings(**sweep.settings.model_dump() | new)
         sweep = dataclasses.replace(sweep, settings=settings)
-        _check_numbers(settings, None)
         _check_local(settings)
-        _check_address(settings.address)
+        _check_address(settings)
         if left(sweep) or seeds:
             check_data(sweep)
             with cluster(sweep):
@@ -341,20 +286,13 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     # How often a report of several workers is fetched, in seconds. The workers wait for it.
     variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     variables |= {key: os.environ[key] for key in ("WANDB_BASE_URL", "OMP_NUM_THREADS") if key in os.environ}
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    common["runtime_env"] = {"env_vars": variables}
+    here = {"include_dashboard": False, "num_cpus": _cores()} if settings.address == "local" else {}
+    environment = {"env_vars": variables}
     try:
-        if settings.address == "local":
-            ray.init(address="local", include_dashboard=False, num_cpus=_cores(), **common)
-        else:
-            ray.init(address=settings.address, **common)
+        ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        if settings.address == "local":
-            raise InputError(f"Ray did not start on this machine: {reason}") from None
-        raise InputError(
-            f"--address {settings.address}: no Ray cluster there ({reason}); start one with `ray start --head`"
-        ) from None
+        hint = "Ray did not start on this machine" if here else "no cluster there; start one with `ray start --head`"
+        raise InputError(f"--address {settings.address}: {hint} ({str(error).splitlines()[0]})") from None
     try:
         if settings.address != "local":
             have = {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
@@ -447,7 +385,7 @@ def run(sweep: Sweep) -> None:
     # What Tune does at Ctrl-C it shall do at SIGTERM: stop the trials and return.
     old = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
     try:
-        with progress:
+        with progress.bar:
             tuner.fit()
     except KeyboardInterrupt:
         pass

@@ -61,16 +61,16 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
 
     sweep = read_sweep(Path(assignment["sweep_dir"]))
     trial = sweep.trial(ray.tune.get_context().get_trial_name())
-    settings = sweep.settings
-    gpu = settings.gpus_per_worker > 0
+    settings, gpu = sweep.settings, sweep.settings.gpus_per_worker > 0
     each = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if gpu else {})
-    num_workers, timeout = settings.workers_per_trial, int(sweep.config(trial).train.timeout)
-    scaling = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=gpu, resources_per_worker=each)
+    timeout = int(sweep.config(trial).train.timeout)
     TorchTrainer(
         run_worker,
         train_loop_config={"sweep_dir": assignment["sweep_dir"], "id": trial.id},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout),
-        scaling_config=scaling,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers_per_trial, use_gpu=gpu, resources_per_worker=each
+        ),
         run_config=ray.train.RunConfig(
             # A name for this attempt alone. The state of an earlier one is in the run directory.
             name=f"{trial.id}-{uuid.uuid4().hex[:6]}",
@@ -171,7 +171,9 @@ def _can_be_mended(error: Exception) -> bool:
     """Whether the same call could go well on another try: the process was out of memory or storage, or lost a peer."""
     import torch
 
-    kinds = (MemoryError, OSError, torch.OutOfMemoryError, torch.distributed.DistError)
+    from dist_ae.processes.watch import LostProcess
+
+    kinds = (MemoryError, OSError, LostProcess, torch.OutOfMemoryError, torch.distributed.DistError)
     said = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and said is not None)
 
@@ -229,9 +231,6 @@ def probe_accuracy(run_dir: Path) -> float:
     dataset = sources.load(model.config.data)
     codes = []
     for split in (dataset.train, dataset.val):
-        if split.labels is None:
-            reason = f"needs labels, and {dataset.name} has none"
-            raise dist_ae.InputError(f"val.probe_accuracy {reason}; use another --metric")
         images = split.images if split.rows is None else split.images[split.rows]
         codes.append(model.embed(np.ascontiguousarray(images)).double().numpy())
     probe = make_pipeline(StandardScaler(), RidgeClassifier()).fit(codes[0], dataset.train.labels)
