@@ -512,7 +512,7 @@ def test_a_pool_that_is_killed_is_told_in_one_sentence(
 ) -> None:
     bomb = tmp_path / "p"
     make_folder(bomb, 80)
-    monkeypatch.setattr(pack, "decode_all", _leave)
+    monkeypatch.setattr("dist_ae.data.decode.decode_all", _leave)
     with pytest.raises(InputError, match="was killed"):
         load(DataConfig(name=f"folder:{bomb}", image_size=8, channels="rgb", cache=tmp_path / "cache"))
 
