@@ -27,6 +27,7 @@ from dist_ae.config import InputError
 from dist_ae.evaluate import fixed_noise, psnr
 
 SIDE = 64  # of a patch of a photograph
+PHOTOGRAPHS = {"train.batch_size": 32, "optim.lr": 2e-3, "optim.warmup_steps": 200}
 BERNOULLI = {"objective.likelihood": "bernoulli", "objective.sigma": 8**-0.5, "model.start": "random"}
 Images = np.ndarray[Any, np.dtype[Any]]
 
@@ -81,7 +82,8 @@ def curves(bench: Bench) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for start in ("pca", "random"):
-        values = {"model.start": start, "train.epochs": 1, "train.eval_every": 80}
+        # A folder of its own: the same run with one evaluation may stand in the usual one.
+        values = {"name": f"start-{start}", "model.start": start, "train.epochs": 1, "train.eval_every": 80}
         lines = (bench.train("conv-fast", values).run_dir / "metrics.jsonl").read_text().splitlines()
         found = [line for line in map(json.loads, lines) if line["split"] == "val"]
         axis.plot([line["step"] for line in found], [line["mse"] for line in found], "o-", ms=3, label=start)
@@ -217,6 +219,7 @@ def photographs(bench: Bench, folders: list[Path]) -> None:
     for widths, channels in (((32, 64, 128), 12), ((32, 64, 128, 192), 8)):
         numbers = channels * (SIDE // 2 ** len(widths)) ** 2
         values = {"data.name": name, "model.widths": widths, "model.latent_dim": channels, "train.epochs": 4}
+        values |= PHOTOGRAPHS
         results = [bench.train("conv", values, seed) for seed in range(bench.seeds)]
         row(
             f"{numbers} numbers, widths {' '.join(map(str, widths))}",
@@ -234,13 +237,12 @@ def comparison(bench: Bench, name: str, val: Images) -> None:
     """One honest picture: originals, the MLP, patch PCA and the convolution with codes of 768 numbers."""
     from dist_ae.figures import image_rows
 
-    conv = {"data.name": name, "model.widths": (32, 64, 128), "model.latent_dim": 12}
+    conv = {"data.name": name, "model.widths": (32, 64, 128), "model.latent_dim": 12, **PHOTOGRAPHS}
+    mlp = {"data.name": name, "model.hidden_dims": (1024,), "model.latent_dim": 768, "precision": "bf16"}
     shown = np.linspace(0, len(val) - 1, 10).astype(int)
     rows = {"original": torch.from_numpy(val[shown]) / 255}
     models = {
-        "MLP": bench.train(
-            "ae", {"data.name": name, "model.latent_dim": 768, "train.epochs": 4, "model.start": "random"}
-        ),
+        "MLP": bench.train("ae", {**mlp, "train.epochs": 4}),
         # A rate of nothing leaves the start as it is.
         "patch PCA": bench.train("conv", {**conv, "optim.lr": 1e-12, "train.steps": 1}),
         "conv": bench.train("conv", {**conv, "train.epochs": 4}),
@@ -261,7 +263,7 @@ def denoising(bench: Bench, folders: list[Path]) -> None:
     for level in (25, 50):
         std = level / 255
         values = {"data.name": name, "model.widths": (32, 64), "model.latent_dim": 24, "train.epochs": 4}
-        values |= {"objective.noise_std": std, "evaluation.noise_std": std}
+        values |= {"optim.lr": 2e-3, "objective.noise_std": std, "evaluation.noise_std": std}
         found = bench.metric("conv-denoising", values, "val.denoised_psnr")
         config = dist_ae.PRESETS["conv-denoising"].override(values)
         clean = torch.from_numpy(val) / 255
