@@ -168,6 +168,19 @@ def test_the_library_never_imports_the_sweeps() -> None:
     ]
 
 
+def test_prose_is_at_most_120_columns_wide() -> None:
+    files = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/*.md")]
+    assert len(files) > 10
+    wide = [
+        f"{path.name}:{number}"
+        for path in files
+        if ".venv" not in path.parts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120 and not line.startswith("|")  # a table's row cannot be broken
+    ]
+    assert not wide
+
+
 def test_no_pickle_is_read_anywhere() -> None:
     for path in SOURCES:
         tree = ast.parse(path.read_text())
