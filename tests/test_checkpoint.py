@@ -212,7 +212,7 @@ def test_a_power_cut_at_every_file_operation_loses_no_checkpoint(
     tmp_path: Path, names_persist: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before_saving(tmp_path / "start")
-    (tmp_path / "start" / ".lock").unlink()
+    (tmp_path / "start" / ".lock").unlink(missing_ok=True)
     shutil.copytree(tmp_path / "start", tmp_path / "run")
     disk = Disk(tmp_path / "run")
     with watched(lambda *_: None, disk.record):
@@ -233,7 +233,7 @@ def test_a_power_cut_at_every_file_operation_loses_no_checkpoint(
 
 def test_the_power_cut_test_notices_a_missing_fsync(tmp_path: Path) -> None:
     before_saving(tmp_path / "start")
-    (tmp_path / "start" / ".lock").unlink()
+    (tmp_path / "start" / ".lock").unlink(missing_ok=True)
     shutil.copytree(tmp_path / "start", tmp_path / "run")
     disk = Disk(tmp_path / "run")
     with watched(lambda *_: None, disk.record):
