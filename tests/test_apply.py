@@ -95,6 +95,7 @@ def test_wrong_images_are_refused(trained: Path) -> None:
             model.embed(images)
 
 
+@pytest.mark.slow
 def test_best_is_the_checkpoint_with_the_best_validation(tmp_path: Path) -> None:
     # A learning rate that spoils the model in the end: constant and far too large after a good start.
     overrides = {
@@ -123,6 +124,7 @@ def test_best_is_the_checkpoint_with_the_best_validation(tmp_path: Path) -> None
     assert not np.allclose(codes, dist_ae.load(tmp_path / "run", which="last").embed(IMAGES))
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_run_s_own_figures_on_any_number_of_processes(trained: Path) -> None:
     expected = json.loads((trained / "vae" / "result.json").read_text())["metrics"]
     del expected["val.train_mse"]  # of a sample of the training images: a figure of training, not of a split

@@ -115,6 +115,7 @@ def goes_on(root: Path) -> int:
     return step
 
 
+@pytest.mark.slow
 def test_sigkill_at_every_file_operation_loses_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

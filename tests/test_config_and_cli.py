@@ -114,6 +114,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("kind", BAD_INPUT)
+@pytest.mark.slow
 def test_bad_input_is_one_message_and_status_2(kind: str, tmp_path: Path) -> None:
     arguments, expected = BAD_INPUT[kind] or ([], "unknown")
     preset = "aee" if BAD_INPUT[kind] is None else "ae"
@@ -126,6 +127,7 @@ def test_bad_input_is_one_message_and_status_2(kind: str, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bad_pixels_are_refused_on_the_command_line(tmp_path: Path) -> None:
     np.save(tmp_path / "own.npy", np.full((10, 4, 4), np.nan))
     done = cli("train", "ae", "--data.name", f"array:{tmp_path / 'own.npy'}", "--run-dir", str(tmp_path / "run"))

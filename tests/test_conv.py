@@ -198,6 +198,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", JOBS)
+@pytest.mark.slow
 def test_float64_weights_agree_on_any_number_of_processes_and_accumulation_steps(runs: Path, name: str) -> None:
     reference = weights(runs / f"{name}-1-1")
     losses = [[line["loss"] for line in metrics(runs / f"{name}-{world}-{parts}")] for world, parts in LAYOUTS]

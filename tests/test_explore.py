@@ -22,6 +22,8 @@ from dist_ae.data import sources
 from dist_ae.presets import PRESETS
 from dist_ae.use import commands
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 IMAGES: Any = sources.load(PRESETS["ae"].data).val.images
@@ -53,7 +55,6 @@ def element(document: str, name: str) -> str:
     return found[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
 def test_the_page_shows_a_clicked_image_its_neighbours_and_the_decoded_line_between_two(
     trained: Path, width: int, tmp_path: Path
@@ -69,7 +70,6 @@ def test_the_page_shows_a_clicked_image_its_neighbours_and_the_decoded_line_betw
     assert document.count('type="range"') == 8 and 'id="samplesSection" hidden' not in document
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_decoded_in_the_browser_shows_the_nearest_images_instead(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +132,6 @@ def test_a_page_that_cannot_be_made_is_refused_in_one_sentence(trained: Path, tm
         commands.explore_run(trained / "ae", tmp_path / "two.npy", tmp_path / "page.html")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vae", "conv"])
 def test_onnxruntime_gives_the_model_s_results_for_any_number_of_images(
     trained: Path, name: str, tmp_path: Path

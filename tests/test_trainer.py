@@ -258,6 +258,7 @@ def test_a_steady_step_reads_nothing_back_to_the_host(preset: str, overrides: di
     assert len(counter.reads) == 1
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_never_imports_torchs_compiler(tmp_path: Path) -> None:
     # 1.2 s of every start and 150 MB; torch imports it by itself at the first call of an optimizer of its own.
     arguments = ["train", "ae", "--train.steps", "3", "--tracking.wandb", "off", "--run-dir", str(tmp_path / "run")]
@@ -299,6 +300,7 @@ def test_a_poisoned_gradient_changes_no_weight_from_then_on(name: str) -> None:
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(good, poisoned, later, strict=True))
 
 
+@pytest.mark.slow
 def test_reference_on_fashion_mnist_beats_a_broadcasting_loss_after_one_epoch(
     fashion_mnist: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +312,7 @@ def test_reference_on_fashion_mnist_beats_a_broadcasting_loss_after_one_epoch(
     assert dist_ae.train(config).metrics["val.mse"] < 0.03
 
 
+@pytest.mark.slow
 def test_the_fast_autoencoder_ends_below_pca_after_two_epochs_of_fashion_mnist(
     fashion_mnist: Path, tmp_path: Path
 ) -> None:

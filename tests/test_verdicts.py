@@ -23,6 +23,8 @@ from dist_ae.presets import PRESETS
 from dist_ae.use import anomalies, evaluation
 from dist_ae.use.doctor import examine
 
+pytestmark = pytest.mark.slow
+
 DIGITS = sources.load(PRESETS["ae"].data)
 TRAIN, VAL = np.asarray(DIGITS.train.images), np.asarray(DIGITS.val.images)
 LABELS = np.asarray(DIGITS.val.labels)
