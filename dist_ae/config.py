@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dist_ae.files import Damaged, read_json
+from dist_ae.files import Damaged, plain_name, read_json
 
 
 class InputError(Exception):
@@ -324,10 +324,8 @@ class Config(Section):
         differs.pop("model.image_shape", None)  # filled in from the data when training begins
         identity = json.dumps([differs, self.train.epochs, self.train.steps], sort_keys=True)
         data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name
-        if not re.fullmatch(r"[\w.-]+", data):  # a path or a pattern: its last name, with nothing that a shell minds
-            data = (
-                re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.") or "data"
-            )
+        if not re.fullmatch(r"[\w.-]+", data):  # a path or a pattern
+            data = plain_name(data) or "data"
         return f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     def directory(self) -> Path:

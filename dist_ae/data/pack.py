@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -41,7 +40,7 @@ from dist_ae.data.packed import (
 )
 from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, shown
 from dist_ae.data.records import Array
-from dist_ae.files import sync, write_atomically
+from dist_ae.files import plain_name, sync, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, rank
 
 SHARD_BYTES = 2**28  # of images in a shard: what a kill costs at most, and what `data.window` counts in
@@ -444,10 +443,6 @@ def cached(name: str, source: Source, config: DataConfig, cache: Path) -> Path:
     """The packed form of a source in a cache, packed now if it is not there. Other pictures or settings have another
     place."""
     key = hashlib.sha256(json.dumps([FORMAT, source.identity, settings_of(config)]).encode()).hexdigest()[:16]
-    stem = (
-        re.sub(r"[^\w.-]+", "-", shown(name).rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.")[:40]
-        or "data"
-    )
-    out = cache / "packed" / f"{stem}-{key}"
+    out = cache / "packed" / f"{plain_name(shown(name))[:40] or 'data'}-{key}"
     pack(source, out, config, shown(name))
     return out
