@@ -62,8 +62,7 @@ class MLP(Autoencoder):
         """Sets the weights so that the model is PCA (of a VAE: probabilistic PCA, Tipping & Bishop 1999).
 
         act(a) - act(-a) = a for relu, gelu and silu alike, so two hidden units carry one component through a layer
-        unchanged. The other units, and numbers of the code, keep their random incoming weights and start without
-        influence: with zeros on both sides no gradient would ever reach them.
+        unchanged. The other units keep their random incoming weights and start without influence.
         """
         components = leading(components, self.linear_code().components)
         k, mean, basis = len(components.variances), components.mean, components.basis
@@ -89,7 +88,7 @@ class MLP(Autoencoder):
             if not (is_code or last):
                 matrix, bias = torch.cat([matrix, -matrix]), torch.cat([bias, -bias])
             rows, columns = matrix.shape
-            if is_code and self.variational:  # the other numbers of a VAE's code begin as its prior
+            if is_code:
                 layer.weight.zero_()
                 layer.bias.zero_()
             layer.weight[:rows] = 0  # units outside the carried pairs start without influence on them
