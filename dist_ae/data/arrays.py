@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dist_ae.config import InputError
-from dist_ae.data.pictures import expand, shown
+from dist_ae.data.pictures import expand, not_there, shown
 from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint
 
 SAMPLED_BYTES = 4 * 2**30  # of a larger .npy the fingerprint takes samples
@@ -43,9 +43,9 @@ def _names(arrays: dict[str, Array]) -> str:
 def _arrays(path: Path) -> dict[str, Array]:
     """The named arrays of a .npz, or that of a .npy as ``images``."""
     if not os.path.isfile(path):  # unlike Path.is_file it raises nothing, whatever the path
-        what = "not a file" if os.path.exists(path) else "no such file"
         raise InputError(
-            f"{shown(path)}: {what}; expected a .npy or .npz of images [N, H, W], [N, C, H, W] or [N, H, W, C]"
+            f"{shown(path)}: {not_there(path)}; "
+            "expected a .npy or .npz of images [N, H, W], [N, C, H, W] or [N, H, W, C]"
         )
     try:
         mapped = path.suffix == ".npy" and path.stat().st_size > READ_BYTES

@@ -25,6 +25,7 @@ from dist_ae.data.pictures import (
     decode,
     expand,
     form_of,
+    not_there,
     open_source,
     reason,
     shown,
@@ -209,8 +210,7 @@ def _from_path(name: str, config: DataConfig, image_shape: Shape) -> Given:
     path = expand(name.removeprefix("array:"))
     if _is_picture(path.name):
         if not os.path.isfile(path):
-            what = "not a file" if os.path.exists(path) else "no such file"
-            raise InputError(f"{shown(path)}: {what}; expected a picture, a folder of pictures, or an array")
+            raise InputError(f"{shown(path)}: {not_there(path)}; expected a picture, a folder of pictures, or an array")
         image = _decode(os.fspath(path), shown(path), _form(config, image_shape))
         return Given(Split(image[None]), [path.name])
     images = read_images(path)

@@ -51,6 +51,11 @@ class Source:
     ignored: Mapping[str, int] = field(default_factory=dict)  # what is there beside the pictures, and how often
 
 
+def not_there(path: Path) -> str:
+    """Why a path is no file."""
+    return "not a file" if os.path.exists(path) else "no such file"
+
+
 def shown(name: str | Path) -> str:
     """A name that can be printed on one line: bytes that are no UTF-8 as \\xNN, and what is not printable escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")

@@ -73,8 +73,8 @@ def to_depth(x: Tensor) -> Tensor:
 
 
 def to_space(x: Tensor, side: int) -> Tensor:
-    """[B, C · side², H, W] → [B, C, H · side, W · side], the inverse of ``to_depth``: torch's pixel_shuffle, but in
-    channels-last order on every device, and with a gradient for an empty batch."""
+    """[B, C · side², H, W] → [B, C, H · side, W · side], the inverse of ``to_depth``: torch's pixel_shuffle, in
+    channels-last order on every device and with a gradient for an empty batch."""
     batch, channels, height, width = x.shape
     x = x.view(batch, channels // side**2, side, side, height, width)
     return x.permute(0, 4, 2, 5, 3, 1).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
