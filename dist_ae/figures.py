@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -21,6 +23,7 @@ from dist_ae.config import Config
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise
+from dist_ae.files import write_atomically
 from dist_ae.models import Autoencoder
 
 
@@ -69,8 +72,11 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     the right."""
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 3.4))
+    # Places by number: matplotlib's own layout draws everything twice, and this picture is drawn again and again.
+    left, right = figure.subplots(
+        1, 2, gridspec_kw={"left": 0.08, "right": 0.985, "bottom": 0.15, "top": 0.9, "wspace": 0.24}
+    )
     left.plot(
         [line["step"] for line in train], [line["loss"] for line in train], label="training loss", color="#1f6fb4"
     )
@@ -93,11 +99,19 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
         points = [line["step"] for line in seen], [line["train_mse"] for line in seen]
         right.plot(*points, "o-", ms=3, color="#1f6fb4", label="training images")
     right.set(xlabel="step", ylabel="squared error per pixel, [0, 1]", title="reconstruction error", yscale="log")
+    _number_logarithmic(right.yaxis, right.get_ylim()[1] / right.get_ylim()[0])
     right.legend(frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, figure_path)
+
+
+def _number_logarithmic(axis: Axis, span: float) -> None:
+    """Plain numbers on a logarithmic axis from a to ``span`` · a, and several of them where it spans little."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def image_rows(
@@ -187,9 +201,7 @@ def evaluation(
     for each, label, color in reversed(values):
         axes[0].hist(each.numpy(), bins, color=color, alpha=0.55, label=f"{label}: mean {float(each.mean()):.3g}")
     axes[0].set(xscale="log", xlabel="squared error per pixel, [0, 1]", ylabel="images", title="reconstruction")
-    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    axes[0].xaxis.set_minor_formatter(NullFormatter())
+    _number_logarithmic(axes[0].xaxis, high / low)
     axes[0].set_ylim(top=1.3 * axes[0].get_ylim()[1])  # room for the legend
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     styles = {
@@ -340,6 +352,8 @@ def _tiles(
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
     # matplotlib refuses more than 65,535 pixels a side, which very tall images would reach.
-    figure.savefig(path, dpi=min(150, 2**14 / max(figure.get_size_inches())))
+    figure.savefig(picture, dpi=min(150, 2**14 / max(figure.get_size_inches())))
+    write_atomically(path, picture.getvalue())  # it replaces the picture of an earlier step, which may be looked at
     return path

@@ -5,20 +5,28 @@ What W&B really wrote is read back from its file.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import resource
+import signal
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import SMALL, metrics
+import torch
+from conftest import SMALL, forked, metrics
+from PIL import Image
 
 import dist_ae
 from dist_ae.config import TrackingConfig
+from dist_ae.figures import image_grid
 from dist_ae.presets import PRESETS
-from dist_ae.run.tracking import wandb_mode
+from dist_ae.run.tracking import Tracking, wandb_mode
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
@@ -110,6 +118,49 @@ def test_tensorboard_by_the_same_option(tmp_path: Path) -> None:
     assert "reconstructions" in events.Tags()["images"]
     (text,) = events.Tensors("configuration/text_summary")
     assert b'"latent_dim": 8' in text.tensor_proto.string_val[0]
+
+
+def test_a_slow_tracker_gets_each_picture_as_it_was_at_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    drawn: list[Any] = []
+    begin, log_image = Tracking._start, Tracking.log_image
+
+    def begin_late(self: Tracking) -> list[Any]:
+        while len(drawn) < 2:  # the second picture has replaced the first
+            time.sleep(0.01)
+        return begin(self)
+
+    def seen(self: Tracking, name: str, path: Path, step: int) -> None:
+        log_image(self, name, path, step)
+        if name == "reconstructions":
+            drawn.append(np.asarray(Image.open(path).convert("RGB")))
+
+    monkeypatch.setattr(Tracking, "_start", begin_late)
+    monkeypatch.setattr(Tracking, "log_image", seen)
+    config = {"train.steps": 10, "train.eval_every": 5, "tracking.tensorboard": True, "run_dir": str(tmp_path / "run")}
+    dist_ae.train(PRESETS["ae"].override({**SMALL, **config}))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logged = [np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in events.Images("reconstructions")]
+    assert len(drawn) == len(logged) == 2 and (drawn[0] != drawn[1]).any()
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(drawn, logged, strict=True))
+
+
+def test_a_picture_that_no_longer_fits_on_the_disk_leaves_the_earlier_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "figures" / "grid.png"
+
+    def draw_twice(rank: int) -> None:
+        image_grid(torch.rand(4, 1, 8, 8), path)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        with pytest.raises(OSError, match="large"):
+            image_grid(torch.rand(4, 1, 8, 8), path)
+
+    assert forked(1, draw_twice, tmp_path / "log") == [0], (tmp_path / "log-0.log").read_text()
+    Image.open(path).load()
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ or slow training.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import queue
@@ -20,6 +21,9 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+
+import numpy as np
+from PIL import Image
 
 from dist_ae.config import TrackingConfig
 
@@ -96,9 +100,13 @@ class Tracking:
             self._queue.put(("log", (dict(values), step)))
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """A picture that was drawn into the run directory."""
-        if self._thread is not None:
-            self._queue.put(("image", (name, path, step)))
+        """A picture that was drawn into the run directory. It is read now: the next one replaces it."""
+        if self._thread is None:
+            return
+        try:
+            self._queue.put(("image", (name, path.read_bytes(), step)))
+        except OSError as error:
+            self._give_up(f"the picture {path.name}", error)
 
     def summarize(self, values: Mapping[str, float]) -> None:
         """Figures that stand for the whole run; later ones replace earlier ones. TensorBoard has no place for them."""
@@ -206,15 +214,14 @@ class Tracking:
         tracker.store_init_configuration(dict(self._description))
         return tracker
 
-    def _log_image(self, tracker: Any, name: str, path: Path, step: int) -> None:
+    def _log_image(self, tracker: Any, name: str, content: bytes, step: int) -> None:
+        picture = Image.open(io.BytesIO(content)).convert("RGB")
         if tracker.name == "wandb":
             import wandb
 
-            tracker.tracker.log({name: wandb.Image(str(path))}, step=step)
+            tracker.tracker.log({name: wandb.Image(picture)}, step=step)
         else:
-            from matplotlib.image import imread
-
-            tracker.writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+            tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def _give_up(self, what: str, error: BaseException) -> None:
         reason = str(error).strip().splitlines()
