@@ -6,14 +6,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import safetensors.torch
@@ -25,6 +25,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 # One thread a process: the machine has two cores, and thread pools of several processes would fight for them.
 os.environ.update({"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"})
+# Ray's workers have a low priority, and would wait for whatever other test runs beside them.
+os.environ.update({"RAY_worker_niceness": "0"})
 torch.set_num_threads(1)
 
 SMALL = {
@@ -59,30 +61,27 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def start(world: int, *command: str, **more: str) -> list[subprocess.Popen[str]]:
+def start(world: int, *command: str, **more: str) -> list[forks.Process]:
     """Starts ``python *command`` as ``world`` processes of one group."""
-    port = free_port()
+    port, folder = free_port(), Path(tempfile.mkdtemp())
     return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment(rank, world, port, **more),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=REPOSITORY,
+        forks.Process(
+            forks.command(*command),
+            environment(rank, world, port, **more),
+            folder / f"out-{rank}",
+            folder / f"err-{rank}",
         )
         for rank in range(world)
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+def finish(processes: list[forks.Process], timeout: float = 120) -> list[tuple[int, str, str]]:
     """(exit status, stdout, stderr) of each process; kills what outlives the time-out."""
     try:
-        return [(p.returncode, out, err) for p in processes for out, err in [p.communicate(timeout=timeout)]]
+        return [(p.wait(timeout), p.out.read_text(), p.err.read_text()) for p in processes]
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            process.send_signal(signal.SIGKILL)
 
 
 def run(world: int, *command: str, timeout: float = 120, **more: Any) -> list[tuple[int, str, str]]:
@@ -90,58 +89,28 @@ def run(world: int, *command: str, timeout: float = 120, **more: Any) -> list[tu
 
 
 class Forked:
-    """``work(rank)`` in forked processes of one group: as real as any, and started in milliseconds, since torch is
-    already there.
-    """
+    """``work(rank)`` in processes of one group."""
 
     def __init__(self, world: int, work: Callable[[int], object], log: Path) -> None:
         port = free_port()
         self.logs = [log.with_name(f"{log.name}-{rank}.log") for rank in range(world)]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pids = [self._fork(rank, world, port, work) for rank in range(world)]
-        self.statuses: dict[int, int] = {}
-
-    def _fork(self, rank: int, world: int, port: int, work: Callable[[int], object]) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 1
-        try:
-            os.environ.update(environment(rank, world, port))
-            descriptor = os.open(self.logs[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-            work(rank)
-            status = 0
-        except Exception as error:
-            status = getattr(error, "exit_status", 1)
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
+        self.processes = [
+            forks.Process(partial(work, rank), environment(rank, world, port), self.logs[rank], self.logs[rank])
+            for rank in range(world)
+        ]
+        self.pids = [process.pid for process in self.processes]
 
     def wait(self, timeout: float = 120) -> list[int]:
         """Exit statuses, negative for a signal; kills what outlives the time-out and fails."""
         end = time.monotonic() + timeout
-        while len(self.statuses) < len(self.pids):
-            self.poll()
-            time.sleep(0.01)
-            if time.monotonic() > end:
-                self.kill()
-                raise AssertionError(f"still running after {timeout} s:\n{self.output()}")
-        return [self.statuses[rank] for rank in range(len(self.pids))]
-
-    def poll(self) -> None:
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                self.statuses[rank] = os.waitstatus_to_exitcode(found[1])
+        try:
+            return [process.wait(max(0.0, end - time.monotonic())) for process in self.processes]
+        finally:
+            self.kill()
 
     def kill(self) -> None:
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.statuses:
-                os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
 
     def output(self, rank: int | None = None) -> str:
         return "\n".join(path.read_text() for i, path in enumerate(self.logs) if rank in (None, i))

@@ -26,6 +26,7 @@ def job(preset: str, run_dir: Path, **overrides: object) -> dict[str, object]:
             "data.name": data,
             "precision": "fp64",
             "train.steps": 50,
+            "train.eval_every": 25,
             "run_dir": str(run_dir),
             **overrides,
         },

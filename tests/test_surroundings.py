@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, environment, finish, forked, free_port, start
+from conftest import REPOSITORY, SMALL, environment, finish, forked, free_port, run, start
 
 import dist_ae
 from dist_ae import trainer
@@ -39,8 +39,8 @@ def config(run_dir: Path, **more: Any) -> Config:
 
 
 def cli(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dist_ae", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=60)
+    ((status, out, err),) = run(1, "-m", "dist_ae", *arguments, timeout=60, **variables)
+    return subprocess.CompletedProcess(arguments, status, out, err)
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
