@@ -474,6 +474,7 @@ def test_commands_write_a_file_for_each_picture_and_tables_with_their_paths(
     assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
 
 
+@pytest.mark.slow
 def test_denoise_takes_the_noise_away_from_the_validation_images(tmp_path: Path) -> None:
     overrides = {
         **SMALL,

@@ -210,6 +210,7 @@ def test_float64_weights_agree_on_any_number_of_processes_and_accumulation_steps
     assert max(found.values()) < 1e-9, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv-vae", "vector"])
 def test_a_resumed_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     def config(folder: str, steps: int) -> Config:
@@ -232,6 +233,7 @@ def test_two_steps_dispatch_the_same_operations_with_the_same_arguments(preset: 
     assert operations(made, 1) == operations(made, 2)
 
 
+@pytest.mark.slow
 def test_training_beats_patch_pca_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"data.name": "digits", "model.widths": (16, 32), "tracking.wandb": "off", "run_dir": str(tmp_path)}
     result = dist_ae.train(PRESETS["conv"].override({**settings, "model.latent_dim": 2, "train.steps": 150}))
@@ -239,6 +241,7 @@ def test_training_beats_patch_pca_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "below PCA of 4 × 4 patches with 8 numbers" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_collapsed_posterior_is_named_and_bits_per_dimension_are_stated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +265,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 # Last: after torch.export and before a first backward pass, autograd's threads would forbid the forks above.
+@pytest.mark.slow
 def test_the_model_can_be_exported_with_its_draws_and_for_any_number_of_images(tmp_path: Path) -> None:
     model = trained_looking(build(EVERYTHING, (1, 7, 9)))
     images, draws = torch.rand(8, 1, 7, 9), draw(model.draw_shapes(), EVERYTHING, Step(0), range(8), CPU)

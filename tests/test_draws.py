@@ -98,6 +98,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this build of torch comes without Triton")
 def test_the_gpu_kernel_gives_the_cpus_draws_to_the_bit() -> None:
     # Triton's interpreter runs the kernel on the CPU; `make test-gpu` compares it on a GPU.

@@ -38,6 +38,7 @@ def main(path: str) -> None:
     runtime.close()
 
 
+@pytest.mark.slow
 def test_10007_images_give_the_same_figures_on_1_2_and_3_processes_and_any_batch_size(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(

@@ -32,6 +32,7 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return Path(shutil.copytree(KEPT / f"first-stage-{request.param}", tmp_path / request.param))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_stage_loads_evaluates_to_its_figures_and_exports(kept: Path, tmp_path: Path) -> None:
     written = json.loads((kept / "result.json").read_text())["metrics"]
     found = evaluate_run(kept).metrics

@@ -37,6 +37,7 @@ def test_the_example_is_short() -> None:
     assert len((REPOSITORY / "examples" / "own_model.py").read_text().splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_the_same_on_1_and_2_processes_killed_and_resumed(tmp_path: Path) -> None:
     def train(name: str, die_at: int | None = None) -> Any:
         def work(rank: int) -> None:
@@ -65,6 +66,7 @@ def test_a_model_of_ones_own_is_the_same_on_1_and_2_processes_killed_and_resumed
         dist_ae.load(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_need_not_take_an_empty_batch(tmp_path: Path) -> None:
     class NeedsImages(EXAMPLE.Convolutional):  # type: ignore[misc, name-defined]
         def encode_raw(self, images: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -82,6 +84,7 @@ def test_a_model_of_ones_own_need_not_take_an_empty_batch(tmp_path: Path) -> Non
     assert relative_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-9
 
 
+@pytest.mark.slow
 def test_images_from_python_train_as_the_same_images_from_a_file(tmp_path: Path) -> None:
     np.save(tmp_path / "digits.npy", IMAGES)
     settings = {**SMALL, "train.steps": 8}

@@ -86,6 +86,7 @@ def test_shards_hold_every_picture_once_in_the_order_of_names(folder: Path, pack
     assert all(good for good, _ in examine_packed(packed))
 
 
+@pytest.mark.slow
 def test_packing_killed_again_and_again_resumes_to_the_same_bytes(folder: Path, packed: Path, tmp_path: Path) -> None:
     out, partial = tmp_path / "set", tmp_path / "set.partial"
     shards = []
@@ -375,6 +376,7 @@ def test_what_the_thread_meets_is_raised_where_the_rows_are_taken_and_it_ends_wi
     assert not any(thread.name.startswith("images") for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_packed_mapped_held_and_array_train_to_the_same_bits_on_one_and_two_processes(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,6 +455,7 @@ print("PEAK", peak - base)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["NHWC", pytest.param("NCHW", marks=pytest.mark.long)])
 def test_memory_is_the_file_once_where_it_is_held_and_a_constant_where_it_is_mapped(
     tmp_path: Path, layout: str
@@ -507,6 +510,7 @@ def test_a_signal_stops_the_packing_before_training_and_the_same_command_goes_on
     assert contents(whole) == contents(packed)
 
 
+@pytest.mark.slow
 def test_a_pool_that_is_killed_is_told_in_one_sentence(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def test_the_wheel_holds_the_library_and_the_sweeps_and_nothing_else(wheel: Path
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_trains_and_sweeps_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     pip = [
         sys.executable,

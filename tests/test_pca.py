@@ -121,6 +121,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_from_pca_beats_pca_and_is_the_same_on_1_and_3_processes(tmp_path: Path) -> None:
     overrides = {**SMALL, "model.start": "pca", "model.hidden_dims": (64, 32), "precision": "fp64"}
     for world in (1, 3):

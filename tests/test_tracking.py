@@ -62,6 +62,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ import dist_ae
 from dist_ae.config import InputError
 from dist_ae.presets import PRESETS
 
+pytestmark = pytest.mark.slow
+
 DECAYING = {**SMALL, "optim.schedule": "linear", "train.steps": 32}
 
 

@@ -32,6 +32,7 @@ def small(preset: str, run_dir: Path, **overrides: Any) -> Config:
     return PRESETS[preset].override({**SMALL, "train.steps": 20, "run_dir": str(run_dir), **overrides})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["ae", "denoising", "dropout", "vae"])
 def test_each_preset_learns_the_digits_and_leaves_a_whole_run_directory(preset: str, tmp_path: Path) -> None:
     config = small(
