@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ def finish(processes: list[forks.Process], timeout: float = 120) -> list[tuple[i
     finally:
         for process in processes:
             process.send_signal(signal.SIGKILL)
+        shutil.rmtree(processes[0].out.parent)
 
 
 def run(world: int, *command: str, timeout: float = 120, **more: Any) -> list[tuple[int, str, str]]:
@@ -142,6 +145,14 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     """The largest difference of two sets of weights, relative to the largest weight of its tensor."""
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).abs().max() / b[k].abs().max()) for k in a)
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """A test that fails between start and wait leaves no process that trains beside all others."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def command(*words: str) -> Callable[[], object]:
     def work() -> None:
         if words[0] == "-c":
             sys.argv = list(words[:1] + words[2:])
-            sys.path[0] = ""
+            sys.path.insert(0, "")
             exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = list(words[1:])
