@@ -74,11 +74,21 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     figure = Figure(figsize=(9, 3.4))
     # Places by number: matplotlib's own layout draws everything twice, and this picture is drawn again and again.
-    left, right = figure.subplots(
-        1, 2, gridspec_kw={"left": 0.08, "right": 0.985, "bottom": 0.15, "top": 0.9, "wspace": 0.24}
-    )
+    places = {
+        "left": 0.115,
+        "right": 0.985,
+        "bottom": 0.15,
+        "top": 0.9,
+        "wspace": 0.3,
+    }  # for numbers of seven characters
+    left, right = figure.subplots(1, 2, gridspec_kw=places)
     left.plot(
-        [line["step"] for line in train], [line["loss"] for line in train], label="training loss", color="#1f6fb4"
+        [line["step"] for line in train],
+        [line["loss"] for line in train],
+        "-" if len(train) > 1 else "o",  # a line of one point is not seen
+        ms=3,
+        label="training loss",
+        color="#1f6fb4",
     )
     if any("neg_elbo" in line for line in val):
         left.plot(
@@ -102,6 +112,7 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     _number_logarithmic(right.yaxis, right.get_ylim()[1] / right.get_ylim()[0])
     right.legend(frameon=False)
     for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, figure_path)

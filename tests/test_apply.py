@@ -534,6 +534,22 @@ def test_a_run_s_pictures_are_drawn_for_every_shape_of_image(
     assert rows * 0.62 / 8 * 150 < height < rows * 0.62 * 8 * 150 + 150 and width > 5 * 0.62 * 150
 
 
+@pytest.mark.parametrize(("steps", "nats", "mse"), [(1, -1170.0, 0.0059), (40, -912_345.0, 7.1e-5)])
+def test_the_loss_curve_shows_a_single_point_and_cuts_no_label_off(
+    tmp_path: Path, steps: int, nats: float, mse: float
+) -> None:
+    from dist_ae.figures import loss_curve
+
+    lines = [{"step": step, "split": "train", "loss": nats / step} for step in range(1, steps + 1)]
+    lines += [{"step": step, "split": "val", "mse": mse / step} for step in range(1, steps + 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture = pixels(loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png"))[..., :3]
+    border = (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:])
+    assert all((edge == 1).all() for edge in border)
+    objective = picture[picture.shape[0] // 4 :, : picture.shape[1] // 2]  # below the legend
+    assert (objective[..., 2] - objective[..., 0] > 0.25).sum() > 10, "the training loss is not seen"
+
+
 def test_differences_and_errors_are_those_of_the_reconstructions(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
