@@ -73,14 +73,9 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     figure = Figure(figsize=(9, 3.4))
-    # Places by number: matplotlib's own layout draws everything twice, and this picture is drawn again and again.
-    places = {
-        "left": 0.115,
-        "right": 0.985,
-        "bottom": 0.15,
-        "top": 0.9,
-        "wspace": 0.3,
-    }  # for numbers of seven characters
+    # Places by number, for labels of seven characters: matplotlib's own layout draws everything twice, and this picture
+    # is drawn again and again.
+    places = {"left": 0.115, "right": 0.985, "bottom": 0.15, "top": 0.9, "wspace": 0.3}
     left, right = figure.subplots(1, 2, gridspec_kw=places)
     left.plot(
         [line["step"] for line in train],
