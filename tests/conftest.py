@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,12 @@ def run(world: int, *command: str, timeout: float = 120, **more: Any) -> list[tu
     return finish(start(world, *command, **more), timeout)
 
 
+def cli(*arguments: object, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
+    """``dist-ae`` with these arguments, in an environment with ``more`` in it."""
+    ((status, out, err),) = run(1, "-m", "dist_ae", *map(str, arguments), timeout=timeout, **more)
+    return subprocess.CompletedProcess(arguments, status, out, err)
+
+
 class Forked:
     """``work(rank)`` in processes of one group."""
 
@@ -108,6 +115,8 @@ class Forked:
         end = time.monotonic() + timeout
         try:
             return [process.wait(max(0.0, end - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
         finally:
             self.kill()
 

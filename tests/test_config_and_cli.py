@@ -13,16 +13,11 @@ from unittest import mock
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import SMALL, environment, run
+from conftest import SMALL, cli, environment
 
 from dist_ae.config import Config, InputError, _walk, load_config
 from dist_ae.presets import DESCRIPTIONS, PRESETS
 from dist_ae.processes import runtime
-
-
-def cli(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    ((status, out, err),) = run(1, "-m", "dist_ae", *arguments, timeout=60, **more)
-    return subprocess.CompletedProcess(arguments, status, out, err)
 
 
 def test_presets_are_the_four_systems_and_the_tutorials() -> None:

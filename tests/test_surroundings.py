@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, environment, finish, forked, free_port, run, start
+from conftest import REPOSITORY, SMALL, cli, environment, finish, forked, free_port, start
 
 import dist_ae
 from dist_ae import trainer
@@ -36,11 +36,6 @@ QUICK = ("--model.hidden-dims", "16", "--tracking.wandb", "off")
 
 def config(run_dir: Path, **more: Any) -> Config:
     return PRESETS["ae"].override({**SMALL, "train.steps": 8, "run_dir": str(run_dir), **more})
-
-
-def cli(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    ((status, out, err),) = run(1, "-m", "dist_ae", *arguments, timeout=60, **variables)
-    return subprocess.CompletedProcess(arguments, status, out, err)
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
