@@ -92,9 +92,9 @@ def run(world: int, *command: str, timeout: float = 120, **more: Any) -> list[tu
     return finish(start(world, *command, **more), timeout)
 
 
-def cli(*arguments: object, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """``dist-ae`` with these arguments, in an environment with ``more`` in it."""
-    ((status, out, err),) = run(1, "-m", "dist_ae", *map(str, arguments), timeout=timeout, **more)
+    ((status, out, err),) = run(1, "-m", "dist_ae", *arguments, timeout=60, **more)
     return subprocess.CompletedProcess(arguments, status, out, err)
 
 
