@@ -356,8 +356,7 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"checkpoint {kept['step']} of {learner.config.directory()}: its state.json lacks what a resume needs "
-            f"({error!r}). "
-            "Remove that checkpoint to resume from the one before it"
+            f"({error!r}). Remove that checkpoint to resume from the one before it"
         ) from None
     state.pca_mse = kept.get("pca_mse")
     return state
@@ -407,10 +406,9 @@ def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
         folder.write("nonfinite.json", bundle)
         write_atomically(folder.path / "nonfinite.safetensors", safetensors.torch.save(learner.tensors()["weights"]))
     raise NonFinite(
-        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last "
-        "checkpoint is from "
-        f"before it. `dist-ae doctor {learner.config.directory()} --replay` repeats that step on one process; a lower "
-        "optim.lr or optim.clip_norm may help"
+        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is "
+        f"from before it. `dist-ae doctor {learner.config.directory()} --replay` repeats that step on one process; a "
+        "lower optim.lr or optim.clip_norm may help"
     )
 
 
@@ -580,9 +578,8 @@ def _stopped(state: State, saved: tuple[int, bool], steps: Timeline, config: Con
     if saved[0] == state.step:
         return f"stopped at step {state.step} of {steps.total_steps}; {where}"
     return (
-        f"stopped at step {state.step} of {steps.total_steps}, and no checkpoint of it could be written. The "
-        "last one on the "
-        f"disk is of step {saved[0]}: free some room, and {where}"
+        f"stopped at step {state.step} of {steps.total_steps}, and no checkpoint of it could be written. The last one "
+        f"on the disk is of step {saved[0]}: free some room, and {where}"
     )
 
 
@@ -604,9 +601,8 @@ def _against_pca(model: Autoencoder, state: State) -> str:
     if mse <= linear:
         return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
     return (
-        f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} ABOVE {name} with {numbers:,} numbers "
-        f"({linear:.3g}), the best "
-        "linear code of that size. Train longer, lower optim.lr, or begin with --model.start pca"
+        f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} ABOVE {name} with {numbers:,} numbers ({linear:.3g}), "
+        "the best linear code of that size. Train longer, lower optim.lr, or begin with --model.start pca"
     )
 
 

@@ -55,9 +55,8 @@ class Host:
         names_file = folder / f"{self.name}.hosts"
         names_file.write_text(names.format(name=self.name))
         script = (
-            f"hostname {self.name} && mount -t tmpfs none /dev/shm && mount --bind {names_file} /etc/hosts && "
-            "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && "
-            "ip link set lo up && echo ready && exec sleep infinity"
+            f"hostname {self.name} && mount -t tmpfs none /dev/shm && mount --bind {names_file} /etc/hosts && mkdir -p "
+            "/tmp/ray && mount -t tmpfs none /tmp/ray && ip link set lo up && echo ready && exec sleep infinity"
         )
         self.outer = subprocess.Popen([*APART, "sh", "-c", script], stdout=subprocess.PIPE, text=True)
         assert self.outer.stdout is not None and self.outer.stdout.readline() == "ready\n"

@@ -16,9 +16,8 @@ Images = Array | Tensor | torch.utils.data.Dataset[Any]
 Given = Images | tuple[Images, Images]
 NAME = "memory"  # what config.data.name says of such a run
 KINDS = (
-    "a numpy array or torch tensor of images [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floats on "
-    "[0, 1]; a torch Dataset "
-    "of such images; or a pair (train, val) of these"
+    "a numpy array or torch tensor of images [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floats on [0, 1]; a "
+    "torch Dataset of such images; or a pair (train, val) of these"
 )
 
 

@@ -47,8 +47,7 @@ def load(config: DataConfig) -> Dataset:
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(
             f"unknown dataset {shown(name)!r}: {hint}expected {', '.join(NAMED)}, folder:PATH, tar:PATTERN, hf:NAME, "
-            "packed:PATH, "
-            "array:PATH, or the path of a folder, array file or packed set"
+            "packed:PATH, array:PATH, or the path of a folder, array file or packed set"
         )
     if config.root is not None and not config.root.is_dir():
         raise InputError(f"data root {shown(config.root)} does not exist or is not a folder")

@@ -50,8 +50,7 @@ def launched_world() -> tuple[int, int]:
     if rank >= world:
         raise InputError(
             f"the environment variable RANK is {rank}, but {world} process{'es are' if world > 1 else ' is'} "
-            "announced. "
-            f"Unset it, or: {HOW_TO_START}"
+            f"announced. Unset it, or: {HOW_TO_START}"
         )
     wanted = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in wanted if name not in os.environ]
@@ -96,9 +95,8 @@ def notes(config: Config) -> list[str]:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", config.precision):
         found.append(
-            f"note: the launcher asks for mixed precision {asked}; the experiment says {config.precision}, which "
-            "is used. "
-            f"--precision {asked} changes the experiment"
+            f"note: the launcher asks for mixed precision {asked}; the experiment says {config.precision}, which is "
+            f"used. --precision {asked} changes the experiment"
         )
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
         found.append(
@@ -130,9 +128,8 @@ def _default_file_note() -> list[str]:
     if kind != "MULTI_CPU" or processes == 1:
         return []
     return [
-        f"note: {default_config_file} asks for {processes} processes on the CPU, and Accelerate started one, "
-        "as it does for MULTI_CPU. "
-        "launch/accelerate/cpu_processes.yaml starts several"
+        f"note: {default_config_file} asks for {processes} processes on the CPU, and Accelerate started one, as it "
+        "does for MULTI_CPU. launch/accelerate/cpu_processes.yaml starts several"
     ]
 
 
@@ -152,8 +149,7 @@ def pinned_torch(precision: str) -> Iterator[None]:
     if torch.get_default_device().type != "cpu":
         raise InputError(
             f"torch's default device is set to {torch.get_default_device()}; the launcher decides where a run "
-            "computes. "
-            "Call torch.set_default_device(None) first"
+            "computes. Call torch.set_default_device(None) first"
         )
     dtype, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
@@ -208,10 +204,9 @@ def choose_interface() -> None:
         ) from None
     if several_hosts and ipaddress.ip_address(address).is_loopback:
         raise InputError(
-            f"MASTER_ADDR {main!r} is this host's loopback ({target[0]}), which other hosts cannot reach; "
-            "Debian's /etc/hosts "
-            "says so of a host's own name. Give the address of a network: --main_process_ip ADDRESS, or for torchrun "
-            "--rdzv-endpoint ADDRESS:PORT and --local-addr ADDRESS"
+            f"MASTER_ADDR {main!r} is this host's loopback ({target[0]}), which other hosts cannot reach; Debian's "
+            "/etc/hosts says so of a host's own name. Give the address of a network: --main_process_ip ADDRESS, or for "
+            "torchrun --rdzv-endpoint ADDRESS:PORT and --local-addr ADDRESS"
         )
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address.partition("%")[0] == address for a in addresses):

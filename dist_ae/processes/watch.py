@@ -110,8 +110,7 @@ class Watch:
 
         return (
             f"lost {', '.join(map(known, lost))} of {self._runtime.world} processes at step {self.step}; this one "
-            "ends. "
-            "The same command resumes from the last checkpoint"
+            "ends. The same command resumes from the last checkpoint"
         )
 
     def explain(self, error: Exception) -> Exception:
