@@ -13,10 +13,10 @@ from dist_ae.config import OptimConfig
 
 
 class Uncompiled(Optimizer):
-    """Without torch's compiler: on its first call each of these methods imports it, only to say that it is not to be
-    compiled.
+    """An optimizer without torch's compiler.
 
-    That is 1.2 s of a run's start and 150 MB of every process.
+    On its first call, each of torch's own methods imports the compiler, only to say that it must not be compiled. That
+    costs 1.2 s of a run's start and 150 MB of every process.
     """
 
     add_param_group, zero_grad = unwrap(Optimizer.add_param_group), unwrap(Optimizer.zero_grad)
@@ -24,7 +24,7 @@ class Uncompiled(Optimizer):
 
 
 class Adam(Uncompiled, torch.optim.Adam):
-    """torch's Adam; AdamW, too, with ``decoupled_weight_decay``."""
+    """torch's Adam; with ``decoupled_weight_decay`` it is AdamW."""
 
     step = torch.no_grad()(unwrap(torch.optim.Adam.step))
 
@@ -38,11 +38,12 @@ class SGD(Uncompiled, torch.optim.SGD):
 def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
-    The learning rate of Adam is a tensor on the device, so that a step can be captured as a graph. torch's CUDA kernel
-    reads it as float32, so float64 weights keep it as a number there.
+    Learning rates are set before each step by ``set_learning_rate``. That of Adam is a tensor on the device, so that a
+    step can be captured as a graph. torch's CUDA kernel reads it as float32, so with float64 weights it stays a number
+    there.
 
-    Learning rates are set before each step by ``set_learning_rate``. Adam is fused where torch has that kernel for the
-    device: one pass over the weights, and the only one that can be told on the device to skip a poisoned update.
+    Adam is fused where torch has that kernel for the device. It takes one pass over the weights, and it is the only
+    kernel that can be told on the device to skip a poisoned update.
     """
     parameters = list(model.parameters())
     adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay, "fused": True}
@@ -65,32 +66,31 @@ def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -
 
 
 class Muon(Uncompiled, torch.optim.Muon):
-    """torch's Muon (Jordan 2024), but for float64 weights, whose updates it would orthogonalize in bfloat16 all the
-    same.
+    """torch's Muon (Jordan 2024), with updates of float64 weights orthogonalized in float64.
 
-    Rounding to 8 bits makes of a difference in the 16th digit one in the third, so a run in fp64 could not show that it
-    is exact.
+    torch would orthogonalize them in bfloat16. Rounding to 8 bits turns a difference in the 16th digit into one in the
+    third, so a run in fp64 could not show that it is exact.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update, as torch's, in float64 where the weights are."""
+        """One update as torch does it, in float64 where the weights are float64."""
         for group in self.param_groups:
             if group["params"][0].dtype != torch.float64:
                 return unwrap(torch.optim.Muon.step)(self, closure)
             for p in group["params"]:
                 momentum, lr = self.state[p]["momentum_buffer"], group["lr"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(
-                    p.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"]
-                )
+                blended = p.grad.lerp(momentum, group["momentum"])
+                update = orthogonalize(blended, group["ns_coefficients"], group["ns_steps"])
                 p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
         return None
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """The nearest matrix with singular values about 1, by Newton-Schulz steps of degree five (Jordan 2024), in the
-    type of ``matrix``.
+    """The nearest matrix with singular values about 1, in the type of ``matrix``.
+
+    Newton-Schulz steps of degree five (Jordan 2024).
     """
     a, b, c = coefficients
     x: Tensor = matrix / matrix.norm().clamp(min=1e-7)
@@ -101,8 +101,9 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 def materialize(optimizers: list[Optimizer]) -> None:
-    """Creates every state tensor as zeros, which is what the first step would do: a checkpoint then always holds the
-    same tensors.
+    """Creates every state tensor as zeros, as the first step would do.
+
+    A checkpoint then always holds the same tensors.
     """
     for optimizer in optimizers:
         adam = isinstance(optimizer, Adam)
@@ -115,7 +116,7 @@ def materialize(optimizers: list[Optimizer]) -> None:
 
 
 def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state by name, ``<parameter>.<quantity>``: the tensors themselves, to be saved or copied into."""
+    """The optimizers' live state tensors by name, ``<parameter>.<quantity>``, to be saved or copied into."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{quantity}": tensor
@@ -128,8 +129,8 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
 def set_learning_rate(optimizers: list[Optimizer], factor: float, config: OptimConfig) -> None:
     """Sets every optimizer's learning rate to a share of its peak.
 
-    By hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share the
-    groups. A rate that is a tensor keeps its place, where a captured graph reads it.
+    It is done by hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share
+    the groups. A rate that is a tensor keeps its place in memory, where a captured graph reads it.
     """
     for optimizer in optimizers:
         rate = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)
