@@ -42,8 +42,8 @@ class Learner:
         materialize(self.optimizers)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
-        # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and the number of
-        # images over all processes.
+        # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
+        # images all processes saw.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(dataset.train, runtime.device, runtime.dtype)
@@ -138,8 +138,8 @@ class Learner:
             first, last_row = piece.start - mine.start, piece.stop - mine.start
             taken, idle = rows[first:last_row], not piece
             if idle:
-                # The first image is computed and given no weight: compiled code, or a user's own model, need not be able
-                # to take an empty batch.
+                # Computes the first image, and gives it no weight: compiled code, or a user's own model, need not accept
+                # an empty batch.
                 taken, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
             since = time.perf_counter()
             images = self.images.take(taken, self._then(rows[last_row:], part))
@@ -151,8 +151,8 @@ class Learner:
                 if idle:
                     terms = Terms(*(term[:0] for term in terms))
                 total = terms.loss.sum()
-                # A loss that is not finite can have a finite gradient. Times 0 it is NaN, and so the gradient becomes NaN
-                # on all processes.
+                # A loss that is not finite can have a finite gradient. Times 0 it is NaN, which makes the gradient NaN,
+                # too, on all processes.
                 accelerator.backward(total * (1 / batch_size + total.detach() * 0))
             self._count(terms)
 
