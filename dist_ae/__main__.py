@@ -20,8 +20,8 @@ EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 
 PICTURES = "pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's "
 TRUTH = (
-    "Where they lie in normal/ and anomalous/, or in MVTec's folders, AUROC, average precision and the ROC are found, "
-    "too, beside PCA's."
+    "Where they lie in normal/ and anomalous/, or in MVTec's folders, "
+    "AUROC, average precision and the ROC are found, too, beside PCA's."
 )
 RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="the run.")]
 Images = Annotated[str | None, tyro.conf.arg(help=f"{PICTURES}validation images.")]
@@ -32,22 +32,17 @@ Which = Annotated[
 Root = Annotated[
     Path | None,
     tyro.conf.arg(
-        name="data.root",  # the spelling that `train` has
+        name="data.root",  # as `train` spells it
         help="where the run's data lies here, if elsewhere than where it was trained.",
     ),
 ]
 
 
 def train(arguments: list[str]) -> None:
-    """Trains a preset (ae, denoising, dropout, vae, conv, …), or --config FILE; the same command again
-    resumes."""
+    """Trains a preset (ae, denoising, dropout, vae, conv, …), or --config FILE; the same command again resumes."""
     if arguments[:1] == ["--config"] and len(arguments) > 1:
-        config = tyro.cli(
-            Config,
-            default=load_config(Path(arguments[1])),
-            args=arguments[2:],
-            prog=f"dist-ae train --config {arguments[1]}",
-        )
+        given, prog = load_config(Path(arguments[1])), f"dist-ae train --config {arguments[1]}"
+        config = tyro.cli(Config, default=given, args=arguments[2:], prog=prog)
     else:
         presets = {name: (DESCRIPTIONS[name], preset) for name, preset in PRESETS.items()}
         config = tyro.extras.overridable_config_cli(presets, args=arguments, prog="dist-ae train")
@@ -58,21 +53,15 @@ def train(arguments: list[str]) -> None:
 
     result = train(config)
     if rank() == 0:
-        show(
-            {
-                **result.metrics,
-                "steps": result.steps,
-                "processes": result.world_size,
-                "images/s": round(result.images_per_second),
-            },
-            result.run_dir,
-        )
+        speed = round(result.images_per_second)
+        figures = {**result.metrics, "steps": result.steps, "processes": result.world_size, "images/s": speed}
+        show(figures, result.run_dir)
 
 
 def sweep(arguments: list[str]) -> None:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv."""
-    # A package of its own, on which this one does not depend: dist_ae_tune where installed, tune in a bare checkout.
-    # Of several, it is the one that belongs to this dist_ae; PyPI has another tune.
+    # Sweeps are a package of their own, on which this one does not depend: dist_ae_tune where it is installed, tune in
+    # a bare checkout. The one that belongs to this dist_ae is taken, since PyPI has another tune.
     for name in ("dist_ae_tune", "tune"):
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None and Path(spec.origin).parents[1] == Path(__file__).parents[1]:
@@ -94,16 +83,16 @@ def evaluate(
     noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5),
     features: Path | None = None,
 ) -> None:
-    """How good a trained run is, beside PCA and classical filters: a table, JSON and one picture, on any number of
-    processes.
+    """Says how good a trained run is, beside PCA and classical filters: a table, JSON and one picture.
+
+    It runs on any number of processes.
 
     Args:
         split: the images to evaluate on.
         noise_std: noise of the fixed noisy copy; left out, the run's own setting.
         batch_size: images at once over all processes; changes no figure.
         out: .json, with the picture beside it; left out, RUN_DIR/evaluation.json.
-        subset: evenly spaced images for what is dear: denoising, and the importance-weighted bound of a variational
-            run.
+        subset: evenly spaced images for what is slow: denoising, and a variational run's importance-weighted bound.
         samples: draws K of that bound.
         noise_levels: noise, on [0, 1] pixels, at which the model denoises beside a median filter and non-local means.
         features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
@@ -193,8 +182,8 @@ def interpolate(
 
     Args:
         pairs: how many pairs of images.
-        steps: images from one reconstruction to the other, both counted.
-        out: .png, a row a pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
+        steps: images from one reconstruction to the other, both included.
+        out: .png, a row for each pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
             RUN_DIR/interpolation.png.
     """
     from dist_ae.use import commands
@@ -252,14 +241,8 @@ def score(
         score=score, quantile=quantile, threshold=threshold, maps=maps, map_of=map,
     )  # fmt: skip
     values = found.scores
-    show(
-        {
-            f"min.{found.score}": float(values.min()),
-            f"median.{found.score}": float(np.median(values)),
-            f"max.{found.score}": float(values.max()),
-            **found.figures,
-        }
-    )
+    spread = {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max())}
+    show({**{f"{name}.{found.score}": value for name, value in spread.items()}, **found.figures})
     flagged = int(found.flagged.sum())
     say(f"flagged {flagged:,} of {len(values):,}: {found.score} above {found.threshold:.6g}, {found.basis}")
     highest = values.argsort(descending=True, stable=True)[:10].tolist()
@@ -320,8 +303,10 @@ def explore(
     which: Which = "best",
     data_root: Root = None,
 ) -> None:
-    """Writes one page to look into a run: a map of images by their codes, neighbours, best and worst reconstructions,
-    directions of the code, lines between images. It needs no network.
+    """Writes one page about a run, which needs no network.
+
+    It shows a map of images by their codes, neighbours, best and worst reconstructions, directions of the code, and
+    lines between images.
 
     Args:
         out: .html; left out, RUN_DIR/explore.html.
@@ -347,8 +332,9 @@ def pack(
     background: str = "white",
     corrupt: Literal["refuse", "skip"] = "refuse",
 ) -> None:
-    """Packs pictures into a folder that `train --data.name packed:OUT` reads, here or on another machine. The same
-    command resumes.
+    """Packs pictures into a folder that `train --data.name packed:OUT` reads, here or on another machine.
+
+    The same command resumes.
 
     Args:
         source: folder:PATH, tar:PATTERN, hf:NAME, or the path of a folder.
@@ -378,13 +364,13 @@ def doctor(
     replay_wandb: bool = False,
     storage: Path | None = None,
 ) -> None:
-    """Verifies a run directory or a packed set and says what is wrong with it: exit status 1 where something is.
+    """Verifies a run directory or a packed set and says what is wrong with it. Exit status 1 where something is.
 
     Args:
         run_dir: the run, or the packed set.
         replay: repeat, on one process, the step whose loss or gradient was not finite.
         replay_wandb: rebuild an offline Weights & Biases run from metrics.jsonl.
-        storage: a folder; try out whether its file system does what run directories and sweeps ask of it.
+        storage: a folder; try out whether its file system does what run directories and sweeps need.
     """
     if storage is not None:
         from dist_ae.use.storage import examine_storage
@@ -464,7 +450,7 @@ def main() -> None:
                 prog="dist-ae",
                 description="Trains and uses autoencoders.",
             )
-    except BrokenPipeError:  # `--help | head -1`: the reader has what it wanted
+    except BrokenPipeError:  # as in `--help | head -1`: the reader has what it wanted
         silence(sys.stdout)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
@@ -486,7 +472,7 @@ _train_help.__doc__, _sweep_help.__doc__ = train.__doc__, sweep.__doc__
 
 
 def _flush() -> None:
-    """What is still to be written, written now: at its end Python would complain of a reader that is gone."""
+    """Writes now what is still to be written: at its end, Python would complain of a reader that is gone."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -499,7 +485,7 @@ def _fail(message: str, status: int) -> None:
     if rank() != 0 and status == EXIT_STOPPED:
         sys.exit(status)
     if rank() != 0:
-        # Rank 0 has most likely the same to say; the launcher ends this process in the meantime.
+        # Rank 0 most likely has the same to say, and the launcher ends this process in the meantime.
         time.sleep(3)
         message = f"rank {rank()}: {message}"
     say(f"{'' if status == EXIT_STOPPED else 'error: '}{message}", sys.stderr)

@@ -1,4 +1,4 @@
-"""Before a run begins: everything that can be wrong with the input, and the run directory made this experiment's."""
+"""What comes before a run: finding what is wrong with the input, and claiming the run directory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ from dist_ae.timeline import Timeline
 def prepare(
     config: Config, data: Given | None = None, own: Builder | None = None
 ) -> tuple[Config, Dataset, Autoencoder]:
-    """Finds everything that can be wrong with the input, before any process group starts, and fills in the image
-    shape.
-    """
+    """Finds what is wrong with the input before any process group starts, and fills in the image shape."""
     launched_world()
     check_environment()
     check_device(config)
@@ -42,20 +40,20 @@ def prepare(
     dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data.val_fraction)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(
-            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are "
-            f"{dataset.image_shape}"
+            f"model.image_shape is {config.model.image_shape}, "
+            f"but the images of {dataset.name} are {dataset.image_shape}"
         )
     if config.train.batch_size > len(dataset.train):
         raise InputError(
-            f"train.batch_size {config.train.batch_size} is larger than the dataset: "
-            f"{dataset.name} has {len(dataset.train)} training images"
+            f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has "
+            f"{len(dataset.train)} training images"
         )
     config = config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()})
     model = build(config, dataset.image_shape, own)
     if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):
         raise InputError(
-            f"extend: {config.directory()} holds no run to resume. Name it with --run-dir; the folder's usual name has "
-            "the number of epochs in it"
+            f"extend: {config.directory()} holds no run to resume. Name it with --run-dir; "
+            "the folder's usual name has the number of epochs in it"
         )
     if config.init_from is None:
         pca.check(config, model)
@@ -126,12 +124,12 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
     trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
     may_change: tuple[str, ...] = ()
     if config.optim.schedule != "constant":
-        # It ends at the last step: another length is another rate from the start.
+        # The schedule ends at the last step, so another length means another rate from the start.
         trajectory["total_steps"] = Timeline.of(config.train, len(dataset.train)).total_steps
         if config.extend:
             _say_extension(folder, config, kept, trajectory["total_steps"])
             may_change = ("total_steps",)
-    # A field that an older version did not know has the value that means "as it was": its default.
+    # A field that an older version did not know stands at its default, which means "as it was".
     folder.claim(trajectory, describe(config), unknown=Config().trajectory_values(), may_change=may_change)
 
 
@@ -139,7 +137,7 @@ def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | 
     """Says how the learning rate of an extended run changes.
 
     Raises:
-        InputError: it was longer.
+        InputError: the run was longer.
     """
     before, step = ((kept or {}).get("trajectory") or {}).get("total_steps"), folder.newest_step()
     if not isinstance(before, int) or step is None:  # `claim` says what is wrong with it
@@ -158,14 +156,6 @@ def describe(config: Config) -> dict[str, Any]:
     """The resolved configuration, the versions and the number of processes, for config.json and the trackers."""
     import accelerate
 
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-    }
-    return {
-        "config": config.model_dump(mode="json"),
-        "draws": DRAWS,
-        "versions": versions,
-        "world_size": launched_world()[1],
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
+    tree, world = config.model_dump(mode="json"), launched_world()[1]
+    return {"config": tree, "draws": DRAWS, "versions": versions, "world_size": world}

@@ -14,7 +14,7 @@ WARM_UPS = 3  # as torch asks for before a capture
 
 
 class Graph:
-    """Captured work. What it reads and changes must keep its place in memory."""
+    """Captured work. The tensors that it reads and changes must keep their places in memory."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -28,15 +28,15 @@ class Graph:
             work()
 
     def replay(self) -> None:
-        """Does the work again, on what now lies where it read."""
+        """Does the work again, on what now lies in the places that it read."""
         self._graph.replay()
 
 
 def capture(work: Callable[[], None], state: list[Tensor]) -> Graph | None:
-    """A graph of ``work`` that was seen to give what the work gives, to the bit; None, with a warning, where it did
-    not.
+    """A graph of ``work`` that was seen to give the same as the work itself, to the bit.
 
-    Warm-ups, capture and trial leave no trace: all that the work changes, ``state``, is put back.
+    None, with a warning, where it did not. Warm-ups, capture and trial leave no trace: ``state``, all that the work
+    changes, is put back.
     """
     before = [tensor.clone() for tensor in state]
 

@@ -22,16 +22,16 @@ from dist_ae.files import Damaged, plain_name, read_json
 
 
 class InputError(Exception):
-    """A mistake of the user's: the message says what is wrong, where, and the way out. Exit status 2.
+    """A mistake of the user's. The message says what is wrong, where, and the way out. Exit status 2.
 
-    Not a ValueError, which tyro and pydantic would catch and wrap into words of their own.
+    It is not a ValueError, which tyro and pydantic would catch and wrap in words of their own.
     """
 
     exit_status = 2
 
 
 class Fault(Exception):
-    """What ends a run without being the user's mistake, explained for a person. Exit status 1."""
+    """A fault that ends a run and is not the user's mistake, explained for a person. Exit status 1."""
 
     exit_status = 1
 
@@ -50,7 +50,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
-        # InputError in place of pydantic's report, naming every wrong key. No docstring: help would show it to users.
+        # Raises InputError, naming every wrong key, in place of pydantic's report. No docstring: help would show it.
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -89,8 +89,8 @@ class DataConfig(Section):
     )
     window: int | None = trajectory(
         None,
-        "shuffle within groups of this many shards of a packed set, for disks that read single pictures "
-        "slowly; left out, all",
+        "shuffle within groups of this many shards of a packed set, for disks that read single pictures slowly; "
+        "left out, all",
         gt=0,
     )
     corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
@@ -134,8 +134,8 @@ class ObjectiveConfig(Section):
     likelihood: Literal["gaussian", "bernoulli", "discretized"] = trajectory(
         "gaussian", "distribution of a pixel given the code; discretized: a logistic over the 256 values of a byte"
     )
-    # 8**-0.5 makes the distortion the squared error summed over pixels in [-1, 1], the tutorial's scale, up to a
-    # constant.
+    # With 8**-0.5 the distortion is, up to a constant, the squared error summed over pixels on [-1, 1]: the tutorial's
+    # scale.
     sigma: float | Literal["learned"] = trajectory(
         8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
     )
@@ -248,8 +248,8 @@ class Config(Section):
     seed: int = trajectory(0, "start weights, data order and every random draw follow from it", ge=0, lt=2**63)
     init_from: Path | None = trajectory(
         None,
-        "run or exported folder whose weights training begins with, in place of model.start; optimizer and steps "
-        "begin anew",
+        "run or exported folder whose weights training begins with, in place of model.start; "
+        "optimizer and steps begin anew",
     )
     extend: bool = free(
         False,
@@ -308,17 +308,15 @@ class Config(Section):
         return ((key, value) for key, value, _ in _walk(self, ""))
 
     def trajectory_values(self) -> dict[str, Any]:
-        """The fields that decide what is computed, JSON-ready: what a resumed run must have in common with its
-        beginning.
-        """
+        """The fields that decide what is computed, JSON-ready. A resumed run must share them with its beginning."""
         decisive = {key for key, _, on_resume in _walk(self, "") if on_resume == "trajectory"}
         tree = self.model_dump(mode="json")
         return {key: _at(tree, key) for key in sorted(decisive)}
 
     def label(self) -> str:
-        """Preset, data and a fingerprint of what differs from the defaults: the name that a command always gets."""
-        # What differs, so that a field added later leaves the name as it is. The length of the run is part of it (not
-        # of the trajectory): training longer by default starts a run of its own.
+        """Preset, data and a fingerprint of what differs from the defaults: the same name for the same command."""
+        # Only what differs, so that a field that is added later leaves the name as it is. The length of the run is part
+        # of the name, though not of the trajectory: training longer starts a run of its own by default.
         usual = Config().trajectory_values()
         differs = {key: value for key, value in self.trajectory_values().items() if value != usual[key]}
         differs.pop("model.image_shape", None)  # filled in from the data when training begins
@@ -329,7 +327,7 @@ class Config(Section):
         return f"{self.name}-{data}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     def directory(self) -> Path:
-        """The run directory: the one given, else one by the run's label."""
+        """The run directory: the one that is given, else one named by the run's label."""
         return Path("runs") / self.label() if self.run_dir is None else self.run_dir
 
 
@@ -340,11 +338,8 @@ def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str | Non
             yield from _walk(value, f"{prefix}{name}.")
         else:
             extra = field.json_schema_extra
-            yield (
-                f"{prefix}{name}",
-                value,
-                str(extra["on_resume"]) if isinstance(extra, dict) and "on_resume" in extra else None,
-            )
+            on_resume = str(extra["on_resume"]) if isinstance(extra, dict) and "on_resume" in extra else None
+            yield f"{prefix}{name}", value, on_resume
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -383,5 +378,5 @@ def load_config(path: Path) -> Config:
     except Damaged as error:
         raise InputError(f"{path}: not a readable JSON file of a configuration ({error})") from None
     if isinstance(tree.get("config"), dict):
-        tree = tree["config"]  # a run's config.json keeps the versions and the world size beside it
+        tree = tree["config"]  # a run's config.json also keeps the versions and the world size
     return parse(tree, str(path))

@@ -17,30 +17,33 @@ from dist_ae.processes.runtime import Runtime
 from dist_ae.processes.stop import StopRequested
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
-ACTIVE_VARIANCE = 0.01  # of a number of the code over the images: above it, the decoder is told something
+ACTIVE_VARIANCE = 0.01  # of a number of the code over the images; above it, the number tells the decoder something
 
 
 @torch.no_grad()
 def evaluate(
     model: Model, reader: Reader, config: Config, runtime: Runtime, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Deterministic metrics of a split; each image counts once, whatever the number of processes.
+    """Deterministic metrics of a split. Each image counts once, whatever the number of processes.
 
-    ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse) reconstruct the clean image from the mean code.
-    ``denoised_psnr`` beside ``noisy_psnr`` use one noisy copy, keyed by image index. A variational model adds
-    ``neg_elbo``, ``rate`` and ``distortion``: nats per image at β = 1, one ε keyed by image index; ``active_units``,
-    the numbers of the code whose mean has a variance above 0.01 over the images (Burda, Grosse and Salakhutdinov 2016);
-    with a discretized likelihood ``bits_per_dim``, the negative ELBO in bits per number of the image.
+    - ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse): the clean image, reconstructed from the mean code.
+    - ``denoised_psnr`` beside ``noisy_psnr``: one noisy copy, keyed by image index.
+    - ``neg_elbo``, ``rate`` and ``distortion``, of a variational model: nats per image at β = 1, with one ε keyed by
+      image index.
+    - ``active_units``, of a variational model: the numbers of the code whose mean has a variance above 0.01 over the
+      images (Burda, Grosse and Salakhutdinov 2016).
+    - ``bits_per_dim``, of a variational model with a discretized likelihood: the negative ELBO in bits per number of
+      the image.
 
     Args:
-        model: the prepared module, in evaluation only through its ``forward``.
+        model: the prepared module, used only through its ``forward``.
         stop: asked before every batch, equally often on every process.
 
     Raises:
         StopRequested: ``stop`` answered yes.
     """
     count = len(reader.split)
-    # Batch i is rows [i·B, (i+1)·B), of which each process takes its part: all processes ask `stop` equally often.
+    # Batch i is rows [i·B, (i+1)·B). Each process takes its part of it, so all of them ask `stop` equally often.
     batch = max(config.evaluation.batch_size, runtime.world)
     sums: Tensor | None = None
     codes: Tensor | None = None
@@ -71,7 +74,7 @@ def evaluate(
 
 
 def collapsed(metrics: Mapping[str, float]) -> str:
-    """One plain line where no number of a variational model's code says anything about the image; else ""."""
+    """A warning where no number of a variational model's code says anything about the image, else ""."""
     if metrics.get("active_units") != 0:
         return ""
     return (
@@ -86,17 +89,13 @@ def psnr(mse: float) -> float:
 
 
 def fixed_noise(config: Config, rows: range, image_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W], standard deviation on
-    [0, 1] pixels.
-    """
+    """The noise of the fixed noisy copy for images ``rows`` of a split, on [0, 1] pixels: [len(rows), C, H, W]."""
     std = config.evaluation.noise_std
     return normal(EVALUATION_SEED, "evaluation.noise", Step(0), rows, image_shape, device, std)
 
 
 def fixed_epsilon(rows: range, code_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The ε with which a variational model is evaluated on images ``rows``: [len(rows), *code_shape], standard
-    normal.
-    """
+    """The standard normal ε of a variational model's evaluation on images ``rows``: [len(rows), *code_shape]."""
     return normal(EVALUATION_SEED, "evaluation.epsilon", Step(0), rows, code_shape, device)
 
 
@@ -119,15 +118,8 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
         assert reconstruction.shape == images.shape
         return (reconstruction - images).square().flatten(1).sum(1)
 
-    columns = (
-        squared(clean.reconstruction),
-        noise.square().flatten(1).sum(1),
-        squared(denoised),
-        neg_elbo,
-        rate,
-        distortion,
-        zero + 1,
-    )
+    errors = squared(clean.reconstruction), noise.square().flatten(1).sum(1), squared(denoised)
+    columns = (*errors, neg_elbo, rate, distortion, zero + 1)
     means = clean.mean.flatten(1).to(runtime.exact)
     moments = torch.stack([means.sum(0), means.square().sum(0)])
     return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
@@ -136,7 +128,7 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
 def selection(config: Config) -> tuple[str, int]:
     """What 'best' means for a run: (metric, +1 if larger is better else -1).
 
-    The task it trains for, never its own training loss.
+    The metric is of the task that the run trains for, never its own training loss.
     """
     if config.model.variational:
         return "neg_elbo", -1

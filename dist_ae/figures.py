@@ -31,15 +31,14 @@ from dist_ae.models import Autoencoder
 def run_pictures(
     model: Autoencoder, config: Config, validation: Reader, run_dir: Path, columns: int = 12, step: int | None = None
 ) -> dict[str, Path]:
-    """Draws a run's pictures into ``figures/``: the loss curve; originals, reconstructions and their differences with
-    the error under each (noisy images in place of the originals where noise is trained against); samples of a
-    variational model.
+    """Draws a run's pictures into ``figures/`` and returns their paths by name.
+
+    They are the loss curve; originals, reconstructions and their differences, with the error under each; and samples of
+    a variational model. Noisy images take the place of the originals where the model is trained to remove noise.
 
     Args:
         columns: validation images shown.
         step: the step of the weights, for the title.
-
-    Returns them by name.
     """
     folder = run_dir / "figures"
     rows = range(min(columns, len(validation.split)))
@@ -52,14 +51,12 @@ def run_pictures(
         reconstruction = model(clean, None).reconstruction
         shown = {"original": clean, "reconstruction": reconstruction}
     difference = reconstruction - clean
-    shown["difference"] = 0.5 + difference / 2  # grey is none, lighter or darker is more or less than there should be
-    errors = difference.square().flatten(1).mean(1).tolist()
+    shown["difference"] = 0.5 + difference / 2  # grey: none; lighter or darker: more or less than there should be
+    notes = [f"{error:.2g}" for error in difference.square().flatten(1).mean(1).tolist()]
     title = f"{run_dir.name or config.name}{'' if step is None else f', step {step:,}'}"
     pictures = {
         "loss": loss_curve(run_dir / "metrics.jsonl", folder / "loss.png"),
-        "reconstructions": image_rows(
-            shown, folder / "reconstructions.png", title, [f"{error:.2g}" for error in errors], "mse"
-        ),
+        "reconstructions": image_rows(shown, folder / "reconstructions.png", title, notes, "mse"),
     }
     if config.model.variational:
         code = normal(EVALUATION_SEED, "figures.samples", Step(0), range(64), model.code_shape, clean.device)
@@ -68,37 +65,24 @@ def run_pictures(
 
 
 def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
-    """Training and validation over the steps, from metrics.jsonl: the objective on the left, the validation error on
-    the right."""
+    """Training and validation over the steps, from metrics.jsonl: objective on the left, error on the right."""
     lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     figure = Figure(figsize=(9, 3.4))
-    # Places by number, for labels of seven characters: matplotlib's own layout draws everything twice, and this picture
-    # is drawn again and again.
+    # Fixed places, for labels of seven characters: matplotlib's own layout draws everything twice, and this picture is
+    # drawn again and again.
     places = {"left": 0.115, "right": 0.985, "bottom": 0.15, "top": 0.9, "wspace": 0.3}
     left, right = figure.subplots(1, 2, gridspec_kw=places)
-    left.plot(
-        [line["step"] for line in train],
-        [line["loss"] for line in train],
-        "-" if len(train) > 1 else "o",  # a line of one point is not seen
-        ms=3,
-        label="training loss",
-        color="#1f6fb4",
-    )
+    style = "-" if len(train) > 1 else "o"  # a line of one point cannot be seen
+    points = [line["step"] for line in train], [line["loss"] for line in train]
+    left.plot(*points, style, ms=3, label="training loss", color="#1f6fb4")
     if any("neg_elbo" in line for line in val):
-        left.plot(
-            [line["step"] for line in val],
-            [line["neg_elbo"] for line in val],
-            "o-",
-            ms=3,
-            label="validation −ELBO (β = 1)",
-            color="#d1602c",
-        )
+        points = [line["step"] for line in val], [line["neg_elbo"] for line in val]
+        left.plot(*points, "o-", ms=3, label="validation −ELBO (β = 1)", color="#d1602c")
     left.set(xlabel="step", ylabel="nats per image", title="objective")
     left.legend(frameon=False)
-    right.plot(
-        [line["step"] for line in val], [line["mse"] for line in val], "o-", ms=3, color="#d1602c", label="validation"
-    )
+    points = [line["step"] for line in val], [line["mse"] for line in val]
+    right.plot(*points, "o-", ms=3, color="#d1602c", label="validation")
     seen = [line for line in val if "train_mse" in line]
     if seen:
         points = [line["step"] for line in seen], [line["train_mse"] for line in seen]
@@ -114,7 +98,7 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
 
 
 def _number_logarithmic(axis: Axis, span: float) -> None:
-    """Plain numbers on a logarithmic axis from a to ``span`` · a, and several of them where it spans little."""
+    """Plain numbers on a logarithmic axis from a to ``span`` · a; several of them even where it spans little."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -123,14 +107,15 @@ def _number_logarithmic(axis: Axis, span: float) -> None:
 def image_rows(
     rows: dict[str, Tensor], figure_path: Path, title: str = "", notes: Sequence[str] = (), note_label: str = ""
 ) -> Path:
-    """One labelled row of images per entry, each [N, C, H, W] on [0, 1] (values outside are clipped); ``notes`` stand
-    under the columns."""
+    """One labelled row of images per entry, each [N, C, H, W] on [0, 1]; values outside are clipped.
+
+    ``notes`` stand under the columns.
+    """
     return _tiles(torch.stack(list(rows.values())), list(rows), figure_path, title, notes, note_label)
 
 
 def image_grid(images: Tensor, figure_path: Path, columns: int = 8, title: str = "") -> Path:
-    """A grid of images [N, C, H, W] on [0, 1], row by row; where N is no multiple of ``columns`` the last row ends in
-    white."""
+    """A grid of images [N, C, H, W] on [0, 1], row by row. A last row that is not full ends in white."""
     columns = min(columns, len(images))
     white = images.new_ones(-len(images) % columns, *images.shape[1:])
     return _tiles(torch.cat([images, white]).view(-1, columns, *images.shape[1:]), [], figure_path, title)
@@ -142,14 +127,13 @@ INK, ALARM, BLUE, GREY = "#333333", "#c0392b", "#1f6fb4", "#999999"
 def extremes(
     rows: dict[str, Tensor], notes: Sequence[Sequence[str]], alarms: Sequence[Sequence[bool]], path: Path, title: str
 ) -> Path:
-    """One labelled row of images [N, C, H, W] per entry, with a note under each image; in red where ``alarms`` says."""
+    """One labelled row of images [N, C, H, W] per entry, a note under each image; in red where ``alarms`` is true."""
     columns = max(len(images) for images in rows.values())
     height, width = next(iter(rows.values())).shape[-2:]
     shape = min(max(height / width, 1 / MOST_STRETCHED), MOST_STRETCHED)
-    aspect = shape * width / height  # 1 but for images that are shown stretched
-    figure = Figure(
-        figsize=(max(0.9 + 0.8 * columns, 6.5), 0.35 + len(rows) * (0.75 * shape + 0.3)), layout="constrained"
-    )
+    aspect = shape * width / height  # 1 unless the images are shown stretched
+    size = (max(0.9 + 0.8 * columns, 6.5), 0.35 + len(rows) * (0.75 * shape + 0.3))
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=9, color=INK, x=0.01, ha="left", parse_math=False)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:
@@ -159,16 +143,15 @@ def extremes(
         axes[line, 0].set_ylabel(label, fontsize=9, color=INK, rotation=0, ha="right", va="center")
         for column, image in enumerate(images):
             pixels = image.nan_to_num(0.0).clamp(0, 1).float().cpu().permute(1, 2, 0).numpy()
-            axes[line, column].imshow(
-                pixels if pixels.shape[2] in (3, 4) else pixels[..., 0], cmap="gray", vmin=0, vmax=1, aspect=aspect
-            )
+            pixels = pixels if pixels.shape[2] in (3, 4) else pixels[..., 0]
+            axes[line, column].imshow(pixels, cmap="gray", vmin=0, vmax=1, aspect=aspect)
             alarm = alarms[line][column]
             axes[line, column].set_xlabel(notes[line][column], fontsize=7, color=ALARM if alarm else INK, labelpad=2)
     return _save(figure, path)
 
 
 def roc(curves: dict[str, tuple[Any, Any]], path: Path, title: str) -> Path:
-    """ROC curves by their label: rates of false and of true positives. The first is drawn strongest."""
+    """ROC curves by label: rates of false and of true positives. The first curve is drawn strongest."""
     figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], ":", lw=1, color=GREY)
@@ -191,8 +174,10 @@ def evaluation(
     code: dict[str, list[float]],
     path: Path,
 ) -> Path:
-    """One picture of an evaluation: errors of single images beside PCA's, denoising beside filters, and of a
-    variational code the rate and the aggregate posterior, number by number."""
+    """One picture of an evaluation: errors of single images beside PCA's, and denoising beside filters.
+
+    For a variational code it also shows the rate and the aggregate posterior, number by number.
+    """
     figure = Figure(figsize=(9.6, 6.6 if code else 3.5), layout="constrained")
     figure.suptitle(title, fontsize=9, color=INK, parse_math=False)
     axes = figure.subplots(2 if code else 1, 2).flatten().tolist()
@@ -249,7 +234,7 @@ def evaluation(
 class HeatMaps:
     """Pictures of an image, its reconstruction and its map, side by side, all on one scale with one colour bar.
 
-    What they share is drawn once: a figure a picture would take fifty times as long.
+    What the pictures share is drawn once; a figure for each picture would take fifty times as long.
     """
 
     PANEL, GAP, CAPTION, BAR = 192, 8, 22, 92  # pixels
@@ -271,9 +256,8 @@ class HeatMaps:
         for index, text in enumerate(("image", "reconstruction", label)):
             x = (index * (panel + self.GAP) + panel / 2) / total[0]
             figure.text(x, 1 - self.CAPTION / 2 / total[1], text, ha="center", va="center", fontsize=8, color=INK)
-        bar = figure.add_axes(
-            (3 * (panel + self.GAP) / total[0], (self.CAPTION + 4) / total[1], 12 / total[0], (tall - 8) / total[1])
-        )
+        left, bottom = 3 * (panel + self.GAP) / total[0], (self.CAPTION + 4) / total[1]
+        bar = figure.add_axes((left, bottom, 12 / total[0], (tall - 8) / total[1]))
         self._colours = ScalarMappable(Normalize(0, upper), "inferno")
         figure.colorbar(self._colours, cax=bar, extend="max").ax.tick_params(labelsize=7)
         canvas = FigureCanvasAgg(figure)
@@ -290,9 +274,8 @@ class HeatMaps:
             enlarged = self.size[0] >= panel.shape[1]
             how = Image.Resampling.NEAREST if enlarged else Image.Resampling.BILINEAR
             result.paste(Image.fromarray(np.ascontiguousarray(panel)).resize(self.size, how), place)
-        ImageDraw.Draw(result).text(
-            (4, result.height - self.CAPTION + 4), note, fill=ALARM if alarm else INK, font=self._font
-        )
+        corner = (4, result.height - self.CAPTION + 4)
+        ImageDraw.Draw(result).text(corner, note, fill=ALARM if alarm else INK, font=self._font)
         return result
 
     @staticmethod
@@ -302,7 +285,7 @@ class HeatMaps:
 
 
 TILE, LINE = 0.62, 0.22  # inches: the width of an image, the height of a line of text
-MOST_STRETCHED = 8  # a wider or taller image is shown stretched: one pixel high, it could not be seen
+MOST_STRETCHED = 8  # an image of more extreme proportions is shown stretched, or it could hardly be seen
 
 
 def _tiles(
@@ -313,16 +296,17 @@ def _tiles(
     notes: Sequence[str] = (),
     note_label: str = "",
 ) -> Path:
-    """Images [rows, columns, C, H, W] as one picture: a single array is drawn fifty times faster than an axis an
-    image."""
+    """Images [rows, columns, C, H, W] as one picture.
+
+    A single array is drawn fifty times faster than an axis for each image.
+    """
     rows, columns, channels, height, width = images.shape
     gap_y, gap_x = max(1, height // 14), max(1, width // 14)
     tiles = images.new_ones(rows, columns, channels, height + gap_y, width + gap_x)
     tiles[..., :height, :width] = images.nan_to_num(0.0).clamp(0, 1)
     tall, wide = rows * (height + gap_y), columns * (width + gap_x)
-    picture = (
-        tiles.float().cpu().permute(0, 3, 1, 4, 2).reshape(tall, wide, channels)[: tall - gap_y, : wide - gap_x].numpy()
-    )
+    sheet = tiles.float().cpu().permute(0, 3, 1, 4, 2).reshape(tall, wide, channels)
+    picture = sheet[: tall - gap_y, : wide - gap_x].numpy()
     left = 1.3 if labels else 0.0
     above, below = (1.5 * LINE if title else 0.0), (LINE if notes else 0.0)
     shape = min(max((height + gap_y) / (width + gap_x), 1 / MOST_STRETCHED), MOST_STRETCHED)
@@ -331,14 +315,8 @@ def _tiles(
     figure = Figure(figsize=(total_wide, total_tall))
     axis = figure.add_axes((left / total_wide, below / total_tall, inches_wide / total_wide, inches_tall / total_tall))
     axis.axis("off")
-    axis.imshow(
-        picture if channels in (3, 4) else picture[..., 0],
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        aspect="auto",
-    )
+    shown = picture if channels in (3, 4) else picture[..., 0]
+    axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     style: dict[str, Any] = {"fontsize": 9, "color": "#333333"}
     beside = (left - 0.1) / total_wide
     for row, label in enumerate(labels):
@@ -350,9 +328,8 @@ def _tiles(
     if notes:
         figure.text(beside, below / 2 / total_tall, note_label, ha="right", va="center", **style)
     if title:
-        figure.text(
-            left / total_wide, 1 - above / 2 / total_tall, title, ha="left", va="center", parse_math=False, **style
-        )
+        x, y = left / total_wide, 1 - above / 2 / total_tall
+        figure.text(x, y, title, ha="left", va="center", parse_math=False, **style)
     return _save(figure, figure_path)
 
 
@@ -361,5 +338,5 @@ def _save(figure: Figure, path: Path) -> Path:
     picture = io.BytesIO()
     # matplotlib refuses more than 65,535 pixels a side, which very tall images would reach.
     figure.savefig(picture, dpi=min(150, 2**14 / max(figure.get_size_inches())))
-    write_atomically(path, picture.getvalue())  # it replaces the picture of an earlier step, which may be looked at
+    write_atomically(path, picture.getvalue())  # someone may be looking at the picture that it replaces
     return path

@@ -1,4 +1,4 @@
-"""Files that are whole or absent when they are written, and that are trusted with nothing when they are read."""
+"""Files that are written whole or not at all, and whose content is never trusted when they are read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import stat
 from pathlib import Path
 from typing import Any
 
-MAX_JSON = 1 << 20  # bytes; ours are a few KB. A larger one was not written here and is not parsed
+MAX_JSON = 1 << 20  # bytes. Ours are a few KB; a larger file was not written here and is not parsed
 
 
 class Damaged(Exception):
-    """A file that is not what was written; the message says which and what is wrong with it."""
+    """A file that is not what was written. The message says which one and what is wrong with it."""
 
 
 # -- writing
@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file: whenever the machine stops, the old content or the new one is there, whole."""
+    """Replaces a file. Whenever the machine stops, either the old content or the new one is there, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -56,7 +56,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def plain_name(path: str) -> str:
-    """The last name of a path or pattern, with nothing in it that a shell minds."""
+    """The last name of a path or pattern, without characters that are special to a shell."""
     return re.sub(r"[^\w.-]+", "-", path.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.")
 
 
@@ -68,10 +68,10 @@ def to_json(value: Any) -> bytes:
 
 
 def open_plainly(path: Path) -> int:
-    """A descriptor of a regular file. Neither a link nor a pipe that would block is followed.
+    """A descriptor of a regular file. A link is not followed, and a pipe does not block.
 
     Raises:
-        Damaged: it is missing, or something else than a file.
+        Damaged: it is missing, or something other than a file.
     """
     where = f"{path.parent.name}/{path.name}"
     try:
@@ -89,7 +89,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """A regular file of at most ``limit`` bytes.
 
     Raises:
-        Damaged: it is missing, something else than a file, or larger.
+        Damaged: it is missing, something other than a file, or larger.
     """
     with os.fdopen(open_plainly(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -102,10 +102,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def verify_file(path: Path, size: object, sha256: object) -> int:
-    """The size of a regular file that has that size and SHA-256; reads it in pieces.
+    """The size of a regular file, once its size and SHA-256 are found to be as given. Reads it in pieces.
 
     Raises:
-        Damaged: it has not.
+        Damaged: it has another size or SHA-256.
     """
     where = f"{path.parent.name}/{path.name}"
     with os.fdopen(open_plainly(path), "rb") as file:
@@ -121,7 +121,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        Damaged: anything else, also one nested too deeply to parse, or in which a key stands twice.
+        Damaged: anything else, also an object that is nested too deeply to parse or has a key twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,6 +143,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file.
 
     Raises:
-        Damaged: it cannot be read, or is something else.
+        Damaged: it cannot be read, or is something other than a JSON object.
     """
     return parse_json(read_bounded(path, MAX_JSON), f"{path.parent.name}/{path.name}")

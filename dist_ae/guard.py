@@ -10,27 +10,26 @@ from torch.optim import Optimizer
 class Guard:
     """Keeps a non-finite gradient out of the weights without reading anything back to the host.
 
-    ``poisoned`` is a scalar on the device that turns 1 at the first non-finite gradient and stays so: from then on
-    every update is skipped, and whoever reads it (the logging steps, before a checkpoint) finds the weights of the last
-    good step. One pass over the gradients: 1 % of a step.
+    ``poisoned`` is a scalar on the device that turns 1 at the first non-finite gradient and stays 1. From then on every
+    update is skipped, so whoever reads it (at logging steps and before a checkpoint) finds the weights of the last good
+    step. It takes one pass over the gradients, 1 % of a step.
     """
 
     def __init__(self, optimizers: list[Optimizer], device: torch.device) -> None:
         self.optimizers = optimizers
         self.poisoned = torch.zeros((), device=device)
-        self.first_bad_step = torch.full(
-            (), -1.0, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32
-        )
+        kind = torch.float64 if device.type != "mps" else torch.float32
+        self.first_bad_step = torch.full((), -1.0, device=device, dtype=kind)
         self._one = torch.ones((), device=device)
 
     @torch.no_grad()
     def check(self, step: Tensor) -> None:
-        """Looks at every gradient of step ``step`` (a number on the device), once they are added up over the processes.
+        """Checks every gradient of step ``step`` (a number on the device), once they are summed over the processes.
 
         All processes come to the same answer.
         """
         gradients = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
-        # What torch's own GradScaler calls; it sets `poisoned` to 1 and never back to 0.
+        # torch's own GradScaler calls this, too. It sets `poisoned` to 1 and never back to 0.
         for same_type in ([g for g in gradients if g.dtype == dtype] for dtype in {g.dtype for g in gradients}):
             torch._amp_foreach_non_finite_check_and_unscale_(same_type, self.poisoned, self._one)
         first = (self.poisoned > 0) & (self.first_bad_step < 0)
@@ -48,7 +47,7 @@ class Guard:
             optimizer.grad_scale, optimizer.found_inf = None, self.poisoned  # type: ignore[attr-defined]
             optimizer.step()
             return
-        # Other optimizers cannot skip on the device: step, then take the old weights back where poisoned. One copy of
+        # Other optimizers cannot skip on the device: step, then restore the old weights if poisoned. It costs a copy of
         # the weights.
         parameters: list[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
         before = [p.clone() for p in parameters]

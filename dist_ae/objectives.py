@@ -30,19 +30,18 @@ def gaussian_kl(
 ) -> Tensor:
     """KL(N(mean, exp(logvar)) ‖ N(prior_mean, exp(prior_logvar))) summed over the code, [B, …] → [B], nats.
 
-    Per dimension ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma & Welling
-    2014, appendix B, for any prior). Computed in at least float32.
+    Per dimension it is ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma &
+    Welling 2014, appendix B, for any prior). Computed in at least float32.
     """
     mean, logvar = _at_least_float(mean), _at_least_float(logvar)
     prior = torch.as_tensor(prior_logvar, dtype=logvar.dtype, device=logvar.device)
     difference = logvar - prior
-    return 0.5 * (difference.exp() + (mean - prior_mean).square() * torch.exp(-prior) - 1 - difference).flatten(1).sum(
-        1
-    )
+    twice = difference.exp() + (mean - prior_mean).square() * torch.exp(-prior) - 1 - difference
+    return 0.5 * twice.flatten(1).sum(1)
 
 
 def gaussian_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor) -> Tensor:
-    """-log N(images; reconstruction, σ²) summed over pixels, [B, C, H, W] → [B], nats. All three on the same scale."""
+    """-log N(images; reconstruction, σ²) summed over pixels, [B, C, H, W] → [B], nats; all three on one scale."""
     _same_shape(images, reconstruction)
     squared = F.mse_loss(_at_least_float(reconstruction), _at_least_float(images), reduction="none").flatten(1).sum(1)
     weight = 0.5 * (torch.exp(-2 * log_sigma) if isinstance(log_sigma, Tensor) else math.exp(-2 * log_sigma))
@@ -52,23 +51,20 @@ def gaussian_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float
 def bernoulli_distortion(images: Tensor, logits: Tensor) -> Tensor:
     """-log Bernoulli(images; sigmoid(logits)) summed over pixels on [0, 1], [B, C, H, W] → [B], nats."""
     _same_shape(images, logits)
-    return (
-        F.binary_cross_entropy_with_logits(_at_least_float(logits), _at_least_float(images), reduction="none")
-        .flatten(1)
-        .sum(1)
-    )
+    logits, images = _at_least_float(logits), _at_least_float(images)
+    return F.binary_cross_entropy_with_logits(logits, images, reduction="none").flatten(1).sum(1)
 
 
 def discretized_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor) -> Tensor:
     """-log of the probability of each 8-bit pixel under a logistic distribution, summed, [B, C, H, W] → [B], nats.
 
-    A pixel v / 255 has the mass of the interval of width 1 / 255 around it; 0 and 255 have all below and above, too.
-    With a > b the interval's ends in units of the scale it is sigmoid(a) · sigmoid(-b) · (1 - exp(b - a)), whose
-    logarithm loses no digits.
+    A pixel v / 255 has the mass of the interval of width 1 / 255 around it. The values 0 and 255 also have all the mass
+    below and above. With the interval's ends a > b in units of the scale, the mass is
+    sigmoid(a) · sigmoid(-b) · (1 - exp(b - a)), whose logarithm loses no digits.
 
     Args:
         images, reconstruction: on [0, 1].
-        log_sigma: of the standard deviation, on [0, 1] pixels.
+        log_sigma: logarithm of the standard deviation, on [0, 1] pixels.
     """
     _same_shape(images, reconstruction)
     images, reconstruction = _at_least_float(images), _at_least_float(reconstruction)
@@ -85,10 +81,10 @@ def discretized_distortion(images: Tensor, reconstruction: Tensor, log_sigma: fl
 
 
 def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float | Tensor | None = None) -> Terms:
-    """The terms of one forward pass against the clean images [B, C, H, W]; ``beta=None`` is the configured one.
+    """The terms of one forward pass against the clean images [B, C, H, W]; ``beta=None`` is the configured β.
 
     Raises:
-        ValueError: images and reconstruction of different shapes (broadcasting them would train the mean image).
+        ValueError: images and reconstruction differ in shape (broadcasting them would train the mean image).
     """
     if output.bernoulli:
         distortion = bernoulli_distortion(images, output.raw)
@@ -97,11 +93,11 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
         distortion = discretized_distortion(images, pixels(_at_least_float(output.raw), False), log_sigma)
     else:
         log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
-        # On [-1, 1], where the model works, with twice the σ: the density there is half as high. It saves three passes
-        # over the pixels.
-        distortion = gaussian_distortion(centred(images), output.raw, log_sigma + math.log(2)) - math.prod(
-            images.shape[1:]
-        ) * math.log(2)
+        # It is computed on [-1, 1], where the model works, with twice the σ, so the density is half as high. This saves
+        # three passes over the pixels.
+        pixel_count = math.prod(images.shape[1:])
+        distortion = gaussian_distortion(centred(images), output.raw, log_sigma + math.log(2))
+        distortion = distortion - pixel_count * math.log(2)
     if output.logvar is None:
         return Terms(distortion, distortion, torch.zeros_like(distortion))
     rate = gaussian_kl(output.mean, output.logvar)
@@ -122,6 +118,6 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 def _same_shape(images: Tensor, reconstruction: Tensor) -> None:
     if images.shape != reconstruction.shape:
         raise ValueError(
-            f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} must have one and the "
-            "same shape"
+            f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} "
+            "must have one and the same shape"
         )

@@ -1,5 +1,6 @@
-"""Principal components of a data set, found by all processes together: the start of a model, and what it is compared
-with.
+"""Principal components of a data set, found by all processes together.
+
+They are the start of a model and the baseline that it is compared with.
 """
 
 from __future__ import annotations
@@ -18,17 +19,12 @@ from dist_ae.models import Autoencoder, Components, pad_to_multiple
 from dist_ae.processes.runtime import Alone
 from dist_ae.processes.stop import StopRequested
 
-SAMPLE_IMAGES = 65_536  # images looked at, at most: of 60,000 all, of a million a fixed sample
-SAMPLE_VALUES = 2**28  # and pixels looked at, which bounds the time for large images
-CHUNK_VALUES = 2**20  # pixels in one product: some 20 MB with all that is made of them
-EXACT_SIZE = (
-    1024  # up to here the covariance matrix is decomposed; beyond, its leading directions are found by products
-)
-NO_VARIANCE = 1e-12  # share of the total variance below which a direction has none
-OVERSAMPLE, PASSES = (
-    16,
-    4,
-)  # directions beside those wanted, and passes over the sample (Halko, Martinsson and Tropp 2011)
+SAMPLE_IMAGES = 65_536  # most images looked at: all of 60,000, a fixed sample of a million
+SAMPLE_VALUES = 2**28  # most pixels looked at, which bounds the time for large images
+CHUNK_VALUES = 2**20  # pixels in one product: about 20 MB with all that is made of them
+EXACT_SIZE = 1024  # up to this size the covariance is decomposed; beyond, products find its leading directions
+NO_VARIANCE = 1e-12  # share of the total variance below which a direction counts as having none
+OVERSAMPLE, PASSES = 16, 4  # extra directions, and passes over the sample (Halko, Martinsson and Tropp 2011)
 
 
 def sample_rows(num_images: int, size: int) -> Tensor:
@@ -37,9 +33,7 @@ def sample_rows(num_images: int, size: int) -> Tensor:
 
 
 def patches(images: Tensor, side: int) -> Tensor:
-    """images [B, C, H, W] → patches [B·h·w, C·side·side], padded at the lower and right edge by repeating the last
-    pixels.
-    """
+    """images [B, C, H, W] → patches [B·h·w, C·side·side]. Lower and right edges are padded with the last pixels."""
     padded = pad_to_multiple(images, side)
     return F.unfold(padded, side, stride=side).transpose(1, 2).flatten(0, 1)
 
@@ -48,15 +42,15 @@ def patches(images: Tensor, side: int) -> Tensor:
 def principal_components(
     reader: Reader, num: int, patch: int | None, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> Components:
-    """The ``num`` leading principal components of images, or of their patches, on [-1, 1]; fewer where no more vary.
+    """The ``num`` leading principal components of images, or of their patches, on [-1, 1].
 
-    A fixed sample is used. Small vectors get the exact decomposition of the sample's covariance. Large ones get a
-    randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), whose cost grows with ``num`` and
-    not with the square of their size. Each process takes its part of the chunks, so the result does not depend on their
-    number but for rounding.
+    There are fewer where fewer directions have variance. A fixed sample is used. Small vectors get the exact
+    decomposition of the sample's covariance. Large ones get a randomized subspace iteration (Halko, Martinsson and
+    Tropp 2011, algorithm 4.4), whose cost grows with ``num`` and not with the square of their size. Each process takes
+    its part of the chunks; apart from rounding, the result does not depend on the number of processes.
 
     Raises:
-        StopRequested: ``stop`` said so; it is asked before every chunk, equally often on every process.
+        StopRequested: ``stop`` said so. It is asked before every chunk, equally often on every process.
     """
     vectors = _Vectors(reader, patch, runtime, stop)
     if vectors.size <= EXACT_SIZE or num > vectors.size // 4:
@@ -66,10 +60,10 @@ def principal_components(
         total = float(covariance.diagonal().sum())
     else:
         mean, values, basis, total = vectors.leading(num)
-    # Directions without variance carry nothing, and which ones a decomposition names is rounding.
+    # Directions without variance carry nothing, and rounding decides which ones a decomposition names.
     some = max(1, int((values > NO_VARIANCE * total).sum()))
     values, basis = values[:some], basis[:, :some]
-    # A decomposition leaves the sign open: the largest entry of each component is positive.
+    # A decomposition leaves the sign open: make the largest entry of each component positive.
     basis = basis * torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
     return Components(mean, values.clamp(min=0), basis.T.contiguous(), total)
 
@@ -86,7 +80,7 @@ class _Vectors:
         self.count = len(rows) * per_image
         self._bytes = reader.split.images.dtype == "uint8"
         self._scale = 2 / 255 if self._bytes else 2.0  # of the sample's numbers to [-1, 1]
-        # Whole chunks go to processes: what is computed of a chunk does not depend on how many of them there are.
+        # Processes take whole chunks, so what is computed of a chunk does not depend on the number of processes.
         chunks = torch.split(rows, max(1, CHUNK_VALUES // math.prod(shape)))
         self._turns = -(-len(chunks) // runtime.world)
         mine = share(range(len(chunks)), runtime.rank, runtime.world)
@@ -95,7 +89,7 @@ class _Vectors:
     def chunks(self) -> Iterator[Tensor]:
         """This process's vectors, chunk by chunk, [n, size]: whole numbers 0…255 in float32 for bytes, else float64.
 
-        They are read anew in every pass: a copy of the sample would be as large as the data set often is.
+        They are read anew in every pass, since a copy of the sample would often be as large as the data set.
         """
         for turn in range(self._turns):
             if self._stop():
@@ -109,7 +103,7 @@ class _Vectors:
         return self._runtime.sum(values.to(self._runtime.device)).cpu()
 
     def covariance(self) -> tuple[Tensor, Tensor]:
-        """Mean [size] and covariance [size, size]: products of 256 rows of bytes are exact in float32."""
+        """Mean [size] and covariance [size, size]. Products of 256 rows of bytes are exact in float32."""
         total = torch.zeros(self.size, dtype=torch.float64)
         gram = torch.zeros(self.size, self.size, dtype=torch.float64)
         for chunk in self.chunks():
@@ -151,7 +145,7 @@ class _Vectors:
 def of_model(
     model: Autoencoder, reader: Reader, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> Components | None:
-    """The components that a model's start and its baseline need; None for a model that names no linear code."""
+    """The components that a model's start and baseline need; None for a model without a linear code."""
     code = model.linear_code()
     if code is None:
         return None
@@ -161,7 +155,7 @@ def of_model(
 
 
 def check(config: Config, model: Autoencoder) -> None:
-    """Refuses a PCA start that cannot be.
+    """Refuses a PCA start that is not possible.
 
     Raises:
         InputError: with the reason and the way out.
@@ -183,11 +177,11 @@ def check(config: Config, model: Autoencoder) -> None:
 def baseline(
     model: Autoencoder, components: Components, val: Reader, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> float:
-    """The squared error per pixel on [0, 1] of PCA, or patch PCA, with as many code values as the model has.
+    """The squared error per pixel on [0, 1] of PCA, or of patch PCA, with as many code values as the model has.
 
     Args:
-        components: of the training images, as ``of_model`` gives them.
-        val: the images whose error it is.
+        components: those of the training images, from ``of_model``.
+        val: the images whose error is measured.
 
     Raises:
         StopRequested: ``stop`` said so.
@@ -210,7 +204,7 @@ def baseline(
 
 
 def coded(components: Components, patch: int | None, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, C, H, W] on [0, 1] as PCA, or PCA of patches, has them: codes [B, values], and [B, C, H, W]."""
+    """Images [B, C, H, W] on [0, 1] through PCA, or PCA of patches: codes [B, values], reconstructions [B, C, H, W]."""
     mean, basis = components.mean.float(), components.basis.float()
     centred = images.float().cpu().mul(2).sub(1)
     vectors = centred.flatten(1) if patch is None else patches(centred, patch)
@@ -224,7 +218,7 @@ def errors(components: Components, patch: int | None, images: Tensor) -> Tensor:
 
 
 def unpatched(vectors: Tensor, shape: torch.Size, side: int | None) -> Tensor:
-    """What ``patches`` made of images of ``shape``, put together again: [B, C, H, W]."""
+    """Puts together what ``patches`` made of images of ``shape``: [B, C, H, W]."""
     if side is None:
         return vectors.view(shape)
     batch, _, height, width = shape

@@ -18,12 +18,12 @@ _STARTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("ae", "denoising", "dropout"), _START),
     "vae": {"objective.likelihood": "bernoulli", "model.activation": "gelu", "model.latent_dim": 20},
 }
-# The tutorial's recipe. Its loss is a mean over 784 pixels and ours their sum: the same step needs an eps 784 times as
-# large.
+# The tutorial's recipe. Its loss is a mean over 784 pixels and ours is their sum, so the same step needs an eps that is
+# 784 times as large.
 _REFERENCE: dict[str, Any] = {
     "data.name": "fashion_mnist", "model.latent_dim": 128, "optim.betas": (0.5, 0.999), "optim.eps": 784e-8,
 }
-# Ours. benchmarks/recipes.md: what each part brings; and muon on large batches, which ends lower and costs more.
+# Ours. What each part brings, and that muon on large batches ends lower and costs more: benchmarks/recipes.md.
 _PLAIN: dict[str, Any] = {"data.name": "digits", "model.latent_dim": 32, "optim.schedule": "linear"}
 _FAST: dict[str, Any] = {
     "data.name": "fashion_mnist", "model.latent_dim": 128, "optim.schedule": "linear", "train.batch_size": 256,
@@ -32,8 +32,8 @@ _FAST: dict[str, Any] = {
 _FASTER: dict[str, dict[str, Any]] = {
     "ae": {}, "denoising": {}, "dropout": {}, "vae": {"optim.lr": 2e-3, "train.batch_size": 128},
 }
-# The convolutional model: 256 numbers for 64 × 64 × 3. A warm-up pays, and more data a higher rate:
-# benchmarks/recipes.md.
+# The convolutional model: 256 numbers for 64 × 64 × 3. A warm-up pays, and so does a higher rate with more data
+# (benchmarks/recipes.md).
 _CONV: dict[str, Any] = {
     "data.name": "photos", "model.architecture": "conv", "model.latent_dim": 4, "model.start": "pca",
     "model.activation": "gelu", "optim.lr": 1e-3, "optim.betas": (0.9, 0.95), "optim.schedule": "linear",

@@ -1,7 +1,7 @@
 """How good a trained model is: what `dist-ae evaluate` adds to the metrics of training.
 
-Every figure is a sum over images, each of which counts once, so it is the same on any number of processes. What is
-dear is computed of evenly spaced images, and of no more than is said.
+Every figure is a sum over images, each of which counts once, so it is the same on any number of processes. Expensive
+figures are computed from evenly spaced images, and from no more than stated.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from dist_ae.objectives import terms
 from dist_ae.processes.runtime import Alone
 from dist_ae.scores import SAMPLE, in_batches
 
-LONGEST_PROBED = 4096  # numbers of a code for which a linear probe is fitted: the matrix of a longer one is too large
-MEDIAN_SIDES = (3, 5)  # of a median filter's window; the better one on the very images that are shown
+LONGEST_PROBED = 4096  # numbers of a code that a linear probe is fitted to; a longer code makes its matrix too large
+MEDIAN_SIDES = (3, 5)  # of a median filter's window; the better one counts, judged on the very images it is tried on
 DENOISED_VALUES = 2**21  # numbers of the images that are denoised, which bounds the time of non-local means
-NLM_STRENGTHS = (0.6, 0.8, 1.0)  # of non-local means, in units of the noise; the best likewise
+NLM_STRENGTHS = (0.6, 0.8, 1.0)  # of non-local means, in units of the noise; the best one counts, judged likewise
 
 
 class PerImage(NamedTuple):
-    """Figures of single images, each [n]; those of PCA are None where a model has no linear counterpart."""
+    """Figures of single images, each [n]. Those of PCA are None where a model has no linear counterpart."""
 
     error: Tensor
     ssim: Tensor | None
@@ -53,7 +53,7 @@ class Posterior(NamedTuple):
 
 
 class ImportanceBound(NamedTuple):
-    """Bounds on the negative log-likelihood of the same images with the same draws, nats per image."""
+    """Two bounds on the negative log-likelihood, of the same images with the same draws, in nats per image."""
 
     bound: float  # importance-weighted, of K samples
     neg_elbo: float  # of one sample, averaged over the K
@@ -62,10 +62,10 @@ class ImportanceBound(NamedTuple):
 def structural_similarity(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
     """SSIM of pairs of images [B, C, H, W] on [0, 1], [B], and of each of their pixels, [B, C, H, W].
 
-    Wang et al. (2004): Gaussian window of 11 × 11 pixels, σ = 1.5; for sides under 6 pixels 3 × 3, σ = 0.4.
+    As Wang et al. (2004): a Gaussian window of 11 × 11 pixels, σ = 1.5; for sides under 6 pixels, 3 × 3 and σ = 0.4.
 
     Raises:
-        InputError: images of less than two pixels to a side, which have no structure.
+        InputError: a side of the images is shorter than two pixels, so they have no structure.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # half a second to import
 
@@ -124,8 +124,9 @@ def denoising(
 ) -> dict[float, dict[str, float]]:
     """PSNR in dB of noisy images and of what becomes of them, by the standard deviation of the noise on [0, 1].
 
-    ``model``; ``median``, the better of 3 × 3 and 5 × 5; ``non-local means``, the best of three strengths, where
-    scikit-image is installed. All of the same evenly spaced images (``denoised_images``) with the same noise.
+    The methods are ``model``; ``median``, the better of 3 × 3 and 5 × 5; and ``non-local means``, the best of three
+    strengths, where scikit-image is installed. All see the same evenly spaced images (``denoised_images``) with the
+    same noise.
     """
     rows = evenly_spaced(len(reader.split), denoised_images(subset, model))
     numbers = len(rows) * math.prod(model.image_shape)
@@ -157,7 +158,7 @@ def denoising(
 
 
 def denoised_images(subset: int, model: Autoencoder) -> int:
-    """How many images ``denoising`` looks at, at most: of large ones fewer than ``subset``."""
+    """How many images ``denoising`` looks at, at most; fewer than ``subset`` where the images are large."""
     return max(1, min(subset, max(16, DENOISED_VALUES // math.prod(model.image_shape))))
 
 
@@ -179,9 +180,8 @@ def _non_local_means(images: Array, std: float, strength: float) -> Array:
 
     settings: dict[str, Any] = {"patch_size": 5, "patch_distance": 6, "fast_mode": True}
     if images.shape[1] == 1:  # with an axis of one channel, scikit-image gives the image back transposed
-        return np.stack([denoise_nl_means(image[0], h=strength * std, sigma=std, **settings) for image in images])[
-            :, None
-        ]
+        cleaned = [denoise_nl_means(image[0], h=strength * std, sigma=std, **settings) for image in images]
+        return np.stack(cleaned)[:, None]
     settings["channel_axis"] = 0
     return np.stack([denoise_nl_means(image, h=strength * std, sigma=std, **settings) for image in images])
 
@@ -190,9 +190,9 @@ def _non_local_means(images: Array, std: float, strength: float) -> Array:
 def probe(
     model: Autoencoder, components: Components | None, train: Reader, val: Reader, batch_size: int, runtime: Alone
 ) -> dict[str, float]:
-    """Share of labels that a linear map of the code tells, fitted on training images; and of PCA's code.
+    """Share of labels that a linear map of the code tells, and a linear map of PCA's code, fitted on training images.
 
-    At most 10,000 evenly spaced labelled images of either split. Empty where there are no labels, or too few.
+    At most 10,000 evenly spaced labelled images of either split are used. Empty where there are no labels, or too few.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -229,7 +229,7 @@ def _labels(reader: Reader) -> Array:
 def _codes(
     model: Autoencoder, components: Components | None, reader: Reader, rows: Tensor, batch_size: int, runtime: Alone
 ) -> tuple[Tensor, Tensor | None]:
-    """Codes of rows, and those of PCA, on every process: [n, L] each."""
+    """Codes of ``rows``, and those of PCA, on every process: [n, L] each."""
     code = model.linear_code()
     ours: Tensor | None = None
     linear: Tensor | None = None
@@ -250,7 +250,7 @@ def _codes(
 
 @torch.no_grad()
 def posterior(model: Autoencoder, reader: Reader, batch_size: int, runtime: Alone) -> Posterior:
-    """What each number of a variational code carries and how its aggregate posterior lies, over all images."""
+    """What each number of a variational code carries, and where its aggregate posterior lies, over all images."""
     size, count = math.prod(model.code_shape), len(reader.split)
     sums = torch.zeros(4, size, dtype=runtime.exact, device=runtime.device)
     for _, piece in in_batches(torch.arange(count), batch_size, runtime):
@@ -277,8 +277,8 @@ def importance_bound(
 ) -> ImportanceBound:
     """The importance-weighted bound (Burda, Grosse and Salakhutdinov 2016) of at most ``subset`` evenly spaced images.
 
-    -log 1/K Σ p(x, z) / q(z|x) with K = ``samples`` draws z of q(z|x). The draws are keyed by image and sample, so the
-    figure is the same however the images are shared and batched.
+    It is -log 1/K Σ p(x, z) / q(z|x) with K = ``samples`` draws z of q(z|x). The draws are keyed by image and sample,
+    so the figure is the same however the images are shared and batched.
     """
     rows = evenly_spaced(len(reader.split), subset)
     sums = torch.zeros(2, dtype=runtime.exact, device=runtime.device)
@@ -310,7 +310,7 @@ def importance_bound(
 
 
 class _Features(nn.Module):
-    """A feature network for images on [0, 1]: as most take them, RGB bytes."""
+    """A feature network for images on [0, 1], which it gets as RGB bytes, as most networks take them."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -329,13 +329,13 @@ def feature_network(path: Path) -> nn.Module:
     """A TorchScript program that takes uint8 images [B, 3, H, W] and gives features [B, F].
 
     Raises:
-        InputError: no such file, or something else.
+        InputError: there is no such file, or it is something else.
     """
     if not path.is_file():
         raise InputError(f"--features {path}: no such file; expected a TorchScript program of a feature network")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and what published feature networks are in
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, but published feature networks come this way
             network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         first = next(iter(str(error).splitlines()), "")
@@ -349,7 +349,7 @@ def feature_distances(
 ) -> dict[str, float]:
     """``fid`` and ``kid`` of reconstructions against their images; of a variational model also of as many samples.
 
-    All images of the split; torchmetrics adds up over processes.
+    They are of all images of the split. torchmetrics adds up over processes.
 
     Raises:
         InputError: the network does not take these images.

@@ -22,7 +22,7 @@ def run_config(run_dir: Path) -> Config:
     """The configuration of a run directory.
 
     Raises:
-        InputError: it is none, or its config.json cannot be read.
+        InputError: it is not a run directory, or its config.json cannot be read.
     """
     if not os.path.lexists(run_dir / CONFIG):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
@@ -33,7 +33,7 @@ def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
     """The shape of the images that a run was trained on.
 
     Raises:
-        InputError: its configuration names none.
+        InputError: its configuration names no shape.
     """
     if config.model.image_shape is None:
         raise InputError(f"{run_dir}/config.json: model.image_shape is missing, so it is not a run's")
@@ -41,22 +41,22 @@ def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
 
 
 class Saved(NamedTuple):
-    """The weights of a run, and the step they are of; an exported folder does not know it."""
+    """The weights of a run and the step they are of, which an exported folder does not know."""
 
     weights: dict[str, Tensor]
     step: int | None
 
 
 def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> Saved:
-    """The weights of a run: where it has one, their moving average.
+    """The weights of a run, or their moving average where it has one.
 
     Args:
         run_dir: the run, or an exported folder.
-        model: whose tensors they must be; its own are left alone, and may be on the meta device.
-        which: "best" by validation, or "last", the newest checkpoint. A damaged one is passed over.
+        model: the model that they must fit. Its own tensors are left alone and may be on the meta device.
+        which: "best" by validation, or "last", the newest checkpoint. A damaged checkpoint is passed over.
 
     Raises:
-        InputError: no checkpoint in it is whole, or they are another model's.
+        InputError: no checkpoint is whole, or the weights are another model's.
     """
     template, reasons = template_of(model.state_dict()), []
     if os.path.lexists(run_dir / WEIGHTS):
@@ -80,10 +80,10 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> S
 
 
 def read_weights(folder: Path, model: Autoencoder) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """A checkpoint without its optimizer, and the weights that are evaluated: their moving average, where it has one.
+    """A checkpoint without its optimizer, and the weights that are evaluated: the moving average, where it has one.
 
     Raises:
-        Damaged: it is not whole, or another model's.
+        Damaged: the checkpoint is not whole, or another model's.
     """
     template = template_of(model.state_dict())
     moving = {name: template[name] for name, _ in model.named_parameters()}

@@ -1,9 +1,9 @@
-"""How little a model expects an image: three scores, and what held-out normal images have of them.
+"""How little a model expects an image: three scores, and the scores of held-out normal images.
 
-``error``: squared error per pixel of the reconstruction from the mean code. Finds what the model cannot draw.
-``neg_elbo``: negative ELBO in nats, of a variational model: error and cost of the code, weighed as it was trained.
-``mahalanobis``: distance of the (mean) code from those of the training images. Finds what can be drawn, but is coded
-where no training image is.
+- ``error``: squared error per pixel of the reconstruction from the mean code. It finds what the model cannot draw.
+- ``neg_elbo``: negative ELBO in nats, of a variational model: error and cost of the code, weighed as in training.
+- ``mahalanobis``: distance of the (mean) code from those of the training images. It finds images that the model can
+  draw, but whose codes lie where no training image has one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dist_ae.processes.runtime import Alone
 from dist_ae.processes.stop import StopRequested
 
 SCORES = ("error", "neg_elbo", "mahalanobis")
-SAMPLE = 10_000  # images that a calibration looks at, of either split: bounds its time whatever the data
-FULL_COVARIANCE = 2048  # numbers of a code; of longer ones only the variances are kept (16 MiB at this size)
+SAMPLE = 10_000  # most images that a calibration looks at, of either split, which bounds its time
+FULL_COVARIANCE = 2048  # numbers of a code; of a longer one only the variances are kept (16 MiB at this size)
 
 
 class CodeMoments(NamedTuple):
-    """Where codes lie: what the Mahalanobis distance is measured by."""
+    """Where codes lie, by which the Mahalanobis distance is measured."""
 
     mean: Tensor  # [L]
     whitening: Tensor  # [L, L]; the distance is |whitening · (code - mean)|. [L] where only variances are kept
@@ -54,14 +54,14 @@ class Calibration(NamedTuple):
         """The smallest kept score that at least this share of the held-out images does not exceed.
 
         Raises:
-            InputError: not a share between 0 and 1.
+            InputError: ``quantile`` is not a share between 0 and 1.
         """
         if not 0 < quantile < 1:
             raise InputError(f"quantile: expected a share between 0 and 1, such as 0.99, got {quantile}")
         return float(np.quantile(self.scores[score].numpy(), quantile, method="inverted_cdf"))
 
     def tensors(self) -> dict[str, Tensor]:
-        """As one file keeps it."""
+        """The tensors as one file keeps them."""
         return {
             "code.mean": self.moments.mean,
             "code.whitening": self.moments.whitening,
@@ -70,7 +70,7 @@ class Calibration(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], model: Autoencoder) -> Calibration | None:
-        """What ``tensors`` gave for this model; None where they are something else."""
+        """The calibration that ``tensors`` was made from, for this model; None where they are something else."""
         size = math.prod(model.code_shape)
         wanted = {f"scores.{name}" for name in scores_of(model)}
         if set(tensors) != {"code.mean", "code.whitening", *wanted}:
@@ -85,15 +85,15 @@ class Calibration(NamedTuple):
 
 
 def scores_of(model: Autoencoder) -> tuple[str, ...]:
-    """The scores that a model has, the usual one of its kind first."""
+    """The scores that a model has; the usual one for its kind comes first."""
     return ("neg_elbo", "error", "mahalanobis") if model.variational else ("error", "mahalanobis")
 
 
 def check_score(model: Autoencoder, score: str | None) -> str:
-    """The name of a score, None for the model's usual one.
+    """The name of a score; None stands for the model's usual one.
 
     Raises:
-        InputError: there is none of that name, or not for this model.
+        InputError: there is no score of that name, or not for this model.
     """
     if score is None:
         return scores_of(model)[0]
@@ -112,7 +112,7 @@ def score_images(
     """Scores of images [B, C, H, W] on [0, 1], each [B]. The encoder runs once for all of them.
 
     Args:
-        rows: the places of the images, by which the one ε of ``neg_elbo`` is drawn.
+        rows: the places of the images, which key the one ε of ``neg_elbo``.
         moments: needed for ``mahalanobis``.
     """
     mean, logvar = model.encode(images)
@@ -134,7 +134,7 @@ def score_images(
 def in_batches(
     rows: Tensor, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[range, Tensor]]:
-    """This process's pieces of ``rows``: the places in them, and the rows. Some may be empty.
+    """This process's pieces of ``rows``: their places in ``rows``, and the rows themselves. Some may be empty.
 
     Raises:
         StopRequested: ``stop`` said so. It is asked before every piece, equally often on every process.
@@ -157,8 +157,9 @@ def code_moments(
 ) -> CodeMoments:
     """Mean and covariance of the codes of at most 10,000 evenly spaced training images, summed over processes.
 
-    The covariance is shrunk towards a multiple of the identity as Chen, Wiesel, Eldar and Hero (2010) do (OAS), which
-    matters where images are few for the length of the code. A code longer than 2,048 numbers keeps its variances only.
+    The covariance is shrunk towards a multiple of the identity as in Chen, Wiesel, Eldar and Hero (2010, OAS), which
+    matters where there are few images for the length of the code. Of a code longer than 2,048 numbers only the
+    variances are kept.
     """
     size = math.prod(model.code_shape)
     full = size <= FULL_COVARIANCE
@@ -185,7 +186,7 @@ def code_moments(
     divisor = (len(rows) + 1) * (squares - scale**2 / size)
     shrinkage = 1.0 if divisor <= 0 else min((squares + scale**2) / divisor, 1.0)
     covariance *= 1 - shrinkage
-    covariance.diagonal().add_(shrinkage * scale + max(scale * 1e-6, 1e-12))  # also of a collapsed code invertible
+    covariance.diagonal().add_(shrinkage * scale + max(scale * 1e-6, 1e-12))  # invertible, even for a collapsed code
     root = torch.linalg.cholesky(covariance)
     whitening = torch.linalg.solve_triangular(root, torch.eye(size, dtype=torch.float64), upper=False)
     return CodeMoments(mean.float(), whitening.float())
@@ -202,10 +203,11 @@ def calibrate(
 ) -> Calibration:
     """The moments of the training images' codes, and every score of at most 10,000 evenly spaced held-out images.
 
-    The model computes in its own type, without autocast. The same on any number of processes but for rounding.
+    The model computes in its own type, without autocast. Apart from rounding, the result is the same on any number of
+    processes.
 
     Args:
-        normal: images that the model was not trained on and that are taken for normal.
+        normal: images that the model was not trained on and that are taken to be normal.
 
     Raises:
         StopRequested: ``stop`` said so.

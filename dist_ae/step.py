@@ -31,7 +31,7 @@ from dist_ae.timeline import Timeline
 class Learner:
     """What a step changes: weights, optimizer state, moving average and the sums of the training metrics.
 
-    Nothing in ``step`` reads the device, and nothing touches torch's global generators.
+    ``step`` never reads the device, and nothing here touches torch's global generators.
     """
 
     def __init__(self, config: Config, dataset: Dataset, model: Autoencoder, runtime: Runtime, steps: Timeline) -> None:
@@ -41,25 +41,25 @@ class Learner:
         self.optimizers = build(self.raw_model, self.raw_model.matrices(), config.optim)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
-        # Sums of loss, distortion and rate over this process's images since the last line of metrics, and the images of
-        # all processes.
+        # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
+        # images all processes saw.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(dataset.train, runtime.device, runtime.dtype)
         self._shapes, self._shards = self.raw_model.draw_shapes(), dataset.shards
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-        # What changes from step to step, where a captured graph can read it.
+        # What changes from step to step, in places that a captured graph can read.
         self._now = torch.zeros((), dtype=torch.int64, device=runtime.device)
         self._beta = torch.zeros((), dtype=torch.float32, device=runtime.device)
         self._rows, self._mine, self._number = self._order, range(0), 0
         self._graph_rows = self._order
         self.graph: Graph | None = None
-        self.travel = ""  # how gradients get to the other processes, for a person
+        self.travel = ""  # how gradients get to the other processes, in words
 
     # -- one step, in the order in which it happens
 
     def step(self, step: int) -> None:
-        """Takes step ``step`` of the run; the same arithmetic on any number of processes."""
+        """Takes step ``step`` of the run, with the same arithmetic on any number of processes."""
         self.place(step)
         batch = self.timeline.positions(step)
         if self.graph is not None and len(batch) == self.config.train.batch_size:
@@ -84,8 +84,9 @@ class Learner:
         set_learning_rate(self.optimizers, factor, self.config.optim)
 
     def compute(self, batch_size: int) -> None:
-        """The arithmetic of the placed step: gradient, guard, clipping, update, average. Nothing in it depends on the
-        step's number, so that the same operations, with the same arguments, are every step of a run.
+        """The arithmetic of the placed step: gradient, guard, clipping, update, moving average.
+
+        Nothing in it depends on the step's number, so every step of a run is the same operations on the same arguments.
 
         Args:
             batch_size: images of the global batch.
@@ -106,8 +107,9 @@ class Learner:
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.train.ema_decay)
 
     def _batch(self, step: int) -> Tensor:
-        """The rows of the dataset that a step sees over all processes, [B], from the epoch's order, kept where rows
-        are used.
+        """The rows of the dataset that a step sees over all processes, [B].
+
+        They come from the epoch's order, which is kept on the device that uses it.
         """
         epoch = self.timeline.epoch(step)
         if epoch != self._epoch:
@@ -123,10 +125,10 @@ class Learner:
         """Adds up the gradient of the mean loss over the global batch.
 
         Args:
-            rows: this process's part of the batch as rows of the dataset, maybe none.
+            rows: this process's part of the batch as rows of the dataset, possibly none.
             mine: the places of these rows in the batch.
-            batch_size: images of the global batch. Gradients are added up over processes, so every image weighs 1 /
-                batch_size.
+            batch_size: images of the global batch. Gradients are summed over processes, so an image weighs
+                1 / batch_size.
         """
         accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
         now = Step(self._number, self._now if runtime.device.type == "cuda" else None)
@@ -135,8 +137,8 @@ class Learner:
             first, last_row = piece.start - mine.start, piece.stop - mine.start
             taken, idle = rows[first:last_row], not piece
             if idle:
-                # Computes the first image, which then has no weight: compiled code, and a model of a user's own, need
-                # not take an empty batch.
+                # Computes the first image and gives it no weight: compiled code, or a user's own model, may not accept
+                # an empty batch.
                 taken, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
             since = time.perf_counter()
             images = self.images.take(taken, self._then(rows[last_row:], part))
@@ -148,13 +150,13 @@ class Learner:
                 if idle:
                     terms = Terms(*(term[:0] for term in terms))
                 total = terms.loss.sum()
-                # A loss that is not finite can have a finite gradient; times 0 it is NaN, and so becomes the gradient,
-                # on all processes.
+                # A loss that is not finite can have a finite gradient. Times 0 it is NaN, which makes the gradient NaN,
+                # too, on all processes.
                 accelerator.backward(total * (1 / batch_size + total.detach() * 0))
             self._count(terms)
 
     def _then(self, rest: Tensor, part: int) -> Tensor | None:
-        """The rows that are taken next, for the thread that reads ahead where images are not resident.
+        """The rows that are taken next, for the thread that reads ahead. None where images are resident.
 
         Args:
             rest: what is left of this process's part of the batch after piece ``part``.
@@ -182,9 +184,7 @@ class Learner:
     # -- before the first step
 
     def prepare(self) -> None:
-        """Hands the model to Accelerate: DDP takes rank 0's weights to all, the optimizer's state follows, then a
-        dry run.
-        """
+        """Hands the model to Accelerate, gives rank 0's weights and optimizer state to all, and makes a dry run."""
         accelerator = self.runtime.accelerator
         if self.config.train.compile:
             self.raw_model.compile()
@@ -193,9 +193,9 @@ class Learner:
             self.travel = sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
             for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
-        # DDP lays out its buckets anew during the first backwards (with a static graph after the second), which changes
-        # the order in which gradients are added up. Batches without weight get that over with, so a resumed run adds as
-        # the uninterrupted one does. Compilation is for a size: there they have that of a step.
+        # DDP lays out its buckets anew during the first backward passes (with a static graph, after the second), which
+        # changes the order in which gradients are added up. Batches without weight get that over with, so a resumed run
+        # adds as the uninterrupted one does. Code is compiled for one size, so there they have the size of a step.
         batch = range(self.config.train.batch_size if self.config.train.compile else 0)
         dry, window = share(batch, self.runtime.rank, self.runtime.world), self.window.clone()
         for _ in range(3 if self.runtime.world > 1 else 1):
@@ -207,13 +207,13 @@ class Learner:
             self.place(0)
             self._rows = self._graph_rows = self._rows.clone()  # a place of its own, where the graph reads
             self.graph = capture(lambda: self.compute(size), self._changed_by_a_step())
-        self.runtime.clock.take()  # what was spent until here is no step's
+        self.runtime.clock.take()  # what was spent until here belongs to no step
 
     def _wants_graph(self) -> bool:
         """Whether the step is to run as one CUDA graph.
 
         Raises:
-            InputError: it is asked for and cannot be, with the reason.
+            InputError: a graph is asked for and not possible; gives the reason.
         """
         config, device = self.config, self.runtime.device
         obstacles = {
@@ -238,19 +238,19 @@ class Learner:
     # -- what others need to know
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint holds: the live tensors, to be saved or copied into."""
-        parts = {
-            "weights": dict(self.raw_model.state_dict()),
-            "optimizer": state_tensors(self.raw_model, self.optimizers),
-        }
+        """All live tensors that a checkpoint holds, to be saved or copied into."""
+        weights = dict(self.raw_model.state_dict())
+        parts = {"weights": weights, "optimizer": state_tensors(self.raw_model, self.optimizers)}
         if self.ema:
             names = (name for name, _ in self.raw_model.named_parameters())
             parts["ema"] = dict(zip(names, self.ema, strict=True))
         return parts
 
     def memory(self, kept: int) -> int:
-        """Bytes that training takes on this process beside the images: weights, their gradients, optimizer, moving
-        average, and the ``kept`` bytes of each image in a piece of the batch.
+        """Bytes that training takes on this process, besides the images themselves.
+
+        They hold the weights, their gradients, the optimizer's state, the moving average, and ``kept`` bytes for each
+        image in a piece of the batch.
         """
         parts = self.tensors()
         held = [*parts["weights"].values(), *(tensor for part in parts.values() for tensor in part.values())]
@@ -262,8 +262,9 @@ class Learner:
         return self._batch(step).cpu()
 
     def take_window(self) -> dict[str, float]:
-        """Means over the images of all processes since the last call, in nats per image, and where the time went. Reads
-        the device.
+        """Means over all processes' images since the last call, in nats per image, and where the time went.
+
+        Reads the device.
         """
         runtime, images = self.runtime, self.window_images
         # Each process's seconds travel with the sums, in a row of their own among zeros.
@@ -282,13 +283,13 @@ class Learner:
         largest, smallest = self.runtime.largest(digest, -digest)
         if largest != -smallest:
             raise RuntimeError(
-                "the weights differ between processes; please report this: it cannot happen while the gradient is "
-                "averaged exactly"
+                "the weights differ between processes; please report this: "
+                "it cannot happen while the gradient is averaged exactly"
             )
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """The moving average in place of the weights, where there is one, for the length of an evaluation."""
+        """Puts the moving average, where there is one, in place of the weights for the length of an evaluation."""
         self._swap_ema()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What is said to a person: it never ends or fails a run, whatever became of the terminal."""
+"""Output for a person. It never ends or fails a run, whatever became of the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 
 
 def prepare_streams() -> None:
-    """Makes standard output and error safe to write to: called once, before any file is opened.
+    """Makes the standard streams safe to use. Called once, before any file is opened.
 
     A closed stream (``>&-``) would hand its number to the next file opened, so it becomes the null device. A character
     that the terminal's encoding lacks is replaced.
@@ -30,7 +30,7 @@ def prepare_streams() -> None:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """One line, at once. A reader that is gone or a full disk silences the stream and ends nothing."""
+    """Writes one line at once. A reader that is gone, or a full disk, silences the stream and ends nothing."""
     stream = stream or sys.stdout
     try:
         stream.write(f"{text}\n")  # not print, which Ray Train replaces by one that writes twice
@@ -40,7 +40,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def size_of(num_bytes: int) -> str:
-    """Bytes in the unit that a person reads them in."""
+    """Bytes in the unit that suits a person."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"
@@ -48,13 +48,13 @@ def size_of(num_bytes: int) -> str:
 
 
 def rank() -> int:
-    """This process's rank as the launcher says it, 0 where it says nothing that can be read."""
+    """This process's rank as the launcher gives it; 0 where it gives none that can be read."""
     text = os.environ.get("RANK", "")
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def silence(stream: TextIO) -> None:
-    """Sends what else is written to the null device; also what Python flushes when it ends."""
+    """Sends everything written from now on to the null device, also what Python flushes at its end."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -21,7 +21,7 @@ class Timeline:
 
     @classmethod
     def of(cls, train: TrainConfig, num_images: int) -> Timeline:
-        """The timeline of a configuration on so many training images."""
+        """The timeline of a configuration on ``num_images`` training images."""
         steps_per_epoch = -(-num_images // train.batch_size)
         eval_every = train.eval_every or steps_per_epoch
         return cls(
@@ -35,7 +35,7 @@ class Timeline:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last batch of an epoch takes what is left, so every image is seen once an epoch."""
+        """Steps of an epoch. The last batch takes what is left, so every image is seen once an epoch."""
         return -(-self.num_images // self.batch_size)
 
     def epoch(self, step: int) -> int:
@@ -79,7 +79,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def beta(step: int, config: ObjectiveConfig) -> float:
-    """The weight of the rate at a step: a linear warm-up to β."""
+    """The weight of the rate at a step: it rises linearly to β."""
     if step >= config.beta_warmup_steps:
         return config.beta
     return config.beta * (step + 1) / config.beta_warmup_steps

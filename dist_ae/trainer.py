@@ -43,7 +43,7 @@ from dist_ae.timeline import Timeline
 
 LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk
 TRAIN_SAMPLE = 2000  # training images that are evaluated beside those of validation
-STOP_SAVE_SECONDS = 4.0  # the same when a run is stopped, which must not take longer than 10 s in all
+STOP_SAVE_SECONDS = 4.0  # the wait when a run is stopped, which must not take longer than 10 s in all
 
 
 class Stopped(Exception):
@@ -58,7 +58,7 @@ class NonFinite(Fault):
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run gives. ``metrics`` has ``val.mse`` and so on; all of it stands in ``result.json``."""
+    """What a finished run gives. ``metrics`` has ``val.mse`` and so on. ``result.json`` holds all of it."""
 
     metrics: dict[str, float]
     run_dir: Path
@@ -85,7 +85,7 @@ Reporter = Callable[[Report], None]
 
 @dataclass
 class State:
-    """Where a run is. With the configuration and the tensors, all that its future depends on."""
+    """Where a run is. Together with the configuration and the tensors, it is all that the run's future depends on."""
 
     step: int = 0
     evaluated: bool = False  # whether the evaluation due at this step was done
@@ -94,7 +94,7 @@ class State:
     pca_mse: float | None = None  # the error of the best linear code of the same size, once it is known
 
     def key(self) -> tuple[int, bool]:
-        """What a checkpoint of this state is a checkpoint of."""
+        """What tells a checkpoint of this state from one of another state."""
         return self.step, self.evaluated
 
 
@@ -119,20 +119,20 @@ def train(
     data: Given | None = None,
     model: Builder | None = None,
 ) -> Result:
-    """Trains one autoencoder, on as many processes as the launcher started; resumes what its run directory holds.
+    """Trains one autoencoder on as many processes as the launcher started, and resumes what its run directory holds.
 
     Args:
         config: the experiment. Neither the hardware nor the number of processes is in it.
-        report: called after each evaluation on every process; a sweep's seam.
+        report: called after each evaluation, on every process. Sweeps use it.
         start_from: a checkpoint folder of another run of the same model. A run directory without a checkpoint begins
-            with its weights, optimizer state and step. Population-based training clones a trial with it.
+            with its weights, optimizer state and step. Population-based training clones a trial this way.
         data: images in place of ``config.data``: an array or tensor, uint8 or floats on [0, 1], [N, H, W], [N, C, H, W]
             or [N, H, W, C]; a torch ``Dataset`` of them; or a pair of these, for training and validation.
         model: a function that makes a model of your own from the shape of an image; see ``examples/own_model.py``.
 
     Raises:
-        InputError: bad configuration, data or run directory; before any process group starts.
-        Stopped: by SIGTERM or SIGINT, after a checkpoint at the current step.
+        InputError: bad configuration, data or run directory, found before any process group starts.
+        Stopped: SIGTERM or SIGINT came; a checkpoint of the current step was written.
         NonFinite: a loss or gradient was not finite.
         SaveError: the last checkpoint could not be written.
         LostProcess: another process died or stopped answering.
@@ -146,7 +146,7 @@ def train(
 
 
 def _train_together(job: Job) -> Result:
-    """Joins the other processes, trains, and says who is lost where one is."""
+    """Joins the other processes and trains. Where a process is lost, says which."""
     runtime = Runtime(job.config)
     with meeting(job.config.train.timeout):
         watch = Watch(runtime, job.config.train.timeout)
@@ -170,7 +170,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     # Start, or resume.
     learner = Learner(config, job.dataset, job.model, runtime, steps)
     validation = Reader(job.dataset.val, runtime.device, runtime.dtype)
-    seen: Reader | None = None  # some training images; from a slow disk, which the first step need not wait for
+    seen: Reader | None = None  # some training images, read later: the first step need not wait for a slow disk
     state = _resume(learner, folder, job.start_from)
     display = Display(runtime.is_main, state.step, steps.total_steps)
     for line in (*notes(config), *_headline(job, learner, state)):
@@ -204,17 +204,16 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
                         components = None
                     with learner.evaluation_weights():
                         metrics = evaluate(learner.model, validation, config, runtime, pauses.stop)
-                        seen = seen or Reader(
-                            _sample(job.dataset.train, len(job.dataset.val)), runtime.device, runtime.dtype
-                        )
+                        if seen is None:
+                            sample = _sample(job.dataset.train, len(job.dataset.val))
+                            seen = Reader(sample, runtime.device, runtime.dtype)
                         metrics["train_mse"] = evaluate(learner.model, seen, config, runtime, pauses.stop)["mse"]
                 except StopRequested:
                     stopping = True
                 else:
                     _note_evaluation(learner, state, metrics, folder, tracking)
-                    display.evaluated(
-                        state.step, steps.total_steps, steps.epochs_done(state.step), metrics, clock.rate()
-                    )
+                    epochs = steps.epochs_done(state.step)
+                    display.evaluated(state.step, steps.total_steps, epochs, metrics, clock.rate())
                     display.say(collapsed(metrics))
                     if _draws_pictures(state.step, steps) or _out_of_patience(state, steps, config):
                         _draw_pictures(learner, state, validation, folder, tracking)
@@ -282,7 +281,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
 
 
 def _finished(folder: RunDirectory, steps: Timeline, config: Config) -> dict[str, Any] | None:
-    """What ``result.json`` says of a run that is finished: one whose last step is on the disk."""
+    """What ``result.json`` says of a finished run, which is one whose last step is on the disk."""
     kept = folder.read("result.json")
     wanted = {f.name for f in fields(Result)} - {"run_dir"}
     if kept is None or not wanted <= set(kept) or not isinstance(kept["steps"], int):
@@ -301,9 +300,9 @@ def _out_of_patience(state: State, steps: Timeline, config: Config) -> bool:
 
 
 def _sample(split: Split, most: int) -> Split:
-    """At most ``TRAIN_SAMPLE`` training images, and ``most``, evenly spaced.
+    """Evenly spaced training images: at most ``TRAIN_SAMPLE``, and at most ``most``.
 
-    Their error beside that of validation shows overfitting, at a fraction of an evaluation.
+    Their error beside that of validation shows overfitting, at a fraction of the cost of an evaluation.
     """
     count = min(len(split), TRAIN_SAMPLE, most)
     chosen = np.linspace(0, len(split) - 1, count).astype(np.int64)
@@ -313,7 +312,7 @@ def _sample(split: Split, most: int) -> Split:
 def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | None) -> State:
     """Fills the learner from the newest good checkpoint, else from ``start_from``.
 
-    Rank 0 reads it; ``Learner.prepare`` hands the tensors on.
+    Rank 0 reads the checkpoint; ``Learner.prepare`` hands the tensors on.
     """
     live = _files(learner)
 
@@ -326,7 +325,7 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
                 checkpoint = read_checkpoint(start_from, templates)
             except Damaged as error:
                 raise InputError(f"start_from {start_from}: {error}") from None
-            checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}  # those were the other run's
+            checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}  # what it held is the other run's
         if checkpoint is None:
             folder.rewind_metrics(0, evaluated=False)
             return None
@@ -348,7 +347,7 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
         return State()
     try:
         learner.window_images = int(kept["window_images"])
-        if folder is not None:  # the sums of all processes go on in rank 0's
+        if folder is not None:  # rank 0 goes on with the sums of all processes
             learner.window.copy_(torch.tensor(kept["window"], dtype=learner.window.dtype))
         if kept["scaler"] and learner.runtime.accelerator.scaler is not None:
             learner.runtime.accelerator.scaler.load_state_dict(kept["scaler"])
@@ -363,7 +362,7 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
 
 
 def _save(learner: Learner, state: State, folder: RunDirectory | None, patience: float) -> bool:
-    """Writes a checkpoint; the same answer on every process to whether it is on the disk.
+    """Writes a checkpoint and says, the same on every process, whether it is on the disk.
 
     Args:
         patience: seconds to go on trying while the disk takes nothing.
@@ -392,7 +391,7 @@ def _files(learner: Learner) -> dict[str, Tensors]:
 
 
 def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
-    """Reads the guard; every process finds the same. Writes what ``dist-ae doctor --replay`` needs.
+    """Reads the guard, which says the same on every process, and writes what ``dist-ae doctor --replay`` needs.
 
     Raises:
         NonFinite: naming the step.
@@ -419,7 +418,7 @@ def _note_evaluation(
     folder: RunDirectory | None,
     tracking: Tracking | None,
 ) -> None:
-    """Takes an evaluation into the state and the records, once: a resumed run finds it in its checkpoint."""
+    """Takes an evaluation into the state and the records, once. A resumed run finds it in its checkpoint."""
     if state.pca_mse is not None:
         metrics["pca_mse"] = state.pca_mse
     state.metrics = metrics
@@ -479,7 +478,7 @@ def _calibrate(
 ) -> None:
     """Keeps in the run what thresholds of its scores need, for the last weights and for the best.
 
-    A disk that takes no more does not fail the run: what is missing, `dist-ae score` finds out from the data again.
+    A full disk does not fail the run: `dist-ae score` can find what is missing from the data again.
 
     Raises:
         StopRequested: ``stop`` said so.
@@ -507,8 +506,10 @@ def _calibrate(
 
 
 def _read_weights(learner: Learner, folder: RunDirectory | None, step: int) -> bool:
-    """Fills the model, on every process, with the weights of a checkpoint as they are evaluated; False where it is not
-    whole."""
+    """Fills the model, on every process, with the weights of a checkpoint as they are evaluated.
+
+    Returns False where the checkpoint is not whole.
+    """
     model = learner.raw_model
 
     def read() -> bool:
@@ -536,7 +537,7 @@ def _write_result(learner: Learner, state: State, clock: Clock, folder: RunDirec
         "weights_sha256": weights_sha256(learner.tensors()["ema" if learner.ema else "weights"]),
         "best_step": state.best["step"],
     }
-    # How patient the run was, where that ended it: the same command then finds it finished.
+    # Where patience ended the run, how patient it was: the same command then finds it finished.
     ended_early = state.step < learner.timeline.total_steps
     folder.write("result.json", result | ({"patience": learner.config.train.patience} if ended_early else {}))
     return result
@@ -558,14 +559,14 @@ def _headline(job: Job, learner: Learner, state: State) -> list[str]:
     where = f"{world} process{'es' if world > 1 else ''} on {learner.runtime.device.type}, {config.precision}"
     start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
     return [
-        f"{config.name} on {job.dataset.name}: {len(job.dataset.train):,} images ({learner.images.held}), "
-        f"code of {numbers:,} numbers, {parameters:,} parameters, {operations} an image, "
+        f"{config.name} on {job.dataset.name}: {len(job.dataset.train):,} images ({learner.images.held}), code of "
+        f"{numbers:,} numbers, {parameters:,} parameters, {operations} an image, "
         f"{size_of(learner.memory(one.kept))} to train, {where}; {start} → {config.directory()}"
     ]
 
 
 def _processes(config: Config, learner: Learner) -> list[str]:
-    """The table of what takes part; one process is in the headline."""
+    """The table of the processes that take part. A single process needs none: the headline names it."""
     runtime, batch = learner.runtime, range(config.train.batch_size)
     if runtime.world == 1:
         return []
@@ -585,14 +586,14 @@ def _stopped(state: State, saved: tuple[int, bool], steps: Timeline, config: Con
 
 def _unsaved(state: State, saved: tuple[int, bool], config: Config) -> str:
     return (
-        f"the last checkpoint, of step {state.step}, could not be written to {config.directory()}. The run is "
-        "not finished: the "
-        f"last checkpoint on the disk is of step {saved[0]}. Free some room; the same command resumes there"
+        f"the last checkpoint, of step {state.step}, could not be written to {config.directory()}. The run is not "
+        f"finished: the last checkpoint on the disk is of step {saved[0]}. Free some room; "
+        "the same command resumes there"
     )
 
 
 def _against_pca(model: Autoencoder, state: State) -> str:
-    """One plain line: is the model worth its training?"""
+    """One line that says whether the model is better than PCA, and so worth its training."""
     mse, linear, code = state.metrics["mse"], state.pca_mse, model.linear_code()
     if not linear or code is None:
         return ""
@@ -607,7 +608,7 @@ def _against_pca(model: Autoencoder, state: State) -> str:
 
 
 def _best(state: State, steps: Timeline) -> str:
-    """Which weights every use takes, where they are not the last; and why training ended, where it was early."""
+    """Which weights are used, where they are not the last ones, and why training ended, where it ended early."""
     assert state.best is not None
     early = f"no better evaluation since step {state.best['step']}: ended at {state.step} of {steps.total_steps}. "
     better = f"the best {state.best['metric']}, {state.best['value']:.6g}, was at step {state.best['step']}"
@@ -622,6 +623,5 @@ def _start_tracking(config: Config, folder: RunDirectory, display: Display) -> T
         kept = {"wandb_id": new_run_id()}
         folder.write("tracking.json", kept)
     tags = (config.name, Path(config.data.name).name, config.model.architecture)
-    return Tracking(
-        config.tracking, folder.path, config.label(), str(kept["wandb_id"]), describe(config), display.say, tags
-    )
+    run_id, description = str(kept["wandb_id"]), describe(config)
+    return Tracking(config.tracking, folder.path, config.label(), run_id, description, display.say, tags)

@@ -12,21 +12,20 @@ from dist_ae.config import InputError
 from dist_ae.data.pictures import expand, not_there, shown
 from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint
 
-SAMPLED_BYTES = 4 * 2**30  # of a larger .npy the fingerprint takes samples
+SAMPLED_BYTES = 4 * 2**30  # the fingerprint of a larger .npy is taken from a sample
 READ_BYTES = 2**20  # a smaller .npy is read at once
-NOISY_RANGE = (-2.0, 3.0)  # noise takes images on [0, 1] no further; what is outside was not scaled
+NOISY_RANGE = (-2.0, 3.0)  # noise takes images on [0, 1] no further; values outside were never scaled
 
 
 def read_images(path: Path) -> Array:
-    """A user's images for a trained model: those of a .npy; of a .npz its ``images``, else its ``val``, else its only
-    array.
+    """A user's images for a trained model, from a .npy or .npz: [N, C, H, W], uint8 or floats.
 
-    Layouts and types as for ``array:PATH``, but floats may leave [0, 1] as far as noise takes them. Returns [N, C, H,
-    W], uint8 or floats, memory-mapped where the file is.
+    Of a .npz it takes ``images``, else ``val``, else the only array. Layouts and types are those of ``array:PATH``, but
+    floats may leave [0, 1] as far as noise takes them. The images are memory-mapped where the file is.
 
     Raises:
-        InputError: naming the file: not there or not readable, several arrays, another layout or type, the first value
-        out of range.
+        InputError: naming the file: not there or not readable, several arrays, another layout or type, or the first
+            value out of range.
     """
     path = expand(path)
     arrays = _arrays(path)
@@ -42,10 +41,10 @@ def _names(arrays: dict[str, Array]) -> str:
 
 def _arrays(path: Path) -> dict[str, Array]:
     """The named arrays of a .npz, or that of a .npy as ``images``."""
-    if not os.path.isfile(path):  # unlike Path.is_file it raises nothing, whatever the path
+    if not os.path.isfile(path):  # unlike Path.is_file, it never raises, whatever the path
         raise InputError(
-            f"{shown(path)}: {not_there(path)}; "
-            "expected a .npy or .npz of images [N, H, W], [N, C, H, W] or [N, H, W, C]"
+            f"{shown(path)}: {not_there(path)}; expected a .npy or .npz of images [N, H, W], [N, C, H, W] or "
+            "[N, H, W, C]"
         )
     try:
         mapped = path.suffix == ".npy" and path.stat().st_size > READ_BYTES
@@ -54,10 +53,10 @@ def _arrays(path: Path) -> dict[str, Array]:
     except Exception as error:  # OSError, ValueError, zipfile.BadZipFile and what else a damaged archive raises
         if "Object arrays" in str(error) or "Python objects" in str(error):
             raise InputError(
-                f"{shown(path)}: holds objects, not one array of numbers; images of differing shapes? Bring them to "
-                "one shape first"
+                f"{shown(path)}: holds objects, not one array of numbers; images of differing shapes? "
+                "Bring them to one shape first"
             ) from None
-        # What is neither format numpy takes for a pickle, and its advice is to load it unsafely.
+        # numpy takes a file of neither format for a pickle, and advises loading it unsafely.
         reason = "it is in neither format" if "pickle" in str(error) else error
         raise InputError(f"{shown(path)}: not a readable .npy or .npz file ({reason})") from None
     other = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
@@ -67,8 +66,10 @@ def _arrays(path: Path) -> dict[str, Array]:
 
 
 def array_dataset(path: Path, val_fraction: float) -> Dataset:
-    """The images of a file, split as it says, else by ``val_fraction``. Nothing is copied: ``Reader`` decides what is
-    held in memory."""
+    """The images of a file, split as the file says, else by ``val_fraction``.
+
+    Nothing is copied: ``Reader`` decides what is held in memory.
+    """
     arrays = _arrays(path)
     name = f"array:{path.name}"
     sampled = path.suffix == ".npy" and path.stat().st_size > SAMPLED_BYTES
@@ -76,8 +77,8 @@ def array_dataset(path: Path, val_fraction: float) -> Dataset:
         train, val = (Split(check_images(arrays[key], f"{shown(path)}[{key}]")) for key in ("train", "val"))
         if train.images.shape[1:] != val.images.shape[1:]:
             raise InputError(
-                f"{shown(path)}: train images {train.images.shape[1:]} and val images {val.images.shape[1:]} have "
-                "differing shapes"
+                f"{shown(path)}: train images {train.images.shape[1:]} and "
+                f"val images {val.images.shape[1:]} have differing shapes"
             )
         return Dataset(name, train, val, fingerprint(train, val))
     key = "images" if "images" in arrays else next(iter(arrays), None)
@@ -110,7 +111,7 @@ def split_images(images: Array, labels: Array | None, val_fraction: float, where
 
 
 def _check_labels(labels: Array, where: str, count: int) -> Array:
-    """Labels [count] as int64; whole numbers of any type are taken."""
+    """Labels [count] as int64; whole numbers of any type are accepted."""
     if labels.shape != (count,):
         raise InputError(f"{where}: expected one label per image, shape ({count},), got {labels.shape}")
     if labels.dtype.kind not in "biuf":
@@ -125,9 +126,9 @@ def _check_labels(labels: Array, where: str, count: int) -> Array:
 
 
 def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0) -> Array:
-    """Images as [N, C, H, W], uint8 or floats on [0, 1], every value looked at: a float outside [low, high] is refused.
+    """Images as [N, C, H, W], uint8 or floats on [0, 1]; every value is checked to lie on [low, high].
 
-    A memory-mapped array stays one, in its own layout and type; others become float32 where they are floats.
+    A memory-mapped array stays one, in its own layout and type. Other floats become float32.
     """
     if images.ndim == 3:
         images = images[:, None]
@@ -135,8 +136,8 @@ def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0)
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or 0 in images.shape:
         raise InputError(
-            f"{where}: expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with at least one, got shape "
-            f"{images.shape}"
+            f"{where}: expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with at least one, "
+            f"got shape {images.shape}"
         )
     if images.dtype == np.uint8:
         return images
@@ -149,7 +150,7 @@ def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0)
         if bad.any():
             first = tuple(int(i) for i in np.argwhere(bad)[0])
             raise InputError(
-                f"{where}: value {part[first]} at image {start + first[0]}, index {first[1:]}; expected floats on "
-                "[0, 1] (divide by 255?)"
+                f"{where}: value {part[first]} at image {start + first[0]}, index {first[1:]}; "
+                "expected floats on [0, 1] (divide by 255?)"
             )
     return images if isinstance(images, np.memmap) else images.astype(np.float32, copy=False)

@@ -19,15 +19,15 @@ from dist_ae.config import InputError
 from dist_ae.data.pictures import Decoded, Form, Picture, decode_all
 
 CHUNK = 32  # pictures that a decoding process gets at once
-INLINE = 64  # so few pictures are decoded before a process has started
+INLINE = 64  # so few pictures are decoded sooner than a process starts
 
 
 class DecoderKilled(InputError):
-    """What is packed so far stays of use."""
+    """A decoding process was killed. What is packed so far can still be used."""
 
 
 def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
-    """Each picture and what became of it, in order, decoded on all cores with a bounded number of them under way."""
+    """Each picture and what became of it, in order; decoded on all cores, a bounded number of pictures at a time."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     head = list(itertools.islice(pictures, INLINE))
     if workers == 1 or len(head) < INLINE or count == INLINE:
@@ -46,8 +46,8 @@ def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Itera
             yield from _delivered(*pending.popleft())
     except BrokenProcessPool:
         raise DecoderKilled(
-            "a process that decodes pictures was killed, most likely for lack of memory; the same command goes on "
-            "from there"
+            "a process that decodes pictures was killed, most likely for lack of memory; "
+            "the same command goes on from there"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
@@ -63,8 +63,7 @@ def _delivered(chunk: list[Picture], future: Future[list[Decoded]]) -> Iterator[
 
 
 def _begin() -> None:
-    """Starts a decoding process: Ctrl-C is its parent's to handle, and it does not outlive it, however that one
-    ends."""
+    """Sets up a decoding process: it leaves Ctrl-C to its parent and ends with it, however the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -78,8 +77,8 @@ def _begin() -> None:
 
 class _Process(SpawnProcess):
     def start(self) -> None:
-        # A spawned process imports the main script again, which would train again where it does so without a __main__
-        # guard. What decodes needs nothing of it.
+        # A spawned process imports the main script again; a script without a __main__ guard would train once more.
+        # Decoding needs nothing from that script.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:

@@ -38,7 +38,7 @@ Shape = tuple[int, int, int]
 
 
 class Given(NamedTuple):
-    """Images of a model's shape, the names that they have where they come from files, and the names of their labels."""
+    """Images of a model's shape, their names where they come from files, and the names of their labels."""
 
     split: Split
     names: list[str] | None = None
@@ -52,7 +52,7 @@ def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
         images: a path (a picture, a folder, .npy, .npz, a packed set; also ``folder:``, ``tar:``, ``hf:``, ``array:``,
             ``packed:``), a PIL image, an array or tensor ([N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one
             image), or a list of such.
-        config: the run's own settings, by which pictures get the model's size. Arrays are taken as they are.
+        config: the run's own settings, which bring pictures to the model's size. Arrays are taken as they are.
 
     Raises:
         InputError: naming what is not there, not readable, or not of the model's shape.
@@ -105,7 +105,7 @@ def floats(one: Given, rows: range) -> Tensor:
         return torch.from_numpy(np.require(images, np.uint8, ["C", "W"])).float().div_(255)
     result = torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
     if result.numel() and not bool(((result >= NOISY_RANGE[0]) & (result <= NOISY_RANGE[1])).all()):
-        # Noisy images may leave the range a little; what is far outside was not scaled.
+        # Noisy images may leave the range a little; values far outside were never scaled.
         low, high = float(result.min()), float(result.max())
         raise InputError(
             f"expected floats on [0, 1] (noise may leave it a little), got values from {low} to {high}; divide by 255?"
@@ -218,7 +218,7 @@ def _from_path(name: str, config: DataConfig, image_shape: Shape) -> Given:
 
 
 def _own_layout(images: Array, image_shape: Shape) -> Array:
-    """[N, H, W, C] that was taken for [N, C, H, W] because its height is a number of channels too."""
+    """Undoes reading [N, H, W, C] as [N, C, H, W], which happens where the height could be a number of channels."""
     try:
         return arranged(images, image_shape)
     except InputError:
@@ -249,8 +249,10 @@ def _decode_pictures(
 
 
 def file_names(one: Given) -> list[Path]:
-    """A relative path that ends in .png for each image: its own name where it has one, never one that leads
-    elsewhere."""
+    """A relative path that ends in .png for each image.
+
+    It is the image's own name where it has one, and never leads out of the folder that it is put into.
+    """
     if one.names is None:
         width = len(str(max(1, len(one.split) - 1)))
         return [Path(f"{index:0{width}d}.png") for index in range(len(one.split))]

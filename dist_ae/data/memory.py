@@ -36,8 +36,8 @@ def memory_dataset(data: Given, val_fraction: float) -> Dataset:
         )
         if train.images.shape[1:] != val.images.shape[1:]:
             raise InputError(
-                f"data: training images {train.images.shape[1:]} and validation images {val.images.shape[1:]} differ "
-                "in shape"
+                f"data: training images {train.images.shape[1:]} and "
+                f"validation images {val.images.shape[1:]} differ in shape"
             )
         return Dataset(NAME, train, val, fingerprint(train, val))
     images, labels = _array(data)

@@ -32,8 +32,7 @@ PHOTO_SIZE, LARGEST_PHOTO = 64, 256
 
 
 def photos(config: DataConfig) -> tuple[Split, Split]:
-    """Square patches of the two photographs that ship with scikit-learn, a temple and a flower, 427×640 pixels in
-    colour.
+    """Square patches of scikit-learn's two photographs, a temple and a flower of 427×640 pixels in colour.
 
     Training sees patches of the left part, validation those of the right part. No pixel is in both.
     """
@@ -55,8 +54,7 @@ def photos(config: DataConfig) -> tuple[Split, Split]:
             chosen = windows[:, ::stride, ::stride].transpose(1, 2, 0, 3, 4)
             parts.append(chosen.reshape(-1, len(picture), size, size))
         patches = np.concatenate(parts)
-        # Neighbours overlap; in a fixed order of chance the first dozen, which a run's pictures show, are of
-        # everything.
+        # Neighbouring patches overlap. A fixed random order makes the first dozen, which a run's pictures show, varied.
         return Split(patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0)).numpy()])
 
     return patches(0, border, max(1, size // 8)), patches(border, 640, max(1, size // 4))
@@ -75,16 +73,15 @@ _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images
 
 
 def cache_folder() -> Path:
-    """Where what is downloaded or packed is kept."""
+    """The folder that keeps what is downloaded or packed."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_ae"
 
 
 def idx_dataset(config: DataConfig) -> tuple[Split, Split]:
     class_name, system = IDX[config.name]
     root = config.root or cache_folder()
-    places = (
-        [root, root / class_name / "raw"] if config.root else [*([system] if system else []), root / class_name / "raw"]
-    )
+    first = root if config.root else system
+    places = [*([first] if first else []), root / class_name / "raw"]
 
     def download() -> None:
         import torchvision  # 2.6 s to import: only where something is missing
@@ -92,9 +89,8 @@ def idx_dataset(config: DataConfig) -> tuple[Split, Split]:
         getattr(torchvision.datasets, class_name)(root, download=True)
 
     names: list[tuple[str, ...]] = [(name, f"{name}.gz") for name in _IDX_FILES]
-    paths = _find(
-        config, places, names, download, [f"apt-get install dataset-{config.name.replace('_', '-')}"] if system else []
-    )
+    ways_out = [f"apt-get install dataset-{config.name.replace('_', '-')}"] if system else []
+    paths = _find(config, places, names, download, ways_out)
     train, train_labels, val, val_labels = (read_idx(path, dims=3 if "idx3" in path.name else 1) for path in paths)
     return _labelled(train, train_labels, paths[1]), _labelled(val, val_labels, paths[3])
 
@@ -142,7 +138,10 @@ def _find(
     download: Callable[[], None],
     ways_out: list[str],
 ) -> list[Path]:
-    """The wanted files from the first place that has them all, after one download for all processes of this machine."""
+    """The wanted files from the first place that has them all.
+
+    Where none has, they are downloaded once for all processes of this machine.
+    """
 
     def look() -> list[Path] | None:
         for place in places:
@@ -173,8 +172,8 @@ def _find(
         "--data.name digits (embedded)",
     ]
     raise InputError(
-        f"no files of {config.name} found: looked in {', '.join(map(str, places))}; {reason}. Ways out: "
-        f"{'; or '.join(options)}"
+        f"no files of {config.name} found: looked in {', '.join(map(str, places))}; {reason}. "
+        f"Ways out: {'; or '.join(options)}"
     )
 
 
@@ -205,7 +204,7 @@ def read_idx(path: Path, dims: int) -> Array:
     expected = header + int(np.prod(shape, dtype=object))
     if len(data) != expected or 0 in shape:
         raise InputError(
-            f"{path}: the header says {' × '.join(map(str, shape))}, so {expected} bytes with at least one image, "
-            f"got {len(data)}"
+            f"{path}: the header says {' × '.join(map(str, shape))}, "
+            f"so {expected} bytes with at least one image, got {len(data)}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

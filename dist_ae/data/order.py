@@ -11,7 +11,7 @@ from dist_ae.draws import keyed_seed
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:
-    """Rows of ``count``, at most ``most`` of them, evenly spaced: all of them where they are fewer."""
+    """At most ``most`` evenly spaced rows of ``count``; all of them where there are fewer."""
     size = min(count, most)
     return torch.arange(size) * count // max(size, 1)
 
@@ -22,7 +22,7 @@ def epoch_order(
     """The permutation [num_images] of an epoch: a pure function, so resuming anywhere is arithmetic.
 
     With ``window``, the shards (of ``shards`` images each) are permuted, then the images within each group of
-    ``window`` shards: only so many shards are read from at a time, which a slow disk or network needs.
+    ``window`` shards. Only that many shards are then read from at a time, which a slow disk or network needs.
     """
     generator = torch.Generator().manual_seed(keyed_seed(seed, "order", epoch))
     if window is None or shards is None or len(shards) <= window:

@@ -1,5 +1,7 @@
-"""Packs pictures, once: resumed after a kill, whole or not at all, safe when several processes begin it. Imports no
-torch. ``packed.py`` says what a packed set is."""
+"""Packs pictures once: resumed after a kill, whole or not at all, and safe when several processes begin it.
+
+``packed.py`` says what a packed set is. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,10 @@ from dist_ae.data.records import Array
 from dist_ae.files import plain_name, sync, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, rank
 
-SHARD_BYTES = 2**28  # of images in a shard: what a kill costs at most, and what `data.window` counts in
+SHARD_BYTES = 2**28  # of images in a shard: the most that a kill costs, and the unit of `data.window`
 PROGRESS = "progress.json"
 Check = Callable[[], None]  # raises where a signal asked to stop
-NAMED = 5  # unreadable pictures that are named
+NAMED = 5  # unreadable pictures that a message names
 
 
 class PackingStopped(Exception):
@@ -83,7 +85,7 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
     try:
         if not (out / MANIFEST).exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out.parent):  # said at once: a lock that cannot be made is waited for
+            with tempfile.TemporaryFile(dir=out.parent):  # fails at once, where FileLock would keep waiting
                 pass
             lock_path = out.with_name(f".{out.name}.lock")
             with _obeying_signals(what) as check, _only_one(lock_path, what, check):
@@ -118,7 +120,7 @@ def _no_room(error: OSError, out: Path, config: DataConfig) -> InputError:
 
 @contextmanager
 def _obeying_signals(what: str) -> Iterator[Check]:
-    """A function that raises PackingStopped once SIGINT or SIGTERM has come, whatever else listened to them before."""
+    """A function that raises PackingStopped once SIGINT or SIGTERM has come, in place of the handlers before it."""
     received: list[int] = []
 
     def check() -> None:
@@ -178,7 +180,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
         done = _write_all(source, partial, done, wanted, config, what, check)
     except DecoderKilled:
         raise
-    except InputError:  # other pictures or settings are needed, for which nothing here is of use
+    except InputError:  # other pictures or settings are needed, and nothing here is of use to them
         _remove(partial)
         raise
     if source.identify() != source.identity:
@@ -192,7 +194,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
             if done.unreadable
             else f"{what}: no pictures in it"
         )
-    # Unreadable pictures are refused after all are packed: the message counts them, and `skip` has nothing left to do.
+    # Unreadable pictures are refused once all are packed: the message counts them, and `skip` then has no work left.
     refuse_unreadable(what, done.unreadable, done.read, done.reasons, config)
     write_atomically(partial / MANIFEST, _json(done))
     (partial / PROGRESS).unlink()
@@ -205,13 +207,13 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
 def _write_all(
     source: Source, partial: Path, done: Manifest, wanted: Manifest, config: DataConfig, what: str, check: Check
 ) -> Manifest:
-    """Writes the shards; where all pictures seemed grey and one is not, again in colour."""
+    """Writes the shards; where all pictures seemed grey and one is not, writes them again in colour."""
     channels = config.channels or "auto"
     if channels != "auto":
         return _write_shards(source, partial, done, form_of(config, channels), what, check)
     if done.image_shape is None:
-        # Most sets are all grey or all in colour, so the first pictures tell; a wrong guess costs what was packed
-        # until then.
+        # Most sets are all grey or all in colour, so the first pictures tell. A wrong guess costs what was packed until
+        # the first picture in colour.
         contents = [picture.content for picture in itertools.islice(source.pictures(), INLINE)]
         colour = any(result is None for result in decode_all(contents, form_of(config, "grey", (1, 1), True)))
     else:
@@ -241,7 +243,7 @@ def refuse_unreadable(
 
 
 def _progress(partial: Path, wanted: Manifest) -> Manifest | None:
-    """How far a killed process came with the same pictures and settings."""
+    """How far a killed process got with the same pictures and settings; None where there is nothing to resume."""
     try:
         done = Manifest.model_validate_json((partial / PROGRESS).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
@@ -255,7 +257,7 @@ class _AllAnew(Exception):
 
 
 def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, what: str, check: Check) -> Manifest:
-    """Writes what is missing, shard by shard, and after each how far it came."""
+    """Writes the missing shards, and after each one how far the packing has got."""
     classes = {name: number for number, name in enumerate(done.classes or source.classes)}
     shard: _Shard | None = None
     pictures = itertools.islice(source.pictures(), done.read, None)
@@ -288,8 +290,8 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
                 elif result.shape != done.image_shape:
                     raise InputError(
                         f"{what}: {shown(picture.name)} is {_size(result.shape)}, and pictures before it are "
-                        f"{_size(done.image_shape)}; "
-                        "give them one size with --data.image-size S (of `dist-ae pack`: --image-size S)"
+                        f"{_size(done.image_shape)}; give them one size with --data.image-size S "
+                        "(of `dist-ae pack`: --image-size S)"
                     )
                 if shard is None:
                     shard = _Shard(partial, len(done.shards), done.image_shape, done.shard_bytes)
@@ -311,8 +313,10 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def key_of(picture: Picture) -> int:
-    """Where a picture lies on [0, 2^64): a hash of its name, so that pictures that come later move none to the other
-    side."""
+    """Where a picture lies on [0, 2^64): a hash of its name.
+
+    Pictures that are added later therefore move no other picture from one split to the other.
+    """
     if picture.split is not None:
         return VAL_KEY if picture.split == "val" else TRAIN_KEY
     digest = hashlib.blake2b(picture.name.encode(errors="surrogateescape"), digest_size=8).digest()
@@ -320,7 +324,7 @@ def key_of(picture: Picture) -> int:
 
 
 def _check_room(partial: Path, count: int | None, num_bytes: int) -> None:
-    """Refuses before hours of work what cannot be finished."""
+    """Refuses work that has no room to finish, before hours are spent on it."""
     needed, free = (count or 0) * num_bytes, shutil.disk_usage(partial).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free")
@@ -356,7 +360,7 @@ class _Shard:
 
     def finish(self) -> ShardRecord:
         """Puts the shard on the disk under its names."""
-        if not self.full:  # the last one: its header says how many there are, and the hash starts with the header
+        if not self.full:  # the last shard: its header needs the true count, and the hash starts with the header
             self._file.seek(0)
             self._file.write(_header((len(self.labels), *self.image_shape)))
             self._file.seek(0)
@@ -440,8 +444,10 @@ def pack_source(name: str, out: Path, config: DataConfig, shard_bytes: int | Non
 
 
 def cached(name: str, source: Source, config: DataConfig, cache: Path) -> Path:
-    """The packed form of a source in a cache, packed now if it is not there. Other pictures or settings have another
-    place."""
+    """The packed form of a source in a cache, packed now if it is not there.
+
+    Other pictures or settings get a place of their own.
+    """
     key = hashlib.sha256(json.dumps([FORMAT, source.identity, settings_of(config)]).encode()).hexdigest()[:16]
     out = cache / "packed" / f"{plain_name(shown(name))[:40] or 'data'}-{key}"
     pack(source, out, config, shown(name))

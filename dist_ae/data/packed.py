@@ -1,9 +1,13 @@
-"""Packed sets: pictures as fixed-size bytes in shards that training maps into memory, and a manifest that says what
-they are. ``pack.py`` writes them.
+"""Packed sets: pictures as fixed-size bytes in shards that training maps into memory, and a manifest of them.
 
-A packed set is a folder: ``manifest.json`` and per shard ``images-00000.npy`` (uint8 [n, C, H, W]),
-``labels-00000.npy`` (int64 [n], -1 where there is none), ``keys-00000.npy`` (uint64 [n], where a picture lies on [0,
-2^64): what is below the validation fraction is held out) and ``names-00000.json``. Imports no torch.
+A packed set is a folder of ``manifest.json`` and, for each shard:
+
+- ``images-00000.npy``: uint8 [n, C, H, W].
+- ``labels-00000.npy``: int64 [n], -1 where there is none.
+- ``keys-00000.npy``: uint64 [n], where a picture lies on [0, 2^64). Keys below the validation fraction are held out.
+- ``names-00000.json``: the relative names of the pictures.
+
+``pack.py`` writes packed sets. Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ class ShardRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a packed set holds, and by which settings its pictures got their size."""
+    """What a packed set holds, and the settings that gave its pictures their form."""
 
     format: int
     identity: str
@@ -161,8 +165,7 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     """The images of packed sets, one after the other, memory-mapped.
 
     Raises:
-        InputError: a file of a set is missing or short; sets of differing shapes; settings that the sets were not
-        packed with.
+        InputError: a missing or short file, sets of differing shapes, or settings that they were not packed with.
     """
     parts: list[Array] = []
     labels: list[Array] = []
@@ -203,9 +206,8 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     rows = [np.flatnonzero(side) for side in (~held_out, held_out)]
     labelled = bool((all_labels >= 0).any())
     train, val = (Split(whole, all_labels[side] if labelled else None, side) for side in rows)
-    counts = [
-        int((~held_out[start : start + len(part)]).sum()) for start, part in zip(whole.starts, parts, strict=True)
-    ]
+    spans = zip(whole.starts, parts, strict=True)
+    counts = [int((~held_out[start : start + len(part)]).sum()) for start, part in spans]
     return Dataset(name, train, val, digest.hexdigest(), tuple(count for count in counts if count), tuple(classes))
 
 
@@ -224,8 +226,10 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
 def _open_shard(
     folder: Path, number: int, shard: ShardRecord, image_shape: tuple[int, int, int]
 ) -> tuple[Array, Array, Array]:
-    """A shard's images, mapped, with their labels and keys. Compares sizes, not every byte: `dist-ae doctor` does
-    that."""
+    """A shard's images, memory-mapped, with their labels and keys.
+
+    Only sizes are compared with the manifest; `dist-ae doctor` compares every byte.
+    """
     way_out = "; restore it from a copy, or pack again"
     loaded = {}
     for kind, dtype, shape in (

@@ -52,12 +52,12 @@ class Source:
 
 
 def not_there(path: Path) -> str:
-    """Why a path is no file."""
+    """Why a path is not a file."""
     return "not a file" if os.path.exists(path) else "no such file"
 
 
 def shown(name: str | Path) -> str:
-    """A name that can be printed on one line: bytes that are no UTF-8 as \\xNN, and what is not printable escaped."""
+    """A name as one printable line: bytes that are not UTF-8 appear as \\xNN, unprintable characters are escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -79,7 +79,11 @@ def open_source(name: str) -> Source:
 
 
 def expand(path: str | Path) -> Path:
-    """``~`` replaced. Raises InputError for a user that does not exist, and for what can be no path."""
+    """A path with ``~`` replaced.
+
+    Raises:
+        InputError: a user that does not exist, or text that cannot be a path.
+    """
     if "\0" in os.fspath(path):
         raise InputError(f"{shown(path)}: a path cannot hold a NUL")
     try:
@@ -92,15 +96,17 @@ def expand(path: str | Path) -> Path:
 
 
 def folder(path: str) -> Source:
-    """Pictures of a folder and its sub-folders, whose first level names the classes; below ``train/`` and ``val/`` or
-    ``test/`` where there are such."""
+    """Pictures of a folder and its sub-folders, whose first level names the classes.
+
+    Where there are ``train/`` and ``val/`` or ``test/``, they are the splits, and the level below names the classes.
+    """
     root = os.fspath(expand(path))
     entries, ignored = scan(root)
     if not entries:
         beside = ", ".join(f"{count:,} {what}" for what, count in ignored.items())
         raise InputError(
-            f"{shown(root)}: no pictures in it{f' (ignored: {beside})' if beside else ''}; "
-            f"expected files that end in {', '.join('.' + name for name in sorted(EXTENSIONS))}"
+            f"{shown(root)}: no pictures in it{f' (ignored: {beside})' if beside else ''}; expected files that end in "
+            f"{', '.join('.' + name for name in sorted(EXTENSIONS))}"
         )
     tops = {name.partition("/")[0] for name, _, _ in entries if "/" in name}
     val = next((name for name in VALIDATION if name in tops), None) if "train" in tops else None
@@ -127,8 +133,10 @@ Entry = tuple[str, int, int]  # relative name, bytes, nanoseconds of the last ch
 
 
 def scan(root: str) -> tuple[list[Entry], Counter[str]]:
-    """The pictures below a folder, sorted by name, and how much of what else was ignored. Opens no file: 10^5 take
-    about 1 s."""
+    """The pictures below a folder, sorted by name, and how much of what else was ignored.
+
+    Opens no file: 10^5 pictures take about 1 s.
+    """
     found: list[Entry] = []
     ignored: Counter[str] = Counter()
     pending, real = [""], os.path.realpath(root)
@@ -170,8 +178,11 @@ def identity_of(entries: Sequence[Entry]) -> str:
 
 
 def tars(pattern: str) -> Source:
-    """Pictures of tar files, also compressed ones, as WebDataset names them: members of one stem are one sample, whose
-    ``.cls`` or ``.json`` gives the label. Members that are links, folders or devices are ignored."""
+    """Pictures of tar files, also compressed ones, named as WebDataset does.
+
+    Members of one stem are one sample, whose ``.cls`` or ``.json`` gives the label. Links, folders and devices are
+    ignored.
+    """
     paths = sorted({path for part in braces(os.fspath(expand(pattern))) for path in glob.glob(part)})
     if not paths:
         raise InputError(
@@ -207,9 +218,8 @@ def braces(pattern: str) -> list[str]:
     if names is None and int(last) - int(first) > 10**6:
         raise InputError(f"{found[0]}: more than a million names")
     parts = names.split(",") if names else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-    return [
-        rest for part in parts for rest in braces(f"{pattern[: found.start()]}{part}{pattern[found.end() :]}")
-    ]  # fmt: skip
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [rest for part in parts for rest in braces(f"{before}{part}{after}")]
 
 
 def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
@@ -254,11 +264,8 @@ def _tar_label(content: bytes, extension: str, where: str, before: str | int | N
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a readable label ({error})") from None
-    found = (
-        next((values[key] for key in ("label", "cls", "class") if key in values), None)
-        if isinstance(values, dict)
-        else None
-    )
+    known = values if isinstance(values, dict) else {}
+    found = next((known[key] for key in ("label", "cls", "class") if key in known), None)
     usable = isinstance(found, str) or (isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 10**18)
     return found if usable else before
 
@@ -293,9 +300,8 @@ def hugging_face(name: str) -> Source:
         raise InputError(f"hf:{shown(name)}: has no column of images; it has {', '.join(features) or 'no columns'}")
     label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
     # Two preparations of one data set have one fingerprint; other rows have another.
-    identity = hashlib.sha256(
-        json.dumps([(split, rows._fingerprint, len(rows)) for split, rows in chosen.items()]).encode()
-    )
+    contents = [(split, rows._fingerprint, len(rows)) for split, rows in chosen.items()]
+    identity = hashlib.sha256(json.dumps(contents).encode())
 
     def pictures() -> Iterator[Picture]:
         for split, rows in chosen.items():
@@ -304,20 +310,11 @@ def hugging_face(name: str) -> Source:
             for index, row in enumerate(rows.cast_column(column, datasets.Image(decode=False))):
                 image, number = row[column] or {}, row[label] if label else None
                 known = isinstance(number, int) and number >= 0  # -1: the hub's mark for a label that is withheld
-                yield Picture(
-                    f"{split}/{index:08d}",
-                    image.get("bytes") or image.get("path") or b"",
-                    number if known else None,
-                    side,
-                )
+                content = image.get("bytes") or image.get("path") or b""
+                yield Picture(f"{split}/{index:08d}", content, number if known else None, side)
 
-    return Source(
-        identity.hexdigest(),
-        pictures,
-        identity.hexdigest,
-        sum(map(len, chosen.values())),
-        tuple(features[label].names) if label else (),
-    )
+    count, classes = sum(map(len, chosen.values())), tuple(features[label].names) if label else ()
+    return Source(identity.hexdigest(), pictures, identity.hexdigest, count, classes)
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
@@ -376,8 +373,8 @@ def _formed(image: Image.Image, form: Form) -> Array:
         raise ColourMet
     extent = None
     if form.size is not None:
-        # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost; twice the size leaves the filter its
-        # work.
+        # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost. Twice the wanted size is asked for, so
+        # that the filter still has something to smooth.
         drafted = image.draft("", (2 * max(form.size), 2 * max(form.size)))
         extent = drafted and drafted[1][2:]  # without the rest of the last blocks
     image.load()
@@ -462,7 +459,7 @@ Decoded = Array | str | None  # an image, why there is none, or None for ColourM
 
 
 def decode_all(contents: Sequence[Any], form: Form) -> list[Decoded]:
-    """What becomes of some pictures; runs in a process of its own."""
+    """What becomes of each of some pictures; runs in a process of its own."""
     results: list[Decoded] = []
     for content in contents:
         try:

@@ -17,9 +17,8 @@ from torch import Tensor
 from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
 from dist_ae.terminal import size_of
 
-SHARE_OF_MEMORY = (
-    0.5  # of what is free, for images held in memory: the rest is for weights, activations and other programs
-)
+# Of what is free, for images held in memory. The rest is for weights, activations and other programs.
+SHARE_OF_MEMORY = 0.5
 
 
 class Reader:
@@ -74,11 +73,11 @@ class Reader:
         """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1].
 
         Args:
-            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. A hint: a
-                next call with other rows gets those.
+            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. It is
+                only a hint: a next call may ask for other rows.
 
         Raises:
-            OSError, IndexError: what gathering raised, also where a thread did it.
+            OSError, IndexError: whatever gathering raised, also in the thread.
         """
         if self.resident is not None:
             rows = rows.to(self.device, non_blocking=True)
@@ -132,8 +131,10 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process can still have: what the machine has free, what its control groups (v1 and v2) leave,
-    and `ulimit -v`."""
+    """Bytes that this process can still have.
+
+    The least of what the machine has free, what its control groups (v1 and v2) leave, and what `ulimit -v` leaves.
+    """
     free: int = psutil.virtual_memory().available
     with contextlib.suppress(OSError):
         for line in cgroup.read_text().splitlines():
@@ -150,8 +151,10 @@ def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
 
 
 def _group_free(root: Path, path: str, limit: str, used: str, cache: str) -> list[int]:
-    """What each control group from this process's up to the root leaves; file pages that can be dropped count as
-    free."""
+    """Bytes that each control group leaves, from this process's own up to the root.
+
+    File pages that can be dropped count as free.
+    """
     free = []
     group = root / path.strip("/")
     for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):

@@ -12,7 +12,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-CHUNK_BYTES = 2**22  # looked at, hashed or copied together: what reading all of a mapped file takes of memory
+CHUNK_BYTES = 2**22  # checked, hashed or copied at a time: the memory that reading all of a mapped file takes
 
 
 class Shards:
@@ -36,10 +36,10 @@ Images = Array | Shards
 
 
 class Split(NamedTuple):
-    """One split: images uint8 or floats on [0, 1], [N, C, H, W]; labels [N] int64 where the source has them, -1 for
-    none.
+    """One split: images [N, C, H, W], uint8 or floats on [0, 1].
 
-    ``rows`` picks images without copying them; None means all of them, in order.
+    ``labels`` are int64 [N] where the source has them, -1 for none. ``rows`` picks images without copying them; None
+    means all of them, in order.
     """
 
     images: Images
@@ -97,16 +97,15 @@ def gather(images: Images, rows: Array) -> Array:
     stored = np.asarray(images).transpose(axes)
     if axes[0] != 0 or not stored.flags.c_contiguous:  # take would copy all of it first
         return np.asarray(images)[rows]
-    # take copies an image as one block, which indexing a view with swapped axes would do value by value
+    # take copies an image as one block; indexing a view with swapped axes would copy it value by value.
     return stored.take(rows, axis=0).transpose(np.argsort(axes))
 
 
 def read_ahead(images: Images, rows: Array) -> None:
-    """Asks the system to read rows of mapped images into its cache, all at once: a disk answers many requests sooner
-    than one by one.
+    """Asks the system to read rows of mapped images into its cache, all at once.
 
-    On data four times the memory this made 35,000 reads a second out of 160. Of rows in the cache it costs some 1 µs
-    each.
+    A disk answers many requests together faster than one by one: on data of four times the memory, 35,000 reads a
+    second in place of 160. A row that is in the cache already costs about 1 µs.
     """
     if isinstance(images, Shards):
         shard = np.searchsorted(images.starts, rows, side="right") - 1
@@ -126,7 +125,7 @@ def read_ahead(images: Images, rows: Array) -> None:
 
 
 def chunks(split: Split) -> list[range]:
-    """The positions of a split in pieces of some 4 MB."""
+    """The positions of a split in pieces of about 4 MB."""
     size = max(1, CHUNK_BYTES // max(1, split.images.nbytes // max(1, len(split.images))))
     return [range(start, min(start + size, len(split))) for start in range(0, len(split), size)]
 
@@ -139,8 +138,10 @@ def span(split: Split, rows: range) -> Array:
 
 
 def fingerprint(*splits: Split, sampled: bool = False) -> str:
-    """SHA-256 of the content; with ``sampled`` of its shape and 1,024 evenly spaced images, since reading all of a
-    large file would cost an epoch."""
+    """SHA-256 of the content; with ``sampled``, of its shape and 1,024 evenly spaced images.
+
+    Reading all of a large file would cost as much as an epoch.
+    """
     digest = hashlib.sha256()
     for split in splits:
         dtype: np.dtype[Any] = split.images.dtype if sampled or split.images.dtype == np.uint8 else np.dtype(np.float32)

@@ -24,11 +24,11 @@ NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
 
 
 def load(config: DataConfig) -> Dataset:
-    """The dataset a configuration names. Pictures are packed into the cache first, where they are not yet.
+    """The dataset that a configuration names. Pictures that are not packed yet are packed into the cache first.
 
     Raises:
-        InputError: an unknown name; no source found (every place tried, each way out); a file that is not what it
-        should be.
+        InputError: an unknown name, no source found (naming every place tried and each way out), or a file that is not
+            what it should be.
     """
     if config.name == NAME:
         raise InputError("the images of this run were handed over from Python (data=...): give them again")
@@ -54,14 +54,14 @@ def load(config: DataConfig) -> Dataset:
     train, val = NAMED[name](config)
     if train.images.shape[1:] != val.images.shape[1:]:
         raise InputError(
-            f"{name}: training images {train.images.shape[1:]} and test images {val.images.shape[1:]} have differing "
-            "shapes"
+            f"{name}: training images {train.images.shape[1:]} and "
+            f"test images {val.images.shape[1:]} have differing shapes"
         )
     return Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ()))
 
 
 def with_prefix(name: str) -> str:
-    """A bare path with what it is before it: folder, packed, array or tar. Any other name as it is."""
+    """A bare path with its kind in front: folder, packed, array or tar. Any other name is returned as it is."""
     if name in NAMED or name.startswith((*PREFIXES, "packed:", "array:")):
         return name
     path = expand(name)
@@ -73,7 +73,7 @@ def with_prefix(name: str) -> str:
 
 
 def absolute(name: str) -> str:
-    """The same source from whatever folder it is named: paths made absolute, other names as they are."""
+    """A name that means the same in any working folder: paths are made absolute, other names stay as they are."""
     name = with_prefix(name)
     prefix, _, path = name.partition(":")
     is_path = prefix in ("folder", "tar", "packed", "array") or (prefix == "hf" and expand(path).is_dir())
@@ -84,6 +84,6 @@ def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
     for key in ("image_size", "fit", "channels", "background"):
         if getattr(config, key) is not None and key not in but:
             raise InputError(
-                f"data.{key} is about pictures (folder:, tar:, hf: and photos), and {shown(config.name)} is none; "
-                "leave it out"
+                f"data.{key} is about pictures (folder:, tar:, hf: and photos), "
+                f"and {shown(config.name)} is none; leave it out"
             )

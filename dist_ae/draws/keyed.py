@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_ae.config import Config
 from dist_ae.draws import philox
 
-VERSION = 2  # of the draws, kept in config.json: 1 re-seeded one of torch's generators for every 32 rows
+VERSION = 2  # of the draws, kept in config.json. Version 1 re-seeded one of torch's generators for every 32 rows
 
 
 class Draws(NamedTuple):
@@ -39,7 +39,7 @@ class DrawShapes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A training step twice: as a number for the host, and on the device, where a captured graph reads it."""
+    """A training step, twice: as a number for the host, and on the device, where a captured graph reads it."""
 
     number: int
     on_device: Tensor | None = None  # int64 []
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 def keyed_seed(*key: int | str) -> int:
     """A 63-bit seed from any key, for torch's generators.
 
-    Its CPU generator uses the low 32 bits, which a hash fills evenly.
+    torch's CPU generator uses the low 32 bits, which a hash fills evenly.
     """
     packed = b"".join(struct.pack("<q", part) if isinstance(part, int) else part.encode() + b"\0" for part in key)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
@@ -66,7 +66,7 @@ def _has_triton() -> bool:
 
 
 def drawn_on(device: torch.device) -> bool:
-    """Whether draws are made on this device itself; else they are made on the host and copied."""
+    """Whether draws are made on this device itself. Otherwise they are made on the host and copied."""
     return device.type == "cpu" or (device.type == "cuda" and _has_triton())
 
 
@@ -118,7 +118,7 @@ def draw(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Draws:
-    """The draws of one training step for rows ``rows`` of its global batch: one call a stream.
+    """The draws of one training step for rows ``rows`` of its global batch, in one call per stream.
 
     They are always drawn in float32, so that fp64 repeats the fp32 experiment.
     """
@@ -133,5 +133,5 @@ def draw(
 
 
 def has_draws(config: Config) -> bool:
-    """Whether training draws anything at random beside its order and its first weights."""
+    """Whether training draws anything at random besides its order and its first weights."""
     return bool(config.objective.noise_std or config.model.dropout or config.model.variational)

@@ -1,8 +1,7 @@
 """Counter-based random numbers on the CPU: Philox 4x64-10 (Salmon et al. 2011), as numpy has it.
 
-A table of draws has rows of a fixed width. A block of the generator gives 4 words of 64 bits, so 16 halves of 16 bits;
-a row takes whole blocks. Any range of rows is a range of counters, hence one call, and no row depends on which others
-are drawn.
+A table of draws has rows of a fixed width. A block of the generator gives 4 words of 64 bits, so 16 halves of 16 bits,
+and a row takes whole blocks. Any range of rows is a range of counters and takes one call. No row depends on the others.
 """
 
 from __future__ import annotations
@@ -40,8 +39,9 @@ def halves(key: Key, rows: range, width: int) -> Array:
 def normal_table(std: float = 1.0) -> Array:
     """The 65,536 normal quantiles at (i + ½) / 65,536, scaled to standard deviation ``std``, float32.
 
-    A table in place of logarithms and cosines: the same bits on every device, and a quarter of the random words. What
-    it costs: values end at 4.33 standard deviations, which one normal in 70,000 exceeds, and the kurtosis is 2.998.
+    A table replaces logarithms and cosines: it gives the same bits on every device and needs a quarter of the random
+    words. The price is that values end at 4.33 standard deviations, which one normal in 70,000 exceeds, and that the
+    kurtosis is 2.998.
     """
     places = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     quantiles = torch.special.ndtri(places)
@@ -50,8 +50,9 @@ def normal_table(std: float = 1.0) -> Array:
 
 
 def threshold(keep: float) -> int:
-    """The half below which a unit is kept; the scale of what is kept is LEVELS / threshold, so masks average to
-    exactly 1.
+    """The half below which a unit is kept.
+
+    Kept units are scaled by LEVELS / threshold, so masks average to exactly 1.
     """
     return min(max(round(keep * LEVELS), 1), LEVELS)
 

@@ -18,18 +18,7 @@ BLOCKS = 128  # generator blocks that one program works on
 
 @triton.jit
 def _fill(
-    out,
-    table,
-    key,
-    step,
-    first,
-    num_blocks,
-    width,
-    per_row,
-    limit,
-    scale,
-    MASK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    out, table, key, step, first, num_blocks, width, per_row, limit, scale, MASK: tl.constexpr, BLOCKS: tl.constexpr
 ):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < num_blocks
@@ -78,8 +67,7 @@ def _key(device: torch.device, seed: int, stream: int) -> Tensor:
 def draw_on_device(
     seed: int, stream: int, step: Tensor, rows: range, width: int, device: torch.device, std: float | None, keep: float
 ) -> Tensor:
-    """Rows of a table of draws, float32 [len(rows), width], as ``philox.normals`` (with ``std``) or ``philox.masks``
-    give them.
+    """Rows of a table of draws, float32 [len(rows), width]: ``philox.normals`` with ``std``, else ``philox.masks``.
 
     Args:
         step: int64 [], on the device, so that a captured kernel can be replayed at another step.
@@ -88,22 +76,12 @@ def draw_on_device(
     per_row, limit = blocks_per_row(width), threshold(keep)
     num_blocks = len(rows) * per_row
     if num_blocks:
-        table = out if std is None else _table(device, std)
-        _fill[(triton.cdiv(num_blocks, BLOCKS),)](
-            out,
-            table,
-            _key(device, seed, stream),
-            step,
-            rows.start * per_row,
-            num_blocks,
-            width,
-            per_row,
-            limit,
-            LEVELS / limit,
-            MASK=std is None,
-            BLOCKS=BLOCKS,
+        table, key = out if std is None else _table(device, std), _key(device, seed, stream)
+        grid, first, scale = (triton.cdiv(num_blocks, BLOCKS),), rows.start * per_row, LEVELS / limit
+        _fill[grid](
+            out, table, key, step, first, num_blocks, width, per_row, limit, scale, MASK=std is None, BLOCKS=BLOCKS
         )
     return out
 
 
-assert HALVES == 16  # the kernel's loop counts on it
+assert HALVES == 16  # the kernel's loop relies on it

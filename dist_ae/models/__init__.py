@@ -43,7 +43,7 @@ Builder = Callable[[tuple[int, ...]], Autoencoder]  # a model of the user's own,
 
 
 def blank(config: Config, image_shape: Sequence[int]) -> Autoencoder:
-    """The model of a configuration without weights (on torch's meta device): its shapes, for nothing."""
+    """The model of a configuration without weights, on torch's meta device: its shapes at no cost."""
     with torch.device("meta"):
         return ARCHITECTURES[config.model.architecture](config, image_shape)
 
@@ -59,8 +59,8 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
     """
     if (config.model.architecture == "own") != (own is not None):
         raise InputError(
-            "model.architecture own needs the function that builds the model: train(config, model=build) from Python, "
-            "or load(run_dir, model=build)"
+            "model.architecture own needs the function that builds the model: "
+            "train(config, model=build) from Python, or load(run_dir, model=build)"
         )
     if own is None:
         return initialize(blank(config, image_shape), config.seed)

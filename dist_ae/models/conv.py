@@ -15,7 +15,7 @@ from dist_ae.models.starts import leading, probabilistic, whitened
 
 
 class Convolution(nn.Module):
-    """A convolution whose kernel is kept as a matrix [out, in · side · side]: as Muon takes it, and as PCA gives it."""
+    """A convolution whose kernel is kept as a matrix [out, in · side · side], as Muon takes it and PCA gives it."""
 
     def __init__(self, inputs: int, outputs: int, side: int = 3, stride: int = 1) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """x + second(act(first(act(norm(x))))), where ``second`` starts at zero. A mask drops channels before it."""
+    """x + second(act(first(act(norm(x))))). ``second`` starts at zero, and a mask drops channels before it."""
 
     def __init__(self, width: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -73,8 +73,10 @@ def to_depth(x: Tensor) -> Tensor:
 
 
 def to_space(x: Tensor, side: int) -> Tensor:
-    """[B, C · side², H, W] → [B, C, H · side, W · side], the inverse of ``to_depth``: torch's pixel_shuffle, in
-    channels-last order on every device and with a gradient for an empty batch."""
+    """[B, C · side², H, W] → [B, C, H · side, W · side], the inverse of ``to_depth``.
+
+    It is torch's pixel_shuffle, but in channels-last order on every device and with a gradient for an empty batch.
+    """
     batch, channels, height, width = x.shape
     x = x.view(batch, channels // side**2, side, side, height, width)
     return x.permute(0, 4, 2, 5, 3, 1).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
@@ -99,7 +101,7 @@ class Conv(Autoencoder):
     """Residual blocks at each resolution, and beside them a linear path from patches to the code and back.
 
     The net's last layers start at zero, so the model starts as its linear path. A grid code has ``latent_dim`` channels
-    for each patch of f × f pixels, f = 2 ** len(widths); a vector code has ``latent_dim`` numbers for the whole image.
+    for each patch of f × f pixels, f = 2 ** len(widths). A vector code has ``latent_dim`` numbers for the whole image.
     Images of any size are padded to a multiple of f by repeating the edge, and cropped back.
     """
 
@@ -117,7 +119,7 @@ class Conv(Autoencoder):
         )
         act = self.activation = ACTIVATIONS[model.activation]
         predicted = size * (2 if model.variational else 1)
-        # Blocks begin at half the resolution: at the full one they cost four times as much.
+        # Blocks begin at half the resolution; at full resolution they would cost four times as much.
         down: list[nn.Module] = [Convolution(channels, widths[0], 4, 2)]
         up: list[nn.Module] = []
         for level, width in enumerate(widths):
@@ -176,7 +178,7 @@ class Conv(Autoencoder):
         return x
 
     def linear_code(self) -> LinearCode:
-        """PCA of the patches for a grid code, of the whole image for a vector."""
+        """PCA of the patches for a grid code, of the whole image for a vector code."""
         size, channels = self.code_shape[0], self.image_shape[0]
         most = math.prod(self.image_shape) if self.vector else channels * self.factor**2
         return LinearCode(min(size, most), None if self.vector else self.factor, size)

@@ -1,4 +1,4 @@
-"""What a step of training costs for one image: arithmetic, and memory until its gradient is taken."""
+"""What a training step costs for one image: arithmetic, and memory until the gradient is taken."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dist_ae.models.interface import Autoencoder
 
 
 class Cost(NamedTuple):
-    """Of one image in one step."""
+    """The cost of one image in one step."""
 
     operations: int  # of floating-point numbers, in matrix products and convolutions; an addition and a product are two
     kept: int  # bytes that the forward pass keeps for the backward pass
 
 
 def cost_of(model: Autoencoder, lower: torch.dtype | None = None) -> Cost:
-    """Counts on real passes over one and over two images, so that what is kept once a step is not counted an image.
+    """Counts on real passes over one and over two images, so that what is kept once per step counts for no image.
 
-    torch's FlopCounterMode finds the same operations (a test compares), but imports torch's compiler: a second of the
-    three that a run takes to its first step.
+    torch's FlopCounterMode finds the same operations (a test compares them), but it imports torch's compiler. That
+    takes one of the three seconds that a run needs to its first step.
 
     Args:
         lower: the type of autocast, where the run uses it.
@@ -41,7 +41,7 @@ def _pass(model: Autoencoder, count: int, lower: torch.dtype | None) -> Cost:
         weight, transposed = layer.weight, isinstance(layer, nn.modules.conv._ConvTransposeNd)
         assert isinstance(weight, Tensor)
         places = (inputs[0] if transposed else output).numel() // weight.shape[0]
-        # Forward, the gradient of the weights and, where one is needed, that of the layer's input: the same each.
+        # Forward pass, gradient of the weights and, where it is needed, gradient of the input: each costs the same.
         operations += 2 * weight.numel() * places * (3 if inputs[0].requires_grad else 2)
 
     def keep(tensor: Tensor) -> Tensor:

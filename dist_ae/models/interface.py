@@ -1,7 +1,7 @@
 """What every architecture shares, and the two functions that an architecture adds.
 
-The four systems (plain, denoising, dropout, variational) live here once; ``mlp.py`` and ``conv.py`` only say how an
-image becomes a code and a code an image. A model of your own does the same: see ``examples/own_model.py``.
+The four systems (plain, denoising, dropout, variational) live here once. ``mlp.py`` and ``conv.py`` only say how an
+image becomes a code and a code becomes an image. A model of your own does the same: see ``examples/own_model.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Output(NamedTuple):
 
 
 class LinearCode(NamedTuple):
-    """The best linear code that a model can carry: what its PCA start takes and what it is compared with."""
+    """The best linear code that a model can carry. Its PCA start takes it, and the model is compared with it."""
 
     components: int  # principal components that the start sets
     patch: int | None  # side of the patches that are coded one by one; None codes the whole image
@@ -106,8 +106,10 @@ class Autoencoder(nn.Module):
         self.log_sigma = nn.Parameter(torch.tensor(START_LOG_SIGMA)) if learned_sigma else None
 
     def encode_raw(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """images [B, C, H, W] on [-1, 1] → codes [B, *code_shape]; of a variational model mean and log-variance,
-        one after the other along dimension 1."""
+        """images [B, C, H, W] on [-1, 1] → codes [B, *code_shape].
+
+        A variational model gives mean and log-variance, one after the other along dimension 1.
+        """
         raise NotImplementedError
 
     def decode_raw(self, code: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
@@ -119,11 +121,11 @@ class Autoencoder(nn.Module):
         return [p for p in self.parameters() if p.ndim == 2]
 
     def linear_code(self) -> LinearCode | None:
-        """What ``start_from`` takes; None for a model that has no PCA start."""
+        """The linear code that ``start_from`` takes; None for a model without a PCA start."""
         return None
 
     def start_from(self, components: Components, objective: ObjectiveConfig) -> None:
-        """Sets the weights so that the model is that linear code."""
+        """Sets the weights so that the model is the linear code of these components."""
         raise NotImplementedError
 
     def draw_shapes(self) -> DrawShapes:
@@ -133,10 +135,10 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor, masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor | None]:
         """images [B, C, H, W] on [0, 1] → mean and log-variance of the code, each [B, *code_shape].
 
-        There is no log-variance unless the model is variational.
+        The log-variance is None unless the model is variational.
 
         Raises:
-            ValueError: images of another shape than the model's.
+            ValueError: the images' shape is not the model's.
         """
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))

@@ -15,7 +15,7 @@ from dist_ae.models.starts import leading, probabilistic
 
 
 class MLP(Autoencoder):
-    """Encoder D → hidden → L (twice L if variational), decoder mirrored; nothing after the last layers."""
+    """Encoder D → hidden → L (2 L if variational) and its mirror image as decoder; nothing follows the last layers."""
 
     def __init__(self, config: Config, image_shape: Sequence[int]) -> None:
         model, objective = config.model, config.objective
@@ -75,8 +75,8 @@ class MLP(Autoencoder):
         for index, layer in enumerate(layers):
             assert isinstance(layer, nn.Linear)
             first, last, is_code = index == 0, layer is self.to_pixels, layer is self.to_code
-            # What comes in as pairs (a, -a) of hidden units, or as a itself from pixels or the code; what goes out
-            # likewise.
+            # A value a comes in as a pair (a, -a) of hidden units, or as itself from pixels or the code. It goes out in
+            # one of the same two ways.
             matrix = torch.eye(k, dtype=torch.float64)
             bias = torch.zeros(k, dtype=torch.float64)
             if first:

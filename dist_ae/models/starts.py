@@ -1,4 +1,4 @@
-"""The best linear codes as an encoder and a decoder: what a PCA start writes into weights."""
+"""The best linear codes as encoders and decoders, which a PCA start writes into the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_ae.config import ObjectiveConfig
 from dist_ae.models.interface import LOGVAR_RANGE, Components
 
-LEAST_SCALE = 1e-3  # of the largest standard deviation: 1 / scale then stays far from the largest number of fp16
+LEAST_SCALE = 1e-3  # of the largest standard deviation, so that 1 / scale stays far below the largest fp16 number
 
 
 def whitened(components: Components) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The start of a set of weights and what can be said of it, whatever architecture it belongs to."""
+"""Initial weights and a hash of weights, for any architecture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ M = TypeVar("M", bound=Autoencoder)
 def initialize(model: M, seed: int) -> M:
     """Fills linear and convolutional layers as torch does, uniform in ±1/√fan_in; a learned σ starts at 0.25.
 
-    Norms start as the identity, and the layers that the model names in ``zeros`` at zero.
+    Norms start as the identity, and the layers that the model names in ``zeros`` start at zero.
 
     Each tensor is keyed by seed and name, so no global generator is touched and any device gets the same weights.
     """
@@ -46,7 +46,7 @@ def initialize(model: M, seed: int) -> M:
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """A hash of names, types, shapes and values: equal for equal weights, whatever file they were in."""
+    """A hash of names, types, shapes and values. It is equal for equal weights, whatever file they were in."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
