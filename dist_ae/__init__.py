@@ -14,7 +14,7 @@ from dist_ae.presets import PRESETS
 if TYPE_CHECKING:
     from dist_ae import objectives
     from dist_ae.models import Autoencoder
-    from dist_ae.trainer import NonFinite, Report, Result, Stopped, train
+    from dist_ae.trainer import NonFinite, OutOfMemory, Report, Result, Stopped, train
     from dist_ae.use.trained import TrainedModel, load
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "Config",
     "InputError",
     "NonFinite",
+    "OutOfMemory",
     "Report",
     "Result",
     "Stopped",
@@ -38,6 +39,7 @@ __all__ = [
 _HOMES = {
     "Autoencoder": "models",
     "NonFinite": "trainer",
+    "OutOfMemory": "trainer",
     "Report": "trainer",
     "Result": "trainer",
     "Stopped": "trainer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,14 +39,36 @@ Root = Annotated[
 ]
 
 
+def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The file of ``--config FILE`` or ``--config=FILE``, wherever it stands, and the other arguments.
+
+    Raises:
+        InputError: no file follows, or a preset stands beside it.
+    """
+    at = next((i for i, word in enumerate(arguments) if word == "--config" or word.startswith("--config=")), None)
+    if at is None:
+        return None, arguments
+    _, given, file = arguments[at].partition("=")
+    file = file if given else "".join(arguments[at + 1 : at + 2])
+    rest = arguments[:at] + arguments[at + (1 if given else 2) :]
+    if not file:
+        raise InputError("--config: expected a file, such as a run's config.json")
+    if rest[:1] and rest[0] in PRESETS:
+        raise InputError(f"--config {file} holds a whole experiment; leave out the preset {rest[0]}")
+    return file, rest
+
+
 def train(arguments: list[str]) -> None:
     """Trains a preset (ae, denoising, dropout, vae, conv, …), or --config FILE; the same command again resumes."""
-    if arguments[:1] == ["--config"] and len(arguments) > 1:
-        given, prog = load_config(Path(arguments[1])), f"dist-ae train --config {arguments[1]}"
-        config = tyro.cli(Config, default=given, args=arguments[2:], prog=prog)
+    file, rest = _config_file(arguments)
+    if file is not None:
+        config = tyro.cli(Config, default=load_config(Path(file)), args=rest, prog=f"dist-ae train --config {file}")
     else:
         presets = {name: (DESCRIPTIONS[name], preset) for name, preset in PRESETS.items()}
-        config = tyro.extras.overridable_config_cli(presets, args=arguments, prog="dist-ae train")
+        text = (
+            "Trains a preset, with the settings given. --config FILE takes a run's config.json or a sweep's best.json."
+        )
+        config = tyro.extras.overridable_config_cli(presets, args=rest, prog="dist-ae train", description=text)
 
     if rank() == 0:
         say(f"{config.name} on {config.data.name}: loading …")
@@ -355,7 +378,7 @@ def pack(
     ignored = "".join(f", {count:,} ignored: {what}" for what, count in manifest.ignored.items())
     shape = "×".join(map(str, manifest.image_shape or ()))
     say(f"{manifest.images:,} pictures of {shape}, {sum(sizes):,} bytes{skipped}{ignored}")
-    say(f"train from it: dist-ae train ae --data.name packed:{out}")
+    say(f"train from it: dist-ae train ae --data.name {shlex.quote(f'packed:{out}')}")
 
 
 def doctor(

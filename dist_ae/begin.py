@@ -13,8 +13,8 @@ import torch
 from dist_ae import pca, timeline
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
-from dist_ae.data.memory import Given, memory_dataset
-from dist_ae.data.records import Dataset
+from dist_ae.data.memory import NAME, Handed, memory_dataset
+from dist_ae.data.records import Dataset, at_once
 from dist_ae.draws import VERSION as DRAWS
 from dist_ae.draws import has_draws
 from dist_ae.models import Autoencoder, Builder, blank, build
@@ -27,28 +27,30 @@ from dist_ae.timeline import Timeline
 
 
 def prepare(
-    config: Config, data: Given | None = None, own: Builder | None = None
+    config: Config, data: Handed | None = None, own: Builder | None = None
 ) -> tuple[Config, Dataset, Autoencoder]:
     """Finds what is wrong with the input before any process group starts, and fills in the image shape."""
     launched_world()
     check_environment()
     check_device(config)
-    if data is not None:
-        config = config.override({"data.name": "memory"})
+    # With its full path, a run finds its data from whatever folder it is used in.
+    config = config.override({"data.name": NAME if data is not None else sources.absolute(config.data.name)})
     if own is not None:
         config = config.override({"model.architecture": "own"})
     dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data.val_fraction)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(
-            f"model.image_shape is {config.model.image_shape}, "
-            f"but the images of {dataset.name} are {dataset.image_shape}"
+            f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are "
+            f"{dataset.image_shape}; with --model.image-shape None it is theirs"
         )
     if config.train.batch_size > len(dataset.train):
         raise InputError(
             f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has "
-            f"{len(dataset.train)} training images"
+            f"{len(dataset.train)} training images; use --train.batch-size {len(dataset.train)} or less"
         )
-    config = config.override({"model.image_shape": dataset.image_shape, "run_dir": config.directory()})
+    evaluated = at_once(config.evaluation.batch_size, dataset.image_shape)
+    found = {"model.image_shape": dataset.image_shape, "evaluation.batch_size": evaluated}
+    config = config.override({**found, "run_dir": config.directory()})
     model = build(config, dataset.image_shape, own)
     if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):
         raise InputError(
@@ -122,13 +124,15 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
             "it is; to train, choose another --run-dir"
         )
     trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
-    may_change: tuple[str, ...] = ()
+    may_change: list[str] = []
+    if ((kept or {}).get("trajectory") or {}).get("data.fingerprint") == dataset.fingerprint:
+        may_change.append("data.name")  # the same images in another place
     if config.optim.schedule != "constant":
         # The schedule ends at the last step, so another length means another rate from the start.
         trajectory["total_steps"] = Timeline.of(config.train, len(dataset.train)).total_steps
         if config.extend:
             _say_extension(folder, config, kept, trajectory["total_steps"])
-            may_change = ("total_steps",)
+            may_change.append("total_steps")
     # A field that an older version did not know stands at its default, which means "as it was".
     folder.claim(trajectory, describe(config), unknown=Config().trajectory_values(), may_change=may_change)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dist_ae.files import Damaged, plain_name, read_json
 
@@ -44,6 +44,11 @@ def trajectory(default: Any, description: str, **bounds: Any) -> Any:
 def free(default: Any, description: str, **bounds: Any) -> Any:
     """A field that decides where or how often, never what: it may change when a run is resumed."""
     return Field(default, description=description, json_schema_extra={"on_resume": "free"}, **bounds)
+
+
+def home(path: Path | None) -> Path | None:
+    """A path with ``~`` replaced, which a shell does not do in ``--run-dir=~/runs``."""
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 class Section(BaseModel):
@@ -79,10 +84,10 @@ class DataConfig(Section):
         None, "height and width that pictures get; left out, they must all have one size", gt=0, le=4096
     )
     fit: Literal["crop", "pad", "stretch"] | None = trajectory(
-        None, "how a picture becomes square: crop its middle (as left out), pad its shorter side, or stretch it"
+        None, "how a picture becomes square: crop its middle (the default), pad its shorter side, or stretch it"
     )
     channels: Literal["auto", "grey", "rgb"] | None = trajectory(
-        None, "colour of pictures; auto, as left out: grey where all of them are, else rgb"
+        None, "colour of pictures; auto, the default: grey where all of them are, else rgb"
     )
     background: str | None = trajectory(
         None, "colour behind transparent and padded pictures, by name or #rrggbb; left out, white"
@@ -95,6 +100,8 @@ class DataConfig(Section):
     )
     corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
     cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")
+
+    _home = field_validator("root", "cache")(home)
 
 
 class ModelConfig(Section):
@@ -150,7 +157,7 @@ class ObjectiveConfig(Section):
         if isinstance(self.sigma, float) and self.sigma <= 0:
             raise ValueError("sigma must be greater than 0, or 'learned'")
         if self.likelihood == "bernoulli" and self.sigma == "learned":
-            raise ValueError("sigma='learned' needs likelihood='gaussian'; a Bernoulli pixel has no sigma")
+            raise ValueError("sigma='learned' is for gaussian and discretized pixels; a Bernoulli pixel has no sigma")
         return self
 
 
@@ -262,6 +269,8 @@ class Config(Section):
         None, "FROM:TO, steps to watch with torch's profiler: a Chrome trace and a table in the run directory"
     )
 
+    _home = field_validator("init_from", "run_dir")(home)
+
     def profiled(self) -> range | None:
         """The steps of ``profile``."""
         if self.profile is None:
@@ -367,7 +376,8 @@ def _explain(error: ValidationError, prefix: str) -> str:
     for e in error.errors():
         key = ".".join(str(part) for part in e["loc"] if part not in ("float", "int", "literal['learned']"))
         got = "" if isinstance(e["input"], dict) else f", got {reprlib.repr(e['input'])}"
-        lines.append(f"{prefix}{key}: {e['msg'].removeprefix('Value error, ')}{got}".replace(".: ", ": "))
+        where = f"{prefix}{key}".rstrip(": .")  # a check of several keys together has no key of its own
+        lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')}{got}".removeprefix(": "))
     return "\n".join(lines)
 
 

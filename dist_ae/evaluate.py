@@ -79,7 +79,7 @@ def collapsed(metrics: Mapping[str, float]) -> str:
         return ""
     return (
         "WARNING: posterior collapse: no number of the code varies from image to image, and every image gets the same "
-        "reconstruction. Raise objective.beta_warmup_steps, lower objective.beta, or begin with --model.start pca"
+        "reconstruction. Raise objective.beta_warmup_steps, or lower objective.beta"
     )
 
 

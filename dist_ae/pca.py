@@ -100,7 +100,7 @@ class _Vectors:
                 yield images.flatten(1) if self._patch is None else patches(images, self._patch)
 
     def _sum(self, values: Tensor) -> Tensor:
-        return self._runtime.sum(values.to(self._runtime.device)).cpu()
+        return self._runtime.sum(values.to(self._runtime.device, self._runtime.exact)).cpu().double()
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """Mean [size] and covariance [size, size]. Products of 256 rows of bytes are exact in float32."""
@@ -164,7 +164,8 @@ def check(config: Config, model: Autoencoder) -> None:
         return
     if config.objective.likelihood == "bernoulli":
         raise InputError(
-            "model.start pca needs objective.likelihood gaussian: PCA gives pixels, not the logits of a Bernoulli model"
+            "model.start pca gives pixels, not the logits of objective.likelihood bernoulli; use model.start random, "
+            "or the likelihood gaussian or discretized"
         )
     code = model.linear_code()
     if code is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +16,7 @@ import torch
 from dist_ae import pca, timeline
 from dist_ae.begin import claimed, describe, prepare
 from dist_ae.config import Config, Fault, InputError
-from dist_ae.data.memory import Given
+from dist_ae.data.memory import NAME, Handed
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset, Split
@@ -26,7 +27,7 @@ from dist_ae.models.cost import cost_of
 from dist_ae.models.weights import weights_sha256
 from dist_ae.processes.clock import Clock
 from dist_ae.processes.environment import meeting, notes, pinned_torch
-from dist_ae.processes.runtime import Runtime
+from dist_ae.processes.runtime import Runtime, accumulation_steps
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
 from dist_ae.run import calibration
@@ -42,14 +43,19 @@ from dist_ae.terminal import EXIT_STOPPED, size_of
 from dist_ae.timeline import Timeline
 
 LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk
+STOP_SAVE_SECONDS = 4.0  # the same when a run is stopped, which must not take longer than 10 s in all
+SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: 30 overflows in a row, each of which halves it
 TRAIN_SAMPLE = 2000  # training images that are evaluated beside those of validation
-STOP_SAVE_SECONDS = 4.0  # the wait when a run is stopped, which must not take longer than 10 s in all
 
 
 class Stopped(Exception):
     """A signal stopped the run; the same command resumes it."""
 
     exit_status = EXIT_STOPPED
+
+
+class OutOfMemory(Fault):
+    """A device had no memory left for a step or an evaluation."""
 
 
 class NonFinite(Fault):
@@ -116,7 +122,7 @@ def train(
     report: Reporter | None = None,
     start_from: Path | None = None,
     *,
-    data: Given | None = None,
+    data: Handed | None = None,
     model: Builder | None = None,
 ) -> Result:
     """Trains one autoencoder on as many processes as the launcher started, and resumes what its run directory holds.
@@ -135,6 +141,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; a checkpoint of the current step was written.
         NonFinite: a loss or gradient was not finite.
         SaveError: the last checkpoint could not be written.
+        OutOfMemory: a GPU had no memory left.
         LostProcess: another process died or stopped answering.
     """
     if not isinstance(config, Config):
@@ -154,6 +161,15 @@ def _train_together(job: Job) -> Result:
         result = _train(job, runtime, watch)
         watch.close()
         return result
+    except torch.OutOfMemoryError as error:
+        config = job.config
+        parts = accumulation_steps(config.train.batch_size, runtime.world, config.train.max_per_process)
+        now = -(-config.train.batch_size // (runtime.world * parts))
+        raise OutOfMemory(
+            f"{runtime.device} has no memory left ({str(error).partition('. ')[0]}). A step computes {now} images at "
+            f"once on each process: --train.max-per-process {max(1, now // 2)} adds up smaller parts, with the same "
+            "result. Where an evaluation is too large, lower --evaluation.batch-size"
+        ) from error
     except RuntimeError as error:  # what a collective raises when a process is gone
         raise watch.explain(error) from error
     finally:
@@ -272,7 +288,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
         except StopRequested:
             raise Stopped(_stopped(state, saved, steps, config)) from None
         result = runtime.on_main(lambda: _write_result(learner, state, clock, folder) if folder else None)
-        display.say(_against_pca(learner.raw_model, state))
+        display.say(_against_pca(learner.raw_model, state, config))
         display.say(_best(state, steps))
         return Result(**result, run_dir=config.directory())
 
@@ -396,18 +412,26 @@ def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
     Raises:
         NonFinite: naming the step.
     """
+    config, scaler = learner.config, learner.runtime.accelerator.scaler
+    if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+        raise NonFinite(
+            f"fp16: gradients are not finite however small their scale ({scaler.get_scale():.1g}), and no step has "
+            "changed a weight for a while. Use --precision bf16; a lower optim.lr or optim.clip_norm may help"
+        )
     step = learner.guard.bad_step()
     if step is None:
         return
     if folder is not None:
-        config, rows = learner.config, learner.rows(step).tolist()
+        rows = learner.rows(step).tolist()
         bundle = {"step": step, "seed": config.seed, "rows": rows, "config": config.model_dump(mode="json")}
         folder.write("nonfinite.json", bundle)
         write_atomically(folder.path / "nonfinite.safetensors", safetensors.torch.save(learner.tensors()["weights"]))
+    replay = f" `dist-ae doctor {shlex.quote(str(config.directory()))} --replay` repeats that step on one process."
+    if config.data.name == NAME or config.model.architecture == "own":
+        replay = ""  # the command has neither images nor a model from Python
     raise NonFinite(
         f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is "
-        f"from before it. `dist-ae doctor {learner.config.directory()} --replay` repeats that step on one process; a "
-        "lower optim.lr or optim.clip_norm may help"
+        f"from before it.{replay} A lower optim.lr or optim.clip_norm may help"
     )
 
 
@@ -579,20 +603,23 @@ def _stopped(state: State, saved: tuple[int, bool], steps: Timeline, config: Con
     if saved[0] == state.step:
         return f"stopped at step {state.step} of {steps.total_steps}; {where}"
     return (
-        f"stopped at step {state.step} of {steps.total_steps}, and no checkpoint of it could be written. The last one "
-        f"on the disk is of step {saved[0]}: free some room, and {where}"
+        f"stopped at step {state.step} of {steps.total_steps}, and no checkpoint of it could be written. "
+        f"{_on_disk(saved)}: free some room, and {where}"
     )
+
+
+def _on_disk(saved: tuple[int, bool]) -> str:
+    return f"The last one on the disk is of step {saved[0]}" if saved[0] else "There is none on the disk yet"
 
 
 def _unsaved(state: State, saved: tuple[int, bool], config: Config) -> str:
     return (
         f"the last checkpoint, of step {state.step}, could not be written to {config.directory()}. The run is not "
-        f"finished: the last checkpoint on the disk is of step {saved[0]}. Free some room; "
-        "the same command resumes there"
+        f"finished. {_on_disk(saved)}: free some room; the same command resumes there"
     )
 
 
-def _against_pca(model: Autoencoder, state: State) -> str:
+def _against_pca(model: Autoencoder, state: State, config: Config) -> str:
     """One line that says whether the model is better than PCA, and so worth its training."""
     mse, linear, code = state.metrics["mse"], state.pca_mse, model.linear_code()
     if not linear or code is None:
@@ -601,9 +628,11 @@ def _against_pca(model: Autoencoder, state: State) -> str:
     name = "PCA" if code.patch is None else f"PCA of {code.patch} × {code.patch} patches"
     if mse <= linear:
         return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
+    can_start = config.objective.likelihood != "bernoulli" and config.model.start != "pca"
+    or_pca = ", or begin with --model.start pca" if can_start else ""
     return (
         f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} ABOVE {name} with {numbers:,} numbers ({linear:.3g}), "
-        "the best linear code of that size. Train longer, lower optim.lr, or begin with --model.start pca"
+        f"the best linear code of that size. Train longer, or lower optim.lr{or_pca}"
     )
 
 

@@ -52,7 +52,7 @@ def test_presets_are_the_four_systems_and_the_tutorials() -> None:
         ({"optim.lr": "fast"}, "optim.lr"),
         ({"optim.betas": (0.9, 1.0)}, "betas must lie in"),
         ({"objective.sigma": 0.0}, "sigma must be greater than 0"),
-        ({"objective.sigma": "learned", "objective.likelihood": "bernoulli"}, "needs likelihood='gaussian'"),
+        ({"objective.sigma": "learned", "objective.likelihood": "bernoulli"}, "a Bernoulli pixel has no sigma"),
         ({"model": 3}, "unknown configuration key 'model'"),
     ],
 )

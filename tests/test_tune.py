@@ -360,7 +360,7 @@ UNTRAINABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pca of logits": (
         {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}},
         {},
-        "needs objective.likelihood",
+        "not the logits of objective.likelihood bernoulli",
     ),
     "precision of a GPU": ({"precision": {"choice": ["fp32", "fp16"]}}, {}, "fp16 needs a GPU"),
     "batch larger than the data": ({"train.batch_size": {"choice": [100, 5000]}}, {}, "training images"),

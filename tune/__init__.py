@@ -25,9 +25,11 @@ def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) 
     """
     from .__main__ import sweep
     from .plan import Settings
+    from .spaces import SPACES
 
     fixed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-    named = {"space": space} if isinstance(space, Path) else {"which": space}
+    is_file = isinstance(space, Path) or (space not in SPACES and Path(space).is_file())
+    named = {"space": Path(space)} if is_file else {"which": space}
     given = {key: options.pop(key) for key in Settings.model_fields if key in options}
     run = Settings(**{key: value for key, value in given.items() if value is not None})
     return sweep(**named, settings=run, set=fixed, **options)

@@ -61,8 +61,7 @@ def sweep(
     if not 0 <= retrain <= 1000:
         raise InputError(f"--retrain {retrain}: 0 to 1000 seeds")
     if resume is not None:
-        if which is not None or space is not None or set:
-            raise InputError("--resume takes the space and what is fixed from the sweep; leave them out")
+        refuse_on_resume(which, space, settings, metric, name, set)
         found = go_on(storage.resolve() / resume, settings, selection, retrain)
     else:
         chosen = load_space(which, space)
@@ -75,6 +74,21 @@ def sweep(
     if not write_report(found, selection):
         raise Fault("no trial finished; the reasons stand in trials.csv and in trials/*/error.txt")
     return found.path
+
+
+def refuse_on_resume(
+    which: str | None, space: Path | None, settings: Settings, metric: str | None, name: str | None, set: list[str]
+) -> None:
+    """Raises InputError for what a sweep decided when it began; only an address and a limit may change."""
+    given = {"SPACE": which, "--space": space, "--metric": metric, "--name": name, "--set": set}
+    changed = settings.model_dump(exclude={"address", "max_concurrent"}, exclude_defaults=True)
+    given |= {f"--{key.replace('_', '-')}": value for key, value in changed.items()}
+    wrong = [option for option, value in given.items() if value]
+    if wrong:
+        raise InputError(
+            f"--resume goes on with the sweep as it was begun; leave out {', '.join(wrong)}. It takes --address, "
+            "--max-concurrent, --select and --retrain. For another search, begin another sweep"
+        )
 
 
 def spelled_as_set(arguments: Sequence[str]) -> list[str]:

@@ -49,7 +49,7 @@ class Settings(BaseModel):
     max_concurrent: int | None = Field(
         None, ge=1, le=MAX_TRIALS, description="most trials at once; left out, all that fit"
     )
-    address: str | None = Field(None, description="local, as left out; auto: this machine's cluster; or HOST:PORT")
+    address: str | None = Field(None, description="local, the default; auto: this machine's cluster; or HOST:PORT")
     seed: int = Field(0, description="of the search")
 
     def __init__(self, **values: Any) -> None:

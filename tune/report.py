@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from .spaces import METRICS
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
 CHUNK = 4096  # images at once
 EXACT = 1e-12  # a squared error per pixel that is nothing but rounding
-COLORS = {"ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c"}  # by a preset's first word
+COLORS = {  # by a preset's first word
+    "ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c", "conv": "#b08900",
+}  # fmt: skip
 ACCENT, PCA = "#111827", "#6b7280"
 LOOK: Any = {
     "axes.spines.top": False,
@@ -75,7 +78,7 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
         return False
     write_best(sweep, winner)
     print(f"{selection}: {', '.join(f'{name} {value}' for name, value in answer.items())}")
-    again = f"dist-ae train --config {sweep.path / 'best.json'} trains it again"
+    again = f"dist-ae train --config {shlex.quote(str(sweep.path / 'best.json'))} trains it again"
     print(f"{sweep.path}/report.html, trials.csv, best.json ({again})", flush=True)
     return True
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -153,7 +154,10 @@ def check_data(sweep: Sweep) -> None:
             check_sizes(changed, shape, settings.workers_per_trial, where)
             if changed.train.batch_size > count:
                 size = changed.train.batch_size
-                raise InputError(f"{where}train.batch_size {size} is larger than the {count} training images")
+                raise InputError(
+                    f"{where}train.batch_size {size} is larger than the {count} training images; use "
+                    f"--train.batch-size {count} or less"
+                )
             try:
                 check_device(changed)
                 pca.check(changed, blank(changed, shape))
@@ -195,7 +199,7 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
         sweep = dataclasses.replace(sweep, overrides=_absolute(sweep.overrides) | _tracking(sweep))
         with cluster(sweep):
             plan_trials(sweep)
-            run(sweep)
+            run(sweep, resuming(sweep, selection, seeds))
             retrain(sweep, selection, seeds)
 
 
@@ -214,9 +218,16 @@ def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Swe
         if left(sweep) or seeds:
             check_data(sweep)
             with cluster(sweep):
-                run(sweep)
+                run(sweep, resuming(sweep, selection, seeds))
                 retrain(sweep, selection, seeds)
         return sweep
+
+
+def resuming(sweep: Sweep, selection: Selection, seeds: int) -> str:
+    """The command that goes on with a sweep."""
+    words = ["dist-ae", "sweep", "--resume", sweep.name, "--storage", str(sweep.path.parent)]
+    words += ["--select", str(selection)] if selection.kind != "best" else []
+    return shlex.join([*words, "--retrain", str(seeds)] if seeds else words)
 
 
 def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
@@ -233,7 +244,7 @@ def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
             values = {**winner.trial.values, "seed": (seed + number) % 2**63}
             again.new_trial(number, winner.trial.preset, values)
     again.write()
-    run(again)
+    run(again, resuming(sweep, selection, seeds))
 
 
 def _tracking(sweep: Sweep) -> Values:
@@ -333,8 +344,11 @@ def _check_shared(sweep: Sweep) -> None:
         token.unlink(missing_ok=True)
 
 
-def run(sweep: Sweep) -> None:
+def run(sweep: Sweep, command: str) -> None:
     """Runs what is planned and not done, on the Ray that is connected.
+
+    Args:
+        command: goes on with the sweep, should it be interrupted.
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM.
@@ -393,8 +407,7 @@ def run(sweep: Sweep) -> None:
         signal.signal(signal.SIGTERM, old)
     remaining = left(sweep)
     if remaining:
-        command = f"--resume {sweep.name} --storage {sweep.path.parent}"
-        raise Interrupted(f"{remaining} trials are not finished; {command} goes on with them")
+        raise Interrupted(f"{remaining} trials are not finished; this goes on with them: {command}")
     shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt they hold copies of checkpoints
 
 

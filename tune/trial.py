@@ -156,7 +156,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
         result = dist_ae.train(sweep.config(trial), report=on_evaluation, start_from=start)
         announce(result.steps, 100.0, result.metrics)
     except Exception as error:
-        if _can_be_mended(error):
+        if _can_be_mended(error) and not (isinstance(error, dist_ae.OutOfMemory) and _seen_before(folder)):
             raise
         # Those two are raised by all workers at once.
         if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):
@@ -172,10 +172,20 @@ def _can_be_mended(error: Exception) -> bool:
     import torch
 
     from dist_ae.processes.watch import LostProcess
+    from dist_ae.trainer import OutOfMemory
 
-    kinds = (MemoryError, OSError, LostProcess, torch.OutOfMemoryError, torch.distributed.DistError)
+    kinds = (MemoryError, OSError, LostProcess, OutOfMemory, torch.distributed.DistError)
     said = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and said is not None)
+
+
+def _seen_before(folder: Path) -> bool:
+    """Whether this trial was out of a device's memory before. The first time, another trial may have held some of it;
+    a second time, the trial itself is too large, and the sweep goes on without it."""
+    marker = folder / "out-of-memory"
+    seen = marker.exists()
+    marker.touch()
+    return seen
 
 
 def _wait_for_lock(run_dir: Path) -> None:
@@ -218,23 +228,17 @@ def adopt(sweep: Sweep, trial: Trial, assignment: dict[str, Any], checkpoint: Pa
 
 
 def probe_accuracy(run_dir: Path) -> float:
-    """Share of validation images whose label a linear map of the code tells, fitted on the training images' codes."""
-    import numpy as np
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
+    """The ``probe_accuracy`` of ``dist-ae evaluate``; NaN where the data has too few labels for one."""
     import dist_ae
-    from dist_ae.data import sources
+    from dist_ae.data.reader import Reader
+    from dist_ae.processes.runtime import Alone
+    from dist_ae.quality import probe
 
-    model = dist_ae.load(run_dir)
-    dataset = sources.load(model.config.data)
-    codes = []
-    for split in (dataset.train, dataset.val):
-        images = split.images if split.rows is None else split.images[split.rows]
-        codes.append(model.embed(np.ascontiguousarray(images)).double().numpy())
-    probe = make_pipeline(StandardScaler(), RidgeClassifier()).fit(codes[0], dataset.train.labels)
-    return float(probe.score(codes[1], dataset.val.labels))
+    trained = dist_ae.load(run_dir)
+    dataset, cpu = trained.dataset(), trained.device
+    train, val = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
+    found = probe(trained.model, None, train, val, trained.config.evaluation.batch_size, Alone(cpu))
+    return found.get("probe_accuracy", math.nan)
 
 
 def sees(path: str) -> bool:

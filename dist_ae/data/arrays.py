@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dist_ae.config import InputError
 from dist_ae.data.pictures import expand, not_there, shown
@@ -123,6 +125,14 @@ def _check_labels(labels: Array, where: str, count: int) -> Array:
         first = int(np.argmin(whole))
         raise InputError(f"{where}: expected whole numbers of at most 62 bits, got {labels[first]} at image {first}")
     return labels.astype(np.int64)
+
+
+def as_array(images: Any) -> Array:
+    """What a person handed over, as numpy has it: a tensor of any device, and of bfloat16, which numpy has not."""
+    if isinstance(images, Tensor):
+        images = images.detach().cpu()
+        images = (images.float() if images.is_floating_point() else images).numpy()
+    return np.asarray(images)
 
 
 def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0) -> Array:

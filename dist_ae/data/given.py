@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.arrays import NOISY_RANGE, read_images
+from dist_ae.data.arrays import NOISY_RANGE, as_array, read_images
 from dist_ae.data.decode import decoded
 from dist_ae.data.pack import refuse_unreadable
 from dist_ae.data.packed import open_packed, packed_names, packed_sets, read_manifest
@@ -31,7 +32,7 @@ from dist_ae.data.pictures import (
     shown,
 )
 from dist_ae.data.reader import SHARE_OF_MEMORY, free_memory
-from dist_ae.data.records import Array, Shards, Split, span
+from dist_ae.data.records import Array, Shards, Split, at_once, span
 from dist_ae.data.sources import with_prefix
 
 Shape = tuple[int, int, int]
@@ -64,7 +65,7 @@ def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
     elif isinstance(images, Image.Image):
         found = Given(Split(_decode(images, "the picture", _form(config, image_shape))[None]))
     elif isinstance(images, np.ndarray | Tensor):
-        found = Given(Split(arranged(_array(images), image_shape)))
+        found = Given(Split(arranged(as_array(images), image_shape)))
     elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
         found = _from_list(list(images), config, image_shape)
     else:
@@ -89,8 +90,9 @@ def picked(one: Given, index: Array) -> Given:
     return Given(Split(one.split.images, labels, rows), names, one.classes)
 
 
-def blocks(count: int, size: int = 1000) -> list[range]:
-    """The rows of ``count`` images in blocks of at most ``size``."""
+def blocks(one: Given, size: int = 1000) -> list[range]:
+    """The rows of the images in blocks of at most ``size``, smaller where images are large."""
+    count, size = len(one.split), at_once(size, one.split.images.shape[1:])
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -139,13 +141,6 @@ def arranged(images: Array, image_shape: Shape) -> Array:
     raise InputError(f"images: {_expected(image_shape)}, got {list(shape)}")
 
 
-def _array(images: Array | Tensor) -> Array:
-    if isinstance(images, Tensor):
-        images = images.detach().cpu()
-        return (images.float() if images.is_floating_point() else images).numpy()
-    return np.asarray(images)
-
-
 def _form(config: DataConfig, image_shape: Shape) -> Form:
     channels, height, width = image_shape
     if channels not in (1, 3):
@@ -179,7 +174,7 @@ def _from_list(items: Sequence[Any], config: DataConfig, image_shape: Shape) -> 
         if isinstance(item, Image.Image):
             images.append(_decode(item, f"picture {number}", _form(config, image_shape)))
         elif isinstance(item, np.ndarray | Tensor):
-            one = arranged(_array(item), image_shape)
+            one = arranged(as_array(item), image_shape)
             if len(one) != 1:
                 raise InputError(
                     f"a list holds single images, and item {number} is {len(one)} of them; join them to one array"
@@ -228,11 +223,13 @@ def _own_layout(images: Array, image_shape: Shape) -> Array:
 def _decode_pictures(
     pictures: Iterable[Picture], count: int | None, what: str, config: DataConfig, image_shape: Shape
 ) -> Given:
-    needed = (count or 0) * int(np.prod(image_shape))
-    if needed > SHARE_OF_MEMORY * free_memory():
-        raise InputError(
-            f"{what}: {needed:,} bytes of images are too many for the memory; pack them with `dist-ae pack` first"
-        )
+    room = SHARE_OF_MEMORY * free_memory()
+
+    def refuse_above_room(num_images: int) -> None:
+        if num_images * math.prod(image_shape) > room:
+            raise InputError(f"{what}: too many images for the memory; pack them with `dist-ae pack` first")
+
+    refuse_above_room(count or 0)
     images: list[Array] = []
     names: list[str] = []
     bad: list[tuple[str, str]] = []
@@ -240,6 +237,7 @@ def _decode_pictures(
         if isinstance(result, np.ndarray):
             images.append(result)
             names.append(picture.name)
+            refuse_above_room(len(images))  # a tar does not say how many it holds
         else:
             bad.append((shown(picture.name), str(result)))
     refuse_unreadable(what, len(bad), len(bad) + len(images), bad[:5], config)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dist_ae.config import InputError
-from dist_ae.data.arrays import check_images, split_images
+from dist_ae.data.arrays import as_array, check_images, split_images
 from dist_ae.data.records import Array, Dataset, Split, fingerprint
 
 Images = Array | Tensor | torch.utils.data.Dataset[Any]
-Given = Images | tuple[Images, Images]
+Handed = Images | tuple[Images, Images]
 NAME = "memory"  # what config.data.name says of such a run
 KINDS = (
     "a numpy array or torch tensor of images [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floats on [0, 1]; a "
@@ -21,7 +21,7 @@ KINDS = (
 )
 
 
-def memory_dataset(data: Given, val_fraction: float) -> Dataset:
+def memory_dataset(data: Handed, val_fraction: float) -> Dataset:
     """A data set of images in memory; without a validation part, a fixed share of it is held out.
 
     Raises:
@@ -29,7 +29,12 @@ def memory_dataset(data: Given, val_fraction: float) -> Dataset:
     """
     if isinstance(data, tuple):
         if len(data) != 2:
-            raise InputError(f"data: a tuple is a pair (train, val), got {len(data)} parts")
+            raise InputError(f"data: a tuple is a pair (training images, validation images), got {len(data)} parts")
+        if not isinstance(data[1], torch.utils.data.Dataset) and np.ndim(data[1]) == 1:
+            raise InputError(
+                "data: a pair is (training images, validation images), and its second part has one dimension, as "
+                "labels have; leave labels out, or give a torch Dataset of (image, label)"
+            )
         train, val = (
             Split(check_images(images, f"data ({part})"), labels)
             for part, (images, labels) in zip(("train", "val"), map(_array, data), strict=True)
@@ -47,17 +52,16 @@ def memory_dataset(data: Given, val_fraction: float) -> Dataset:
 
 def _array(data: Any) -> tuple[Array, Array | None]:
     """Images and, where there are any, their labels."""
-    if isinstance(data, np.ndarray):
-        return data, None
-    if isinstance(data, Tensor):
-        return data.detach().cpu().numpy(), None
+    if isinstance(data, np.ndarray | Tensor):
+        return as_array(data), None
     if isinstance(data, torch.utils.data.Dataset) and hasattr(data, "__len__"):
         items = [data[i] for i in range(len(data))]
         labelled = bool(items) and isinstance(items[0], tuple)
-        pictures = [np.asarray(item[0] if labelled else item) for item in items]
+        pictures = [as_array(item[0] if labelled else item) for item in items]
         if len({p.shape for p in pictures}) > 1:
             raise InputError("data: the images of this torch Dataset differ in shape; bring them to one shape first")
         found = np.array([item[1] for item in items]) if labelled and len(items[0]) > 1 else None
         labels = found if found is not None and found.ndim == 1 and np.issubdtype(found.dtype, np.integer) else None
         return np.stack(pictures) if pictures else np.empty((0, 1, 1)), labels
-    raise InputError(f"data: expected {KINDS}; got {type(data).__name__}")
+    stack = "; np.stack makes an array of a list" if isinstance(data, list) else ""
+    raise InputError(f"data: expected {KINDS}; got {type(data).__name__}{stack}")

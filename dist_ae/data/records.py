@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+VALUES_AT_ONCE = 2**24  # of images that are evaluated at once: 85 of 256 × 256 × 3; a layer holds several times that
 CHUNK_BYTES = 2**22  # checked, hashed or copied at a time: the memory that reading all of a mapped file takes
 
 
@@ -128,6 +130,11 @@ def chunks(split: Split) -> list[range]:
     """The positions of a split in pieces of about 4 MB."""
     size = max(1, CHUNK_BYTES // max(1, split.images.nbytes // max(1, len(split.images))))
     return [range(start, min(start + size, len(split))) for start in range(0, len(split), size)]
+
+
+def at_once(most: int, image_shape: Sequence[int]) -> int:
+    """How many images are computed at once where no gradient is taken: ``most``, and fewer where they are large."""
+    return max(1, min(most, VALUES_AT_ONCE // math.prod(image_shape)))
 
 
 def span(split: Split, rows: range) -> Array:

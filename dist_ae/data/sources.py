@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
-from dist_ae.config import DataConfig, InputError
+from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import named
 from dist_ae.data.arrays import array_dataset
 from dist_ae.data.memory import NAME
@@ -21,6 +22,7 @@ NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
     "cifar10": named.cifar10,
     **dict.fromkeys(named.IDX, named.idx_dataset),
 }
+IN_A_PATH = (*PREFIXES, "packed:", "array:")  # what says itself where it lies
 
 
 def load(config: DataConfig) -> Dataset:
@@ -33,6 +35,11 @@ def load(config: DataConfig) -> Dataset:
     if config.name == NAME:
         raise InputError("the images of this run were handed over from Python (data=...): give them again")
     name = with_prefix(config.name)
+    if config.root is not None and name.startswith(IN_A_PATH):
+        raise InputError(
+            f"data.root is the folder of a named data set such as fashion_mnist, and {shown(name)} says itself where "
+            "it lies; leave it out"
+        )
     if name.startswith(PREFIXES):
         packed = cached(name, open_source(name), config, expand(config.cache) if config.cache else named.cache_folder())
         return packed_dataset(shown(name), [packed], config, config.val_fraction)
@@ -60,9 +67,23 @@ def load(config: DataConfig) -> Dataset:
     return Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ()))
 
 
+def located(config: Config, root: Path | None) -> Config:
+    """A run's configuration with its data where it lies on this machine.
+
+    Args:
+        root: of a named data set, the folder of its files; of pictures, packed sets and arrays, what takes the place of
+            their path. None leaves the data where the run found it.
+    """
+    if root is None or config.data.name in NAMED or config.data.name == NAME:
+        return config if root is None else config.override({"data.root": root})
+    prefix, _, path = with_prefix(config.data.name).partition(":")
+    name = f"{prefix}:{root}" if path else with_prefix(str(root))
+    return config.override({"data.name": absolute(name), "data.root": None})
+
+
 def with_prefix(name: str) -> str:
     """A bare path with its kind in front: folder, packed, array or tar. Any other name is returned as it is."""
-    if name in NAMED or name.startswith((*PREFIXES, "packed:", "array:")):
+    if name in NAMED or name.startswith(IN_A_PATH):
         return name
     path = expand(name)
     if os.path.isdir(path):

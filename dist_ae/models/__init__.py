@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from dist_ae.config import Config, InputError
 from dist_ae.models.conv import Conv
@@ -71,6 +72,13 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
         raise InputError(
             f"model: expected a dist_ae.Autoencoder, got {type(model).__name__}; see examples/own_model.py"
         )
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            raise InputError(
+                f"model: {name} is a {type(layer).__name__}. Statistics of a batch and torch's own dropout depend on "
+                "how images are shared among processes; use GroupNorm, and mask_shapes for dropout (as dist_ae/models/"
+                "mlp.py does)"
+            )
     fits = {
         "model.variational": (model.variational, config.model.variational),
         "objective.likelihood bernoulli": (model.bernoulli, config.objective.likelihood == "bernoulli"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dist_ae import pca
 from dist_ae.config import InputError
+from dist_ae.data import sources
 from dist_ae.data.given import Given, blocks, file_names, floats, picked
 from dist_ae.data.pictures import shown
 from dist_ae.data.reader import Reader
@@ -97,7 +98,7 @@ def pca_scores(trained: TrainedModel, dataset: Dataset, one: Given) -> Tensor | 
     alone = Alone(torch.device("cpu"))
     components = pca.of_model(trained.model, Reader(dataset.train, alone.device), alone)
     assert components is not None
-    return torch.cat([pca.errors(components, code.patch, floats(one, rows)) for rows in blocks(len(one.split))])
+    return torch.cat([pca.errors(components, code.patch, floats(one, rows)) for rows in blocks(one)])
 
 
 def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
@@ -120,7 +121,7 @@ def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
 
 def maps_of(trained: TrainedModel, one: Given, kind: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Place, image, reconstruction [C, H, W] and map [H, W] of every image."""
-    for rows in blocks(len(one.split)):
+    for rows in blocks(one):
         images = floats(one, rows)
         reconstructions = trained.reconstruct(images)
         maps = error_maps(images, reconstructions, kind)
@@ -183,8 +184,7 @@ def score_run(
         map_of: what they show.
     """
     trained = load(run_dir, which)
-    if data_root is not None:
-        trained.config = trained.config.override({"data.root": data_root})
+    trained.config = sources.located(trained.config, data_root)
     name = check_score(trained.model, score)
     if threshold is not None and not math.isfinite(threshold):
         raise InputError(f"--threshold: expected a score, got {threshold}")

@@ -98,7 +98,7 @@ def _write_reconstructions(
             image_rows(rows, path)
 
         return write_whole(out, draw)
-    cut = blocks(len(one.split))
+    cut = blocks(one)
     if out.suffix == ".npy":
         return write_array(out, torch.cat([outputs(rows) for rows in cut]))
     names = file_names(one)

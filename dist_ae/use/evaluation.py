@@ -15,6 +15,7 @@ from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.pictures import expand
 from dist_ae.data.reader import Reader
+from dist_ae.data.records import at_once
 from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed, evaluate
 from dist_ae.files import to_json
 from dist_ae.models import Autoencoder, Components
@@ -59,8 +60,8 @@ def evaluate_run(
     Raises:
         InputError: no such run, its data is not there, or a value out of range.
     """
-    config = run_config(run_dir)
-    changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size, "data.root": data_root}
+    config = sources.located(run_config(run_dir), data_root)
+    changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size}
     # The run's batch plan and precision are about training; every figure is of the float32 (or float64) model.
     precision = {"precision": "fp64" if config.precision == "fp64" else "fp32"}
     config = config.override({**{key: value for key, value in changes.items() if value is not None}, **precision})
@@ -74,7 +75,9 @@ def evaluate_run(
     target = destination(run_dir, out, "evaluation.json", (".json",))
     network = None if features is None else quality.feature_network(expand(features))
     trained = load(run_dir, which)
-    dataset = sources.load(config.data)
+    trained.config = config
+    dataset = trained.dataset()
+    config = config.override({"evaluation.batch_size": at_once(config.evaluation.batch_size, dataset.image_shape)})
     with pinned_torch(config.precision):
         runtime = Runtime(config)
         try:

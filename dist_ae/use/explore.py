@@ -93,7 +93,7 @@ def explore_page(
 def _applied(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor, Tensor]:
     """Codes [N, D], errors per pixel [N], and originals and reconstructions [N, C, H, W] as bytes."""
     codes, errors, originals, reconstructed = [], [], [], []
-    for rows in blocks(len(images.split)):
+    for rows in blocks(images):
         clean = floats(images, rows)
         output = trained.model(clean.to(trained.device), None)
         seen = output.reconstruction.float().cpu()

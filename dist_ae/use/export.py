@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -225,6 +226,6 @@ def command_of(config: Config) -> str:
             section, _, leaf = flag.rpartition(".")
             parts.append(f"--{flag}" if value else f"--{section}.no-{leaf}")
         else:
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            parts.append(f"--{flag} {text}")
+            words = value if isinstance(value, tuple) else (value,)
+            parts.append(f"--{flag} {shlex.join(map(str, words))}")
     return " ".join(parts)

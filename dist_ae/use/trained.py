@@ -124,7 +124,10 @@ class TrainedModel:
             with contextlib.suppress(Damaged, KeyError, TypeError):
                 kept = read_json(self.source[0] / CONFIG)["trajectory"]["data.fingerprint"]
         if kept not in (None, dataset.fingerprint):
-            raise InputError(f"{dataset.name} is not what the run was trained on: its fingerprint is another")
+            raise InputError(
+                f"{dataset.name} is not what the run was trained on: its images have changed, or are others. "
+                "--images takes any; --data.root says where those of the run lie"
+            )
         return dataset
 
     def calibrate(self, train: Images, normal: Images) -> None:
@@ -207,7 +210,7 @@ class TrainedModel:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         found = self.given(images)
-        cut = blocks(len(found.split), batch_size)
+        cut = blocks(found, batch_size)
         return torch.cat([function(floats(found, rows).to(self.device), rows).float().cpu() for rows in cut])
 
 
@@ -240,12 +243,12 @@ def images_of(trained: TrainedModel, images: Path | str | None, data_root: Path 
     """The user's images, or else the run's validation images."""
     if images is not None:
         return trained.given(images)
-    config = trained.config if data_root is None else trained.config.override({"data.root": data_root})
-    dataset = sources.load(config.data)
+    trained.config = sources.located(trained.config, data_root)
+    dataset = trained.dataset()
     validation = dataset.val
     if validation.images.shape[1:] != trained.model.image_shape:
         raise InputError(
-            f"validation images of {shown(config.data.name)}: the run's model takes images of shape "
+            f"validation images of {shown(trained.config.data.name)}: the run's model takes images of shape "
             f"{list(trained.model.image_shape)}, got {list(validation.images.shape[1:])}"
         )
     return Given(validation, classes=dataset.classes)
