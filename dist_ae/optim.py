@@ -39,8 +39,8 @@ def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
     Learning rates are set before each step by ``set_learning_rate``. That of Adam is a tensor on the device, so that a
-    step can be captured as a graph. torch's CUDA kernel reads it as float32, so with float64 weights it stays a number
-    there.
+    step can be captured as a graph. With float64 weights on CUDA it stays a number, since torch's kernel there reads a
+    tensor as float32.
 
     Adam is fused where torch has that kernel for the device. It takes one pass over the weights, and it is the only
     kernel that can be told on the device to skip a poisoned update.

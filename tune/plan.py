@@ -292,7 +292,7 @@ def append_report(trial_dir: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
-    """What a trial reported, by rising step. A retry or a clone may go back to an earlier step; its reports then count."""
+    """What a trial reported, by rising step. After a retry or a clone from an earlier step, its reports count."""
     kept: list[dict[str, Any]] = []
     try:
         lines = (trial_dir / "reports.jsonl").read_text().splitlines()

@@ -64,8 +64,8 @@ class _Gone(NamedTuple):
 class _Recorded:
     """A layer in front of an early-stopping scheduler.
 
-    It notes each stop in the trial's folder. At the start, it tells the scheduler what trials reported to an earlier
-    driver.
+    It notes each stop in the trial's folder. At the start, it repeats to the scheduler what trials reported to an
+    earlier driver.
     """
 
     def __init__(self, sweep: Sweep, **arguments: Any) -> None:
@@ -112,12 +112,11 @@ class _Median(_Recorded, schedulers.MedianStoppingRule):  # type: ignore[misc]
 class _Pbt(schedulers.PopulationBasedTraining):  # type: ignore[misc]
     def __init__(self, sweep: Sweep) -> None:
         (part,) = sweep.space.parts.values()
+        mutations = {k: d.values if d.kind == "choice" else partial(d.sample, random.Random()) for k, d in part.items()}
         super().__init__(
             time_attr=TIME,
             perturbation_interval=PERTURB_EVERY,
-            hyperparam_mutations={
-                key: d.values if d.kind == "choice" else partial(d.sample, random.Random()) for key, d in part.items()
-            },
+            hyperparam_mutations=mutations,
             custom_explore_fn=self._explore,
             log_config=False,
         )

@@ -399,7 +399,7 @@ def run(sweep: Sweep) -> None:
 
 
 def _concurrency(settings: Settings) -> int | None:
-    """Most trials at once. Drivers of several workers need next to nothing, so Tune must be told how many trials fit."""
+    """Most trials at once. A driver of several workers needs next to nothing, so Tune is told what the workers need."""
     if settings.workers_per_trial == 1:
         return settings.max_concurrent
     import ray

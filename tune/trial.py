@@ -64,13 +64,13 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
     settings, gpu = sweep.settings, sweep.settings.gpus_per_worker > 0
     each = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if gpu else {})
     timeout = int(sweep.config(trial).train.timeout)
+    workers = settings.workers_per_trial
+    scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=each)
     TorchTrainer(
         run_worker,
         train_loop_config={"sweep_dir": assignment["sweep_dir"], "id": trial.id},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers_per_trial, use_gpu=gpu, resources_per_worker=each
-        ),
+        scaling_config=scaling,
         run_config=ray.train.RunConfig(
             # A name for this attempt alone. The state of earlier attempts is in the run directory.
             name=f"{trial.id}-{uuid.uuid4().hex[:6]}",

@@ -63,7 +63,7 @@ def launched_world() -> tuple[int, int]:
 
 
 def use_cpu() -> bool:
-    """Whether to train on the CPU, because it is asked for or there is nothing else."""
+    """Whether to train on the CPU, because it is asked for or nothing else is there."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     if asked not in YES + NO:
         raise InputError(f"the environment variable ACCELERATE_USE_CPU is {asked!r}; expected true or false")
@@ -180,8 +180,8 @@ def choose_interface() -> None:
     """Names the network interface that reaches the main process, for gloo.
 
     gloo announces the address that the host's own name resolves to. On Debian that is 127.0.1.1, which no other host
-    can reach. A connected UDP socket, through which nothing is sent, tells the right interface. On one machine that is
-    the loopback.
+    can reach. A UDP socket that is connected, through which nothing is sent, tells the right one; on a single machine
+    that is the loopback.
 
     Raises:
         InputError: there are several hosts, and the main process's address is this host's loopback.

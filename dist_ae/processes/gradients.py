@@ -48,9 +48,8 @@ def _add(runtime: Runtime, bucket: dist.GradBucket) -> Gradient:  # type: ignore
 def _add_rounded(runtime: Runtime, bucket: dist.GradBucket) -> Gradient:  # type: ignore[name-defined]
     since, gradient = _now(runtime), bucket.buffer()
     work = dist.all_reduce(gradient.to(torch.bfloat16), async_op=True)
-    arrived: Gradient = work.get_future().then(
-        lambda future: _arrived(runtime, since, gradient.copy_(future.value()[0]))
-    )
+    future = work.get_future()
+    arrived: Gradient = future.then(lambda sums: _arrived(runtime, since, gradient.copy_(sums.value()[0])))
     return arrived
 
 

@@ -82,8 +82,8 @@ class Runtime(Alone):
             Fault: the processes did not all meet within ``train.timeout``.
         """
         _, launched = launched_world()
-        # Accelerate's state is process-wide, and a second run in one process (a sweep's reused actor, a notebook) may
-        # want another precision.
+        # Accelerate's state is process-wide. It starts anew, since a second run in one process (a sweep's reused actor, a
+        # notebook) may want another precision.
         self._owns_group = not dist.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -179,7 +179,7 @@ class Runtime(Alone):
         return answer["value"]
 
     def wait(self) -> None:
-        """Waits until every process is here."""
+        """Waits until every process has called this."""
         self.largest(0.0)
 
     def close(self) -> None:

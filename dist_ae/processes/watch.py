@@ -30,8 +30,8 @@ def blame(silent_since: Mapping[int, float], answered: float, now: float, limit:
     """The ranks that were not heard of for ``limit`` seconds. All times are of one monotonic clock.
 
     Silence is counted up to the store's last answer, since nothing is known of the time after it. Whoever was silent by
-    then went first, and nobody is blamed for a store that just froze. Rank 0 is blamed only if all others were well by
-    then.
+    then went first, and a store that just froze is not taken for the silence of others. Rank 0 is blamed only if all
+    others were well by then.
 
     Args:
         silent_since: when each other rank's heartbeat was last seen to change.
@@ -44,8 +44,8 @@ def blame(silent_since: Mapping[int, float], answered: float, now: float, limit:
 class Watch:
     """Each process's heartbeat, once a second, so that the others can name who is lost and need not wait for ever.
 
-    A collective that waits for a dead or frozen process cannot be interrupted from Python. A thread therefore ends the
-    waiting process.
+    A collective that waits for a dead or frozen process cannot be interrupted from Python. Therefore a thread ends the
+    process that waits.
     """
 
     def __init__(self, runtime: Runtime, timeout: float) -> None:
@@ -140,8 +140,8 @@ class Watch:
         """Ends watching together with the others, so that nobody takes the first to leave for lost."""
         self._done.set()
         if self._watching:
-            # A thread that still talks to the store while the interpreter ends can abort the process when all its work
-            # is done.
+            # A thread that still talks to the store while the interpreter ends can abort the process, even though its
+            # work is all done.
             for thread in self._threads:
                 thread.join(10 * INTERVAL)
             self._runtime.wait()

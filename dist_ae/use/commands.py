@@ -135,8 +135,7 @@ def interpolate_run(
 ) -> Path:
     """Writes the lines between images 0 and 1, 2 and 3, …
 
-    ``out`` is .png, a row for each pair with the two images at its ends, or .npy, float32 [pairs, steps, C, H, W] on
-    [0, 1].
+    ``out`` is .png, a row for each pair between its two images, or .npy, float32 [pairs, steps, C, H, W] on [0, 1].
     """
     trained = load(run_dir, which)
     out = destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)

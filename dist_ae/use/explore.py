@@ -47,8 +47,7 @@ def explore_page(
         images: what the map shows; labels and their names where the images have them.
         title: the page's title.
         facts: short lines under the title.
-        runtime: the folder of npm's onnxruntime-web, which decodes in the browser for any model but a multilayer
-            perceptron.
+        runtime: the folder of npm's onnxruntime-web, which decodes in the browser for models that are no MLP.
 
     Raises:
         InputError: there are fewer than three images, ``runtime`` is not that folder, or the page exceeds 15 MB.

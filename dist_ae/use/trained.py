@@ -64,19 +64,21 @@ class TrainedModel:
         """How little the model expects each image, [N].
 
         Args:
-            score: ``error``, the squared error per pixel on [0, 1] of the reconstruction, which is the usual score;
-                ``neg_elbo``, the negative ELBO in nats (one ε keyed by the image's place in the call), which is the
-                usual score of a variational model; or ``mahalanobis``, the distance of the code from those of training
-                images.
+            score: ``error``, the squared error per pixel on [0, 1] of the reconstruction; ``neg_elbo``, the negative
+                ELBO in nats of a variational model (one ε keyed by the image's place in the call); or ``mahalanobis``,
+                the distance of the code from those of training images. None stands for ``neg_elbo`` where the model is
+                variational, else for ``error``.
 
         Raises:
             InputError: there is no such score, not for this model, or ``mahalanobis`` lacks its ``calibration()``.
         """
         name = check_score(self.model, score)
         moments = self.calibration().moments if name == "mahalanobis" else None
-        return self._map(
-            lambda x, rows: score_images(self.model, x, rows, self.config, (name,), moments)[name], images, batch_size
-        )
+
+        def scores(batch: Tensor, rows: range) -> Tensor:
+            return score_images(self.model, batch, rows, self.config, (name,), moments)[name]
+
+        return self._map(scores, images, batch_size)
 
     def threshold(self, quantile: float = 0.99, score: str | None = None) -> float:
         """The score that this share of the run's validation images does not exceed. Above it, an image is flagged.
@@ -191,8 +193,8 @@ class TrainedModel:
     def export(self) -> torch.export.ExportedProgram:
         """The deterministic model as one program that needs torch alone.
 
-        It takes floats [N, C, H, W] on [0, 1], for any N, to the reconstruction, clamped to [0, 1], and the (mean) code
-        [N, *code_shape].
+        It takes floats [N, C, H, W] on [0, 1], for any N, to the reconstruction, clamped to [0, 1], and to the (mean)
+        code [N, *code_shape].
         """
         from dist_ae.use.export import program
 
