@@ -38,69 +38,44 @@ class SGD(Uncompiled, torch.optim.SGD):
 def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
-    Learning rates are set before each step by ``set_learning_rate``. That of Adam is a tensor on the device, so that a
-    step can be captured as a graph. With float64 weights on CUDA it stays a number, since torch's kernel there reads a
-    tensor as float32.
-
-    Adam is fused where torch has that kernel for the device. It takes one pass over the weights, and it is the only
-    kernel that can be told on the device to skip a poisoned update.
+    Learning rates are set before each step by ``set_learning_rate``. They are tensors on the weights' device, so that a
+    step can be captured as a graph. Adam and SGD are torch's fused kernels. They take one pass over the weights, and
+    they are the only ones that can be told on the device to skip a poisoned update.
     """
-    parameters = list(model.parameters())
-    adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay, "fused": True}
+    parameters, betas, eps = list(model.parameters()), config.betas, config.eps
+    lr, decay = _rate(config.lr, parameters[0]), config.weight_decay
+    on_gpu = parameters[0].device.type == "cuda" and isinstance(lr, Tensor)
+    optimizers: list[Optimizer]
     if config.name in ("adam", "adamw"):
-        exact = parameters[0].dtype == torch.float64
-        on_gpu = parameters[0].device.type == "cuda" and not exact
-        in_place = on_gpu or parameters[0].device.type == "cpu"
-        kind = torch.float32 if on_gpu else torch.float64
-        rate = torch.tensor(config.lr, dtype=kind, device=parameters[0].device) if in_place else config.lr
-        adam["capturable"] = on_gpu
-        return [Adam(parameters, lr=rate, decoupled_weight_decay=config.name == "adamw", **adam)]  # type: ignore[arg-type]
-    if config.name == "sgd":
-        return [SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in chosen]
-    return [
-        Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay),
-        Adam(others, lr=config.lr_adam, **{**adam, "weight_decay": 0.0}),  # type: ignore[arg-type]
-    ]
+        decoupled = config.name == "adamw"
+        optimizers = [
+            Adam(parameters, lr, betas, eps, decay, decoupled_weight_decay=decoupled, capturable=on_gpu, fused=True)
+        ]
+    elif config.name == "sgd":
+        optimizers = [SGD(parameters, lr, config.momentum, weight_decay=decay, fused=True)]
+    else:
+        chosen = {id(p) for p in matrices}
+        others, lr_adam = [p for p in parameters if id(p) not in chosen], _rate(config.lr_adam, parameters[0])
+        optimizers = [
+            Muon(matrices, lr, decay, config.momentum),  # type: ignore[arg-type]
+            Adam(others, lr_adam, betas, eps, capturable=on_gpu, fused=True),
+        ]
+    _materialize(optimizers)
+    return optimizers
 
 
-class Muon(Uncompiled, torch.optim.Muon):
-    """torch's Muon (Jordan 2024), with updates of float64 weights orthogonalized in float64.
+def _rate(value: float, weights: Tensor) -> Tensor | float:
+    """A learning rate in the place where the kernels read it.
 
-    torch would orthogonalize them in bfloat16. Rounding to 8 bits turns a difference in the 16th digit into one in the
-    third, so a run in fp64 could not show that it is exact.
+    torch's CUDA kernels read a tensor as float32, so with float64 weights the rate stays a number there.
     """
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update as torch does it, in float64 where the weights are float64."""
-        for group in self.param_groups:
-            if group["params"][0].dtype != torch.float64:
-                return unwrap(torch.optim.Muon.step)(self, closure)
-            for p in group["params"]:
-                momentum, lr = self.state[p]["momentum_buffer"], group["lr"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                blended = p.grad.lerp(momentum, group["momentum"])
-                update = orthogonalize(blended, group["ns_coefficients"], group["ns_steps"])
-                p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
-        return None
+    on_cpu, exact = weights.device.type == "cpu", weights.dtype == torch.float64
+    if on_cpu or (weights.device.type == "cuda" and not exact):
+        return torch.tensor(value, dtype=torch.float64 if on_cpu else torch.float32, device=weights.device)
+    return value
 
 
-def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """The nearest matrix with singular values about 1, in the type of ``matrix``.
-
-    Newton-Schulz steps of degree five (Jordan 2024).
-    """
-    a, b, c = coefficients
-    x: Tensor = matrix / matrix.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
-
-
-def materialize(optimizers: list[Optimizer]) -> None:
+def _materialize(optimizers: list[Optimizer]) -> None:
     """Creates every state tensor as zeros, as the first step would do.
 
     A checkpoint then always holds the same tensors.
@@ -113,6 +88,44 @@ def materialize(optimizers: list[Optimizer]) -> None:
                 optimizer.state[p] = {name: torch.zeros_like(p) for name in moments}
                 if adam:
                     optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+
+
+class Muon(Uncompiled, torch.optim.Muon):
+    """Muon (Jordan 2024) as in torch, with two differences.
+
+    The learning rate may be a tensor. torch's step would read it back to the host, so no graph could hold that step.
+
+    Updates of float64 weights are orthogonalized in float64. Rounding to the 8 bits of bfloat16 turns a difference in
+    the 16th digit into one in the third, so a run in fp64 could not show that it is exact.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of every matrix, with Nesterov's momentum."""
+        for group in self.param_groups:
+            lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+            for p in group["params"]:
+                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                ahead = p.grad.lerp(average, momentum)
+                update = orthogonalize(ahead, group["ns_coefficients"], group["ns_steps"]).to(p.dtype)
+                ratio = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                p.mul_(1 - lr * decay).sub_(update * (lr * ratio))
+
+
+def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """The nearest matrix with singular values about 1, by Newton-Schulz steps of degree five (Jordan 2024).
+
+    It computes in bfloat16, but in float64 for float64 matrices.
+    """
+    a, b, c = coefficients
+    x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
+    tall = len(x) > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from dist_ae.guard import Guard
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, objective
-from dist_ae.optim import build, materialize, set_learning_rate, state_tensors
+from dist_ae.optim import build, set_learning_rate, state_tensors
 from dist_ae.processes.clock import PARTS, shares
 from dist_ae.processes.gradients import sum_gradients
 from dist_ae.processes.runtime import Runtime, accumulation_steps
@@ -39,7 +39,6 @@ class Learner:
         self.accumulate = accumulation_steps(config.train.batch_size, runtime.world, config.train.max_per_process)
         self.raw_model = model.to(runtime.device, runtime.dtype)
         self.optimizers = build(self.raw_model, self.raw_model.matrices(), config.optim)
-        materialize(self.optimizers)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
         # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
@@ -220,7 +219,6 @@ class Learner:
         obstacles = {
             "it needs a CUDA device": device.type != "cuda",
             "it is for one process": self.runtime.world > 1,
-            "its learning rate must live on the device, as that of adam and adamw can": "adam" not in config.optim.name,
             "float64 keeps its learning rate on the host": config.precision == "fp64",
             "fp16's gradient scaler reads back from the device": self.runtime.accelerator.scaler is not None,
             "the images do not fit on the device": self.images.resident is None,

@@ -56,7 +56,16 @@ def test_a_float64_run_on_the_gpu_is_the_cpus(preset: str, tmp_path: Path, monke
     assert relative_difference(weights(tmp_path / "gpu"), weights(tmp_path / "cpu")) < 1e-7
 
 
-@pytest.mark.parametrize("more", [{}, {"precision": "bf16"}, {"optim.clip_norm": 1.0, "train.ema_decay": 0.9}], ids=str)
+GRAPHED: list[dict[str, Any]] = [
+    {},
+    {"precision": "bf16"},
+    {"optim.clip_norm": 1.0, "train.ema_decay": 0.9},
+    {"optim.name": "muon"},
+    {"optim.name": "sgd"},
+]
+
+
+@pytest.mark.parametrize("more", GRAPHED, ids=str)
 @pytest.mark.parametrize("preset", KINDS)
 def test_a_run_of_graphs_is_the_eager_run_to_the_bit(preset: str, more: dict[str, Any], tmp_path: Path) -> None:
     hashes = {

@@ -19,6 +19,7 @@ from dist_ae.step import Learner
 from dist_ae.timeline import Timeline
 
 KINDS = ("ae", "denoising", "dropout", "vae")
+CONVOLUTIONS = ("conv", "conv-denoising", "conv-dropout", "conv-vae")
 
 
 class Operations(TorchDispatchMode):
@@ -58,11 +59,15 @@ def operations(made: Learner, step: int) -> list[tuple[str, str]]:
     return seen
 
 
-@pytest.mark.parametrize("more", [{}, {"optim.name": "adamw"}, {"optim.clip_norm": 1.0, "train.ema_decay": 0.9}])
-@pytest.mark.parametrize("preset", KINDS)
+OPTIMIZERS = [{"optim.name": name} for name in ("adam", "adamw", "muon", "sgd")]
+
+
+@pytest.mark.parametrize("more", [*OPTIMIZERS, {"optim.clip_norm": 1.0, "train.ema_decay": 0.9}])
+@pytest.mark.parametrize("preset", [*KINDS, *CONVOLUTIONS])
 def test_two_steps_dispatch_the_same_operations_with_the_same_arguments(preset: str, more: dict[str, Any]) -> None:
     # What a CUDA graph needs: all that changes from step to step is in tensors. Warm-ups make rate and β change.
     changing = {"optim.warmup_steps": 10, "optim.schedule": "cosine", "objective.beta_warmup_steps": 10}
+    changing |= {"model.widths": (8, 16), "precision": "fp32"}
     made = learner(PRESETS[preset].override({**SMALL, **changing, **more}))
     made.step(0)
     assert operations(made, 1) == operations(made, 2)

@@ -82,7 +82,7 @@ class Runtime(Alone):
             Fault: the processes did not all meet within ``train.timeout``.
         """
         _, launched = launched_world()
-        # Accelerate's state is process-wide. It starts anew, since a second run in one process (a sweep's reused actor, a
+        # Starts Accelerate's state, which is process-wide, anew: a second run in one process (a sweep's reused actor, a
         # notebook) may want another precision.
         self._owns_group = not dist.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=True)
