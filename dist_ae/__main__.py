@@ -141,11 +141,7 @@ def evaluate(
 
 
 def reconstruct(
-    run_dir: RunDir,
-    images: Images = None,
-    out: Path | None = None,
-    which: Which = "best",
-    data_root: Root = None,
+    run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
 ) -> None:
     """Writes what the model makes of images; noisy images come out denoised.
 
@@ -215,11 +211,7 @@ def interpolate(
 
 
 def embed(
-    run_dir: RunDir,
-    images: Images = None,
-    out: Path | None = None,
-    which: Which = "best",
-    data_root: Root = None,
+    run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
 ) -> None:
     """Writes the codes of images; of a variational run, their means.
 

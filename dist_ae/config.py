@@ -141,8 +141,8 @@ class ObjectiveConfig(Section):
     likelihood: Literal["gaussian", "bernoulli", "discretized"] = trajectory(
         "gaussian", "distribution of a pixel given the code; discretized: a logistic over the 256 values of a byte"
     )
-    # With 8**-0.5 the distortion is, up to a constant, the squared error summed over pixels on [-1, 1]: the tutorial's
-    # scale.
+    # 8**-0.5 is the tutorial's scale: the distortion is then the squared error, summed over pixels on [-1, 1], up to an
+    # additive constant.
     sigma: float | Literal["learned"] = trajectory(
         8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
     )

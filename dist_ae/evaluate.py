@@ -28,12 +28,13 @@ def evaluate(
 
     - ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse): the clean image, reconstructed from the mean code.
     - ``denoised_psnr`` beside ``noisy_psnr``: one noisy copy, keyed by image index.
-    - ``neg_elbo``, ``rate`` and ``distortion``, of a variational model: nats per image at β = 1, with one ε keyed by
-      image index.
-    - ``active_units``, of a variational model: the numbers of the code whose mean has a variance above 0.01 over the
-      images (Burda, Grosse and Salakhutdinov 2016).
-    - ``bits_per_dim``, of a variational model with a discretized likelihood: the negative ELBO in bits per number of
-      the image.
+
+    A variational model adds:
+
+    - ``neg_elbo``, ``rate`` and ``distortion``: nats per image at β = 1, with one ε keyed by image index.
+    - ``active_units``: the numbers of the code whose mean has a variance above 0.01 over the images, as counted by
+      Burda, Grosse and Salakhutdinov (2016).
+    - ``bits_per_dim``, with a discretized likelihood: the negative ELBO in bits per number of the image.
 
     Args:
         model: the prepared module, used only through its ``forward``.

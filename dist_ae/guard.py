@@ -47,8 +47,8 @@ class Guard:
             optimizer.grad_scale, optimizer.found_inf = None, self.poisoned  # type: ignore[attr-defined]
             optimizer.step()
             return
-        # Other optimizers cannot skip on the device: step, then restore the old weights if poisoned. It costs a copy of
-        # the weights.
+        # Other optimizers cannot skip on the device. They step, and the old weights come back where the update was
+        # poisoned, which costs one copy of the weights.
         parameters: list[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
         before = [p.clone() for p in parameters]
         optimizer.step()

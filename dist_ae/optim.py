@@ -13,10 +13,10 @@ from dist_ae.config import OptimConfig
 
 
 class Uncompiled(Optimizer):
-    """Without torch's compiler: on its first call each of these methods imports it, only to say that it is not to be
-    compiled.
+    """An optimizer without torch's compiler.
 
-    That is 1.2 s of a run's start and 150 MB of every process.
+    On its first call, each of torch's own methods imports the compiler, only to say that it must not be compiled. That
+    costs 1.2 s of a run's start and 150 MB of every process.
     """
 
     add_param_group, zero_grad = unwrap(Optimizer.add_param_group), unwrap(Optimizer.zero_grad)
@@ -24,7 +24,7 @@ class Uncompiled(Optimizer):
 
 
 class Adam(Uncompiled, torch.optim.Adam):
-    """torch's Adam; AdamW, too, with ``decoupled_weight_decay``."""
+    """torch's Adam; with ``decoupled_weight_decay`` it is AdamW."""
 
     step = torch.no_grad()(unwrap(torch.optim.Adam.step))
 
@@ -39,8 +39,8 @@ def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
     Learning rates are set before each step by ``set_learning_rate``. They are tensors on the weights' device, so that a
-    step can be captured as a graph. Adam and SGD are torch's fused kernels: one pass over the weights, and the only
-    ones that can be told on the device to skip a poisoned update.
+    step can be captured as a graph. Adam and SGD are torch's fused kernels. They take one pass over the weights, and
+    they are the only ones that can be told on the device to skip a poisoned update.
     """
     parameters, betas, eps = list(model.parameters()), config.betas, config.eps
     lr, decay = _rate(config.lr, parameters[0]), config.weight_decay
@@ -65,9 +65,9 @@ def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -
 
 
 def _rate(value: float, weights: Tensor) -> Tensor | float:
-    """A learning rate where the kernels read it.
+    """A learning rate in the place where the kernels read it.
 
-    torch's CUDA kernels read it as float32, so float64 weights keep it as a number there.
+    torch's CUDA kernels read a tensor as float32, so with float64 weights the rate stays a number there.
     """
     on_cpu, exact = weights.device.type == "cpu", weights.dtype == torch.float64
     if on_cpu or (weights.device.type == "cuda" and not exact):
@@ -76,8 +76,9 @@ def _rate(value: float, weights: Tensor) -> Tensor | float:
 
 
 def _materialize(optimizers: list[Optimizer]) -> None:
-    """Creates every state tensor as zeros, which is what the first step would do: a checkpoint then always holds the
-    same tensors.
+    """Creates every state tensor as zeros, as the first step would do.
+
+    A checkpoint then always holds the same tensors.
     """
     for optimizer in optimizers:
         adam = isinstance(optimizer, Adam)
@@ -90,11 +91,12 @@ def _materialize(optimizers: list[Optimizer]) -> None:
 
 
 class Muon(Uncompiled, torch.optim.Muon):
-    """Muon (Jordan 2024) as torch has it, with two differences.
+    """Muon (Jordan 2024) as in torch, with two differences.
 
-    The learning rate may be a tensor, which torch's step reads back to the host, so that no graph could hold it. And
-    float64 weights are orthogonalized in float64: rounding to the 8 bits of bfloat16 makes of a difference in the 16th
-    digit one in the third, so a run in fp64 could not show that it is exact.
+    The learning rate may be a tensor. torch's step would read it back to the host, so no graph could hold that step.
+
+    Updates of float64 weights are orthogonalized in float64. Rounding to the 8 bits of bfloat16 turns a difference in
+    the 16th digit into one in the third, so a run in fp64 could not show that it is exact.
     """
 
     @torch.no_grad()
@@ -113,7 +115,7 @@ class Muon(Uncompiled, torch.optim.Muon):
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """The nearest matrix with singular values about 1, by Newton-Schulz steps of degree five (Jordan 2024).
 
-    In bfloat16, but for float64 matrices.
+    It computes in bfloat16, but in float64 for float64 matrices.
     """
     a, b, c = coefficients
     x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
@@ -127,7 +129,7 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state by name, ``<parameter>.<quantity>``: the tensors themselves, to be saved or copied into."""
+    """The optimizers' live state tensors by name, ``<parameter>.<quantity>``, to be saved or copied into."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{quantity}": tensor
@@ -140,8 +142,8 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
 def set_learning_rate(optimizers: list[Optimizer], factor: float, config: OptimConfig) -> None:
     """Sets every optimizer's learning rate to a share of its peak.
 
-    By hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share the
-    groups. A rate that is a tensor keeps its place, where a captured graph reads it.
+    It is done by hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share
+    the groups. A rate that is a tensor keeps its place in memory, where a captured graph reads it.
     """
     for optimizer in optimizers:
         rate = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)

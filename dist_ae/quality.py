@@ -110,12 +110,8 @@ def per_image(
                 table[2 + line, places.start : places.stop] = values.to(table)
     error, ssim, pca_error, pca_ssim = runtime.sum(table).cpu()
     has_pca = components is not None
-    return PerImage(
-        error,
-        ssim if structured else None,
-        pca_error if has_pca else None,
-        pca_ssim if has_pca and structured else None,
-    )
+    both = has_pca and structured
+    return PerImage(error, ssim if structured else None, pca_error if has_pca else None, pca_ssim if both else None)
 
 
 @torch.no_grad()
@@ -125,8 +121,7 @@ def denoising(
     """PSNR in dB of noisy images and of what becomes of them, by the standard deviation of the noise on [0, 1].
 
     The methods are ``model``; ``median``, the better of 3 × 3 and 5 × 5; and ``non-local means``, the best of three
-    strengths, where scikit-image is installed. All see the same evenly spaced images (``denoised_images``) with the
-    same noise.
+    strengths, where scikit-image is installed. All see the same evenly spaced images (``denoised_images``) and noise.
     """
     rows = evenly_spaced(len(reader.split), denoised_images(subset, model))
     numbers = len(rows) * math.prod(model.image_shape)

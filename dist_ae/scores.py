@@ -149,11 +149,7 @@ def in_batches(
 
 @torch.no_grad()
 def code_moments(
-    model: Autoencoder,
-    train: Reader,
-    batch_size: int,
-    runtime: Alone,
-    stop: Callable[[], bool] = lambda: False,
+    model: Autoencoder, train: Reader, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> CodeMoments:
     """Mean and covariance of the codes of at most 10,000 evenly spaced training images, summed over processes.
 
@@ -203,8 +199,8 @@ def calibrate(
 ) -> Calibration:
     """The moments of the training images' codes, and every score of at most 10,000 evenly spaced held-out images.
 
-    The model computes in its own type, without autocast. Apart from rounding, the result is the same on any number of
-    processes.
+    The model computes in its own type, without autocast. The result is the same on any number of processes, apart from
+    rounding errors.
 
     Args:
         normal: images that the model was not trained on and that are taken to be normal.

@@ -137,8 +137,8 @@ class Learner:
             first, last_row = piece.start - mine.start, piece.stop - mine.start
             taken, idle = rows[first:last_row], not piece
             if idle:
-                # Computes the first image and gives it no weight: compiled code, or a user's own model, may not accept
-                # an empty batch.
+                # Computes the first image and gives it no weight, since compiled code, or a user's own model, need not
+                # accept an empty batch.
                 taken, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
             since = time.perf_counter()
             images = self.images.take(taken, self._then(rows[last_row:], part))

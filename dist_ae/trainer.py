@@ -436,11 +436,7 @@ def _refuse_non_finite(learner: Learner, folder: RunDirectory | None) -> None:
 
 
 def _note_evaluation(
-    learner: Learner,
-    state: State,
-    metrics: dict[str, float],
-    folder: RunDirectory | None,
-    tracking: Tracking | None,
+    learner: Learner, state: State, metrics: dict[str, float], folder: RunDirectory | None, tracking: Tracking | None
 ) -> None:
     """Takes an evaluation into the state and the records, once. A resumed run finds it in its checkpoint."""
     if state.pca_mse is not None:

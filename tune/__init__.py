@@ -1,6 +1,6 @@
 """Hyperparameter sweeps on Ray Tune over dist_ae: ``dist-ae sweep SPACE``, or ``python -m tune SPACE`` in a checkout.
 
-From Python, ``search``. The wheel holds this package as ``dist_ae_tune``. dist_ae does not depend on it.
+From Python, it is ``search``. The wheel holds this package as ``dist_ae_tune``. dist_ae does not depend on it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) 
     Args:
         space: ae, denoising, dropout, vae, conv or all; or the path of a space of your own (docs/sweeps.md).
         settings: what holds for all trials, by dotted key, such as ``{"train.epochs": 5}``.
-        options: those of the command, such as ``num_trials=16, scheduler="asha", name="first"``.
+        options: the command's options, such as ``num_trials=16, scheduler="asha", name="first"``.
 
     Raises:
-        InputError: something of it cannot be.
+        InputError: what is asked for cannot be run; says why and what to do.
         Fault: no trial finished.
     """
     from .__main__ import sweep

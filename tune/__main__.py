@@ -38,13 +38,13 @@ def sweep(
 ) -> Path:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
-    Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial; a key
-    given one value is not searched.
+    Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial. A key that is given one
+    value is not searched.
 
     Args:
         which: space to search: ae, denoising, dropout, vae, conv, or all, which chooses among the first four.
         space: your own space, a JSON or TOML file (docs/sweeps.md shows one).
-        settings: how it is run; --resume takes an address and a limit of trials at once, and nothing else of it.
+        settings: how it is run; of these, --resume takes only an address and a limit of trials at once.
         metric: what trials are judged by; left out, the space's own.
         select: the answer: best, smallest-within-PCT (the smallest code within PCT percent of the best),
             best-under-SIZE (the best of codes up to SIZE).

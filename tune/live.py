@@ -1,4 +1,4 @@
-"""The sweep on the terminal while it runs: a line for each trial that ends, and below them how far the sweep is."""
+"""The sweep on the terminal while it runs: a line for each trial that ends, and below them the sweep's progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Progress(Callback):  # type: ignore[misc]
         self._task = self.bar.add_task(sweep.name, total=100 * total, completed=round(self._reached()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray keeps a pickle of the whole experiment, which nothing here reads
+        return {}  # Ray pickles the whole experiment, and nothing here reads that pickle
 
     # -- what Ray calls
 

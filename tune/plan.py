@@ -1,4 +1,4 @@
-"""The sweep's folder: what was planned and what became of it. A sweep goes on from these files, without Ray's own.
+"""The sweep's folder: what was planned and what became of it. A sweep resumes from these files, not from Ray's.
 
 sweep.json                     the space, the settings, the metric; written once, after the first trials are planned
 trials/<id>/trial.json         preset and sampled values, written before the trial starts
@@ -33,7 +33,7 @@ FORMAT = 1
 
 
 class Settings(BaseModel):
-    """How a sweep is run. What is searched stands in the space."""
+    """How a sweep is run. The space says what is searched."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -83,14 +83,14 @@ class Settings(BaseModel):
 class Trial:
     """One trial as planned.
 
-    Population-based training changes values on the way: each clone is a new generation with a run directory of its own.
+    Population-based training changes values on the way. Each clone is a new generation with its own run directory.
     """
 
     id: str
     preset: str
     values: Values
     generation: int = 0
-    clone: str | None = None  # the stamp of the clone that this generation began with
+    clone: str | None = None  # the stamp of the cloning that began this generation
     donors: tuple[str, ...] = ()
 
     @property
@@ -102,7 +102,7 @@ class Trial:
 class Outcome:
     """What a trial has come to.
 
-    ``pending``, ``unfinished``, ``finished``, ``stopped`` by the scheduler, or ``failed`` for good.
+    ``status`` is ``pending``, ``unfinished``, ``finished``, ``stopped`` by the scheduler, or ``failed`` for good.
     """
 
     status: str
@@ -150,7 +150,7 @@ class Sweep:
             raise InputError(f"{path} is missing or damaged; {hint}") from None
 
     def new_trial(self, number: int, preset: str, values: Values) -> Trial:
-        """Plans a trial: from here on it is never forgotten."""
+        """Plans a trial. From here on, it is never forgotten."""
         trial = Trial(f"{self.key}-{number:04d}", preset, values)
         self.write_trial(trial)
         return trial
@@ -180,7 +180,7 @@ class Sweep:
         reports = tuple(read_reports(self.trial_dir(trial.id)))
         said = read_json(self.trial_dir(trial.id) / "outcome.json") or {}
         if read_json(self.run_dir(trial) / "result.json") is not None:
-            # A linear probe comes after the result: without its figure the trial is not done.
+            # A linear probe comes after the result. Without its figure, the trial is not done.
             done = reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100
             status = "finished" if done else "unfinished"
         elif said.get("status") in ("stopped", "failed"):
@@ -196,7 +196,7 @@ class Sweep:
     # -- sweep.json
 
     def write(self) -> None:
-        """Writes sweep.json: from here on the sweep exists."""
+        """Writes sweep.json. From here on, the sweep exists."""
         data = {"format": FORMAT, "name": self.name, "key": self.key, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         data |= {"space": self.space.to_data(), "overrides": self.overrides, "metric": self.metric}
         write_json(self.path / "sweep.json", {**data, "settings": self.settings.model_dump()})
@@ -225,7 +225,7 @@ def new_sweep(path: Path, space: Space, overrides: Values, metric: Metric, setti
 
 
 def plan_trials(sweep: Sweep) -> None:
-    """Plans what can be planned ahead, all of a random search or grid, then writes sweep.json."""
+    """Plans what can be planned ahead, which is all of a random search or a grid, and then writes sweep.json."""
     shutil.rmtree(sweep.path / "trials", ignore_errors=True)  # of a driver that died before it wrote sweep.json
     settings = sweep.settings
     if settings.search != "optuna":
@@ -236,7 +236,7 @@ def plan_trials(sweep: Sweep) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises InputError unless a name can be a folder's and a W&B group's."""
+    """Raises InputError unless the name suits both a folder and a W&B group."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         hint = "use at most 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
         raise InputError(f"--name {shown(name)}: {hint}")
@@ -244,10 +244,10 @@ def check_name(name: str) -> None:
 
 @contextmanager
 def only_driver(path: Path, new: bool) -> Iterator[None]:
-    """Locks a sweep's folder for one driver. The lock of a dead driver is free.
+    """Locks a sweep's folder for one driver. A dead driver does not keep the lock.
 
     Raises:
-        InputError: the folder cannot be written, is in use, or (for a new sweep) holds one already.
+        InputError: the folder cannot be written, is in use, or (for a new sweep) holds a sweep already.
     """
     if not new and not path.is_dir():
         read_sweep(path)  # says that there is none
@@ -271,7 +271,7 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file: the old content or the new is there, whole, whenever the machine stops."""
+    """Replaces a JSON file. Whenever the machine stops, either the old content or the new one is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_json(value))
 
@@ -288,11 +288,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def append_report(trial_dir: Path, report: Mapping[str, Any]) -> None:
     """Adds a line to reports.jsonl."""
     with open(trial_dir / "reports.jsonl", "a") as file:
-        file.write(f"\n{json.dumps(report)}\n")  # the first newline ends a line that a kill tore
+        file.write(f"\n{json.dumps(report)}\n")  # the first newline ends a line that a kill cut short
 
 
 def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
-    """What a trial reported, by rising step. A retry or a clone goes on from an earlier step, and its reports count."""
+    """What a trial reported, by rising step. After a retry or a clone from an earlier step, its reports count."""
     kept: list[dict[str, Any]] = []
     try:
         lines = (trial_dir / "reports.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The answer of a sweep: trials.csv, best.json, and report.html, one page without outside parts."""
+"""The answer of a sweep: trials.csv, best.json and report.html, which is one self-contained page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .spaces import METRICS
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
 CHUNK = 4096  # images at once
-EXACT = 1e-12  # a squared error per pixel that is nothing but rounding
+EXACT = 1e-12  # a squared error per pixel up to here is nothing but rounding
 COLORS = {  # by a preset's first word
     "ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c", "conv": "#b08900",
 }  # fmt: skip
@@ -49,7 +49,7 @@ LOOK: Any = {
 
 
 def write_report(sweep: Sweep, selection: Selection) -> bool:
-    """Writes the three files and says where they are. False where no trial finished."""
+    """Writes the three files and says where they are. Returns False where no trial finished."""
     rows = results(sweep)
     cells, pca = table(sweep, rows), pca_errors(sweep, rows)
     write_table(sweep, cells)
@@ -89,7 +89,7 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
 def errors(sweep: Sweep, rows: Sequence[Row]) -> dict[str, float]:
     """Each finished trial's squared error per pixel, by trial id.
 
-    It is the error of denoised images where the sweep is about those, and else of clean ones.
+    It is the error of denoised images where the sweep is about denoising, and of clean images otherwise.
     """
     found = {}
     for row in rows:
@@ -104,7 +104,7 @@ def _about_noise(sweep: Sweep) -> bool:
 
 
 def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
-    """The same error of the best linear code, by code size: PCA, or of a grid code PCA of its patches."""
+    """The same error of the best linear code, by code size: that of PCA, or for a grid code that of PCA of patches."""
     import torch
 
     from dist_ae import pca
@@ -184,11 +184,11 @@ def _ranking(sweep: Sweep, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 # -- charts
 
-Chart = tuple[str, str, Figure]  # heading, what is to be seen
+Chart = tuple[str, str, Figure]  # heading, what the chart shows
 
 
 def _charts(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> list[tuple[str, str, str]]:
-    """(heading, what is to be seen, data URI) of the charts for which there is something to draw."""
+    """(heading, what the chart shows, data URI) of the charts for which there is something to draw."""
     made = []
     with matplotlib.rc_context(LOOK):
         for chart in (_front(sweep, rows, winner, pca), _curves(sweep, rows, winner), _effects(sweep, rows, winner)):
@@ -204,7 +204,7 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     shown = [row for row in rows if row.trial.id in error]
     if not shown:
         return None
-    # PCA with as many components as pixels is exact; on a logarithmic axis that point would press all others flat.
+    # PCA with as many components as pixels is exact. On a logarithmic axis, that point would press all others flat.
     pca = {size: value for size, value in sorted(pca.items()) if value > min(error.values()) / 10}
     best = front(rows, error)
     line = [row.size for row in best], [error[row.trial.id] for row in best]
@@ -281,7 +281,7 @@ def _effects(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
 
 
 def _is_log(sweep: Sweep, key: str, values: list[float]) -> bool:
-    """Whether a searched key is looked at on a logarithmic axis: a log range or choices, over nearly a decade."""
+    """Whether a searched key gets a logarithmic axis: it does as a log range or choices over nearly a decade."""
     kinds = {part[key].kind for part in sweep.space.parts.values() if key in part}
     return not kinds & {"uniform", "randint"} and min(values) > 0 and max(values) / min(values) >= 8
 
@@ -309,7 +309,7 @@ def _legend(figure: Figure) -> None:
 
 
 def _look(row: Row, winner: Row | None, among: int = 1) -> dict[str, Any]:
-    """The answer is black. Of many others each is fainter, so that where most of them are can still be seen."""
+    """The look of a trial. The answer is black; the more others there are, the fainter each, so dense regions show."""
     if row is winner:
         return {"label": "the answer", "color": ACCENT}
     color = COLORS[row.trial.preset.partition("-")[0]]

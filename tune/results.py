@@ -28,11 +28,11 @@ class Row:
     outcome: Outcome
     value: float
     latent_dim: int
-    size: int  # numbers of a code: latent_dim, and of a grid code that many in each cell
+    size: int  # numbers of a code: latent_dim, or for a grid code that many in each cell
 
 
 def results(sweep: Sweep) -> list[Row]:
-    """All trials, best first: finished ones, those stopped early (at fewer steps), then the others; NaN last."""
+    """All trials, best first: finished ones, then those stopped early (at fewer steps), then the others; NaN last."""
     rows = []
     for trial in sweep.trials():
         outcome = sweep.outcome(trial)
@@ -49,7 +49,10 @@ def results(sweep: Sweep) -> list[Row]:
 
 
 def _code_size(sweep: Sweep, trial: Trial, config: Config) -> int:
-    """The numbers of a trial's code. A trial that never began has told no shape of its images: its latent_dim."""
+    """How many numbers a trial's code has.
+
+    A trial that never began has not told the shape of its images, so latent_dim stands in.
+    """
     if config.model.architecture == "mlp" or config.model.code == "vector":
         return config.model.latent_dim
     kept = (read_json(sweep.run_dir(trial) / "config.json") or {}).get("config", {})
@@ -103,7 +106,7 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
         return None
     best = good[0]
     if selection.kind == "smallest-within":
-        # Of the size of the best value, which may be negative (a log-likelihood of densities) or in dB.
+        # The margin is relative to the size of the best value, which may be negative (densities) or in dB.
         margin = selection.number / 100 * abs(best.value)
         near = [row for row in good if sweep.sign * row.value >= sweep.sign * best.value - margin]
         return min(near, key=lambda row: (row.size, good.index(row)))
@@ -111,7 +114,7 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
 
 
 def retrained(sweep: Sweep, winner: Trial) -> Sweep:
-    """The folder in which a winner is trained again, as a sweep of its own without a scheduler."""
+    """The sweep in which a winner is trained again, with a folder of its own and no scheduler."""
     settings = sweep.settings.model_copy(update={"scheduler": "none", "search": "random", "num_trials": 0})
     path, name = sweep.path / f"retrain-{winner.id}", f"{sweep.name}-retrain"
     return dataclasses.replace(sweep, path=path, name=name, settings=settings, key=f"{winner.id}s")
@@ -127,7 +130,7 @@ def spread(sweep: Sweep, winner: Trial) -> tuple[list[float], float, float] | No
 def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
     """The Pareto front of code size against error: the trials that no trial of the same size or smaller beats.
 
-    ``error`` is by trial id; smaller is better.
+    ``error`` is by trial id, and smaller is better.
     """
     best: list[Row] = []
     for row in sorted((r for r in rows if r.trial.id in error), key=lambda r: (r.size, error[r.trial.id])):
@@ -137,7 +140,7 @@ def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
 
 
 def table(sweep: Sweep, rows: list[Row]) -> list[dict[str, Any]]:
-    """Cells by column, of the trials in the order of the ranking: values, last metrics, steps and seconds."""
+    """Cells by column for the trials in the order of the ranking: values, last metrics, steps and seconds."""
     keys = [key for key in sweep.space.searched() if key != "model.latent_dim"]
     reports = [report for row in rows for report in row.outcome.reports]
     metrics = sorted({name for report in reports for name in report if name.startswith("val.")})
@@ -155,7 +158,7 @@ def table(sweep: Sweep, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def write_table(sweep: Sweep, cells: list[dict[str, Any]]) -> None:
-    """trials.csv: a line a trial."""
+    """Writes trials.csv, a line for each trial."""
     text = io.StringIO()
     writer = csv.DictWriter(text, cells[0] if cells else (), lineterminator="\n")
     writer.writeheader()
@@ -164,5 +167,5 @@ def write_table(sweep: Sweep, cells: list[dict[str, Any]]) -> None:
 
 
 def write_best(sweep: Sweep, winner: Row) -> None:
-    """best.json: a complete configuration; ``dist-ae train --config best.json`` trains the winner again."""
+    """Writes best.json, a complete configuration: ``dist-ae train --config best.json`` trains the winner again."""
     write_json(sweep.path / "best.json", sweep.answer(winner.trial).model_dump(mode="json"))

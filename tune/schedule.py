@@ -1,6 +1,6 @@
 """Ray Tune's schedulers and searchers, made to follow the sweep's folder.
 
-What they must remember is replayed from that folder after a restart.
+After a restart, what they must remember is replayed from that folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .plan import Sweep, Trial
 from .spaces import Distribution, Values
 from .trial import free_workers
 
-# Schedulers count in percent of a trial's own budget: trials of different batch sizes compare, and 100 is the end.
+# Schedulers count in percent of a trial's own budget, so trials of different batch sizes compare, and 100 is the end.
 TIME = "progress"
 GRACE, REDUCTION = 100 / 27, 3  # ASHA: the best third goes on at 1/27, 1/9 and 1/3 of the budget
 MEDIAN_GRACE, MEDIAN_SAMPLES = 10.0, 3
@@ -32,7 +32,7 @@ PERTURB_EVERY = 10.0
 
 
 def scheduler(sweep: Sweep) -> TrialScheduler:
-    """The scheduler of a sweep; the metric and its direction come from TuneConfig."""
+    """The scheduler of a sweep. The metric and its direction come from TuneConfig."""
     kind = sweep.settings.scheduler
     if kind == "asha":
         return _Asha(sweep, time_attr=TIME, max_t=100, grace_period=GRACE, reduction_factor=REDUCTION)
@@ -44,7 +44,7 @@ def scheduler(sweep: Sweep) -> TrialScheduler:
 
 
 class FreeWorkers(ray.tune.Callback):  # type: ignore[misc]
-    """Gives back what a trial's workers hold, whenever the trial ends or is to be tried again."""
+    """Frees what a trial's workers hold whenever the trial ends or is to be tried again."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
@@ -56,15 +56,16 @@ class FreeWorkers(ray.tune.Callback):  # type: ignore[misc]
 
 
 class _Gone(NamedTuple):
-    """Stands for a trial of an earlier driver."""
+    """A stand-in for a trial of an earlier driver."""
 
     trial_id: str
 
 
 class _Recorded:
-    """Stands before an early-stopping scheduler.
+    """A layer in front of an early-stopping scheduler.
 
-    Notes each stop in the trial's folder. At the start, tells the scheduler what trials reported to an earlier driver.
+    It notes each stop in the trial's folder. At the start, it repeats to the scheduler what trials reported to an
+    earlier driver.
     """
 
     def __init__(self, sweep: Sweep, **arguments: Any) -> None:
@@ -81,7 +82,7 @@ class _Recorded:
                     gone = _Gone(planned.id)
                     super().on_trial_add(controller, gone)  # type: ignore[misc]
                     self._replay(controller, gone, outcome.reports)
-        # An unfinished trial is judged at the next rung, not again at those it passed.
+        # An unfinished trial is judged at the next rung, not again at those that it passed.
         self._replay(controller, trial, self._sweep.outcome(self._sweep.trial(trial.config["id"])).reports)
 
     def _replay(self, controller: Any, trial: Any, reports: tuple[dict[str, Any], ...]) -> None:
@@ -102,7 +103,7 @@ class _Asha(_Recorded, schedulers.AsyncHyperBandScheduler):  # type: ignore[misc
 
 class _Median(_Recorded, schedulers.MedianStoppingRule):  # type: ignore[misc]
     def _replay(self, controller: Any, trial: Any, reports: tuple[dict[str, Any], ...]) -> None:
-        # Its rule needs the past of a trial, not another verdict on it.
+        # The median rule needs the past of a trial, not another verdict on it.
         self._results[trial].extend(report for report in reports if self._sweep.metric in report)
         if not self._results[trial]:
             del self._results[trial]
@@ -111,12 +112,11 @@ class _Median(_Recorded, schedulers.MedianStoppingRule):  # type: ignore[misc]
 class _Pbt(schedulers.PopulationBasedTraining):  # type: ignore[misc]
     def __init__(self, sweep: Sweep) -> None:
         (part,) = sweep.space.parts.values()
+        mutations = {k: d.values if d.kind == "choice" else partial(d.sample, random.Random()) for k, d in part.items()}
         super().__init__(
             time_attr=TIME,
             perturbation_interval=PERTURB_EVERY,
-            hyperparam_mutations={
-                key: d.values if d.kind == "choice" else partial(d.sample, random.Random()) for key, d in part.items()
-            },
+            hyperparam_mutations=mutations,
             custom_explore_fn=self._explore,
             log_config=False,
         )
@@ -135,17 +135,17 @@ class _Pbt(schedulers.PopulationBasedTraining):  # type: ignore[misc]
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result[TIME] >= 100 or result.get("failed"):
-            return str(TrialScheduler.CONTINUE)  # it neither clones nor is cloned: nothing is left to train
+            return str(TrialScheduler.CONTINUE)  # nothing is left to train, so it neither clones nor is cloned
         return str(super().on_trial_result(controller, trial, result))
 
     def _exploit(self, controller: Any, trial: Any, trial_to_clone: Any) -> None:
         own = trial.config["id"]
         super()._exploit(controller, trial, trial_to_clone)
-        trial.set_config({**trial.config, "id": own})  # it is still itself: a later clone of it must name it
+        trial.set_config({**trial.config, "id": own})  # it keeps its own id, which a later clone of it must name
 
 
 class Planned(Searcher):  # type: ignore[misc]
-    """Hands out the trials that are planned and not done. With an optimizer, plans further ones as results come in."""
+    """Hands out the trials that are planned and not done. With an optimizer, plans more trials as results come in."""
 
     def __init__(self, sweep: Sweep, todo: list[Trial], optimizer: Optimizer | None = None) -> None:
         super().__init__(metric=sweep.metric, mode="max" if sweep.sign > 0 else "min")
@@ -170,7 +170,7 @@ class Planned(Searcher):  # type: ignore[misc]
             self._optimizer.tell(trial, self._sweep.outcome(trial).metric(self._sweep.metric))
 
     def save(self, checkpoint_path: str) -> None:
-        """Ray wants a file. Sweeps are resumed from their own folder."""
+        """Writes the file that Ray expects. Sweeps are resumed from their own folder."""
         Path(checkpoint_path).write_text("{}")
 
 
@@ -181,23 +181,23 @@ class Optimizer:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._parts = sweep.space.parts
         known = [(trial, sweep.outcome(trial)) for trial in sweep.trials()]
-        # Another seed for each restart, else a resumed sweep would ask its first questions again.
+        # Each restart gets another seed, or a resumed sweep would ask its first questions again.
         seed, at_random = (sweep.settings.seed + len(known)) % 2**32, min(10, max(2, sweep.settings.num_trials // 4))
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random)
         self._study = optuna.create_study(direction="maximize" if sweep.sign > 0 else "minimize", sampler=sampler)
         for trial, outcome in known:
-            if outcome.status not in ("pending", "unfinished"):  # those tell when they are done
+            if outcome.status not in ("pending", "unfinished"):  # these are told when they are done
                 self.tell(trial, outcome.metric(sweep.metric))
 
     def _distributions(self, *presets: str) -> dict[str, BaseDistribution]:
-        """In Optuna's terms: the choice of a preset, and of each preset its keys, which no other preset shares."""
+        """In Optuna's terms: the choice of a preset, and the keys of each preset, which no other preset shares."""
         found: dict[str, BaseDistribution] = {"preset": CategoricalDistribution(list(self._parts))}
         for preset in presets:
             found |= {f"{preset} {key}": _distribution(d) for key, d in self._parts[preset].items()}
         return found
 
     def ask(self) -> tuple[str, Values]:
-        """(preset, values) of the next trial. Of what Optuna suggests for each preset, the chosen one's counts."""
+        """(preset, values) of the next trial. Optuna suggests values for every preset; the chosen one's count."""
         asked = self._study.ask(self._distributions(*self._parts)).params
         part = self._parts[asked["preset"]]
         given = {key: asked[f"{asked['preset']} {key}"] for key in part}
@@ -216,7 +216,7 @@ class Optimizer:
 
 
 def _distribution(d: Distribution) -> BaseDistribution:
-    """A distribution in Optuna's terms. Its choices are scalars: a list (hidden_dims) is chosen by its place."""
+    """A distribution in Optuna's terms. Optuna chooses scalars, so a list (hidden_dims) is chosen by its place."""
     if d.kind == "choice":
         return CategoricalDistribution(range(len(d.values)))
     low, high = d.values

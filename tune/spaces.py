@@ -1,6 +1,6 @@
 """Search spaces as data: dotted configuration keys → distributions.
 
-Imports neither torch nor ray, so that an error comes at once.
+Imports neither torch nor ray, so that errors come at once.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from dist_ae.presets import PRESETS
 Values = dict[str, Any]  # dotted configuration key → value
 
 GRID_POINTS = 4  # how many values a range gives to --search grid, both ends included
-MAX_TRIALS = 10_000  # each trial is a folder; the folders are read again for every ranking
+MAX_TRIALS = 10_000  # each trial is a folder, and all folders are read again for every ranking
 MAX_BYTES = 2**20  # of a space file
-MAX_VALUES = 10_000  # every value of a space is checked before the sweep starts, which takes about 0.1 ms each
+MAX_VALUES = 10_000  # every value of a space is checked before the sweep starts, at about 0.1 ms each
 
 # What a trial may be judged by. None of them depends on what is searched.
 Metric = Literal["val.mse", "val.denoised_psnr", "val.neg_elbo", "val.probe_accuracy"]
-METRICS: dict[Metric, tuple[int, str]] = {  # +1 where larger is better; what it is
+METRICS: dict[Metric, tuple[int, str]] = {  # (+1 where larger is better, else -1; what it is)
     "val.mse": (-1, "squared error per pixel on [0, 1] of clean validation images"),
     "val.denoised_psnr": (1, "PSNR in dB of denoised validation images, with the same noise for every trial"),
     "val.neg_elbo": (-1, "negative ELBO at β = 1, nats per image"),
     "val.probe_accuracy": (1, "accuracy of a linear probe on the code"),
 }
 
-# Searching these would change the question from trial to trial (or where the answer is kept), not the answer.
+# Searching these would change the question (or where the answer is kept) from trial to trial, not the answer.
 FIXED = ("data.", "evaluation.", "tracking.", "name", "run_dir", "model.variational", "model.image_shape")
 
-# Keys whose option means something else in a sweep, which has a name and a seed of its own and many run directories.
+# Keys whose option means something else in a sweep, which has its own name and seed and many run directories.
 OWN = ("name", "seed", "run_dir")
 
 # What population-based training can change in the middle of a trial: nothing that a checkpoint's tensors depend on.
@@ -60,7 +60,7 @@ Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
 
 
 class Distribution(BaseModel):
-    """``choice`` of listed values, or a range ``[low, high]``, ends included. One of them is set.
+    """A ``choice`` of listed values, or a range ``[low, high]``, ends included. Exactly one of them is set.
 
     Ranges are ``uniform`` and ``loguniform``, and over whole numbers ``randint`` and ``lograndint``.
     """
@@ -97,12 +97,12 @@ class Distribution(BaseModel):
 
     @property
     def values(self) -> list[Any]:
-        """Those of a choice, or the two ends of a range."""
+        """The values of a choice, or the two ends of a range."""
         found: list[Any] = getattr(self, self.kind)
         return found
 
     def sample(self, rng: random.Random) -> Any:
-        """One value."""
+        """Draws one value."""
         if self.kind == "choice":
             return rng.choice(self.values)
         return rng.randint(*self.values) if self.kind == "randint" else self._at(rng.random())
@@ -131,7 +131,7 @@ class Distribution(BaseModel):
         return self.values if self.kind == "choice" else [*self.values, *(self.sample(rng) for _ in range(10))]
 
     def clip(self, value: Any) -> Any:
-        """The nearest value of a range; a choice's values are left alone."""
+        """The nearest value of a range. Values of a choice are left alone."""
         return value if self.kind == "choice" else min(max(value, self.values[0]), self.values[1])
 
 
@@ -159,7 +159,7 @@ class Space(BaseModel):
     @field_validator("metric", mode="before")
     @classmethod
     def _check_metric(cls, metric: Any, others: ValidationInfo) -> Any:
-        """Left out, it is what fits all presets."""
+        """A metric that is left out becomes one that fits all presets."""
         configs = {preset: PRESETS[preset] for preset in others.data.get("parts", ())}
         plain = [preset for preset, config in configs.items() if not config.model.variational]
         if metric == "val.neg_elbo" and plain:
@@ -196,7 +196,7 @@ class Space(BaseModel):
                 yield preset, dict(zip(part, values, strict=True))
 
     def pinned(self, overrides: Values) -> Space:
-        """Without the keys that the command line gave one value."""
+        """The space without the keys that the command line gave one value."""
         parts = {p: {k: d for k, d in part.items() if k not in overrides} for p, part in self.parts.items()}
         return self.model_copy(update={"parts": parts})
 
@@ -209,8 +209,8 @@ class Space(BaseModel):
             if key not in MUTABLE:
                 raise InputError(
                     f"--scheduler pbt: {key} cannot change in the middle of training, the weights of a better trial "
-                    f"would not fit; fix it with {option(key)}, or use --scheduler asha. What can change: "
-                    f"{', '.join(MUTABLE)}"
+                    f"would not fit; fix it with {option(key)}, or use --scheduler asha. "
+                    f"What can change: {', '.join(MUTABLE)}"
                 )
 
     def to_data(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class Space(BaseModel):
 
 
 def parse_space(data: Any, name: str, metric: str | None = None) -> Space:
-    """A space from data: ``{"metric": ..., "presets": {preset: {key: distribution}}}``; the metric may be left out.
+    """A space from ``{"metric": ..., "presets": {preset: {key: distribution}}}``. The metric may be left out.
 
     Raises:
         InputError: naming the part that is wrong.
@@ -231,7 +231,7 @@ def parse_space(data: Any, name: str, metric: str | None = None) -> Space:
 
 
 def explained(error: ValidationError) -> str:
-    """What pydantic found first, as one sentence that begins with the place."""
+    """The first error that pydantic found, as one sentence that begins with its place."""
     first, *more = error.errors(include_url=False)
     place = ", ".join(shown(part).strip("'") for part in first["loc"])
     said = first["msg"].removeprefix("Value error, ")
@@ -256,7 +256,7 @@ _PARTS: dict[str, dict[str, Any]] = {
 }
 _CONV: dict[str, Any] = {
     "model.latent_dim": {"choice": [2, 4, 8, 12, 24]},
-    # Of one length, and so one patch size: all trials see the same patches.
+    # All of one length, which means one patch size, so that all trials see the same patches.
     "model.widths": {"choice": [[16, 32, 64], [32, 64, 128], [64, 128, 192]]},
     "model.blocks": {"choice": [1, 2]},
     "optim.lr": {"loguniform": [3e-4, 5e-3]},
@@ -271,7 +271,7 @@ def load_space(name: str | None, file: Path | None) -> Space:
     """A space by name, or from a JSON or TOML file.
 
     Raises:
-        InputError: unknown, unreadable or wrong.
+        InputError: the space is unknown, unreadable or wrong.
     """
     if (name is None) == (file is None):
         raise InputError(f"give a space ({', '.join(SPACES)}) or --space FILE, one of the two")
@@ -290,7 +290,7 @@ def _read(file: Path) -> Any:
     kind = "TOML" if file.suffix == ".toml" else "JSON"
     try:
         text = read_bounded(Path(os.path.realpath(file)), MAX_BYTES).decode("utf-8-sig")
-        if kind == "TOML":  # by way of JSON: without dates, or numbers too long to print
+        if kind == "TOML":  # by way of JSON: dates become text, numbers too long to print are refused
             text = json.dumps(tomllib.loads(text), default=str)
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError:
@@ -311,7 +311,7 @@ def parse_overrides(pairs: list[str]) -> Values:
     """``KEY=VALUE`` pairs of ``--set``. Values are JSON; a list may be written 512,256.
 
     Raises:
-        InputError: not a pair.
+        InputError: one of them is not a pair.
     """
     values: Values = {}
     for pair in pairs:
@@ -334,7 +334,7 @@ def option(key: str) -> str:
 
 
 def override(config: Config, values: Values, where: str) -> Config:
-    """A configuration with values replaced. Raises InputError as one sentence that says where the values come from."""
+    """A configuration with values replaced. Raises InputError in one sentence that says where the values come from."""
     try:
         return config.override(values)
     except InputError as error:
@@ -373,7 +373,7 @@ def check(space: Space, overrides: Values, workers: int) -> None:
 
 
 def check_together(overrides: Values, points: Iterable[tuple[str, Values]]) -> None:
-    """Raises InputError where values are legal each by itself and not together, such as fp64 with bf16 gradients."""
+    """Raises InputError where values are legal alone but not together, such as fp64 with bf16 gradients."""
     for preset, values in points:
         override(PRESETS[preset], {**overrides, **values}, f"preset {preset} with {shown(values)}: ")
 

@@ -1,4 +1,4 @@
-"""A sweep from its request to its answer: check everything, plan, run on Ray Tune."""
+"""A sweep from its request to its answer: check everything, plan, and run on Ray Tune."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .results import Selection, results, retrained, select
 from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
-PROBED = 100  # points of an optimizer's space that are looked at before it suggests its own
+PROBED = 100  # points of an optimizer's space that are checked before it suggests its own
 
 
 class Interrupted(Exception):
-    """The sweep was interrupted. The message says how to go on with it."""
+    """The sweep was interrupted. The message says how to resume it."""
 
     exit_status = EXIT_STOPPED
 
@@ -73,7 +73,7 @@ def _count(space: Space, settings: Settings) -> int:
 
 
 def _check_local(settings: Settings) -> None:
-    """Refuses workers that this machine cannot hold, where Ray is to run on it alone."""
+    """Refuses workers that this machine cannot hold, where Ray is to run on this machine alone."""
     if settings.address != "local":
         return
     have = {"CPU": _cores(), "GPU": 0}
@@ -99,7 +99,7 @@ def _check_fits(settings: Settings, have: Mapping[str, float], where: str) -> No
 
 
 def _check_address(settings: Settings) -> None:
-    """Ray tries an address that does not answer for a long time."""
+    """Refuses an address where nothing answers, which Ray would try for a long time."""
     host, _, port = str(settings.address).rpartition(":")
     try:
         if settings.address not in ("auto", "local"):
@@ -110,7 +110,7 @@ def _check_address(settings: Settings) -> None:
 
 
 def _absolute(overrides: Values) -> Values:
-    """Paths as every process sees them, whatever folder it works in."""
+    """Overrides whose paths mean the same in every process, whatever folder it works in."""
     from dist_ae.data.sources import absolute
 
     made = dict(overrides)
@@ -123,11 +123,11 @@ def _absolute(overrides: Values) -> Values:
 
 
 def check_data(sweep: Sweep) -> None:
-    """Loads the data once, here: what is missing or too small, or cannot be trained, is said before any trial starts.
+    """Loads the data once, here, and says what is missing, too small or not trainable before any trial starts.
 
     Raises:
-        InputError: data that is not there; a batch or code too large for it; a configuration that this machine or the
-            data does not allow; too few evaluations for the scheduler.
+        InputError: the data is not there; a batch or code is too large for it; this machine or the data does not allow
+            a configuration; or there are too few evaluations for the scheduler.
     """
     from dist_ae import pca
     from dist_ae.data import sources
@@ -167,7 +167,7 @@ def check_data(sweep: Sweep) -> None:
 
 
 def _plan(space: Space, settings: Settings) -> list[tuple[str, Values]]:
-    """The trials to come, as far as they are known; of an optimizer's, points that it might suggest."""
+    """The trials to come, as far as they are known. For an optimizer, these are points that it might suggest."""
     count = PROBED if settings.search == "optuna" else settings.num_trials
     return space.plan(settings.search, count, settings.seed)
 
@@ -190,8 +190,8 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
     """Plans and runs a new sweep, then trains its winner with further seeds, if any are asked for.
 
     Raises:
-        InputError: there is one of that name, or its data or cluster is not there.
-        Interrupted: by Ctrl-C or SIGTERM; ``--resume`` goes on.
+        InputError: there is a sweep of that name, or its data or cluster is not there.
+        Interrupted: Ctrl-C or SIGTERM came; ``--resume`` goes on.
     """
     with only_driver(sweep.path, new=True):
         print(f"sweep {sweep.name} of {sweep.settings.num_trials} trials → {sweep.path}", flush=True)
@@ -204,7 +204,7 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
 
 
 def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Sweep:
-    """Goes on with a sweep, with the address and the limit of trials at once that are given.
+    """Resumes a sweep, with the given address and limit of trials at once.
 
     Finished, stopped and failed trials stay as they are. The others continue from their checkpoints.
     """
@@ -231,9 +231,9 @@ def resuming(sweep: Sweep, selection: Selection, seeds: int) -> str:
 
 
 def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
-    """Trains the winner with further seeds, as trials of a folder of their own.
+    """Trains the winner with further seeds, as trials in a folder of their own.
 
-    The winner's own seed was chosen for its luck and is not among them.
+    The winner's own seed was chosen for its luck, so it is not among them.
     """
     winner = select(results(sweep), selection, sweep)
     if not seeds or winner is None:
@@ -248,7 +248,7 @@ def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
 
 
 def _tracking(sweep: Sweep) -> Values:
-    """Decides on W&B once, here: workers elsewhere may not know the key, and the trials belong in one place."""
+    """Decides on W&B once, here. Workers elsewhere may not know the key, and the trials belong in one place."""
     from dist_ae.run.tracking import wandb_mode
 
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
@@ -261,23 +261,23 @@ def unfinished(sweep: Sweep) -> list[Trial]:
 
 
 def left(sweep: Sweep) -> int:
-    """How many trials are still to be run or finished. With an optimizer, some of them are not planned yet."""
+    """How many trials are still to be run or finished. With an optimizer, some of them may not be planned yet."""
     return len(unfinished(sweep)) + max(0, sweep.settings.num_trials - len(sweep.trials()))
 
 
 @contextmanager
 def cluster(sweep: Sweep) -> Iterator[None]:
-    """Ray, started on this machine or joined, for the length of a sweep.
+    """Starts Ray on this machine, or joins a cluster, for the length of a sweep.
 
-    A Ray of this machine alone listens on loopback, and asks every client for a token that only its processes know:
-    whoever reaches Ray runs code on it. Ray reads both settings when it is imported; a program that imported it earlier
-    has made them itself.
+    Whoever reaches Ray can run code on it. A Ray of this machine alone therefore listens on loopback and asks every
+    client for a token that only its processes know. Ray reads both settings when it is imported, so a program that
+    imported it earlier has chosen them itself.
 
     Raises:
-        InputError: no cluster there; too small; storage that some node does not see; nodes that cannot import the code.
+        InputError: there is no cluster, or it is too small; a node does not see the storage, or cannot import the code.
     """
     settings = sweep.settings
-    # Tune's own tables and files are not wanted.
+    # Turns off Tune's own tables and files.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -286,13 +286,13 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if settings.address == "local" and "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # makes 127.0.0.1 this machine's address, on Linux too
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # makes 127.0.0.1 this machine's address, also on Linux
     import ray
 
-    # Before Ray is joined: nodes of one machine share a submitted job's code, and unpack it again while the job runs.
+    # Import before joining Ray: nodes of one machine share a submitted job's code, and unpack it again while it runs.
     from . import live, schedule, trial  # noqa: F401
 
-    # A stopped trial may take seconds to close its trackers; its actor, with torch imported, is worth waiting for.
+    # A stopped trial may take seconds to close its trackers. Its actor has torch imported and is worth waiting for.
     variables = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "15", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     # How often a report of several workers is fetched, in seconds. The workers wait for it.
     variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
@@ -332,8 +332,8 @@ def _check_shared(sweep: Sweep) -> None:
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 raise InputError(
-                    f"node {host} cannot run this code ({reason}); "
-                    "install the project there, or submit the sweep with launch/ray/submit.sh, which sends it along"
+                    f"node {host} cannot run this code ({reason}); install the project there, or submit the sweep "
+                    "with launch/ray/submit.sh, which sends it along"
                 ) from None
             if not seen:
                 raise InputError(
@@ -351,7 +351,7 @@ def run(sweep: Sweep, command: str) -> None:
         command: goes on with the sweep, should it be interrupted.
 
     Raises:
-        Interrupted: by Ctrl-C or SIGTERM.
+        Interrupted: Ctrl-C or SIGTERM came.
     """
     import ray.tune
 
@@ -368,7 +368,7 @@ def run(sweep: Sweep, command: str) -> None:
     progress = Progress(sweep, len(done) + left(sweep), done)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     if several:
-        # The driver of several workers computes nothing: they hold the resources. Ray wants it to hold something.
+        # The driver of several workers computes nothing, and they hold the resources. Ray wants it to hold something.
         trainable = ray.tune.with_resources(run_distributed_trial, {"memory": 1})
     else:
         each = {"cpu": settings.cpus_per_worker, "gpu": settings.gpus_per_worker}
@@ -396,7 +396,7 @@ def run(sweep: Sweep, command: str) -> None:
             verbose=0,
         ),
     )
-    # What Tune does at Ctrl-C it shall do at SIGTERM: stop the trials and return.
+    # At SIGTERM, Tune shall do what it does at Ctrl-C: stop the trials and return.
     old = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
     try:
         with progress.bar:
@@ -408,11 +408,11 @@ def run(sweep: Sweep, command: str) -> None:
     remaining = left(sweep)
     if remaining:
         raise Interrupted(f"{remaining} trials are not finished; this goes on with them: {command}")
-    shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt they hold copies of checkpoints
+    shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt, also copies of checkpoints
 
 
 def _concurrency(settings: Settings) -> int | None:
-    """Most trials at once. Drivers of several workers need next to nothing: Tune must be told what the workers need."""
+    """Most trials at once. A driver of several workers needs next to nothing, so Tune is told what the workers need."""
     if settings.workers_per_trial == 1:
         return settings.max_concurrent
     import ray

@@ -1,6 +1,6 @@
 """One trial. It trains in a run directory of its own.
 
-A retry, on whatever node, is the same call again: dist_ae goes on from the last checkpoint.
+A retry, on whatever node, is the same call again. dist_ae goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from filelock import FileLock
 from .plan import Sweep, Trial, append_report, read_json, read_reports, read_sweep, write_json
 
 RETRIES = 5  # how often a trial goes on after losing its process, before it is left for --resume
-LOCK_SECONDS = 120  # how long the run directory may still be held by the process that a retry replaces
-WORKERS = "workers.json"  # names Ray's placement group of a trial's workers, while they hold one
+LOCK_SECONDS = 120  # how long the process that a retry replaces may still hold the run directory
+WORKERS = "workers.json"  # names the placement group of a trial's workers while they hold one
 Send = Callable[[dict[str, Any]], None]
 
 
@@ -53,7 +53,7 @@ def _report_to_tune(sweep: Sweep, trial: Trial, report: dict[str, Any]) -> None:
 
 
 def run_distributed_trial(assignment: dict[str, Any]) -> None:
-    """A trial with several workers: this actor only drives Ray Train, whose workers train together under Accelerate."""
+    """A trial with several workers. This actor only drives Ray Train, whose workers train together under Accelerate."""
     import ray.train
     import ray.tune
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -64,18 +64,18 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
     settings, gpu = sweep.settings, sweep.settings.gpus_per_worker > 0
     each = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if gpu else {})
     timeout = int(sweep.config(trial).train.timeout)
+    workers = settings.workers_per_trial
+    scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=each)
     TorchTrainer(
         run_worker,
         train_loop_config={"sweep_dir": assignment["sweep_dir"], "id": trial.id},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers_per_trial, use_gpu=gpu, resources_per_worker=each
-        ),
+        scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            # A name for this attempt alone. The state of an earlier one is in the run directory.
+            # A name for this attempt alone. The state of earlier attempts is in the run directory.
             name=f"{trial.id}-{uuid.uuid4().hex[:6]}",
             storage_path=str(sweep.path / "ray"),
-            # Tune tries the whole trial again. Ray Train would do so even for a trial that was stopped.
+            # Tune retries the whole trial. Ray Train would retry even a trial that was stopped.
             failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=[TuneReportCallback()],
         ),
@@ -83,13 +83,13 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
 
 
 def run_worker(loop: dict[str, Any]) -> None:
-    """One worker of a trial with several."""
+    """One worker of a trial with several workers."""
     import ray.train
     import ray.util
 
     sweep = read_sweep(Path(loop["sweep_dir"]))
     trial = sweep.trial(loop["id"])
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would log every report
     group = ray.util.get_current_placement_group()
     if group is not None and ray.train.get_context().get_world_rank() == 0:
         write_json(sweep.trial_dir(trial.id) / WORKERS, {"placement_group": group.id.hex()})
@@ -98,10 +98,10 @@ def run_worker(loop: dict[str, Any]) -> None:
 
 
 def free_workers(trial_dir: Path) -> None:
-    """Gives back what the workers of a trial held, and ends them, whatever became of their driver.
+    """Frees what the workers of a trial held, and ends them, whatever became of their driver.
 
-    Without the dashboard, Ray keeps the resources of a Ray Train run that was cut off until the whole job ends. The
-    next trial would wait for them for ever.
+    Without the dashboard, when a Ray Train run is cut off, Ray keeps its resources until the whole job ends. The next
+    trial would wait for them for ever.
     """
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -115,12 +115,12 @@ def free_workers(trial_dir: Path) -> None:
 def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     """Trains, or goes on training, and reports each evaluation. Every worker of every kind of trial calls this.
 
-    An error of the code, the data or the arithmetic is noted and not raised: Ray would only repeat it. What a retry can
-    mend (memory, storage, a lost peer) is raised.
+    An error of the code, the data or the arithmetic is noted and not raised, since Ray would only repeat it. An error
+    that a retry can mend (memory, storage, a lost peer) is raised.
     """
     folder = sweep.trial_dir(trial.id)
     if (read_json(folder / "outcome.json") or {}).get("status") == "failed":
-        return  # another worker noted it, and this one was only waiting for that worker
+        return  # another worker noted the failure, and this one was only waiting for that worker
     import torch
 
     import dist_ae
@@ -145,7 +145,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
         send(report)
 
     def on_evaluation(report: dist_ae.Report) -> None:
-        if report.step < report.total_steps:  # the last one follows result.json: a scheduler's stop could come between
+        if report.step < report.total_steps:  # the last one waits for result.json: a stop could come in between
             announce(report.step, 100 * report.step / report.total_steps, report.metrics)
 
     try:
@@ -158,7 +158,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     except Exception as error:
         if _can_be_mended(error) and not (isinstance(error, dist_ae.OutOfMemory) and _seen_before(folder)):
             raise
-        # Those two are raised by all workers at once.
+        # All workers raise these two at once.
         if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):
             sweep.end_trial(trial.id, "failed", f"{type(error).__name__}: {error}")
             import traceback
@@ -168,7 +168,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
 
 def _can_be_mended(error: Exception) -> bool:
-    """Whether the same call could go well on another try: the process was out of memory or storage, or lost a peer."""
+    """Whether the same call could succeed on another try: the process ran out of memory or storage, or lost a peer."""
     import torch
 
     from dist_ae.processes.watch import LostProcess
@@ -191,21 +191,21 @@ def _seen_before(folder: Path) -> bool:
 def _wait_for_lock(run_dir: Path) -> None:
     """Waits until the process that this one replaces lets go of the run directory.
 
-    That process was stopped or paused, or is cut off on a node that Ray gave up.
+    That process was stopped or paused, or it is cut off on a node that Ray gave up.
     """
     if (run_dir / ".lock").exists():
         FileLock(run_dir / ".lock").acquire(timeout=LOCK_SECONDS).lock.release()
 
 
 def _fix_tracking_id(run_dir: Path, trial_id: str) -> None:
-    """W&B knows the trial by its id, in every generation and after every retry."""
+    """Makes W&B know the trial by its id, in every generation and after every retry."""
     if read_json(run_dir / "tracking.json") is None:
         write_json(run_dir / "tracking.json", {"wandb_id": trial_id})
 
 
 @contextlib.contextmanager
 def _own_log(folder: Path, name: str = "log.txt") -> Iterator[None]:
-    """What training prints goes into the trial's folder; the terminal shows the sweep."""
+    """Sends what training prints into the trial's folder. The terminal shows the sweep."""
     with open(folder / name, "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
 

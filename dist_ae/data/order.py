@@ -32,9 +32,8 @@ def epoch_order(
     starts = sizes.cumsum(0) - sizes
     parts = []
     for group in torch.split(torch.randperm(len(shards), generator=generator), window):
-        rows = torch.cat(
-            [torch.arange(start, start + size) for start, size in torch.stack([starts, sizes], 1)[group].tolist()]
-        )
+        spans = torch.stack([starts, sizes], 1)[group].tolist()
+        rows = torch.cat([torch.arange(start, start + size) for start, size in spans])
         parts.append(rows[torch.randperm(len(rows), generator=generator)])
     return torch.cat(parts)
 

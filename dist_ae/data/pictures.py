@@ -180,8 +180,7 @@ def identity_of(entries: Sequence[Entry]) -> str:
 def tars(pattern: str) -> Source:
     """Pictures of tar files, also compressed ones, named as WebDataset does.
 
-    Members of one stem are one sample, whose ``.cls`` or ``.json`` gives the label. Links, folders and devices are
-    ignored.
+    Members of one stem are one sample, whose ``.cls`` or ``.json`` gives the label. Ignores links, folders and devices.
     """
     paths = sorted({path for part in braces(os.fspath(expand(pattern))) for path in glob.glob(part)})
     if not paths:

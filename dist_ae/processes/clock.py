@@ -1,4 +1,4 @@
-"""Where the seconds of a run go, on each process, without an exchange of its own and without waiting for a device."""
+"""Where the seconds of a run go, on each process. It takes no exchange of its own and does not wait for a device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PARTS = ("data", "communication", "evaluation", "saving", "all")
 class Clock:
     """Seconds by what they are spent on, and images per second of training.
 
-    On a CPU, ``communication`` is what gradients take to travel, with the wait for the slowest process. On a GPU the
-    host does not see it: it is part of what remains.
+    On a CPU, ``communication`` is the time that gradients take to travel, with the wait for the slowest process. On a
+    GPU the host does not see it, so it is part of what remains.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,8 +28,9 @@ class Clock:
         self._turn_to("training")
 
     def pause(self, part: str) -> None:
-        """Training pauses for an evaluation or a checkpoint; waits for the device, so that what it still has to do is
-        counted as training.
+        """Training pauses for an evaluation or a checkpoint.
+
+        Waits for the device, so that what it still has to do is counted as training.
         """
         if self._part == "training" and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -44,7 +45,7 @@ class Clock:
         self._part, self._since = part, now
 
     def count(self, part: str, since: float) -> None:
-        """Seconds of training from ``since`` (of ``time.perf_counter``) until now that went into a part of it."""
+        """Counts the seconds from ``since`` (of ``time.perf_counter``) until now towards a part of training."""
         self._spent[part] += time.perf_counter() - since
 
     def rate(self) -> float:
@@ -62,15 +63,16 @@ class Clock:
 
 
 def shares(taken: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What all processes' clocks say together: each part as a share of the time, and who is slow.
+    """What the clocks of all processes say together: each part as a share of the time, and who is slow.
 
     Args:
         taken: ``Clock.take`` of each rank, [world][part], in seconds.
 
     Returns:
-        ``time_data``, ``time_compute`` (whatever is none of the others), ``time_evaluation`` and ``time_saving``, which
-        add up to 1. Where gradients were seen to travel also ``time_communication``; ``slowest_rank``, the one that
-        waits least for others; and ``slowest_costs``, the share of the time that a process waits for it on average.
+        ``time_data``, ``time_compute`` (whatever is none of the others), ``time_evaluation`` and ``time_saving``. Where
+        gradients were seen to travel, also ``time_communication``. These shares add up to 1. Then also
+        ``slowest_rank``, the rank that waits least for others, and ``slowest_costs``, the share of the time that a
+        process waits for it on average.
     """
     *parts, total = (sum(column) for column in zip(*taken, strict=True))
     of = {name: seconds / max(total, 1e-9) for name, seconds in zip(PARTS[:-1], parts, strict=True)}

@@ -1,6 +1,4 @@
-"""What the launcher and the user's shell put into the environment: read strictly, and kept from changing the
-experiment.
-"""
+"""Reads what launcher and shell put into the environment, strictly, and keeps it from changing the experiment."""
 
 from __future__ import annotations
 
@@ -19,14 +17,14 @@ from dist_ae.config import Config, Fault, InputError
 HOW_TO_START = "Start with `accelerate launch` or `torchrun`, as in launch/README.md"
 WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 YES, NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", "n", "f")
-# Other ways to spread a model than the one there is: whole weights on every process.
+# Ways to spread a model that are not supported: here every process holds the whole weights.
 OTHER_WAYS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "Accelerate's parallelism configuration",
 }
-# oneDNN reads these by itself and then computes fp32 products in bf16.
+# oneDNN reads these on its own and then computes fp32 products in bf16.
 REDUCED_PRODUCTS = ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 
@@ -43,7 +41,7 @@ def launched_world() -> tuple[int, int]:
     """(rank, number of processes) as the launcher put them into the environment.
 
     Raises:
-        InputError: a value that is none, or several processes without all that they need to find each other.
+        InputError: a value is not valid, or several processes lack what they need to find each other.
     """
     world = max(_whole_number(name, 1) for name in WORLD_NAMES)
     rank = _whole_number("RANK", 0)
@@ -65,7 +63,7 @@ def launched_world() -> tuple[int, int]:
 
 
 def use_cpu() -> bool:
-    """Whether to train on the CPU: asked for, or all there is."""
+    """Whether to train on the CPU, because it is asked for or nothing else is there."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     if asked not in YES + NO:
         raise InputError(f"the environment variable ACCELERATE_USE_CPU is {asked!r}; expected true or false")
@@ -73,7 +71,7 @@ def use_cpu() -> bool:
 
 
 def check_environment() -> None:
-    """Refuses what would change the experiment from outside and cannot be pinned.
+    """Refuses variables that would change the experiment from outside and cannot be pinned.
 
     Raises:
         InputError: naming the variable.
@@ -90,7 +88,7 @@ def check_environment() -> None:
 
 
 def notes(config: Config) -> list[str]:
-    """What the launcher asked for and does not get: one line each."""
+    """One line for each thing that the launcher asked for and does not get."""
     found = []
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", config.precision):
@@ -117,7 +115,7 @@ def notes(config: Config) -> list[str]:
 
 
 def _default_file_note() -> list[str]:
-    """Accelerate starts one process for MULTI_CPU, silently, which a person's own default file often asks for."""
+    """A note where the user's default file asks for MULTI_CPU, for which Accelerate silently starts one process."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     try:
@@ -135,12 +133,11 @@ def _default_file_note() -> list[str]:
 
 @contextlib.contextmanager
 def pinned_torch(precision: str) -> Iterator[None]:
-    """Settings of torch that a caller may have changed: for the length of a run as the experiment says, then as they
-    were.
+    """Gives torch the experiment's settings for the length of a run, and then the caller's settings back.
 
     Raises:
-        InputError: another default device; inside ``torch.autocast``, which would keep the first step's rounded weights
-            for all later ones.
+        InputError: another default device is set, or it is called inside ``torch.autocast``, which would keep the first
+            step's rounded weights for all later steps.
     """
     nested = torch.autocast_increment_nesting() > 1
     torch.autocast_decrement_nesting()
@@ -167,7 +164,7 @@ def pinned_torch(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_accelerates_variables() -> Iterator[None]:
-    """Hides what Accelerate would read where we pass nothing: accumulation, compilation, plugins."""
+    """Hides the variables that Accelerate reads where we pass nothing: accumulation, compilation, plugins."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     kept = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
     for name in hidden:
@@ -183,11 +180,11 @@ def choose_interface() -> None:
     """Names the network interface that reaches the main process, for gloo.
 
     gloo announces the address that the host's own name resolves to. On Debian that is 127.0.1.1, which no other host
-    can reach. A UDP socket that is connected, through which nothing is sent, tells the right one; on one machine that
-    is the loopback.
+    can reach. A UDP socket that is connected, through which nothing is sent, tells the right one; on a single machine
+    that is the loopback.
 
     Raises:
-        InputError: several hosts, and the main process's address is this host's loopback.
+        InputError: there are several hosts, and the main process's address is this host's loopback.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
         return
@@ -216,7 +213,7 @@ def choose_interface() -> None:
 
 @contextlib.contextmanager
 def interface_to_main(wanted: bool) -> Iterator[None]:
-    """``choose_interface`` while a process group forms: what starts later finds nothing of it."""
+    """``choose_interface`` while a process group forms. What starts later does not see the choice."""
     given = "GLOO_SOCKET_IFNAME" in os.environ
     if wanted:
         choose_interface()
@@ -229,7 +226,7 @@ def interface_to_main(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def meeting(seconds: float) -> Iterator[None]:
-    """For the time in which the processes join: what fails there is said in one sentence, on every host.
+    """Says in one sentence, on every host, what fails while the processes join.
 
     Raises:
         Fault: the process group could not be formed within the time-out, or another process left before it was.
@@ -243,7 +240,7 @@ def meeting(seconds: float) -> Iterator[None]:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".?")
         raise Fault(
-            f"host {socket.gethostname()} did not meet all {world} processes at {where} "
-            f"(time-out {seconds:g} s, train.timeout): {reason}. Another process ended first, or a host "
-            "cannot be reached; the messages of the other hosts tell"
+            f"host {socket.gethostname()} did not meet all {world} processes at {where} (time-out {seconds:g} s, "
+            f"train.timeout): {reason}. Another process ended first, or a host cannot be reached; "
+            "the messages of the other hosts tell"
         ) from error

@@ -1,9 +1,9 @@
-"""How gradients of several processes become one: their sum, by a hook of DDP's.
+"""How the gradients of several processes become one: their sum, by a communication hook of DDP.
 
-DDP by itself takes a mean. A sum lets every image weigh the same to the bit on any number of processes: 1 / batch.
+DDP itself takes a mean. With a sum, every image weighs the same to the bit on any number of processes: 1 / batch.
 """
 
-# No `from __future__ import annotations`: DDP compares the annotations of a hook with the types themselves.
+# Without `from __future__ import annotations`: DDP compares a hook's annotations with the types themselves.
 
 import time
 
@@ -14,7 +14,7 @@ from torch import nn
 from dist_ae.processes.host_memory import SharedSum, share_memory
 from dist_ae.processes.runtime import Runtime
 
-Gradient = torch.futures.Future[torch.Tensor]  # that a hook gives back when it has come
+Gradient = torch.futures.Future[torch.Tensor]  # what a hook returns: the gradient once it has arrived
 
 
 def sum_gradients(model: nn.Module, runtime: Runtime, rounded: bool) -> str:
@@ -22,10 +22,10 @@ def sum_gradients(model: nn.Module, runtime: Runtime, rounded: bool) -> str:
 
     Args:
         model: what Accelerate prepared for several processes.
-        rounded: gradients travel as bfloat16, half the bytes.
+        rounded: gradients travel as bfloat16, which halves the bytes.
 
     Returns:
-        How they travel, for a person.
+        How they travel, in words.
     """
     dtype = torch.bfloat16 if rounded else runtime.dtype
     num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -48,14 +48,13 @@ def _add(runtime: Runtime, bucket: dist.GradBucket) -> Gradient:  # type: ignore
 def _add_rounded(runtime: Runtime, bucket: dist.GradBucket) -> Gradient:  # type: ignore[name-defined]
     since, gradient = _now(runtime), bucket.buffer()
     work = dist.all_reduce(gradient.to(torch.bfloat16), async_op=True)
-    arrived: Gradient = work.get_future().then(
-        lambda future: _arrived(runtime, since, gradient.copy_(future.value()[0]))
-    )
+    future = work.get_future()
+    arrived: Gradient = future.then(lambda sums: _arrived(runtime, since, gradient.copy_(sums.value()[0])))
     return arrived
 
 
 def _now(runtime: Runtime) -> float | None:
-    """When a gradient sets out. A GPU's travels behind the host's back, and only a profile sees it (--profile)."""
+    """When a gradient sets out. On a GPU it travels unseen by the host, and only a profile shows it (--profile)."""
     return time.perf_counter() if runtime.device.type == "cpu" else None
 
 

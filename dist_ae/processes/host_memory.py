@@ -1,10 +1,10 @@
 """Gradients of processes on one machine, added up through memory that they share.
 
-gloo sends them through the loopback device at about 1 GB/s; on two cores, that was a third of a step of 128
-Fashion-MNIST images.
+gloo would send them through the loopback device at about 1 GB/s. On two cores, that took a third of a step of 128
+images of Fashion-MNIST.
 """
 
-# No `from __future__ import annotations`: DDP compares the annotations of a hook with the types themselves.
+# Without `from __future__ import annotations`: DDP compares a hook's annotations with the types themselves.
 
 import os
 import secrets
@@ -19,12 +19,12 @@ from torch import Tensor
 from dist_ae.processes.runtime import Runtime
 
 FOLDER = Path("/dev/shm")
-MAX_BYTES = 2**30  # what all slots may take of the machine's memory: gradients that large are not what limits a CPU
-TOKEN_BYTES = 64  # at the head of the file: proof that it is one and the same for all, and a cache line
+MAX_BYTES = 2**30  # most memory for all slots: where gradients are larger, a CPU is not limited by their travel
+TOKEN_BYTES = 64  # at the head of the file, proof that all processes map the same one; 64 bytes are a cache line
 
 
 class SharedSum:
-    """The sum of the processes' gradients, added up in the order of their ranks: the same to the bit on each."""
+    """The sum of the processes' gradients, added up in the order of ranks, so it is the same to the bit on each."""
 
     def __init__(self, slots: Tensor, runtime: Runtime, dtype: torch.dtype) -> None:
         """``slots`` as ``share_memory`` gives them; ``dtype`` is what gradients are rounded to on their way."""
@@ -32,13 +32,13 @@ class SharedSum:
         self._calls, self._clock = 0, runtime.clock
 
     def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-        """DDP's communication hook: the sum in the place of this process's gradient."""
+        """DDP's communication hook: puts the sum in the place of this process's gradient."""
         since, gradient = time.perf_counter(), bucket.buffer()
-        # Two sets of slots in turn: whoever is in the next call's `wait` is done with reading this call's.
+        # Two sets of slots take turns: whoever is in the next call's `wait` has finished reading this call's slots.
         slots = self._slots[self._calls % 2, :, : gradient.numel()]
         self._calls += 1
         slots[self._rank].copy_(gradient)
-        self._wait()  # messages between all processes, which also order what they see of the memory
+        self._wait()  # exchanges messages between all processes, which also orders what they see of the memory
         gradient.copy_(slots[0])
         for other in slots[1:]:
             gradient.add_(other)
@@ -51,9 +51,9 @@ class SharedSum:
 def share_memory(runtime: Runtime, num_bytes: int) -> Tensor | None:
     """Memory [2, world, at least num_bytes], uint8, that all processes map.
 
-    None where there is none: on several machines, without room, beyond MAX_BYTES.
+    None where that cannot be: on several machines, without room, or beyond MAX_BYTES.
 
-    Its file has no name any more when this returns: nothing is left behind, however the processes end.
+    When this returns, the file no longer has a name, so nothing is left behind however the processes end.
     """
     num_bytes = -(-num_bytes // 64) * 64
     size = TOKEN_BYTES + 2 * runtime.world * num_bytes
@@ -64,7 +64,7 @@ def share_memory(runtime: Runtime, num_bytes: int) -> Tensor | None:
     try:
         there, expected = runtime.on_main(lambda: [path, token.hex()])
         memory = _map(there, size, bytes.fromhex(expected))
-        (missing,) = runtime.largest(float(memory is None))  # one that cannot is enough
+        (missing,) = runtime.largest(float(memory is None))  # one process that cannot map it is enough
     finally:
         if path is not None:
             os.unlink(path)
@@ -89,8 +89,8 @@ def _create(size: int, token: bytes) -> str | None:
 
 
 def _map(path: str | None, size: int, token: bytes) -> Tensor | None:
-    """The file in this process's memory, if it is there and the same one."""
-    if path is None or not os.path.exists(path):  # torch would make a file of that name
+    """The file mapped into this process's memory, if it is there and it is the same file."""
+    if path is None or not os.path.exists(path):  # torch would create a file of that name
         return None
     try:
         memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

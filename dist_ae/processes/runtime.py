@@ -1,4 +1,4 @@
-"""What a run needs to know of its processes: Accelerate's set-up, the batch plan and exact reductions."""
+"""What a run needs to know about its processes: Accelerate's set-up, the batch plan and exact reductions."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "bf16": "bf16", "fp16": 
 
 
 def accumulation_steps(global_batch: int, world: int, max_per_process: int | None = None) -> int:
-    """How many pieces each process cuts its share of the global batch into; shares differ by at most one image."""
+    """How many pieces each process cuts its share of the global batch into. Shares differ by at most one image."""
     share = -(-global_batch // world)
     return -(-share // min(max_per_process or share, share))
 
 
 def check_device(config: Config) -> None:
-    """Refuses a precision the device lacks, before any process group starts.
+    """Refuses a precision that the device lacks, before any process group starts.
 
     Raises:
         InputError: with the reason and what to use instead.
@@ -57,7 +57,7 @@ def check_device(config: Config) -> None:
 
 
 class Alone:
-    """One process that belongs to no group: what work needs to know that can also be shared."""
+    """One process that belongs to no group: what work that can also be shared needs to know."""
 
     world, rank, is_main = 1, 0, True
 
@@ -82,8 +82,8 @@ class Runtime(Alone):
             Fault: the processes did not all meet within ``train.timeout``.
         """
         _, launched = launched_world()
-        # A second run in one process (a sweep's reused actor, a notebook) may want another precision: Accelerate's
-        # state is process-wide.
+        # Starts Accelerate's state, which is process-wide, anew: a second run in one process (a sweep's reused actor, a
+        # notebook) may want another precision.
         self._owns_group = not dist.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -97,8 +97,8 @@ class Runtime(Alone):
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 kwargs_handlers=[
                     InitProcessGroupKwargs(timeout=timeout),
-                    # static_graph does not go with no_sync, which accumulation needs. On a CPU nothing overlaps, the
-                    # cores are busy with the backward: one bucket, one exchange a step.
+                    # static_graph does not go with no_sync, which accumulation needs. On a CPU the backward pass keeps
+                    # the cores busy and nothing overlaps, so there is one bucket and one exchange a step.
                     DistributedDataParallelKwargs(
                         gradient_as_bucket_view=True, static_graph=not accumulates, bucket_cap_mb=100 if on_cpu else 25
                     ),
@@ -126,7 +126,7 @@ class Runtime(Alone):
         return reduced
 
     def largest(self, *values: float) -> list[float]:
-        """The largest of each value over all processes, the same to the bit on each of them; host only."""
+        """The largest of each value over all processes, the same to the bit on each. Only the host takes part."""
         if self.host_group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -151,11 +151,12 @@ class Runtime(Alone):
         return [(host, device) for host, _, device in found]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns on rank 0, on every process: small and JSON-ready (it travels as text, never as a
-        pickle).
+        """Gives every process what ``work`` returns on rank 0.
+
+        The value must be small and JSON-ready: it travels as text, never as a pickle.
 
         Raises:
-            InputError, Fault: where ``work`` raises one, on every process, so that none waits for the others.
+            InputError, Fault: ``work`` raised it. Every process raises it, so that none waits for the others.
         """
         if self.host_group is None:
             return work()
@@ -178,7 +179,7 @@ class Runtime(Alone):
         return answer["value"]
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process has called this."""
         self.largest(0.0)
 
     def close(self) -> None:

@@ -18,14 +18,14 @@ from dist_ae.terminal import EXIT_STOPPED, rank, say
 
 
 class StopRequested(Exception):
-    """A stop was asked for during a longer piece of work; every process raises it at the same place."""
+    """A stop was asked for during a longer piece of work. Every process raises it at the same place."""
 
 
 class Signals:
     """SIGTERM and SIGINT as a request that is looked at between two steps.
 
-    Until there is something to save (``has_work``) a signal ends the process at once. A thread does that, since
-    Python's own handlers wait until a blocking call into C++ returns, such as waiting for the other processes to join.
+    Until there is something to save (``has_work``), a signal ends the process at once. A thread does that: Python's own
+    handlers only run once a blocking call into C++ returns, such as waiting for the other processes to join.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Signals:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Signals]:
-        """Handles the signals for the length of a run; outside the main thread there is nothing to handle."""
+        """Handles the signals for the length of a run. Outside the main thread there is nothing to handle."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -62,21 +62,19 @@ class Signals:
 
     def _end_at_once(self, received: socket.socket) -> None:
         while numbers := received.recv(64):
-            # A signal that somebody else handles meanwhile, such as packing, which has something to save, is theirs.
+            # A signal that something else handles meanwhile, such as packing, which has work to save, is left to it.
             ours = [n for n in (signal.SIGTERM, signal.SIGINT) if n in numbers and signal.getsignal(n) == self._handle]
             if ours and not self.has_work:
                 if rank() == 0:
-                    say(
-                        "stopped before training began: there is nothing to save. The same command starts again",
-                        sys.stderr,
-                    )
+                    text = "stopped before training began: there is nothing to save. The same command starts again"
+                    say(text, sys.stderr)
                 os._exit(EXIT_STOPPED)
 
 
 def _end_with_parent() -> None:
-    """Asks Linux for SIGTERM when the launcher dies: a single-process `accelerate launch` passes no signal on.
+    """Asks Linux for SIGTERM when the launcher dies, so that no orphan is left.
 
-    No orphan is left this way.
+    A single-process `accelerate launch` passes no signal on.
     """
     if sys.platform == "linux" and ("ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -85,8 +83,8 @@ def _end_with_parent() -> None:
 class Agreement:
     """All processes' answer to "was any of us asked to stop?", found about once a second without touching the device.
 
-    Each of them asks equally often, between pieces of work of about the same length: one agreement for steps, another
-    for evaluation batches. A checkpoint by the clock is agreed on in the same exchange.
+    Every process asks equally often, between pieces of work of about the same length. Steps have one agreement,
+    evaluation batches another. A checkpoint by the clock is agreed on in the same exchange.
     """
 
     SECONDS = 1.0
@@ -102,9 +100,7 @@ class Agreement:
         self.save, self._save_at = False, time.monotonic() + self._save_every
 
     def stop(self) -> bool:
-        """The same answer on every process; ``save`` then says, the same on every process, whether a checkpoint is
-        due.
-        """
+        """Whether to stop. Afterwards ``save`` says whether a checkpoint is due. Both are the same on every process."""
         if self._runtime.world == 1:
             self.save = time.monotonic() >= self._save_at
             return self._signals.requested
@@ -112,8 +108,8 @@ class Agreement:
         if self._calls < self._every:
             return False
         now = time.monotonic()
-        # The largest of each, bit-equal everywhere, so that all count to the same next time. At most twice as far as
-        # the last time: the first calls come faster than the work they are to measure.
+        # The largest of each is bit-equal everywhere, so all processes count to the same next exchange. It is at most
+        # twice as far off as the last one: the first calls come faster than the work that they are to measure.
         asked = float(self._signals.requested), float(now >= self._save_at), now - self._since
         wanted, save, seconds = self._runtime.largest(*asked)
         self._every = max(1, min(2 * self._every, int(self.SECONDS * self._calls / max(seconds, 1e-6))))

@@ -19,34 +19,33 @@ from dist_ae.terminal import say
 
 INTERVAL = 1.0  # seconds between two heartbeats
 KNOWN_AFTER = 3 * INTERVAL  # a living process is heard of at least once in that time
-LEFT = "left"  # in place of a heartbeat: this process ended since others were lost, and is not one of them
+LEFT = "left"  # in place of a heartbeat: this process ended because others were lost, and is not lost itself
 
 
 class LostProcess(Fault):
-    """A process of the run died or stopped answering; the message names it and the step."""
+    """A process of the run died or stopped answering. The message names it and the step."""
 
 
 def blame(silent_since: Mapping[int, float], answered: float, now: float, limit: float) -> list[int]:
     """The ranks that were not heard of for ``limit`` seconds. All times are of one monotonic clock.
 
+    Silence is counted up to the store's last answer, since nothing is known of the time after it. Whoever was silent by
+    then went first, and a store that just froze is not taken for the silence of others. Rank 0 is blamed only if all
+    others were well by then.
+
     Args:
         silent_since: when each other rank's heartbeat was last seen to change.
         answered: when the store, which rank 0 keeps, last answered.
-
-    Silence is counted up to the store's last answer, since of the time after it nothing is known: who was silent by
-    then went first, and a store that just froze is no one else's silence. Only when all others were well by then is it
-    rank 0.
     """
     silent = [rank for rank, since in silent_since.items() if answered - since > limit]
     return silent or ([0] if now - answered > limit else [])
 
 
 class Watch:
-    """Each process's heartbeat, once a second, so that the others can name who is lost and end instead of waiting for
-    ever.
+    """Each process's heartbeat, once a second, so that the others can name who is lost and need not wait for ever.
 
-    A collective that waits for a dead or frozen process cannot be interrupted from Python: a thread ends the process
-    instead.
+    A collective that waits for a dead or frozen process cannot be interrupted from Python. Therefore a thread ends the
+    process that waits.
     """
 
     def __init__(self, runtime: Runtime, timeout: float) -> None:
@@ -65,7 +64,7 @@ class Watch:
         runtime.wait()
         self._answered = now = time.monotonic()
         self._heard: dict[int, tuple[bytes, float]] = dict.fromkeys(range(runtime.world), (b"", now))
-        # Two threads: an exchange with a frozen store does not come back, and somebody must notice.
+        # Two threads: an exchange with a frozen store never returns, and the other thread must notice.
         work = (self._exchange, self._guard)
         self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in work]
         for thread in self._threads:
@@ -92,7 +91,7 @@ class Watch:
     def _guard(self) -> None:
         while not self._done.wait(INTERVAL):
             if lost := self._lost(self._timeout):
-                # Processes of one lost host fall silent within a heartbeat of each other: name them all.
+                # The processes of a lost host fall silent within a heartbeat of each other: name them all.
                 lost = self._lost(max(self._timeout - KNOWN_AFTER, KNOWN_AFTER)) or lost
                 say(f"error: {self._describe(lost)}", sys.stderr)
                 self._leave()
@@ -114,11 +113,11 @@ class Watch:
         )
 
     def explain(self, error: Exception) -> Exception:
-        """What a failed collective was: the processes that no longer answer, or the error itself where all do."""
+        """Why a collective failed: the processes that no longer answer, or the error itself where all answer."""
         if not self._watching:
             return error
-        # Rank 0 stays longer: some wait for it and not for the one that died, and find out when it leaves. By then they
-        # must have heard who was silent.
+        # Rank 0 stays longer: some processes wait for it, not for the one that died, and fail only when it leaves. By
+        # then they must have heard who was silent.
         time.sleep(KNOWN_AFTER + (4 if self._runtime.is_main else 1) * INTERVAL)
         lost = self._lost(KNOWN_AFTER)
         self._done.set()
@@ -138,18 +137,18 @@ class Watch:
         thread.join(INTERVAL)
 
     def close(self) -> None:
-        """Ends watching, together with the others: none takes the first to leave for lost."""
+        """Ends watching together with the others, so that nobody takes the first to leave for lost."""
         self._done.set()
         if self._watching:
-            # A thread that still talks to the store while the interpreter ends can abort the process after all its
-            # work.
+            # A thread that still talks to the store while the interpreter ends can abort the process, even though its
+            # work is all done.
             for thread in self._threads:
                 thread.join(10 * INTERVAL)
             self._runtime.wait()
 
 
 def _listen(host: str, wait: timedelta) -> TCPStore:
-    """Rank 0's store, listening at the main process's address alone; by itself it would listen on all of them."""
+    """Rank 0's store. It listens at the main process's address alone; by default it would listen at all addresses."""
     family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -158,11 +157,5 @@ def _listen(host: str, wait: timedelta) -> TCPStore:
         listener.bind(("", 0))
     listener.listen(1024)
     port = listener.getsockname()[1]
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=wait,
-        master_listen_fd=listener.detach(),
-    )
+    handle = listener.detach()
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=wait, master_listen_fd=handle)

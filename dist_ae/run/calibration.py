@@ -1,4 +1,4 @@
-"""The calibration of a run's scores, a file a checkpoint: what a threshold needs beside the weights."""
+"""The calibration of a run's scores, which a threshold needs beside the weights: one file for each checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_ae.files import Damaged, read_bounded, write_atomically
 from dist_ae.run.checkpoint import Tensors, parse_tensors
 
-MAX_BYTES = 64 << 20  # the largest code with a full covariance has 16 MiB, and the scores some KB
+MAX_BYTES = 64 << 20  # the largest code with a full covariance takes 16 MiB, and the scores take some KB
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -31,7 +31,7 @@ def keep(run_dir: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
 
 
 def keep_only(run_dir: Path, steps: Iterable[int]) -> None:
-    """Removes the calibrations of other checkpoints than these: of a run that was trained on."""
+    """Removes the calibrations of all other checkpoints, which a run that was trained further has."""
     wanted = {path_of(run_dir, step) for step in steps}
     for path in path_of(run_dir, 0).parent.glob("*.safetensors"):
         if path not in wanted:
@@ -39,7 +39,7 @@ def keep_only(run_dir: Path, steps: Iterable[int]) -> None:
 
 
 def kept(run_dir: Path, step: int) -> Tensors | None:
-    """The calibration of the checkpoint of that step; None where there is none, or none that is whole."""
+    """The calibration of the checkpoint of that step; None where there is none or it is not whole."""
     path = path_of(run_dir, step)
     if not os.path.lexists(path):
         return None

@@ -1,6 +1,6 @@
-"""A checkpoint: a folder of safetensors and JSON, read by a reader that trusts nothing it finds.
+"""A checkpoint: a folder of safetensors and JSON, whose reader trusts nothing that it finds.
 
-No pickle is written or read. Nothing in it depends on a rank or on the number of processes.
+No pickle is written or read. Nothing in a checkpoint depends on a rank or on the number of processes.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Checkpoint:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint folder is of, by its name; None for any other name."""
+    """The step of a checkpoint folder, by its name; None for any other name."""
     return int(folder.name) if re.fullmatch(r"[0-9]{1,18}", folder.name) else None
 
 
 def template_of(tensors: Mapping[str, Tensor]) -> Template:
-    """What a file that holds these tensors must hold."""
+    """The template of a file that holds these tensors."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def parse_tensors(data: bytes, name: str, template: Template | None = None) -> Tensors:
-    """Tensors of a safetensors file, each finite; with a template, exactly those.
+    """The tensors of a safetensors file, all of them finite; with a template, exactly the ones that it names.
 
     Raises:
         Damaged: naming the file and what is wrong with it.
@@ -96,7 +96,7 @@ def _bytes_of(template: Template) -> int:
 
 
 def _entries(folder: Path) -> dict[str, Any]:
-    """The files of a checkpoint as its manifest names them, each of the size that it says."""
+    """The files of a checkpoint as its manifest names them."""
     if folder.is_symlink() or not folder.is_dir():
         raise Damaged(f"{folder.name}: not a folder")
     manifest = read_json(folder / MANIFEST)
@@ -131,22 +131,20 @@ def read_checkpoint(folder: Path, templates: Mapping[str, Template], part: bool 
     """Reads and verifies a checkpoint folder: manifest, sizes, SHA-256, then names, shapes, types and finiteness.
 
     Args:
-        templates: the tensors that each file must hold, which also bounds what is read.
-        part: files without a template are left alone, and those that are missing left out.
+        templates: the tensors that each file must hold. They also bound how much is read.
+        part: files without a template are left alone, and missing files are left out.
 
     Raises:
-        Damaged: naming the file and what is wrong. Nothing of a damaged checkpoint is executed or kept; memory stays
-            within twice what the templates need.
+        Damaged: naming the file and what is wrong. Nothing of a damaged checkpoint is executed or kept, and memory
+            stays within twice what the templates need.
     """
     entries = _entries(folder)
     if not part and set(entries) - {STATE} != set(templates):
         expected = ", ".join(sorted([*templates, STATE]))
         raise Damaged(f"{folder.name}: holds {', '.join(sorted(entries))}; expected {expected}")
     found = {
-        name: parse_tensors(
-            _content(folder, name, entries[name], _bytes_of(template)), f"{folder.name}/{name}", template
-        )
-        for name, template in templates.items()
+        name: parse_tensors(_content(folder, name, entries[name], _bytes_of(wanted)), f"{folder.name}/{name}", wanted)
+        for name, wanted in templates.items()
         if name in entries
     }
     state = _state(folder, entries)
@@ -154,7 +152,7 @@ def read_checkpoint(folder: Path, templates: Mapping[str, Template], part: bool 
 
 
 def verify_checkpoint(folder: Path) -> tuple[int, int]:
-    """(step, bytes) of a checkpoint whose files are what its manifest says; holds no file whole in memory.
+    """(step, bytes) of a checkpoint whose files are what its manifest says. Never holds a whole file in memory.
 
     Raises:
         Damaged: naming the file and what is wrong.

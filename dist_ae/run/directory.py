@@ -1,4 +1,4 @@
-"""The run directory: one writer, and checkpoints that survive any crash. Only rank 0 needs to see it."""
+"""The run directory: one writer, and checkpoints that survive any crash. Only rank 0 needs to see the directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunDirectory:
     """A run's folder, as its one writer (rank 0) sees it. Opening takes a lock that a dead process cannot keep."""
 
     def __init__(self, path: Path) -> None:
-        """Makes the folder if need be and locks it.
+        """Makes the folder if it is not there, and locks it.
 
         Raises:
             InputError: the folder cannot be written, or another job is using it.
@@ -50,11 +50,11 @@ class RunDirectory:
         except OSError as error:
             self._lock.release()
             raise InputError(f"run directory {path} cannot be written: {error.strerror or error}") from None
-        self._pending = b""  # metrics that the disk did not take yet
+        self._pending = b""  # metrics that the disk has not taken yet
         self.failed_saves = 0
 
     def close(self) -> None:
-        """Writes what metrics are left and gives the lock back."""
+        """Writes the metrics that are left and gives the lock back."""
         self._flush_metrics()
         with contextlib.suppress(OSError):
             self._holder.unlink(missing_ok=True)
@@ -84,12 +84,12 @@ class RunDirectory:
 
         Args:
             trajectory: what the run must have in common with its beginning.
-            description: written beside it.
-            unknown: the values of fields that an older version, which did not know them, stands for.
-            may_change: what may differ from the beginning all the same.
+            description: what is written beside it.
+            unknown: values that stand in for fields which an older version did not know.
+            may_change: fields that may differ from the beginning all the same.
 
         Raises:
-            InputError: another experiment is kept here; shows each difference, old and new.
+            InputError: another experiment is kept here. Shows each difference, old and new.
         """
         path = self.path / "config.json"
         if os.path.lexists(path):
@@ -131,7 +131,7 @@ class RunDirectory:
     # -- metrics.jsonl
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds one line. A full disk keeps it in memory until the disk takes it again."""
+        """Adds one line. While the disk is full, lines are kept in memory."""
         self._pending += json.dumps(line).encode() + b"\n"
         self._flush_metrics()
 
@@ -149,7 +149,7 @@ class RunDirectory:
             self.warn(f"metrics.jsonl cannot be written ({error.strerror}); kept in memory, tried again")
 
     def rewind_metrics(self, step: int, evaluated: bool) -> None:
-        """Drops what a killed run wrote after the checkpoint it resumes from, so every step stands in the file once."""
+        """Drops what a killed run wrote after the checkpoint that is resumed, so every step is in the file once."""
         if not os.path.lexists(self.metrics_path):
             return
         kept = []
@@ -180,8 +180,8 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint, keep: int, best_step: int | None, patience: float = 0.0) -> bool:
         """Publishes a checkpoint, then prunes older ones down to ``keep`` and the best.
 
-        A checkpoint is whole or absent at every instant, and older ones go only when the new one is on the disk.
-        Returns False, with a warning, where the disk does not take it; the files written so far are removed.
+        A checkpoint is whole or absent at every instant, and older ones go only once the new one is on the disk.
+        Returns False, with a warning, where the disk does not take it. The files written so far are then removed.
 
         Args:
             patience: seconds to go on trying.
@@ -212,7 +212,7 @@ class RunDirectory:
         try:
             self._tidy()
             for step in self._steps()[:-keep]:
-                if step != best_step:  # renamed first: what a crash leaves of it is then no checkpoint
+                if step != best_step:  # renamed first, so that what a crash leaves of it is no checkpoint
                     aside = self.checkpoints / f".tmp-pruned-{step:08d}"
                     os.rename(self.checkpoints / f"{step:08d}", aside)
                     self._remove(aside)
@@ -229,7 +229,7 @@ class RunDirectory:
             sync(self.metrics_path)
         write_checkpoint(temporary, checkpoint)
         if final.exists():
-            # Saved before its evaluation, which was interrupted: _tidy puts .old back if we die in between.
+            # It was saved before its evaluation, which was interrupted. _tidy puts .old back if we die in between.
             os.rename(final, self.checkpoints / f".old-{final.name}")
         os.rename(temporary, final)
         sync(self.checkpoints)
@@ -241,9 +241,9 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        """Clears what a killed writer left: half-written folders go.
+        """Clears what a killed writer left.
 
-        A checkpoint that was moved aside comes back if its successor is missing.
+        Half-written folders go. A checkpoint that was moved aside comes back if its successor is missing.
         """
         for path in list(self.checkpoints.iterdir()):
             if path.name.startswith(".old-"):
@@ -256,10 +256,12 @@ class RunDirectory:
                 self._remove(path)
 
     def latest(self, templates: Mapping[str, Template]) -> Checkpoint | None:
-        """The newest good checkpoint; damaged ones are set aside as ``<step>.corrupt``, loudly. None for a fresh run.
+        """The newest good checkpoint; None for a fresh run.
+
+        Damaged checkpoints are set aside as ``<step>.corrupt``, with a warning.
 
         Raises:
-            InputError: there are checkpoints, and none of them is good.
+            InputError: there are checkpoints, but none of them is good.
         """
         with self._explained("checkpoints"):
             self._tidy()
@@ -285,7 +287,7 @@ class RunDirectory:
 
 
 def _free_name(path: Path) -> Path:
-    """The path, or the path with the first number that nothing has yet."""
+    """The path, or the path with the first number that is not taken yet."""
     number, free = 1, path
     while os.path.lexists(free):
         number += 1

@@ -25,7 +25,7 @@ class Profile:
         self.written: Path | None = None
 
     def before(self, step: int) -> None:
-        """Called before each step: begins or ends there."""
+        """Called before each step: begins or ends the profile there."""
         if self._steps is None or self._folder is None:
             return
         if self._profiler is None and step in self._steps:

@@ -11,15 +11,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from dist_ae.terminal import say
 
-HOSTS = 16  # shown, of those that take part
+HOSTS = 16  # most hosts that are shown
 
 
 def processes_table(places: Sequence[tuple[str, str]], shares: Sequence[int], precision: str, travel: str) -> list[str]:
-    """What takes part in a run of several processes, a line a host, and how their gradients become one.
+    """The processes of a run, a line for each host, and how their gradients become one.
 
     Args:
         places: host and device of each process, by rank.
-        shares: images of a batch of each process, by rank.
+        shares: images that each process takes of a batch, by rank.
     """
     by_host: dict[str, list[int]] = {}
     for rank, (host, _) in enumerate(places):
@@ -27,14 +27,8 @@ def processes_table(places: Sequence[tuple[str, str]], shares: Sequence[int], pr
     rows = [("host", "ranks", "devices", "images of a batch")]
     for host, ranks in list(by_host.items())[:HOSTS]:
         listed = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 and ranks[-1] - ranks[0] + 1 == len(ranks) else None
-        rows.append(
-            (
-                host,
-                listed or " ".join(map(str, ranks)),
-                _counted([places[rank][1] for rank in ranks]),
-                _counted([shares[rank] for rank in ranks]),
-            )
-        )
+        devices, images = _counted([places[rank][1] for rank in ranks]), _counted([shares[rank] for rank in ranks])
+        rows.append((host, listed or " ".join(map(str, ranks)), devices, images))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if len(by_host) > HOSTS:
@@ -65,7 +59,7 @@ class Display:
             self._task = self._bar.add_task("train", total=total_steps, completed=step, note="")
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Prints one line."""
         if not self._visible or not text:
             return
         if self._bar is None:
@@ -74,14 +68,14 @@ class Display:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int, loss: float, images_per_second: float) -> None:
-        """Moves the bar; called at logging steps."""
+        """Moves the bar. Called at logging steps."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=f"loss {loss:,.2f} · {images_per_second:,.0f} images/s")
 
     def evaluated(
         self, step: int, total_steps: int, epoch: float, metrics: Mapping[str, float], images_per_second: float
     ) -> None:
-        """One line per evaluation."""
+        """Prints one line per evaluation."""
         shown = {"mse": f"{metrics['mse']:.5f}", "psnr": f"{metrics['psnr']:.2f} dB"}
         if "neg_elbo" in metrics:
             shown["-ELBO"] = f"{metrics['neg_elbo']:.2f} nats"

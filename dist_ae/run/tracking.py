@@ -1,7 +1,7 @@
-"""Weights & Biases and TensorBoard, through Accelerate's trackers, on rank 0, in a thread of their own: they never stop
-or slow training.
+"""Weights & Biases and TensorBoard through Accelerate's trackers, on rank 0.
 
-``metrics.jsonl`` is the record; what a tracker misses can be rebuilt from it.
+They run in a thread of their own and never stop or slow training. ``metrics.jsonl`` is the record: what a tracker
+misses can be rebuilt from it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from dist_ae.config import TrackingConfig
 
 INIT_SECONDS = 20  # how long a server may take to accept a run before it is kept offline
 FINISH_SECONDS = 15  # how long the end of a run waits for trackers
-LONGEST_TAG = 64  # characters that W&B takes
-STOP_SECONDS = 4  # the same when a run is stopped, which must not take longer than 10 s in all
+LONGEST_TAG = 64  # most characters of a tag that W&B accepts
+STOP_SECONDS = 4  # how long a stopped run waits for them, since stopping must not take longer than 10 s in all
 
 
 def wandb_mode(config: TrackingConfig) -> tuple[str, str]:
@@ -51,7 +51,7 @@ def wandb_mode(config: TrackingConfig) -> tuple[str, str]:
 
 
 def server_answers(seconds: float = 5.0) -> str | None:
-    """Why the W&B server cannot be used now, or None: one request, since wandb itself retries for minutes."""
+    """Why the W&B server cannot be used now, or None. Makes one request, since wandb itself retries for minutes."""
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
         with urllib.request.urlopen(url, timeout=seconds):
@@ -75,13 +75,8 @@ class Tracking:
         say: Callable[[str], None],
         tags: Sequence[str] = (),
     ) -> None:
-        self._config, self._run_dir, self._name, self._id, self._description = (
-            config,
-            run_dir,
-            run_name,
-            run_id,
-            description,
-        )
+        self._config, self._run_dir, self._name, self._id = config, run_dir, run_name, run_id
+        self._description = description
         self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lost = False
@@ -95,12 +90,12 @@ class Tracking:
             self._thread.start()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Scalars of one step."""
+        """Logs the scalars of one step."""
         if self._thread is not None:
             self._queue.put(("log", (dict(values), step)))
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """A picture that was drawn into the run directory. It is read now: the next one replaces it."""
+        """Logs a picture that was drawn into the run directory. It is read now, since the next one replaces it."""
         if self._thread is None:
             return
         try:
@@ -109,7 +104,7 @@ class Tracking:
             self._give_up(f"the picture {path.name}", error)
 
     def summarize(self, values: Mapping[str, float]) -> None:
-        """Figures that stand for the whole run; later ones replace earlier ones. TensorBoard has no place for them."""
+        """Logs figures of the whole run; later ones replace earlier ones. TensorBoard has no place for them."""
         if self._thread is not None:
             self._queue.put(("summary", (dict(values),)))
 
@@ -135,7 +130,7 @@ class Tracking:
         if self._thread.is_alive():
             _forget_wandb()
         elif self._mode == "offline" and any(self._run_dir.glob("wandb/offline-run-*")):
-            # The pattern takes the folders of all resumes, which wandb joins by the run's id.
+            # The pattern matches the folders of all resumes, which wandb joins by the run's id.
             self._say(f"Weights & Biases: to upload, wandb sync {shlex.quote(str(self._run_dir))}/wandb/offline-run-*")
         self._thread = None
 
@@ -234,13 +229,14 @@ class Tracking:
 
 
 def _as_text(description: Mapping[str, Any]) -> str:
-    """A configuration as Markdown keeps it: indented JSON."""
+    """A configuration as indented JSON, which Markdown shows as it is."""
     return "    " + json.dumps(description, indent=2).replace("\n", "\n    ")
 
 
 def _forget_wandb() -> None:
-    """Keeps wandb's exit hook from waiting without end for a server that does not answer; there is no public way to
-    say so.
+    """Keeps wandb's exit hook from waiting without end for a server that does not answer.
+
+    There is no public way to do so.
     """
     setup = sys.modules.get("wandb.sdk.wandb_setup")
     connection = getattr(getattr(setup, "_singleton", None), "_connection", None)

@@ -1,4 +1,4 @@
-"""`dist-ae score`: scores and verdicts, which images are known to be anomalous, how well that is told, heat maps."""
+"""`dist-ae score`: scores and verdicts, how well they tell the images known to be anomalous, and heat maps."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from dist_ae.use.trained import TrainedModel, images_of, load
 from dist_ae.use.write import SHOWN, destination, write_array, write_into, write_table, write_whole
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
-MVTEC_NORMAL = "good"  # as MVTec AD names its folder of pictures without a defect
-SATURATED = 0.01  # share of images whose map may go beyond the one scale of all maps
+MVTEC_NORMAL = "good"  # MVTec AD's name for its folder of pictures without a defect
+SATURATED = 0.01  # share of images whose map may exceed the one scale of all maps
 
 
 class Separation(NamedTuple):
@@ -42,12 +42,13 @@ class Separation(NamedTuple):
 
 
 def truth_of(names: Sequence[str] | None, what: str) -> Array | None:
-    """Which images are anomalous by the folders they lie in: 1, 0, or -1 for neither; None where no folder says it.
+    """Which images are anomalous, by the folders they lie in: 1, 0, or -1 for neither; None where no folder says so.
 
-    ``normal/`` and ``anomalous/``, or MVTec AD's ``good/`` beside one folder a defect (``test`` of a category).
+    The folders are ``normal/`` and ``anomalous/``, or MVTec AD's ``good/`` beside one folder for each defect (``test``
+    of a category).
 
     Raises:
-        InputError: only one of the two; or MVTec's whole category, whose masks are pictures, too.
+        InputError: there is only one of the two kinds, or it is MVTec's whole category, whose masks are pictures, too.
     """
     if names is None:
         return None
@@ -73,22 +74,18 @@ def truth_of(names: Sequence[str] | None, what: str) -> Array | None:
 
 
 def separation(truth: Array, scores: Tensor) -> Separation:
-    """Area under the ROC curve, average precision and the curve itself, of the images of known truth."""
+    """Area under the ROC curve, average precision and the curve itself, over the images whose truth is known."""
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
     known = truth >= 0
     labels, values = truth[known], scores.double().numpy()[known]
     false_positives, true_positives, _ = roc_curve(labels, values)
-    return Separation(
-        float(roc_auc_score(labels, values)),
-        float(average_precision_score(labels, values)),
-        false_positives,
-        true_positives,
-    )
+    auroc, precision = float(roc_auc_score(labels, values)), float(average_precision_score(labels, values))
+    return Separation(auroc, precision, false_positives, true_positives)
 
 
 def pca_scores(trained: TrainedModel, dataset: Dataset, one: Given) -> Tensor | None:
-    """The squared error per pixel of PCA (or PCA of patches) of the training images with as many numbers as the code.
+    """The squared error per pixel of the training images' PCA (or PCA of patches), with as many numbers as the code.
 
     None for a model that has no linear counterpart.
     """
@@ -113,7 +110,7 @@ def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
 
     squared = (images - reconstructions).square().mean(1, keepdim=True)
     sigma = max(1.0, min(images.shape[-2:]) / 32)
-    # A window of three σ to each side, where the image is as large as that.
+    # A window of three σ to each side, as far as the image is that large.
     widths = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:]]
     blurred: Tensor = functional.gaussian_blur(squared, [widths[1], widths[0]], [sigma, sigma])
     return blurred[:, 0]
@@ -129,7 +126,7 @@ def maps_of(trained: TrainedModel, one: Given, kind: str) -> Iterator[tuple[int,
 
 
 def scale_of(trained: TrainedModel, one: Given, kind: str) -> float:
-    """The upper end of the one scale of all maps: what the largest value of a map exceeds in one image of a hundred."""
+    """The upper end of the one scale of all maps. In one image of a hundred, the largest value exceeds it."""
     largest = [float(values.max()) for _, _, _, values in maps_of(trained, one, kind)]
     return max(float(np.quantile(largest, 1 - SATURATED, method="inverted_cdf")), 1e-6)
 
@@ -170,18 +167,18 @@ def score_run(
     maps: Path | None = None,
     map_of: Literal["error", "ssim"] = "error",
 ) -> Scored:
-    """Writes scores, high where the model expects an image little: .csv or .parquet with path, score and whether it is
-    flagged; .npy, float32 [N].
+    """Writes scores, which are high where the model expects an image little.
 
-    A picture of the highest and the lowest stands beside it. Where the images lie in ``normal/`` and ``anomalous/``, or
-    in MVTec's folders, it also finds AUROC and average precision, those of PCA, and draws the ROC.
+    They go to .csv or .parquet with path, score and whether the image is flagged, or to .npy, float32 [N]. A picture of
+    the highest and the lowest stands beside it. Where the images lie in ``normal/`` and ``anomalous/``, or in MVTec's
+    folders, it also finds AUROC and average precision, those of PCA, and draws the ROC.
 
     Args:
-        score: as ``TrainedModel.score`` has it.
-        quantile: of the scores of the run's validation images: above it, an image is flagged.
+        score: as in ``TrainedModel.score``.
+        quantile: of the scores of the run's validation images. An image that scores above it is flagged.
         threshold: flag above this score instead.
         maps: a folder for heat maps, a .png for each image.
-        map_of: what they show.
+        map_of: what the heat maps show.
     """
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
@@ -245,7 +242,7 @@ def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: floa
 def _judge(
     trained: TrainedModel, one: Given, truth: Array, scores: Tensor, name: str, out: Path
 ) -> tuple[dict[str, float], Path, list[str]]:
-    """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and what is to be said of it."""
+    """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and remarks on them."""
     remarks = []
     found = {name: separation(truth, scores)}
     try:
@@ -285,7 +282,7 @@ def _write_maps(
     folder: Path,
     kind: Literal["error", "ssim"],
 ) -> Path:
-    """A picture of every image with its heat map, all on one scale."""
+    """Writes a picture of every image with its heat map, all on one scale."""
     from dist_ae.figures import HeatMaps
 
     _, height, width = trained.model.image_shape

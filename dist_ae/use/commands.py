@@ -1,7 +1,7 @@
 """The commands that apply a trained run to images, or to its own validation images.
 
-Each loads a run, applies its model, writes, and returns the path. All raise InputError: no such run; images that are
-not there, not readable or not the model's; a place that cannot be written.
+Each loads a run, applies its model, writes, and returns the path. All raise InputError for a run that does not exist;
+for images that are missing, unreadable or do not fit the model; and for a place that cannot be written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dist_ae.use.write import (
     write_whole,
 )
 
-TILES = 100  # rows or columns of a picture at most: beyond it images are too many to look at, and megabytes
+TILES = 100  # most rows or columns of a picture: more images are too many to look at, and take megabytes
 SAMPLE_COLUMNS = 8
 
 
@@ -42,8 +42,11 @@ def reconstruct_run(
     which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes reconstructions: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their
-    reconstructions; or a folder, a .png for each image."""
+    """Writes reconstructions.
+
+    ``out`` is .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
+    folder, a .png for each image.
+    """
     trained = load(run_dir, which)
     out = destination(run_dir, out, "reconstructions.npy", (".npy", ".png", ""), images)
     one = images_of(trained, images, data_root)
@@ -58,11 +61,11 @@ def denoise_run(
     data_root: Path | None = None,
     noise_std: float | None = None,
 ) -> Path:
-    """Writes noisy images denoised, as ``reconstruct_run`` does; validation images get noise first, as at an
-    evaluation.
+    """Writes noisy images denoised, in the forms of ``reconstruct_run``.
 
     Args:
-        noise_std: noise to add, on [0, 1] pixels; None adds none to ``images``, and the run's own to validation images.
+        noise_std: noise to add first, on [0, 1] pixels. None adds none to ``images``, and to validation images as much
+            as an evaluation does.
     """
     if noise_std is not None and not 0 <= noise_std <= 1:
         raise InputError(f"--noise-std: expected a standard deviation on [0, 1] pixels, got {noise_std}")
@@ -93,7 +96,7 @@ def _write_reconstructions(
             rows["clean"] = floats(one, shown)
 
         def draw(path: Path) -> None:
-            from dist_ae.figures import image_rows  # matplotlib takes a second to import
+            from dist_ae.figures import image_rows  # here, since matplotlib takes a second to import
 
             image_rows(rows, path)
 
@@ -102,14 +105,15 @@ def _write_reconstructions(
     if out.suffix == ".npy":
         return write_array(out, torch.cat([outputs(rows) for rows in cut]))
     names = file_names(one)
-    return write_folder(
-        out, ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
-    )
+    pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
+    return write_folder(out, pairs)
 
 
 def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> Path:
-    """Writes ``num`` new images of a variational run: .png, eight in a row, or .npy, float32 [num, C, H, W] on [0,
-    1]."""
+    """Writes ``num`` new images of a variational run.
+
+    ``out`` is .png, eight in a row, or .npy, float32 [num, C, H, W] on [0, 1].
+    """
     trained = load(run_dir, which)
     out = destination(run_dir, out, "samples.png", (".png", ".npy"))
     if out.suffix == ".png" and num > TILES * SAMPLE_COLUMNS:
@@ -129,8 +133,10 @@ def interpolate_run(
     which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes the lines between images 0 and 1, 2 and 3, …: .png, a row a pair with the two images at its ends, or
-    .npy, float32 [pairs, steps, C, H, W] on [0, 1]."""
+    """Writes the lines between images 0 and 1, 2 and 3, …
+
+    ``out`` is .png, a row for each pair between its two images, or .npy, float32 [pairs, steps, C, H, W] on [0, 1].
+    """
     trained = load(run_dir, which)
     out = destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
     one = images_of(trained, images, data_root)
@@ -161,8 +167,11 @@ def embed_run(
     which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes codes, of a variational model their means: .npy, float32 [N, *code_shape], or .csv or .parquet with the
-    images' paths, their labels where they have some, and x and y, the codes' first two principal components."""
+    """Writes codes; those of a variational model are the means.
+
+    ``out`` is .npy, float32 [N, *code_shape], or .csv or .parquet with the images' paths, their labels where they have
+    some, and x and y, the codes' first two principal components.
+    """
     trained = load(run_dir, which)
     out = destination(run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"), images)
     one = images_of(trained, images, data_root)
@@ -187,19 +196,18 @@ def export_run(
     license: str = "other",
     push_to_hub: str | None = None,
 ) -> tuple[Path, str | None]:
-    """Writes the model for other programs: .pt2 for ``torch.export.load``, .onnx, or a folder of safetensors with a
-    model card, which ``load`` takes.
+    """Writes the model for other programs.
 
-    Returns the path, and the address on the Hugging Face Hub where it was uploaded.
+    ``out`` is .pt2 for ``torch.export.load``, .onnx, or a folder of safetensors with a model card, which ``load``
+    takes. Returns the path, and the address on the Hugging Face Hub where it was uploaded.
     """
     if format != "safetensors" and push_to_hub is not None:
         raise InputError("--push-to-hub uploads a folder with a model card: add --format safetensors")
     if format == "safetensors" and part != "whole":
         raise InputError(f"--part {part}: a safetensors folder holds the whole model; leave it out, or --format onnx")
     trained = load(run_dir, which)
-    name, suffix = {"torch": ("model.pt2", ".pt2"), "onnx": ("model.onnx", ".onnx"), "safetensors": ("export", "")}[
-        format
-    ]
+    names = {"torch": ("model.pt2", ".pt2"), "onnx": ("model.onnx", ".onnx"), "safetensors": ("export", "")}
+    name, suffix = names[format]
     name = name if part == "whole" else f"{part}{suffix}"
     out = destination(run_dir, out, name, (suffix,))
     if format != "safetensors":
@@ -218,7 +226,7 @@ def explore_run(
     which: Which = "best",
     data_root: Path | None = None,
 ) -> Path:
-    """Writes one self-contained page about a run, .html; of more than ``num`` images, that many evenly spaced ones."""
+    """Writes one self-contained .html page about a run. Of more than ``num`` images, it shows ``num`` evenly spaced."""
     if num < 3:
         raise InputError(f"--num: a map needs at least 3 images, got {num}")
     trained = load(run_dir, which)

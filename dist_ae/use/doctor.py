@@ -1,4 +1,4 @@
-"""`dist-ae doctor`: checks a run for damage, repeats a step that was not finite, rebuilds a W&B run."""
+"""`dist-ae doctor`: checks a run for damage, repeats a step that was not finite, and rebuilds a W&B run."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one ba
 
 
 def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
-    """(whole, what) for each thing a run directory holds. Reads only, and holds no large file in memory.
+    """(whole, what) for each thing that a run directory holds. Only reads, and holds no large file in memory.
 
     Raises:
-        InputError: not a run directory.
+        InputError: it is not a run directory.
     """
     if not os.path.lexists(run_dir / "config.json"):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
@@ -44,10 +44,8 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
     yield from _examine_checkpoints(run_dir / "checkpoints")
     for path in sorted((run_dir / "calibration").glob("*.safetensors")):
         whole = calibration.kept(run_dir, int(path.stem) if path.stem.isdecimal() else -1) is not None
-        yield (
-            whole,
-            f"calibration/{path.name}" + ("" if whole else ": damaged; remove it, and score finds it out again"),
-        )
+        damage = "" if whole else ": damaged; remove it, and score finds it out again"
+        yield whole, f"calibration/{path.name}{damage}"
     yield from _examine_metrics(run_dir / "metrics.jsonl")
     if (run_dir / "nonfinite.json").exists():
         yield False, "nonfinite.json: a step was not finite; --replay repeats it"
@@ -94,7 +92,7 @@ def _examine_metrics(path: Path) -> Iterator[tuple[bool, str]]:
 
 
 def _examine_result(run_dir: Path) -> tuple[bool, str]:
-    """A run is finished when the checkpoint of its last step is on the disk."""
+    """Whether the run is finished. It is when the checkpoint of its last step is on the disk."""
     if not os.path.lexists(run_dir / "result.json"):
         return True, "the run is not finished; the same command resumes it"
     try:
@@ -102,16 +100,15 @@ def _examine_result(run_dir: Path) -> tuple[bool, str]:
     except (Damaged, KeyError, TypeError, ValueError) as error:
         return False, f"result.json cannot be read ({error}); the same command writes it again"
     if not (run_dir / "checkpoints" / f"{step:08d}").is_dir():
-        return (
-            False,
-            f"result.json is of step {step}, and there is no checkpoint of it; the same command resumes the run",
-        )
+        lacks = f"result.json is of step {step}, and there is no checkpoint of it"
+        return False, f"{lacks}; the same command resumes the run"
     return True, "the run is finished"
 
 
 def replay(run_dir: Path) -> list[str]:
-    """Repeats, on one process, the step whose loss or gradient was not finite: what is not finite in it, in the order
-    it came about.
+    """Repeats, on one process, the step whose loss or gradient was not finite.
+
+    Returns what is not finite in it, in the order in which it came about.
 
     Raises:
         InputError: no such step is on record, or its weights are damaged.
@@ -125,9 +122,8 @@ def replay(run_dir: Path) -> list[str]:
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         template = template_of(model.to(dtype).state_dict())
         size = 8 * sum(math.prod(shape) for shape, _ in template.values()) + MAX_HEADER
-        weights = parse_tensors(
-            read_bounded(run_dir / "nonfinite.safetensors", size), "nonfinite.safetensors", template
-        )
+        path = run_dir / "nonfinite.safetensors"
+        weights = parse_tensors(read_bounded(path, size), path.name, template)
         step, rows = int(bundle["step"]), torch.tensor(bundle["rows"], dtype=torch.int64)
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, Damaged) as error:
         raise InputError(f"{run_dir}/nonfinite.json cannot be read: {error}") from None
@@ -163,11 +159,12 @@ def _first(values: torch.Tensor, rows: torch.Tensor) -> int:
 
 
 def rebuild_wandb(run_dir: Path) -> Path:
-    """Writes an offline W&B run from metrics.jsonl, under the run's own id: `wandb sync` uploads it. Returns its
-    folder.
+    """Writes an offline W&B run from metrics.jsonl, under the run's own id, and returns its folder.
+
+    `wandb sync` uploads it.
 
     Raises:
-        InputError: there is nothing to rebuild from, or wandb cannot write it.
+        InputError: there is nothing to rebuild from, or the run directory is in use or cannot be written.
     """
     import wandb
 

@@ -26,17 +26,17 @@ from dist_ae.use.trained import load
 from dist_ae.use.write import destination, write_whole
 
 NOISE_LEVELS = (0.1, 0.3, 0.5)  # standard deviations on [0, 1] at which an evaluation denoises
-MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior: beyond them it is said to be off N(0, 1)
+MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior; beyond them it is reported as off N(0, 1)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What ``evaluate_run`` found, on every process, and what the first one wrote."""
+    """What ``evaluate_run`` found, on every process, and what rank 0 wrote."""
 
     metrics: dict[str, float]  # by split: "val.mse"
     denoising: dict[float, dict[str, float]]  # PSNR in dB by noise and method
     code: dict[str, list[float]]  # of a variational model, number by number
-    remarks: list[str]  # in words: what was computed of how many images, what is missing, what is wrong
+    remarks: list[str]  # in words: what was computed from how many images, what is missing, what is wrong
     written: list[Path]
 
 
@@ -45,20 +45,20 @@ def evaluate_run(
     batch_size: int | None = None, data_root: Path | None = None, *, out: Path | None = None, subset: int = 200,
     samples: int = 50, noise_levels: Sequence[float] = NOISE_LEVELS, features: Path | None = None,
 ) -> Evaluated:  # fmt: skip
-    """How good a trained run is, on as many processes as the launcher started; each image counts once.
+    """Finds how good a trained run is, on as many processes as the launcher started. Each image counts once.
 
-    The metrics of training; SSIM, PCA and a linear probe beside; denoising beside classical filters; of a variational
-    run what its code carries. ``quality`` says how each is found. Writes JSON and one picture.
+    It finds the metrics of training, SSIM and a linear probe beside those of PCA, denoising beside classical filters,
+    and what the code of a variational run carries. ``quality`` says how each is found. Writes JSON and one picture.
 
     Args:
         out: .json; None is RUN_DIR/evaluation.json. The picture stands beside it.
-        subset: evenly spaced images that what is dear is computed of: denoising and the importance-weighted bound.
+        subset: evenly spaced images for what is slow: denoising and the importance-weighted bound.
         samples: K of that bound.
-        noise_levels: standard deviations on [0, 1] at which is denoised; the run's own is added.
+        noise_levels: standard deviations on [0, 1] at which the model denoises; the run's own is added.
         features: a TorchScript feature network, for FID and KID.
 
     Raises:
-        InputError: no such run, its data is not there, or a value out of range.
+        InputError: there is no such run, its data is not there, or a value is out of range.
     """
     config = sources.located(run_config(run_dir), data_root)
     changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size}
@@ -103,7 +103,7 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _Assessed(Evaluated):
-    """With what only the picture shows."""
+    """``Evaluated``, with what only the picture shows."""
 
     per_image: quality.PerImage
 
@@ -112,7 +112,7 @@ def _assess(
     model: Autoencoder, components: Components | None, train: Reader, reader: Reader, metrics: dict[str, float],
     levels: list[float], subset: int, samples: int, network: torch.nn.Module | None, config: Config, runtime: Runtime,
 ) -> _Assessed:  # fmt: skip
-    """What ``quality`` finds, beside the metrics of training, and what is to be said of it."""
+    """What ``quality`` finds, beside the metrics of training, with remarks on it."""
     batch, count = config.evaluation.batch_size, len(reader.split)
     found, remarks = dict(metrics), []
     each = quality.per_image(model, components, reader, batch, runtime)
@@ -186,7 +186,10 @@ def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> li
 
 
 def _write_evaluation(found: _Assessed, run: str, split: str, target: Path, lenient: bool) -> _Assessed:
-    """JSON and the picture. A run that is only to be read still gets its figures, where no place was asked for."""
+    """Writes JSON and the picture.
+
+    ``lenient``: where they cannot be written, as in a run that is read-only, a remark says so in place of an error.
+    """
     metrics = {f"{split}.{name}": value for name, value in found.metrics.items()}
     content = {
         "run": run,

@@ -1,5 +1,7 @@
-"""One self-contained page about a trained model: a map of images by their codes, what it does well and badly, what its
-code means."""
+"""One self-contained page about a trained model.
+
+It shows a map of images by their codes, what the model does well and badly, and what its code means.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ from dist_ae.use.trained import TrainedModel
 
 TEMPLATE = Path(__file__).with_name("explore.html")
 LARGEST_PAGE = 15_000_000  # bytes of the whole page: what mail and chat programs still carry
-LARGEST_SPRITES = 8_000_000  # of them for thumbnails of images and reconstructions, in base64
-DIRECTIONS = 128  # principal directions of the code that the page keeps; all, of most models
-STRIPS, FRAMES = 8, 9  # directions shown as film strips, from -3 to 3 standard deviations
+LARGEST_SPRITES = 8_000_000  # bytes of it for thumbnails of images and reconstructions, in base64
+DIRECTIONS = 128  # principal directions of the code that the page keeps: all of them for most models
+STRIPS, FRAMES = 8, 9  # directions shown as film strips, and the frames of each, from -3 to 3 standard deviations
 EXTREMES = 12  # images with the smallest and the largest error
 LARGEST_STRIP_SIDE = 96  # pixels
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # of onnxruntime-web
@@ -43,12 +45,12 @@ def explore_page(
     Args:
         trained: the model.
         images: what the map shows; labels and their names where the images have them.
-        title: of the page.
+        title: the page's title.
         facts: short lines under the title.
-        runtime: the folder of npm's onnxruntime-web, which decodes in the browser what is no multilayer perceptron.
+        runtime: the folder of npm's onnxruntime-web, which decodes in the browser for models that are no MLP.
 
     Raises:
-        InputError: fewer than three images, ``runtime`` is not that folder, or the page gets larger than 15 MB.
+        InputError: there are fewer than three images, ``runtime`` is not that folder, or the page exceeds 15 MB.
     """
     count = len(images.split)
     if count < 3:
@@ -80,7 +82,7 @@ def explore_page(
         **_decoder(trained, mean, directions, runtime),
         **_sprites(originals, reconstructed),
     }
-    # "<" would let a picture's name end the element that the data stands in.
+    # With "<", a picture's name could end the element that holds the data.
     data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
     html = TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", _escaped(title)).replace("{{data}}", data)
     if len(html) > LARGEST_PAGE:
@@ -114,24 +116,24 @@ def _principal(codes: Array, most: int = DIRECTIONS) -> tuple[Array, Array, Arra
 
     found = PCA(min(most, *codes.shape), random_state=0).fit(codes)
     scales = np.sqrt(np.maximum(found.explained_variance_, 0))
-    # The sign of a direction has no meaning; a fixed one keeps the pages of two runs comparable.
+    # The sign of a direction has no meaning. A fixed one keeps the pages of two runs comparable.
     signs = np.sign(found.components_[np.arange(len(scales)), np.abs(found.components_).argmax(1)])
     return found.mean_, found.components_ * signs[:, None], scales
 
 
 def _map(coordinates: Array) -> Array:
-    """A place [N, 2] on [0, 1] for each image: its code where that has two numbers, else by t-SNE of the codes."""
+    """A place [N, 2] on [0, 1] for each image: its code where that has two numbers, else t-SNE of the codes."""
     count, numbers = coordinates.shape
     if numbers > 2 and count > 10:
         from sklearn.manifold import TSNE
 
-        # 400 iterations and the coarser angle: 10,000 images take 8 s on two cores, and the map looks the same.
+        # With 400 iterations and a coarser angle, 10,000 images take 8 s on two cores, and the map looks the same.
         perplexity = min(30.0, (count - 1) / 3)
         settings: dict[str, Any] = {"max_iter": 400, "angle": 0.6, "n_jobs": -1, "random_state": 0}
         coordinates = TSNE(perplexity=perplexity, init="pca", **settings).fit_transform(coordinates[:, :50])
     places = np.zeros((count, 2))
     places[:, : min(2, numbers)] = coordinates[:, :2]
-    # A few images far out would press the others together: the range is that of nearly all.
+    # A few images far out would press the others together, so the range is that of nearly all images.
     low, high = np.quantile(places, [0.001, 0.999], axis=0)
     placed: Array = ((places - low) / np.maximum(high - low, 1e-12)).clip(-0.05, 1.05).astype(np.float32)
     return placed
@@ -154,7 +156,7 @@ def _quantized(coordinates: Array) -> dict[str, Any]:
 
 
 def _decoder(trained: TrainedModel, mean: Array, directions: Array, runtime: Path | None) -> dict[str, Any]:
-    """What decodes in the browser: the layers of an MLP, which are three matrix products, else ONNX and its runtime."""
+    """What decodes in the browser: the layers of an MLP, a few matrix products, or else ONNX and its runtime."""
     code = {"mean": _text(mean.astype("<f4")), "basis": _text(directions.astype("<f2"))}
     if runtime is not None:
         loader, program = (_runtime_file(runtime, name) for name in RUNTIME_FILES)
@@ -177,8 +179,8 @@ def _runtime_file(folder: Path, name: str) -> bytes:
         if path.is_file():
             return path.read_bytes()
     raise InputError(
-        f"--runtime {folder}: no {name} there; expected the folder that `npm install onnxruntime-web` makes, "
-        "node_modules/onnxruntime-web"
+        f"--runtime {folder}: no {name} there; "
+        "expected the folder that `npm install onnxruntime-web` makes, node_modules/onnxruntime-web"
     )
 
 
@@ -206,7 +208,7 @@ def _pairs(originals: Tensor, reconstructed: Tensor) -> list[str]:
 
 
 def _sprites(originals: Tensor, reconstructed: Tensor) -> dict[str, Any]:
-    """Thumbnails of all images and their reconstructions, each in one picture: as fine as the page has room for."""
+    """Thumbnails of all images and of all reconstructions, one picture each, as fine as the page has room for."""
     columns = math.ceil(math.sqrt(len(originals)))
     small = [originals, reconstructed]
     for side, quality in ((32, 80), (32, 60), (28, 50), (24, 40), (20, 30), (16, 20)):

@@ -25,7 +25,7 @@ from dist_ae.use.trained import TrainedModel
 
 Format = Literal["torch", "onnx", "safetensors"]
 Part = Literal["whole", "encoder", "decoder"]
-ONNX_TOLERANCE = 1e-4  # largest difference, on [0, 1] pixels or in codes of about one, between torch and onnxruntime
+ONNX_TOLERANCE = 1e-4  # largest difference between torch and onnxruntime, on [0, 1] pixels or in codes of about one
 CARD = "README.md"
 
 
@@ -56,7 +56,7 @@ class Exported(nn.Module):
 
 
 def program(trained: TrainedModel, part: Part = "whole") -> torch.export.ExportedProgram:
-    """``Exported`` as one program for any number of images, which needs torch and nothing of this package."""
+    """``Exported`` as one program for any number of images. It needs torch and nothing from this package."""
     module = Exported(trained.model, part).eval()
     shape = trained.model.code_shape if part == "decoder" else trained.model.image_shape
     example = torch.zeros(2, *shape, device=trained.device)
@@ -73,7 +73,7 @@ def torch_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
 
 
 def onnx_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
-    """An ONNX model for any number of images, compared with torch by onnxruntime.
+    """An ONNX model for any number of images, whose results in onnxruntime were compared with torch's.
 
     Raises:
         InputError: the packages are missing.
@@ -120,13 +120,13 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
 
     Args:
         run_dir: the run, for its figures and pictures.
-        folder: an empty one.
+        folder: an empty folder.
         license: an identifier of the Hub, such as apache-2.0 or cc-by-4.0.
     """
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
     config = trained.config.override({"run_dir": None, "data.root": None, "data.cache": None})
-    if config.precision == "fp64":  # a trained model computes, and is written, in float32
+    if config.precision == "fp64":  # a trained model computes in float32, and is written so
         config = config.override({"precision": "fp32"})
     (folder / CONFIG).write_bytes(to_json({"config": config.model_dump(mode="json")}))
     picture = run_dir / "figures" / "reconstructions.png"
@@ -146,7 +146,7 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
 
 
 def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
-    """What the evaluation at a step found: the best weights' own figures, where they are not the last."""
+    """What the evaluation at a step found: the figures of these very weights, even if they are not the last."""
     try:
         lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
@@ -162,7 +162,7 @@ def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
 
 
 def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: str, picture: str | None) -> str:
-    """A model card from what the run knows: data, figures, the command, how to load it."""
+    """A model card from what the run knows: data, figures, the command, and how to load it."""
     config, model = trained.config, trained.model
     kind = f"{'A variational' if config.model.variational else 'An'} autoencoder, {config.model.architecture}"
     numbers = torch.Size(model.code_shape).numel()
@@ -213,7 +213,7 @@ def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: st
 
 
 def command_of(config: Config) -> str:
-    """The command that trains this configuration: its preset and what differs from it."""
+    """The command that trains this configuration: its preset and whatever differs from it."""
     preset = config.name if config.name in PRESETS else "ae"
     usual = dict(PRESETS[preset].flat())
     skipped = ("name", "run_dir", "data.root", "data.cache", "model.image_shape")

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: folders that ``dist-ae export --format safetensors`` made, up and down."""
+"""Uploads folders that ``dist-ae export --format safetensors`` made to the Hugging Face Hub, and downloads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def push(folder: Path, name: str) -> str:
     """Uploads an exported folder and returns its address.
 
     Raises:
-        InputError: the Hub refuses: no login, no such owner, no network.
+        InputError: the upload fails: no login, no such owner, or no network.
     """
     from huggingface_hub import HfApi
 
@@ -22,7 +22,7 @@ def push(folder: Path, name: str) -> str:
         api = HfApi()
         address = str(api.create_repo(name, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by dist-ae")
-    except Exception as error:  # those of its HTTP library too, which changes with the version
+    except Exception as error:  # also those of its HTTP library, which changes with the version
         raise InputError(
             f"--push-to-hub {name}: {_reason(error)}; `hf auth login` logs in. The folder is in {folder}"
         ) from None
@@ -33,7 +33,7 @@ def pull(name: str) -> Path:
     """The folder of ``hf:OWNER/NAME``, downloaded once.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: it cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 

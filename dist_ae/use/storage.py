@@ -1,4 +1,4 @@
-"""What is asked of a file system, tried out: ``dist-ae doctor --storage DIR``."""
+"""Tries out what run directories and sweeps need of a file system: ``dist-ae doctor --storage DIR``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from dist_ae.config import InputError
 from dist_ae.files import sync, write_atomically, write_new
 
 SIZE = 64 << 20  # bytes of the file that speed is measured with
-SECONDS = 60.0  # for what another process is asked to do
-REPLACING = 0.5  # seconds that a file is replaced for, again and again, under the eyes of a reader
+SECONDS = 60.0  # how long another process may take for what it is asked to do
+REPLACING = 0.5  # seconds for which a file is replaced again and again while another process reads it
 READ = """
 import os, sys
 path, enough = sys.argv[1:]
@@ -49,12 +49,12 @@ time.sleep(600)
 
 
 def examine_storage(folder: Path) -> Iterator[tuple[bool, str]]:
-    """(whether it holds, what) for each thing that run directories and sweeps ask of the storage they lie on.
+    """(whether it holds, what) for each thing that run directories and sweeps need of the storage they lie on.
 
-    Everything is tried in a folder of its own, which is removed. What other hosts see is not tried.
+    Everything is tried in a folder of its own, which is removed afterwards. What other hosts see is not tried.
 
     Raises:
-        InputError: not a folder.
+        InputError: ``folder`` is not a folder.
     """
     if not folder.is_dir():
         raise InputError(f"--storage {folder}: not a folder")
@@ -67,7 +67,7 @@ def examine_storage(folder: Path) -> Iterator[tuple[bool, str]]:
         for what, otherwise, check in CHECKS:
             try:
                 found = check(own)
-            except Exception as error:  # whatever a file system comes up with is its answer
+            except Exception as error:  # whatever error a file system comes up with is its answer
                 yield False, f"{what}: {getattr(error, 'strerror', None) or error}. {otherwise}"
             else:
                 yield True, f"{what}: {found}" if found else what
@@ -76,7 +76,7 @@ def examine_storage(folder: Path) -> Iterator[tuple[bool, str]]:
 
 
 class Fails(Exception):
-    """What a file system does and should not."""
+    """A file system does what it should not do."""
 
 
 def _free(folder: Path) -> str:
@@ -114,7 +114,7 @@ def _sync(folder: Path) -> str:
 
 
 def _replace(folder: Path) -> None:
-    """Another process that reads all the time finds the old content or the new, whole."""
+    """Checks that another process, which reads all the time, finds either the old content or the new one, whole."""
     path, temporary, enough = folder / "replaced", folder / "replacing", folder / "enough"
     contents = [bytes([65 + number]) * 4096 for number in range(2)]
     write_atomically(path, contents[0])
@@ -160,7 +160,7 @@ def _lock(folder: Path) -> None:
             raise Fails("two processes hold the same lock")
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        FileLock(path).acquire(timeout=5).lock.release()  # of a process that was killed
+        FileLock(path).acquire(timeout=5).lock.release()  # the lock of the killed process is free
     except Timeout:
         raise Fails("a killed process keeps its lock") from None
     finally:
@@ -173,7 +173,7 @@ def _visible(folder: Path) -> None:
     told = secrets.token_hex(16)
     command = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
     path = folder / "told"
-    list(folder.iterdir())  # what a client may remember
+    list(folder.iterdir())  # a network file system's client may remember this listing
     subprocess.run([sys.executable, "-c", command, str(path), told], check=True, timeout=SECONDS, capture_output=True)
     if path not in list(folder.iterdir()) or path.read_text() != told:
         raise Fails("what another process wrote is not there")
@@ -182,10 +182,7 @@ def _visible(folder: Path) -> None:
 def _map(folder: Path) -> None:
     data = secrets.token_bytes(1 << 20)
     write_new(folder / "mapped", data)
-    with (
-        open(folder / "mapped", "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-    ):
+    with open(folder / "mapped", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         if mapped[:] != data:
             raise Fails("a mapped file has other bytes")
 
@@ -202,7 +199,7 @@ def _speed(folder: Path) -> str:
     return f"{rates[0]:,.0f} MB/s written and synced, {rates[1]:,.0f} MB/s read back (maybe from memory)"
 
 
-# What is asked, what becomes of a run where it does not hold, and how it is tried.
+# What is needed, what becomes of a run without it, and how it is tried.
 CHECKS: list[tuple[str, str, Callable[[Path], str | None]]] = [
     ("free space", "A checkpoint that does not fit is lost", _free),
     ("a file is created only once", "Two jobs could write one run", _exclusive),

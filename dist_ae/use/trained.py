@@ -34,7 +34,7 @@ class TrainedModel:
     Images go in as a path (a picture, a folder, an array file, a packed set), a PIL image, a list of paths or of PIL
     images, or an array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or
     one image. Pictures get the model's size by the run's own data settings; arrays must have it. Results are float32
-    tensors on the CPU, a row an image.
+    tensors on the CPU, with one row per image.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TrainedModel:
         source: tuple[Path, int] | None = None,
     ) -> None:
         """Args:
-        source: the run directory and the step of the checkpoint, where what belongs to these weights is kept.
+        source: the run directory and the step of the checkpoint, where the weights' calibration is kept.
         """
         self.config, self.source = config, source
         self._calibration: Calibration | None = None
@@ -53,7 +53,7 @@ class TrainedModel:
         self.device = torch.device(device)
 
     def reconstruct(self, images: Images, batch_size: int = 1000) -> Tensor:
-        """Reconstructions from the mean code, [N, C, H, W] on [0, 1]: of noisy images, the denoised ones."""
+        """Reconstructions from the mean code, [N, C, H, W] on [0, 1]. Noisy images come out denoised."""
         return self._map(lambda x, rows: self.model(x, None).reconstruction.clamp(0, 1), images, batch_size)
 
     def embed(self, images: Images, batch_size: int = 1000) -> Tensor:
@@ -64,34 +64,36 @@ class TrainedModel:
         """How little the model expects each image, [N].
 
         Args:
-            score: ``error``, squared error per pixel on [0, 1] of the reconstruction, the usual one;
-                ``neg_elbo``, the negative ELBO in nats (one ε keyed by the image's place in the call), the usual one
-                of a variational model; or ``mahalanobis``, the distance of the code from those of training images.
+            score: ``error``, the squared error per pixel on [0, 1] of the reconstruction; ``neg_elbo``, the negative
+                ELBO in nats of a variational model (one ε keyed by the image's place in the call); or ``mahalanobis``,
+                the distance of the code from those of training images. None stands for ``neg_elbo`` where the model is
+                variational, else for ``error``.
 
         Raises:
-            InputError: no such score, or not for this model; ``mahalanobis`` without a calibration (see
-                ``calibration``).
+            InputError: there is no such score, not for this model, or ``mahalanobis`` lacks its ``calibration()``.
         """
         name = check_score(self.model, score)
         moments = self.calibration().moments if name == "mahalanobis" else None
-        return self._map(
-            lambda x, rows: score_images(self.model, x, rows, self.config, (name,), moments)[name], images, batch_size
-        )
+
+        def scores(batch: Tensor, rows: range) -> Tensor:
+            return score_images(self.model, batch, rows, self.config, (name,), moments)[name]
+
+        return self._map(scores, images, batch_size)
 
     def threshold(self, quantile: float = 0.99, score: str | None = None) -> float:
-        """The score that this share of the run's validation images does not exceed: above it, an image is flagged.
+        """The score that this share of the run's validation images does not exceed. Above it, an image is flagged.
 
         Raises:
-            InputError: not a share, no such score, or no calibration.
+            InputError: ``quantile`` is not a share, there is no such score, or no calibration.
         """
         name = check_score(self.model, score)
         return self.calibration().threshold(name, quantile)
 
     def calibration(self) -> Calibration:
-        """What thresholds need: kept by the training in the run; else found from the run's own data, and kept.
+        """What thresholds need. Training keeps it in the run; else it is found from the run's own data, and kept.
 
         Raises:
-            InputError: the run kept none and its data is not there; says what to do.
+            InputError: the run kept none and its data is not there. Says what to do.
         """
         if self._calibration is None and self.source is not None:
             self._calibration = Calibration.of(kept_calibration.kept(*self.source) or {}, self.model)
@@ -107,7 +109,7 @@ class TrainedModel:
                 ) from None
             self._calibrate(dataset.train, dataset.val)
             if self.source is not None:
-                with contextlib.suppress(OSError):  # a run that is only to be read
+                with contextlib.suppress(OSError):  # the run may be read-only
                     kept_calibration.keep(*self.source, self.calibration().tensors())
         assert self._calibration is not None
         return self._calibration
@@ -134,8 +136,8 @@ class TrainedModel:
         """Takes thresholds and the place of codes from these images, for as long as this object lives.
 
         Args:
-            train: images that the model was trained on: where their codes lie.
-            normal: images that it was not trained on and that are as they should be: how they score.
+            train: images that the model was trained on. They show where codes lie.
+            normal: images that it was not trained on and that are as they should be. They show how such images score.
         """
         self._calibrate(self.given(train).split, self.given(normal).split)
 
@@ -163,13 +165,12 @@ class TrainedModel:
         return self.decode(code)
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:
-        """Decoded codes on the straight line from each first image's code to its second's, [N, steps, C, H, W] on [0,
-        1].
+        """Decoded codes on straight lines from each first image's code to its second's, [N, steps, C, H, W] on [0, 1].
 
         The lines begin and end in the reconstructions of the two images.
 
         Raises:
-            InputError: fewer than 2 steps, or other numbers of first and second images.
+            InputError: there are fewer than 2 steps, or not as many first images as second ones.
         """
         if steps < 2:
             raise InputError(f"a line has a beginning and an end: steps must be at least 2, got {steps}")
@@ -193,15 +194,18 @@ class TrainedModel:
         return given(images, self.config.data, (channels, height, width))
 
     def export(self) -> torch.export.ExportedProgram:
-        """The deterministic model as one program that needs torch alone: floats [N, C, H, W] on [0, 1], any N, to the
-        reconstruction, clamped to [0, 1], and the (mean) code [N, *code_shape]."""
+        """The deterministic model as one program that needs torch alone.
+
+        It takes floats [N, C, H, W] on [0, 1], for any N, to the reconstruction, clamped to [0, 1], and to the (mean)
+        code [N, *code_shape].
+        """
         from dist_ae.use.export import program
 
         return program(self)
 
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
-        """Images [N, C, H, W] on [0, 1] of codes [N, *code_shape]."""
+        """codes [N, *code_shape] → images [N, C, H, W] on [0, 1]."""
         images: Tensor = self.model.decode(code.to(self.device, torch.float32)).clamp(0, 1).cpu()
         return images
 
@@ -217,16 +221,16 @@ class TrainedModel:
 def load(
     run_dir: Path | str, which: Which = "best", device: torch.device | str = "cpu", model: Builder | None = None
 ) -> TrainedModel:
-    """The trained model of a run directory, or of what ``dist-ae export --format safetensors`` made of one.
+    """The trained model of a run directory, or of a folder that ``dist-ae export --format safetensors`` made.
 
     Args:
         run_dir: the run; an exported folder; or ``hf:OWNER/NAME``, such a folder on the Hugging Face Hub.
         which: "best" by validation, or "last", the newest checkpoint.
-        device: where it computes.
+        device: where the model computes.
         model: builds the model, for a run that trained a model of your own.
 
     Raises:
-        InputError: no such run, or no checkpoint in it that is whole.
+        InputError: there is no such run, or it has no whole checkpoint.
     """
     if which not in ("last", "best"):
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")

@@ -1,4 +1,4 @@
-"""How commands write: what cannot be written is found before anything is computed, and nothing is left half-written."""
+"""How commands write: they find what cannot be written before they compute, and leave nothing half-written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_ae.config import InputError
 from dist_ae.data.given import Given
 from dist_ae.data.pictures import expand, shown
 
-SHOWN = 12  # images in a picture of reconstructions, as in the run's own
+SHOWN = 12  # images in a picture of reconstructions, as in the run's own picture
 
 
 def destination(
@@ -29,14 +29,16 @@ def destination(
     images: Path | str | None = None,
     option: str = "--out",
 ) -> Path:
-    """Where to write: ``out``, else ``name`` in the run. Found wrong before anything is computed. The suffix "" is a
-    folder's."""
+    """Where to write: ``out``, else ``name`` in the run. The suffix "" stands for a folder.
+
+    Raises:
+        InputError: the place cannot be written to. It is found before anything is computed.
+    """
     if out is None:
         return run_dir / name
     out = expand(out)
-    folder = "" in suffixes and (
-        not out.suffix or suffixes == ("",) or (os.path.isdir(out) and out.suffix not in suffixes)
-    )
+    like_folder = not out.suffix or suffixes == ("",) or (os.path.isdir(out) and out.suffix not in suffixes)
+    folder = "" in suffixes and like_folder
     if out.suffix not in suffixes and not folder:
         names = " or ".join(suffix for suffix in suffixes if suffix)
         raise InputError(
@@ -56,7 +58,7 @@ def destination(
 
 
 def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
-    """Writes under another name beside ``out`` and renames, so that a reader, or a fault, never meets half a file."""
+    """Writes under another name beside ``out`` and renames, so that ``out`` is never half a file."""
     temporary = out.with_name(f".{os.getpid()}-{out.name}")
     try:
         fill(temporary)
@@ -73,7 +75,7 @@ def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
 
 
 def write_into(out: Path, fill: Callable[[Path], object]) -> Path:
-    """Writes files into a folder: all of them, or none. What else is in it stays."""
+    """Writes files into a folder: all of them, or none. Other files in it stay."""
 
     def move(temporary: Path) -> None:
         temporary.mkdir()
@@ -93,7 +95,7 @@ def write_array(out: Path, values: Tensor) -> Path:
 
 
 def write_images(out: Path, images: Tensor, columns: int) -> Path:
-    """Images [..., C, H, W] as they are to .npy, or as a grid to .png."""
+    """Writes images [..., C, H, W] as they are to .npy, or as a grid to .png."""
     if out.suffix == ".npy":
         return write_array(out, images)
 
@@ -119,7 +121,7 @@ def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
 
 
 def write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:
-    """Writes figures of images with the images' paths, or their numbers where they have none, to .csv or .parquet."""
+    """Writes figures of images to .csv or .parquet, with the images' paths, or their numbers where they have none."""
     paths = [str(row) for row in range(len(one.split))] if one.names is None else one.names
     if out.suffix == ".parquet":
         try:
