@@ -125,7 +125,7 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
         )
     trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
     may_change: list[str] = []
-    if ((kept or {}).get("trajectory") or {}).get("data.fingerprint") == dataset.fingerprint:
+    if _begun_with(kept).get("data.fingerprint") == dataset.fingerprint:
         may_change.append("data.name")  # the same images in another place
     if config.optim.schedule != "constant":
         # The schedule ends at the last step, so another length means another rate from the start.
@@ -137,13 +137,19 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
     folder.claim(trajectory, describe(config), unknown=Config().trajectory_values(), may_change=may_change)
 
 
+def _begun_with(kept: dict[str, Any] | None) -> dict[str, Any]:
+    """The trajectory in a run's config.json; empty where there is none, or it is damaged."""
+    found = (kept or {}).get("trajectory")
+    return found if isinstance(found, dict) else {}
+
+
 def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | None, total: int) -> None:
     """Says how the learning rate of an extended run changes.
 
     Raises:
         InputError: the run was longer.
     """
-    before, step = ((kept or {}).get("trajectory") or {}).get("total_steps"), folder.newest_step()
+    before, step = _begun_with(kept).get("total_steps"), folder.newest_step()
     if not isinstance(before, int) or step is None:  # `claim` says what is wrong with it
         return
     if before > total:

@@ -87,8 +87,10 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     if seen:
         points = [line["step"] for line in seen], [line["train_mse"] for line in seen]
         right.plot(*points, "o-", ms=3, color="#1f6fb4", label="training images")
-    right.set(xlabel="step", ylabel="squared error per pixel, [0, 1]", title="reconstruction error", yscale="log")
-    _number_logarithmic(right.yaxis, right.get_ylim()[1] / right.get_ylim()[0])
+    right.set(xlabel="step", ylabel="squared error per pixel, [0, 1]", title="reconstruction error")
+    if any(line["mse"] > 0 for line in val):
+        right.set_yscale("log")
+        _number_logarithmic(right.yaxis, right.get_ylim()[1] / right.get_ylim()[0])
     right.legend(frameon=False)
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,46 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     overrides |= {"train.batch_size": 8, "train.steps": 20, "run_dir": root / "run"}
     dist_ae.train(PRESETS["denoising"].override(overrides))
     return root / "run", folder
+
+
+def test_a_run_finds_its_pictures_where_they_now_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "here" / "pictures", 24)
+    overrides = {**SMALL, "data.name": "folder:pictures", "data.image_size": 16, "data.cache": tmp_path / "cache"}
+    overrides |= {"train.batch_size": 8, "train.steps": 20, "run_dir": tmp_path / "run", "optim.schedule": "constant"}
+    monkeypatch.chdir(tmp_path / "here")
+    dist_ae.train(PRESETS["ae"].override(overrides))
+    monkeypatch.chdir(tmp_path)  # a relative path was kept in full
+    expected = np.load(commands.embed_run(tmp_path / "run", out=tmp_path / "codes.npy"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(InputError, match="pictures"):
+        commands.embed_run(tmp_path / "run", out=tmp_path / "none.npy")
+    moved = tmp_path / "there" / "pictures"
+    assert np.array_equal(
+        np.load(commands.embed_run(tmp_path / "run", out=tmp_path / "a.npy", data_root=moved)), expected
+    )
+    for command in ("evaluate", "score"):
+        status, _, err = dist_ae_command(command, tmp_path / "run", "--data.root", moved)
+        assert status == 0, err
+    # The same images continue the run; others are refused, there and in every use.
+    dist_ae.train(PRESETS["ae"].override({**overrides, "data.name": f"folder:{moved}", "train.steps": 30}))
+    make_folder(tmp_path / "others", 30)
+    with pytest.raises(InputError, match="others is not what the run was trained on"):
+        commands.embed_run(tmp_path / "run", out=tmp_path / "b.npy", data_root=tmp_path / "others")
+    with pytest.raises(InputError, match=r"data\.fingerprint"):
+        dist_ae.train(PRESETS["ae"].override({**overrides, "data.name": f"folder:{tmp_path / 'others'}"}))
+
+
+def test_pictures_of_a_tar_that_are_too_many_for_the_memory_are_refused(
+    coloured: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, folder = coloured
+    with tarfile.open(tmp_path / "many.tar", "w") as file:
+        file.add(folder, "pictures")
+    model = dist_ae.load(run_dir)
+    assert model.embed(f"tar:{tmp_path / 'many.tar'}").shape[0] == 24
+    monkeypatch.setattr("dist_ae.data.given.free_memory", lambda: 10 * 3 * 16 * 16)
+    with pytest.raises(InputError, match="too many images for the memory"):
+        model.embed(f"tar:{tmp_path / 'many.tar'}")
 
 
 def test_a_picture_is_a_picture_in_whatever_form_it_comes(coloured: tuple[Path, Path], tmp_path: Path) -> None:

@@ -98,8 +98,12 @@ BAD_INPUT = {
     "negative noise": (["--objective.noise-std", "-1"], "objective.noise_std"),
     "lr nan": (["--optim.lr", "nan"], "optim.lr"),
     "lr as a word": (["--optim.lr", "fast"], "--optim.lr"),
-    "batch larger than the dataset": (["--train.batch-size", "9999"], "1500 training images"),
+    "batch larger than the dataset": (["--train.batch-size", "9999"], "use --train.batch-size 1500 or less"),
     "data root that does not exist": (["--data.name", "mnist", "--data.root", "/nowhere"], "/nowhere"),
+    "data root of a folder": (["--data.name", "folder:/usr", "--data.root", "/tmp"], "says itself where it lies"),
+    "two settings that exclude each other": (["--profile", "3"], "error: profile must be FROM:TO"),
+    "a preset and a whole configuration": (["--config", "some.json"], "leave out the preset ae"),
+    "no configuration named": (["--config"], "--config: expected a file"),
     "precision the device lacks": (["--precision", "fp16"], "use bf16 or fp32"),
     "tf32 without the GPU it needs": (["--precision", "tf32"], "needs an NVIDIA GPU"),
     "another image shape": (["--model.image-shape", "1", "9", "9"], "(1, 9, 9)"),
@@ -177,7 +181,7 @@ def test_a_launch_whose_world_is_not_what_accelerate_sees_is_refused(monkeypatch
 def test_config_file_reproduces_a_run(tmp_path: Path) -> None:
     config = PRESETS["dropout"].override({**SMALL, "train.steps": 3, "run_dir": str(tmp_path / "a")})
     (tmp_path / "best.json").write_text(config.model_dump_json())
-    assert cli("train", "--config", str(tmp_path / "best.json")).returncode == 0
+    assert cli("train", f"--config={tmp_path / 'best.json'}").returncode == 0
     assert (
         cli("train", "--config", str(tmp_path / "a" / "config.json"), "--run-dir", str(tmp_path / "b")).returncode == 0
     )

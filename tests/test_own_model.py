@@ -140,3 +140,42 @@ def test_a_model_that_does_not_fit_its_configuration_is_refused(tmp_path: Path) 
 
 def test_what_the_package_offers_is_listed() -> None:
     assert {"train", "load", "PRESETS", "Config", "Autoencoder"} <= set(dir(dist_ae))
+
+
+class Stateful(dist_ae.Autoencoder):
+    """A model of one's own with a layer that is not a function of one image."""
+
+    def __init__(self, shape: tuple[int, ...], layer: torch.nn.Module) -> None:
+        super().__init__(shape, (4,))
+        self.into, self.between, self.out = torch.nn.Linear(64, 4), layer, torch.nn.Linear(4, 64)
+
+    def encode_raw(self, images: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+        code: torch.Tensor = self.between(self.into(images.flatten(1)))
+        return code
+
+    def decode_raw(self, code: torch.Tensor, masks: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        raw: torch.Tensor = self.out(code).view(-1, *self.image_shape)
+        return raw
+
+
+@pytest.mark.parametrize("layer", [torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.1), torch.nn.SyncBatchNorm(4)], ids=str)
+def test_a_layer_that_depends_on_the_batch_is_refused_by_name(layer: torch.nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"model: between is a {type(layer).__name__}.*GroupNorm"):
+        dist_ae.train(config(tmp_path / "run"), data=IMAGES, model=lambda shape: Stateful(shape, layer))
+    dist_ae.train(
+        config(tmp_path / "run", **{"train.steps": 2}),
+        data=IMAGES,
+        model=lambda shape: Stateful(shape, torch.nn.GroupNorm(1, 4)),
+    )
+
+
+def test_a_tensor_of_any_type_is_taken_and_labels_are_no_validation_images(tmp_path: Path) -> None:
+    floats = torch.from_numpy(IMAGES).float() / 255
+    settings = {"model.architecture": "mlp", "train.steps": 2}
+    for name, data in (("half", floats.half()), ("bf16", floats.bfloat16()), ("grad", floats.requires_grad_())):
+        dist_ae.train(config(tmp_path / name, **settings), data=data)
+    for labels in (np.zeros(len(IMAGES), np.int64), list(range(len(IMAGES)))):
+        with pytest.raises(InputError, match="leave labels out"):
+            dist_ae.train(config(tmp_path / "run", **settings), data=(IMAGES, labels))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"np\.stack"):
+        dist_ae.train(config(tmp_path / "run", **settings), data=list(IMAGES))  # type: ignore[arg-type]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,8 +25,13 @@ from conftest import REPOSITORY, SMALL, cli, environment, finish, forked, free_p
 import dist_ae
 from dist_ae import trainer
 from dist_ae.config import Config, InputError
+from dist_ae.data import sources
+from dist_ae.data.records import at_once
+from dist_ae.models import build
 from dist_ae.presets import PRESETS
+from dist_ae.processes.runtime import Runtime
 from dist_ae.step import Learner
+from dist_ae.timeline import Timeline
 from dist_ae.use.doctor import examine, replay
 
 pytestmark = pytest.mark.slow
@@ -102,7 +107,9 @@ def test_a_stop_on_a_full_disk_says_which_step_is_really_saved(small_disk: Path,
 
     assert forked(1, train, tmp_path / "log") == [75]
     said = (tmp_path / "log-0.log").read_text()
-    assert re.search(r"stopped at step 20 .*no checkpoint of it could be written.*of step 0", said), said
+    assert re.search(r"stopped at step 20 .*no checkpoint of it could be written.*There is none on the disk", said), (
+        said
+    )
 
 
 def test_a_result_without_its_checkpoint_is_noticed_and_trained_again(tmp_path: Path) -> None:
@@ -120,10 +127,18 @@ def test_a_disk_that_is_full_from_the_start_is_one_sentence(small_disk: Path) ->
 
 
 def test_the_best_weights_are_kept_wherever_the_best_evaluation_was(tmp_path: Path) -> None:
-    settings = {"train.steps": 40, "train.eval_every": 7, "train.save_every": 20, "optim.lr": 0.05}
-    result = dist_ae.train(config(tmp_path / "run", **settings))
-    assert dist_ae.load(tmp_path / "run", which="best") is not None
-    assert (tmp_path / "run" / "checkpoints" / f"{result.best_step:08d}").is_dir()
+    # A rate that grows and grows makes it worse from the first evaluation on.
+    settings = {"train.steps": 42, "train.eval_every": 7, "train.save_every": 7, "train.keep": 2}
+    rising = {"optim.lr": 1.0, "optim.warmup_steps": 200}
+    result = dist_ae.train(config(tmp_path / "run", **settings, **rising))
+    kept = [int(path.name) for path in sorted((tmp_path / "run" / "checkpoints").glob("[0-9]*"))]
+    assert result.best_step == 7 and kept == [7, 35, 42]
+    images = torch.from_numpy(sources.load(PRESETS["ae"].data).val.images).float() / 255
+    errors = {
+        which: float((dist_ae.load(tmp_path / "run", which).reconstruct(images) - images).square().mean())
+        for which in ("best", "last")
+    }
+    assert errors["best"] < errors["last"] / 2
     with pytest.raises(InputError, match="expected 'last' or 'best', got 'worst'"):
         dist_ae.load(tmp_path / "run", which="worst")  # type: ignore[arg-type]
 
@@ -137,11 +152,51 @@ def test_a_resumed_run_evaluates_nothing_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 1, 512), (40, 512, 1), (40, 1, 1)])
-def test_a_picture_never_fails_a_run(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_images_of_any_shape_are_drawn(shape: tuple[int, ...], tmp_path: Path) -> None:
     np.save(tmp_path / "wide.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     settings = {"data.name": f"array:{tmp_path / 'wide.npy'}", "train.batch_size": 8, "model.latent_dim": 1}
     dist_ae.train(config(tmp_path / "run", **settings))
-    assert (tmp_path / "run" / "result.json").exists()
+    assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with mock.patch("dist_ae.figures.run_pictures", side_effect=ValueError("no such colour")):
+        result = dist_ae.train(config(tmp_path / "run"))
+    assert "could not be drawn (ValueError: no such colour)" in capfd.readouterr().err
+    assert (tmp_path / "run" / "result.json").exists() and result.steps == 8
+
+
+def test_a_device_without_memory_is_one_sentence_with_the_way_out(tmp_path: Path) -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+    with mock.patch.object(Learner, "step", side_effect=full), pytest.raises(dist_ae.OutOfMemory) as raised:
+        dist_ae.train(config(tmp_path / "run", **{"train.batch_size": 100}))
+    said = str(raised.value)
+    assert "CUDA out of memory" in said and "--train.max-per-process 50" in said and raised.value.exit_status == 1
+
+
+def test_large_images_are_evaluated_fewer_at_once(tmp_path: Path) -> None:
+    assert [at_once(1000, shape) for shape in ((1, 28, 28), (3, 64, 64), (3, 256, 256), (3, 4096, 4096))] == [
+        1000,
+        1000,
+        85,
+        1,
+    ]
+    np.save(tmp_path / "large.npy", np.zeros((8, 1024, 1024), np.uint8))
+    settings = {"data.name": f"array:{tmp_path / 'large.npy'}", "train.batch_size": 2, "model.hidden_dims": (2,)}
+    dist_ae.train(config(tmp_path / "run", **settings, **{"train.steps": 1, "model.latent_dim": 1}))
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert kept["evaluation"]["batch_size"] == 16
+
+
+def test_fp16_whose_gradients_are_never_finite_ends_the_run() -> None:
+    config_ = PRESETS["ae"].override({**SMALL, "train.steps": 4})
+    dataset = sources.load(config_.data)
+    runtime = Runtime(config_)
+    made = Learner(config_, dataset, build(config_, dataset.image_shape), runtime, Timeline.of(config_.train, 1500))
+    for scale, ends in ((65536.0, False), (1.0, False), (2.0**-15, True)):
+        runtime.accelerator.scaler = mock.Mock(get_scale=lambda scale=scale: scale)
+        with pytest.raises(dist_ae.NonFinite, match="--precision bf16") if ends else contextlib.nullcontext():
+            trainer._refuse_non_finite(made, None)
 
 
 # -- environment
@@ -415,7 +470,7 @@ def test_a_step_on_record_that_names_images_out_of_range_is_refused(trained: Pat
     assert replay(run) == []
 
 
-def test_names_of_hosts_are_told_without_a_packet() -> None:
+def test_the_loopback_is_for_the_processes_of_one_host() -> None:
     from dist_ae.processes.environment import choose_interface, interface_to_main
 
     loopback = next(n for n, a in psutil.net_if_addrs().items() if any(x.address == "127.0.0.1" for x in a))
@@ -432,8 +487,5 @@ def test_names_of_hosts_are_told_without_a_packet() -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["LOCAL_WORLD_SIZE"] = "1"  # two hosts: the loopback of one of them is no address for the other
         del os.environ["GLOO_SOCKET_IFNAME"]
-        with (
-            mock.patch.object(socket, "gethostname", return_value="localhost"),
-            pytest.raises(InputError, match="loopback"),
-        ):
+        with pytest.raises(InputError, match="loopback"):
             choose_interface()

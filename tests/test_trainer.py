@@ -63,7 +63,6 @@ def test_each_preset_learns_the_digits_and_leaves_a_whole_run_directory(preset: 
     )
     pictures = {path.stem: matplotlib.image.imread(path) for path in (tmp_path / "run" / "figures").glob("*.png")}
     assert set(pictures) == {"loss", "reconstructions"} | ({"samples"} if preset == "vae" else set())
-    rows = 3 if preset == "denoising" else 2
     height, width = pictures["reconstructions"].shape[:2]
     rows = 4 if preset == "denoising" else 3  # with the differences, and noisy images where noise is trained against
     # Beside 12 columns of images 1.3 inches of labels; above and below a line of text each: at 150 pixels an inch.

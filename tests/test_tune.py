@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import pytest
 from conftest import REPOSITORY, SMALL, digits_file
 
 import dist_ae
+import tune
 from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import sources
 from dist_ae.presets import PRESETS
@@ -557,6 +559,56 @@ def test_the_ranking_puts_nan_last_and_finished_first(tmp_path: Path) -> None:
     assert [row.outcome.status for row in rows] == ["finished", "finished", "stopped", "pending", "failed", "failed"]
 
 
+def test_a_resumed_sweep_refuses_what_it_decided_when_it_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_trials(checked(load_space("ae", None), {}, None, Settings(num_trials=2), "s", tmp_path))
+    for given in (
+        ["--num-trials", "9"],
+        ["--scheduler", "asha"],
+        ["--search", "grid"],
+        ["--metric", "val.mse"],
+        ["--name", "t"],
+        ["--set", "train.epochs=3"],
+        ["--workers-per-trial", "2"],
+    ):
+        said = refused(capsys, "--resume", "s", "--storage", str(tmp_path), *given)
+        assert f"leave out {given[0]}" in said and "--max-concurrent" in said, said
+
+
+def test_the_command_that_goes_on_with_a_sweep_is_whole(tmp_path: Path) -> None:
+    from tune.sweep import resuming
+
+    sweep = new_sweep(tmp_path / "my runs" / "s", load_space("ae", None), {}, "val.mse", Settings())
+    words = shlex.split(resuming(sweep, Selection("best-under", 32), 3))
+    assert words[:3] == ["dist-ae", "sweep", "--resume"] and words[3] == "s"
+    assert words[4:] == ["--storage", str(tmp_path / "my runs"), "--select", "best-under-32", "--retrain", "3"]
+
+
+def test_a_trial_too_large_for_its_device_is_tried_twice_and_then_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tune.trial import train_trial
+
+    def full(*arguments: object, **more: object) -> None:
+        raise dist_ae.OutOfMemory("cuda:0 has no memory left")
+
+    sweep = sweep_with(tmp_path, [("pending", {"model.latent_dim": 4}, None)])
+    (trial,) = sweep.trials()
+    monkeypatch.setattr(dist_ae, "train", full)
+    with pytest.raises(dist_ae.OutOfMemory):
+        train_trial(sweep, trial, lambda report: None)
+    train_trial(sweep, trial, lambda report: None)
+    outcome = sweep.outcome(trial)
+    assert outcome.status == "failed" and "no memory left" in str(outcome.error)
+
+
+def test_a_sweep_from_python_takes_the_path_of_a_space_as_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[presets.ae]\n"optim.lr" = {choice = [-1.0]}\n')
+    with pytest.raises(InputError, match=r"mine\.toml|optim\.lr"):
+        tune.search(str(tmp_path / "mine.toml"), storage=tmp_path)
+
+
 def test_the_choice_is_the_best_the_smallest_nearly_best_or_the_best_small_one(tmp_path: Path) -> None:
     sizes = {2: 0.2, 8: 0.105, 16: 0.102, 32: 0.1}
     sweep = sweep_with(
@@ -747,6 +799,17 @@ def test_a_report_of_many_trials_and_hostile_words_stays_small_and_inert(tmp_pat
     page = (sweep.path / "report.html").read_text()
     assert len(page) < 2_000_000 and "<script" not in page
     assert "The first 30 of 300" in page and "best-under-4" in page
+
+
+@pytest.mark.parametrize("preset", sorted({preset for space in SPACES.values() for preset in space["presets"]}))
+def test_a_sweep_of_every_preset_ends_in_its_answer(preset: str, tmp_path: Path) -> None:
+    from tune.report import write_report
+
+    metric = load_space(preset, None).metric
+    trials = [("finished", {"model.latent_dim": size}, {**mse(0.1 / size), metric: 0.1 / size}) for size in (2, 4)]
+    sweep = sweep_with(tmp_path, trials, metric, preset)
+    assert write_report(sweep, Selection("best"))
+    assert (sweep.path / "best.json").exists() and (sweep.path / "report.html").exists()
 
 
 def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path) -> None:
