@@ -2,7 +2,8 @@
 # Submits a sweep to a Ray cluster as a job and follows its output:
 #   launch/ray/submit.sh vae --name first --num-trials 32 --storage /shared/sweeps
 #   launch/ray/submit.sh --resume first --storage /shared/sweeps
-# The cluster is the one of RAY_API_SERVER_ADDRESS (default: the dashboard on this machine's loopback; use an ssh tunnel to a remote head).
+# The cluster is the one of RAY_API_SERVER_ADDRESS. The default is the dashboard on this machine's loopback; use an ssh
+# tunnel to a remote head.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
