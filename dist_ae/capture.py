@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_ae.terminal import say
+from dist_ae.terminal import first_line, say
 
 WARM_UPS = 3  # as torch asks for before a capture
 
@@ -52,7 +52,7 @@ def capture(work: Callable[[], None], state: list[Tensor]) -> Graph | None:
         eager, graphed = outcome(work), outcome(graph.replay)
     except RuntimeError as error:
         _restore(state, before)
-        say(f"warning: the step could not be captured as a CUDA graph ({str(error).splitlines()[0]})", sys.stderr)
+        say(f"warning: the step could not be captured as a CUDA graph ({first_line(error)})", sys.stderr)
         return None
     if not all(torch.equal(a, b) for a, b in zip(eager, graphed, strict=True)):
         say("warning: the captured step differs from the step itself; it is not used", sys.stderr)

@@ -27,6 +27,7 @@ from dist_ae.models import Autoencoder, Components, Output, pixels
 from dist_ae.objectives import terms
 from dist_ae.processes.runtime import Alone
 from dist_ae.scores import SAMPLE, in_batches
+from dist_ae.terminal import first_line
 
 LONGEST_PROBED = 4096  # numbers of a code that a linear probe is fitted to; a longer code makes its matrix too large
 MEDIAN_SIDES = (3, 5)  # of a median filter's window; the better one counts, judged on the very images it is tried on
@@ -333,8 +334,7 @@ def feature_network(path: Path) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)  # deprecated, but published feature networks come this way
             network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise InputError(f"--features {path}: not a TorchScript program ({first})") from None
+        raise InputError(f"--features {path}: not a TorchScript program ({first_line(error)})") from None
     return _Features(network)
 
 
@@ -386,6 +386,7 @@ def feature_distances(
             torch.manual_seed(EVALUATION_SEED)  # KID draws its subsets from torch's own generator
             found = {name: metric.compute() for name, metric in metrics.items()}
     except (RuntimeError, ValueError, TypeError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"--features: the network or its distances fail on these images ({first})") from None
+        raise InputError(
+            f"--features: the network or its distances fail on these images ({first_line(error)})"
+        ) from None
     return {name: float(value[0] if isinstance(value, tuple) else value) for name, value in found.items()}

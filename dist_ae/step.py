@@ -54,7 +54,7 @@ class Learner:
         self._rows, self._mine, self._number = self._order, range(0), 0
         self._graph_rows = self._order
         self.graph: Graph | None = None
-        self.travel = ""  # how gradients get to the other processes, in words
+        self.exchange = ""  # how gradients get to the other processes, in words
 
     # -- one step, in the order in which it happens
 
@@ -141,7 +141,7 @@ class Learner:
                 # accept an empty batch.
                 taken, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
             since = time.perf_counter()
-            images = self.images.take(taken, self._then(rows[last_row:], part))
+            images = self.images.take(taken, self._next_rows(rows[last_row:], part))
             runtime.clock.count("data", since)
             draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
             last = part == self.accumulate - 1
@@ -155,7 +155,7 @@ class Learner:
                 accelerator.backward(total * (1 / batch_size + total.detach() * 0))
             self._count(terms)
 
-    def _then(self, rest: Tensor, part: int) -> Tensor | None:
+    def _next_rows(self, rest: Tensor, part: int) -> Tensor | None:
         """The rows that are taken next, for the thread that reads ahead. None where images are resident.
 
         Args:
@@ -190,7 +190,7 @@ class Learner:
             self.raw_model.compile()
         self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
         if self.runtime.world > 1:
-            self.travel = sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
+            self.exchange = sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
             for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backward passes (with a static graph, after the second), which

@@ -47,6 +47,11 @@ def size_of(num_bytes: int) -> str:
     return f"{num_bytes / 1024:.1f} KiB"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's name where it has no message."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def rank() -> int:
     """This process's rank as the launcher gives it; 0 where it gives none that can be read."""
     text = os.environ.get("RANK", "")

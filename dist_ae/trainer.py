@@ -64,7 +64,7 @@ class NonFinite(Fault):
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run gives. ``metrics`` has ``val.mse`` and so on. ``result.json`` holds all of it."""
+    """What a finished run gives. ``metrics`` has ``val.mse`` and so on. ``result.json`` holds it, too."""
 
     metrics: dict[str, float]
     run_dir: Path
@@ -377,11 +377,11 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
     return state
 
 
-def _save(learner: Learner, state: State, folder: RunDirectory | None, patience: float) -> bool:
+def _save(learner: Learner, state: State, folder: RunDirectory | None, seconds: float) -> bool:
     """Writes a checkpoint and says, the same on every process, whether it is on the disk.
 
     Args:
-        patience: seconds to go on trying while the disk takes nothing.
+        seconds: how long to go on trying while the disk takes nothing.
     """
     window = learner.runtime.sum(learner.window.clone()).tolist()
 
@@ -396,7 +396,7 @@ def _save(learner: Learner, state: State, folder: RunDirectory | None, patience:
         }
         checkpoint = Checkpoint(state.step, _files(learner), {**asdict(state), **rest})
         best = state.best["step"] if state.best else None
-        return folder.save(checkpoint, learner.config.train.keep, best, patience)
+        return folder.save(checkpoint, learner.config.train.keep, best, seconds)
 
     return bool(learner.runtime.on_main(write))
 
@@ -591,7 +591,7 @@ def _processes(config: Config, learner: Learner) -> list[str]:
     if runtime.world == 1:
         return []
     shares = [len(share(batch, rank, runtime.world)) for rank in range(runtime.world)]
-    return processes_table(runtime.places(), shares, config.precision, learner.travel)
+    return processes_table(runtime.places(), shares, config.precision, learner.exchange)
 
 
 def _stopped(state: State, saved: tuple[int, bool], steps: Timeline, config: Config) -> str:

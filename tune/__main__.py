@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from dist_ae.config import Config, Fault, InputError
-from dist_ae.terminal import EXIT_STOPPED
+from dist_ae.terminal import EXIT_STOPPED, say
 
 from .plan import Settings
 from .results import parse_selection
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tune") -
         status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person
         if status is None:
             raise
-        print(f"{'' if status == EXIT_STOPPED else 'error: '}{error}", file=sys.stderr, flush=True)
+        say(f"{'' if status == EXIT_STOPPED else 'error: '}{error}", sys.stderr)
         sys.exit(status)
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dist_ae.presets import PRESETS
+from dist_ae.terminal import say
 
 from .plan import Sweep
 from .results import Row, Selection, front, number, results, select, spread, table, write_best, write_table
@@ -55,7 +56,7 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
     write_table(sweep, cells)
     winner = select(rows, selection, sweep)
     if winner is None and any(row.outcome.status == "finished" for row in rows):
-        print(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
+        say(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
         winner = select(rows, Selection("best"), sweep)
     statuses = [row.outcome.status for row in rows]
     answer = _answer(sweep, winner, pca) if winner else {}
@@ -77,9 +78,9 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
     if winner is None:
         return False
     write_best(sweep, winner)
-    print(f"{selection}: {', '.join(f'{name} {value}' for name, value in answer.items())}")
+    say(f"{selection}: {', '.join(f'{name} {value}' for name, value in answer.items())}")
     again = f"dist-ae train --config {shlex.quote(str(sweep.path / 'best.json'))} trains it again"
-    print(f"{sweep.path}/report.html, trials.csv, best.json ({again})", flush=True)
+    say(f"{sweep.path}/report.html, trials.csv, best.json ({again})")
     return True
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
-from dist_ae.terminal import EXIT_STOPPED
+from dist_ae.terminal import EXIT_STOPPED, first_line, say
 
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from .results import Selection, results, retrained, select
@@ -194,7 +194,7 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
         Interrupted: Ctrl-C or SIGTERM came; ``--resume`` goes on.
     """
     with only_driver(sweep.path, new=True):
-        print(f"sweep {sweep.name} of {sweep.settings.num_trials} trials → {sweep.path}", flush=True)
+        say(f"sweep {sweep.name} of {sweep.settings.num_trials} trials → {sweep.path}")
         check_data(sweep)
         sweep = dataclasses.replace(sweep, overrides=_absolute(sweep.overrides) | _tracking(sweep))
         with cluster(sweep):
@@ -303,7 +303,7 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
         hint = "Ray did not start on this machine" if here else "no cluster there; start one with `ray start --head`"
-        raise InputError(f"--address {settings.address}: {hint} ({str(error).splitlines()[0]})") from None
+        raise InputError(f"--address {settings.address}: {hint} ({first_line(error)})") from None
     try:
         if settings.address != "local":
             have = {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}

@@ -45,10 +45,7 @@ def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Itera
         while pending:
             yield from _delivered(*pending.popleft())
     except BrokenProcessPool:
-        raise DecoderKilled(
-            "a process that decodes pictures was killed, most likely for lack of memory; "
-            "the same command goes on from there"
-        ) from None
+        raise DecoderKilled("a process that decodes pictures was killed, most likely for lack of memory") from None
     finally:
         executor.shutdown(cancel_futures=True)
 

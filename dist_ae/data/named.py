@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.records import Array, Split
+from dist_ae.terminal import first_line
 
 
 def digits(config: DataConfig) -> tuple[Split, Split]:
@@ -160,8 +161,7 @@ def _find(
                 download()
                 paths = look()
     except Exception as error:  # whatever a download can raise: no network, no space, a wrong checksum
-        first = next(iter(str(error).splitlines()), "no reason given")
-        reason = f"the download failed ({type(error).__name__}: {first})"
+        reason = f"the download failed ({type(error).__name__}: {first_line(error)})"
     else:
         reason = "the download did not bring them"
     if paths is not None:

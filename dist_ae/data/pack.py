@@ -43,7 +43,7 @@ from dist_ae.data.packed import (
 from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, shown
 from dist_ae.data.records import Array
 from dist_ae.files import plain_name, sync, write_atomically
-from dist_ae.terminal import EXIT_STOPPED, rank
+from dist_ae.terminal import EXIT_STOPPED, rank, say
 
 SHARD_BYTES = 2**28  # of images in a shard: the most that a kill costs, and the unit of `data.window`
 PROGRESS = "progress.json"
@@ -159,7 +159,7 @@ def _only_one(lock_path: Path, what: str, check: Check) -> Iterator[None]:
 
 def _say(text: str) -> None:
     if rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
 
 def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what: str, check: Check) -> None:
@@ -178,8 +178,8 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
     _say(f"packing {count}pictures of {what} into {shown(out)}")
     try:
         done = _write_all(source, partial, done, wanted, config, what, check)
-    except DecoderKilled:
-        raise
+    except DecoderKilled as error:
+        raise InputError(f"{error}; the same command goes on from there") from None
     except InputError:  # other pictures or settings are needed, and nothing here is of use to them
         _remove(partial)
         raise

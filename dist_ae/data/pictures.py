@@ -24,6 +24,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.records import Array
+from dist_ae.terminal import first_line
 
 EXTENSIONS = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"))
 VALIDATION = ("val", "valid", "validation", "test")  # names of the split that is held out, the first that is there
@@ -288,8 +289,7 @@ def hugging_face(name: str) -> Source:
             repository, _, configuration = name.partition(":")
             loaded = datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # the network, the hub, a damaged file: each with errors of its own
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(f"hf:{shown(name)}: cannot be loaded ({reason})") from None
+        raise InputError(f"hf:{shown(name)}: cannot be loaded ({first_line(error)})") from None
     splits = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
     val = next((split for split in VALIDATION if split in splits), None) if "train" in splits else None
     chosen = {split: splits[split] for split in (("train", val) if val else splits)}
@@ -478,4 +478,4 @@ def reason(error: Exception) -> str:
         return "in no format that Pillow reads"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return ascii(next(iter(str(error).splitlines()), "") or type(error).__name__)[1:-1][:200]
+    return ascii(first_line(error))[1:-1][:200]

@@ -177,19 +177,19 @@ class RunDirectory:
         """Whether a checkpoint of that step is on the disk."""
         return (self.checkpoints / f"{step:08d}" / MANIFEST).is_file()
 
-    def save(self, checkpoint: Checkpoint, keep: int, best_step: int | None, patience: float = 0.0) -> bool:
+    def save(self, checkpoint: Checkpoint, keep: int, best_step: int | None, seconds: float = 0.0) -> bool:
         """Publishes a checkpoint, then prunes older ones down to ``keep`` and the best.
 
         A checkpoint is whole or absent at every instant, and older ones go only once the new one is on the disk.
         Returns False, with a warning, where the disk does not take it. The files written so far are then removed.
 
         Args:
-            patience: seconds to go on trying.
+            seconds: how long to go on trying.
 
         Raises:
             SaveError: the third failure in a row.
         """
-        deadline, warned = time.monotonic() + patience, False
+        deadline, warned = time.monotonic() + seconds, False
         while True:
             try:
                 self._publish(checkpoint)
@@ -199,9 +199,9 @@ class RunDirectory:
                 message = f"checkpoint {checkpoint.step} could not be written to {self.checkpoints}: {error.strerror}"
             if time.monotonic() < deadline:
                 if not warned:
-                    self.warn(f"{message}; trying again for {patience:.0f} s")
+                    self.warn(f"{message}; trying again for {seconds:.0f} s")
                 warned = True
-                time.sleep(min(1.0, patience / 4))
+                time.sleep(min(1.0, seconds / 4))
                 continue
             self.failed_saves += 1
             if self.failed_saves >= FAILED_SAVES:

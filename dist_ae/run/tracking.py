@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from dist_ae.config import TrackingConfig
+from dist_ae.terminal import first_line, say
 
 INIT_SECONDS = 20  # how long a server may take to accept a run before it is kept offline
 FINISH_SECONDS = 15  # how long the end of a run waits for trackers
@@ -121,11 +122,10 @@ class Tracking:
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive() or self._lost:
-            print(
+            say(
                 "warning: not everything reached the trackers; metrics.jsonl is complete, and "
-                f"`dist-ae doctor {self._run_dir} --replay-wandb` rebuilds an offline run from it",
-                file=sys.stderr,
-                flush=True,
+                f"`dist-ae doctor {shlex.quote(str(self._run_dir))} --replay-wandb` rebuilds an offline run from it",
+                sys.stderr,
             )
         if self._thread.is_alive():
             _forget_wandb()
@@ -172,10 +172,8 @@ class Tracking:
             except Exception as error:
                 self._give_up("TensorBoard", error)
         if self._mode == "online" and (reason := server_answers()):
-            print(
-                f"warning: Weights & Biases: {reason}; going on offline, `wandb sync` uploads the run later",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"warning: Weights & Biases: {reason}; going on offline, `wandb sync` uploads the run later", sys.stderr
             )
             self._mode = "offline"
         for mode in {"online": ("online", "offline"), "off": ()}.get(self._mode, ("offline",)):
@@ -219,12 +217,7 @@ class Tracking:
             tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def _give_up(self, what: str, error: BaseException) -> None:
-        reason = str(error).strip().splitlines()
-        print(
-            f"warning: {what}: {type(error).__name__}: {reason[0] if reason else ''}; training goes on",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"warning: {what}: {type(error).__name__}: {first_line(error)}; training goes on", sys.stderr)
         self._lost = True
 
 

@@ -44,7 +44,7 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
     yield from _examine_checkpoints(run_dir / "checkpoints")
     for path in sorted((run_dir / "calibration").glob("*.safetensors")):
         whole = calibration.kept(run_dir, int(path.stem) if path.stem.isdecimal() else -1) is not None
-        damage = "" if whole else ": damaged; remove it, and score finds it out again"
+        damage = "" if whole else ": damaged; remove it, and score computes it again"
         yield whole, f"calibration/{path.name}{damage}"
     yield from _examine_metrics(run_dir / "metrics.jsonl")
     if (run_dir / "nonfinite.json").exists():

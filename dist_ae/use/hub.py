@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dist_ae.config import InputError
 from dist_ae.saved import CONFIG, WEIGHTS
+from dist_ae.terminal import first_line
 
 PREFIX = "hf:"
 
@@ -24,7 +25,7 @@ def push(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by dist-ae")
     except Exception as error:  # also those of its HTTP library, which changes with the version
         raise InputError(
-            f"--push-to-hub {name}: {_reason(error)}; `hf auth login` logs in. The folder is in {folder}"
+            f"--push-to-hub {name}: {first_line(error)}; `hf auth login` logs in. The folder is in {folder}"
         ) from None
     return address
 
@@ -40,8 +41,4 @@ def pull(name: str) -> Path:
     try:
         return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # as above
-        raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {first_line(error)}") from None

@@ -65,9 +65,7 @@ def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
         if temporary.exists():
             os.replace(temporary, out)
     except OSError as error:
-        raise InputError(
-            f"{shown(out)} cannot be written ({error.strerror or error}); choose another place with --out"
-        ) from None
+        raise InputError(f"{shown(out)} cannot be written ({error.strerror or error}); choose another place") from None
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()

@@ -4,7 +4,7 @@
 #
 #   MAIN       address of the host that keeps the list of who is there; this one must stay. PORT of that list (29400)
 #   HOSTS      fewest:most hosts, or one number
-#   PROCESSES  of this host; as left out, one a GPU. PYTHON: of the environment that dist-ae is in (python3)
+#   PROCESSES  of this host; left out, one a GPU. PYTHON: of the environment that dist-ae is in (python3)
 #   RESTARTS   how many failures this host survives (100); hosts that join do not count
 #   TIMEOUT    seconds to wait for the fewest hosts (600). LAST_CALL: then for more of them (30)
 #
