@@ -295,13 +295,13 @@ def export(
 
     path, address = commands.export_run(run_dir, out, which, format, part, license, push_to_hub)
     _written(path)
-    given = "code" if part == "decoder" else "images"
+    given, entry = ("code", "code") if part == "decoder" else ("images", "pictures")
     results = {"whole": "reconstruction, code", "encoder": "code", "decoder": "images"}[part]
     what = "float32 codes" if part == "decoder" else "float32 [N, C, H, W] on [0, 1]"
     name = str(path)
     how = {
         "torch": f"{results} = torch.export.load({name!r}).module()({given})  # {what}, any N",
-        "onnx": f"onnxruntime.InferenceSession({name!r}).run(None, {{name: {given}}})  # {what}, any N",
+        "onnx": f"onnxruntime.InferenceSession({name!r}).run(None, {{{entry!r}: {given}}})  # {what}, any N",
         "safetensors": f"model = dist_ae.load({name!r})",
     }[format]
     say(f"load it: {how}")
@@ -453,6 +453,8 @@ def main() -> None:
         elif arguments[:1] == ["sweep"]:
             sweep(arguments[1:])
         elif arguments and arguments[0] in COMMANDS:
+            if rank() != 0 and arguments[0] != "evaluate":
+                return  # a launcher started several, and one is enough
             tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"dist-ae {arguments[0]}")
         elif arguments == ["--version"]:
             from dist_ae import __version__

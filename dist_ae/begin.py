@@ -21,7 +21,7 @@ from dist_ae.models import Autoencoder, Builder, blank, build
 from dist_ae.processes.environment import check_environment, launched_world
 from dist_ae.processes.runtime import check_device
 from dist_ae.run.directory import RunDirectory
-from dist_ae.saved import image_shape, run_config, saved_weights
+from dist_ae.saved import image_shape, is_exported, run_config, saved_weights
 from dist_ae.terminal import say
 from dist_ae.timeline import Timeline
 
@@ -116,6 +116,8 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
     Raises:
         InputError: it holds another experiment, or one that this version cannot go on with.
     """
+    if is_exported(folder.path):
+        raise InputError(f"{folder.path} is an exported model: --init-from it, and train in another --run-dir")
     kept = folder.read("config.json")
     if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
         raise InputError(
@@ -167,5 +169,6 @@ def describe(config: Config) -> dict[str, Any]:
     import accelerate
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
-    tree, world = config.model_dump(mode="json"), launched_world()[1]
+    # An extension is of one start; --config with this file begins a run of its own.
+    tree, world = config.override({"extend": False}).model_dump(mode="json"), launched_world()[1]
     return {"config": tree, "draws": DRAWS, "versions": versions, "world_size": world}

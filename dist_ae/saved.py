@@ -29,6 +29,11 @@ def run_config(run_dir: Path) -> Config:
     return load_config(run_dir / CONFIG)
 
 
+def is_exported(run_dir: Path) -> bool:
+    """Whether a folder is a model that ``dist-ae export`` wrote, and no run."""
+    return os.path.lexists(run_dir / WEIGHTS) and not (run_dir / "checkpoints").exists()
+
+
 def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
     """The shape of the images that a run was trained on.
 
@@ -59,7 +64,7 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> S
         InputError: no checkpoint is whole, or the weights are another model's.
     """
     template, reasons = template_of(model.state_dict()), []
-    if os.path.lexists(run_dir / WEIGHTS):
+    if is_exported(run_dir):
         room = sum(tensor.nbytes for tensor in model.state_dict().values())
         try:
             return Saved(parse_tensors(read_bounded(run_dir / WEIGHTS, room + MAX_HEADER), WEIGHTS, template), None)

@@ -36,14 +36,15 @@ from dist_ae.run.directory import RunDirectory, SaveError
 from dist_ae.run.profile import Profile
 from dist_ae.run.progress import Display, processes_table
 from dist_ae.run.tracking import Tracking, new_run_id
-from dist_ae.saved import read_weights
+from dist_ae.saved import read_weights, saved_weights
 from dist_ae.scores import calibrate
 from dist_ae.step import Learner
-from dist_ae.terminal import EXIT_STOPPED, size_of
+from dist_ae.terminal import EXIT_STOPPED, say, size_of
 from dist_ae.timeline import Timeline
 
 LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk
 STOP_SAVE_SECONDS = 4.0  # the same when a run is stopped, which must not take longer than 10 s in all
+EXACT = 1e-9  # a squared error of PCA below which it loses nothing: its code is as long as the images need
 SMALLEST_SCALE = 2.0**-14  # of fp16's gradients: 30 overflows in a row, each of which halves it
 TRAIN_SAMPLE = 2000  # training images that are evaluated beside those of validation
 
@@ -181,6 +182,10 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     steps = Timeline.of(config.train, len(job.dataset.train))
     finished = runtime.on_main(lambda: _finished(folder, steps, config) if folder else None)
     if finished is not None:
+        if config.model.architecture == "own":
+            saved_weights(config.directory(), job.model)  # refuses a model that is another by now
+        if runtime.is_main:
+            say(f"{config.directory()} was finished before, at step {finished['steps']}; nothing is trained")
         return Result(**finished, run_dir=config.directory())
 
     # Start, or resume.
@@ -618,12 +623,14 @@ def _unsaved(state: State, saved: tuple[int, bool], config: Config) -> str:
 def _against_pca(model: Autoencoder, state: State, config: Config) -> str:
     """One line that says whether the model is better than PCA, and so worth its training."""
     mse, linear, code = state.metrics["mse"], state.pca_mse, model.linear_code()
-    if not linear or code is None:
+    if linear is None or linear < EXACT or code is None:
         return ""
     numbers = torch.Size(model.code_shape).numel()
     name = "PCA" if code.patch is None else f"PCA of {code.patch} × {code.patch} patches"
     if mse <= linear:
         return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
+    if mse < 1.01 * linear:
+        return f"val.mse {mse:.3g} is that of {name} with {numbers:,} numbers ({linear:.3g})"
     can_start = config.objective.likelihood != "bernoulli" and config.model.start != "pca"
     or_pca = ", or begin with --model.start pca" if can_start else ""
     return (

@@ -133,6 +133,7 @@ def check_data(sweep: Sweep) -> None:
     from dist_ae.data import sources
     from dist_ae.models import blank
     from dist_ae.processes.runtime import check_device
+    from dist_ae.saved import run_config
 
     settings, space = sweep.settings, sweep.space
     if not settings.gpus_per_worker:
@@ -141,6 +142,8 @@ def check_data(sweep: Sweep) -> None:
         where = f"preset {preset}: "
         config = override(PRESETS[preset], sweep.overrides, where)
         dataset = sources.load(config.data)
+        if config.init_from is not None:
+            run_config(config.init_from)
         shape, count = dataset.image_shape, len(dataset.train)
         if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
             reason = f"needs labels, and {config.data.name} has none"
@@ -195,7 +198,11 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
     """
     with only_driver(sweep.path, new=True):
         say(f"sweep {sweep.name} of {sweep.settings.num_trials} trials → {sweep.path}")
-        check_data(sweep)
+        try:
+            check_data(sweep)
+        except InputError:
+            shutil.rmtree(sweep.path)  # nothing is planned in it yet
+            raise
         sweep = dataclasses.replace(sweep, overrides=_absolute(sweep.overrides) | _tracking(sweep))
         with cluster(sweep):
             plan_trials(sweep)

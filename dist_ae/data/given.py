@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from dist_ae.data.pictures import (
 from dist_ae.data.reader import SHARE_OF_MEMORY, free_memory
 from dist_ae.data.records import Array, Shards, Split, at_once, span
 from dist_ae.data.sources import with_prefix
+from dist_ae.terminal import say
 
 Shape = tuple[int, int, int]
 
@@ -240,7 +242,11 @@ def _decode_pictures(
             refuse_above_room(len(images))  # a tar does not say how many it holds
         else:
             bad.append((shown(picture.name), str(result)))
-    refuse_unreadable(what, len(bad), len(bad) + len(images), bad[:5], config)
+    packing = "`dist-ae pack` them with --corrupt skip and give packed:OUT"
+    refuse_unreadable(what, len(bad), len(bad) + len(images), bad[:5], config, packing)
+    if bad and images:  # the run was trained with data.corrupt skip
+        few = "; ".join(map(": ".join, bad[:5]))
+        say(f"warning: {what}: {len(bad):,} pictures cannot be read and are left out ({few})", sys.stderr)
     if not images:
         raise InputError(f"{what}: none of its pictures can be read ({'; '.join(map(': '.join, bad[:5]))})")
     return Given(Split(np.stack(images)), names)

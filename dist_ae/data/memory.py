@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dist_ae.config import InputError
@@ -56,7 +57,12 @@ def _array(data: Any) -> tuple[Array, Array | None]:
         return as_array(data), None
     if isinstance(data, torch.utils.data.Dataset) and hasattr(data, "__len__"):
         items = [data[i] for i in range(len(data))]
-        labelled = bool(items) and isinstance(items[0], tuple)
+        if items and not isinstance(items[0], np.ndarray | Tensor | tuple | list | Image.Image):
+            raise InputError(
+                f"data: this torch Dataset gives items of type {type(items[0]).__name__}; expected an image or a pair "
+                "(image, label)"
+            )
+        labelled = bool(items) and isinstance(items[0], tuple | list) and len(items[0]) > 0
         pictures = [as_array(item[0] if labelled else item) for item in items]
         if len({p.shape for p in pictures}) > 1:
             raise InputError("data: the images of this torch Dataset differ in shape; bring them to one shape first")

@@ -229,17 +229,19 @@ def _write_all(
 
 
 def refuse_unreadable(
-    what: str, unreadable: int, read: int, reasons: Sequence[tuple[str, str]], config: DataConfig
+    what: str,
+    unreadable: int,
+    read: int,
+    reasons: Sequence[tuple[str, str]],
+    config: DataConfig,
+    or_skip: str = "add --data.corrupt skip (of `dist-ae pack`: --corrupt skip)",
 ) -> None:
     """Raises InputError for pictures that cannot be read, unless they are to be skipped."""
     if unreadable and config.corrupt == "refuse":
         first = "; ".join(f"{name}: {why}" for name, why in reasons)
         more = ", …" if unreadable > len(reasons) else ""
         of = f"{unreadable:,} of {read:,} pictures"
-        raise InputError(
-            f"{what}: {of} cannot be read ({first}{more}); mend or remove them, or add --data.corrupt skip "
-            "(of `dist-ae pack`: --corrupt skip)"
-        )
+        raise InputError(f"{what}: {of} cannot be read ({first}{more}); mend or remove them, or {or_skip}")
 
 
 def _progress(partial: Path, wanted: Manifest) -> Manifest | None:

@@ -38,7 +38,7 @@ def load(config: DataConfig) -> Dataset:
     if config.root is not None and name.startswith(IN_A_PATH):
         raise InputError(
             f"data.root is the folder of a named data set such as fashion_mnist, and {shown(name)} says itself where "
-            "it lies; leave it out"
+            "it lies; leave it out, and where the images have moved, put their new place into data.name"
         )
     if name.startswith(PREFIXES):
         packed = cached(name, open_source(name), config, expand(config.cache) if config.cache else named.cache_folder())
@@ -71,18 +71,23 @@ def located(config: Config, root: Path | None) -> Config:
     """A run's configuration with its data where it lies on this machine.
 
     Args:
-        root: of a named data set, the folder of its files; of pictures, packed sets and arrays, what takes the place of
-            their path. None leaves the data where the run found it.
+        root: of a named data set, the folder of its files; else any source of the same images, such as a folder or a
+            packed set. None leaves the data where the run found it.
     """
-    if root is None or config.data.name in NAMED or config.data.name == NAME:
-        return config if root is None else config.override({"data.root": root})
-    prefix, _, path = with_prefix(config.data.name).partition(":")
-    name = f"{prefix}:{root}" if path else with_prefix(str(root))
+    if root is None:
+        return config
+    if config.data.name in NAMED or config.data.name == NAME:
+        return config.override({"data.root": root})
+    name, before = with_prefix(str(root)), config.data.name.partition(":")[0]
+    if not name.startswith(IN_A_PATH) and f"{before}:" in IN_A_PATH:
+        name = f"{before}:{name}"
     return config.override({"data.name": absolute(name), "data.root": None})
 
 
 def with_prefix(name: str) -> str:
     """A bare path with its kind in front: folder, packed, array or tar. Any other name is returned as it is."""
+    if name.removesuffix(":") in ("", *(prefix.removesuffix(":") for prefix in IN_A_PATH)):
+        raise InputError(f"{name!r} names no images; is a variable of the shell empty?")
     if name in NAMED or name.startswith(IN_A_PATH):
         return name
     path = expand(name)

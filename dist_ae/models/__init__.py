@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -65,20 +66,16 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
         )
     if own is None:
         return initialize(blank(config, image_shape), config.seed)
+    if isinstance(own, nn.Module):
+        raise InputError("model: give a function that builds it from the shape of an image, not the model itself")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = own(tuple(image_shape))
-    if not isinstance(model, Autoencoder):
-        raise InputError(
-            f"model: expected a dist_ae.Autoencoder, got {type(model).__name__}; see examples/own_model.py"
-        )
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+        if not isinstance(model, Autoencoder):
             raise InputError(
-                f"model: {name} is a {type(layer).__name__}. Statistics of a batch and torch's own dropout depend on "
-                "how images are shared among processes; use GroupNorm, and mask_shapes for dropout (as dist_ae/models/"
-                "mlp.py does)"
+                f"model: expected a dist_ae.Autoencoder, got {type(model).__name__}; see examples/own_model.py"
             )
+        _check_own(model, tuple(image_shape))
     fits = {
         "model.variational": (model.variational, config.model.variational),
         "objective.likelihood bernoulli": (model.bernoulli, config.objective.likelihood == "bernoulli"),
@@ -88,3 +85,45 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
         if has != wanted:
             raise InputError(f"model: it says {what} = {has}, the configuration says {wanted}; make both the same")
     return model
+
+
+def _check_own(model: Autoencoder, image_shape: tuple[int, ...]) -> None:
+    """Raises InputError for a model of the user's own that could not be trained, or not as exactly as the others."""
+    own = list(model.named_parameters(remove_duplicate=False))
+    if not any(p.requires_grad for _, p in own):
+        raise InputError("model: none of its parameters asks for a gradient, so there is nothing to train")
+    names: dict[int, str] = {}
+    for name, parameter in own:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InputError(f"model: {name} has no shape yet; build it with the sizes, not as a lazy layer")
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise InputError(
+                f"model: {name} is {first}, and a checkpoint holds each tensor once; use the one layer's weight in the "
+                "other's place, as F.linear(x, self.layer.weight) does"
+            )
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            raise InputError(
+                f"model: {name} is a {type(layer).__name__}. Statistics of a batch and torch's own dropout depend on "
+                "how images are shared among processes; use GroupNorm, and mask_shapes for dropout (as dist_ae/models/"
+                "mlp.py does)"
+            )
+    images = torch.linspace(0, 1, 3 * math.prod(image_shape)).view(3, *image_shape).to(own[0][1])
+    with torch.no_grad():
+        found, again, alone = model(images), model(images), model(images[:1])
+    for what, tensor, shape in (
+        ("encode_raw", found.mean, model.code_shape),
+        ("decode_raw", found.raw, image_shape),
+    ):
+        if tensor.shape[1:] != torch.Size(shape):
+            raise InputError(f"model: {what} gives {list(tensor.shape[1:])} for an image, expected {list(shape)}")
+    if not torch.equal(found.raw.nan_to_num(), again.raw.nan_to_num()):
+        raise InputError(
+            "model: the same images give another result each time; draws must come from draw_shapes and mask_shapes, "
+            "not from torch's generator"
+        )
+    if not torch.allclose(found.raw[:1], alone.raw, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise InputError(
+            "model: the result for an image depends on the other images of its batch, so it would depend on the number "
+            "of processes"
+        )

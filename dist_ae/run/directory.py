@@ -100,6 +100,8 @@ class RunDirectory:
                 raise InputError(f"{path} is damaged ({error}); restore it, or choose another --run-dir") from None
             differences = [
                 f"  {key}: {kept.get(key)!r} there, {trajectory.get(key)!r} now"
+                if key != "data.fingerprint"
+                else f"  {key}: the images have changed, or are others"
                 for key in sorted({*kept, *trajectory})
                 if kept.get(key) != trajectory.get(key) and key not in may_change
             ]

@@ -6,6 +6,7 @@ for images that are missing, unreadable or do not fit the model; and for a place
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -205,11 +206,15 @@ def export_run(
         raise InputError("--push-to-hub uploads a folder with a model card: add --format safetensors")
     if format == "safetensors" and part != "whole":
         raise InputError(f"--part {part}: a safetensors folder holds the whole model; leave it out, or --format onnx")
+    if not re.fullmatch(r"[\w.+-]+", license):
+        raise InputError(f"--license {shown(license)}: expected an identifier, such as apache-2.0 or cc-by-4.0")
     trained = load(run_dir, which)
     names = {"torch": ("model.pt2", ".pt2"), "onnx": ("model.onnx", ".onnx"), "safetensors": ("export", "")}
     name, suffix = names[format]
     name = name if part == "whole" else f"{part}{suffix}"
     out = destination(run_dir, out, name, (suffix,))
+    if format == "safetensors" and (out / "checkpoints").exists():
+        raise InputError(f"--out {shown(out)} is a run, which an exported model would replace: name another folder")
     if format != "safetensors":
         content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
         return write_whole(out, lambda path: path.write_bytes(content)), None

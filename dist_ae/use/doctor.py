@@ -23,7 +23,7 @@ from dist_ae.objectives import objective
 from dist_ae.run import calibration
 from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
-from dist_ae.saved import image_shape
+from dist_ae.saved import image_shape, is_exported
 
 MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one batch
 
@@ -38,9 +38,13 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
     try:
         load_config(run_dir / "config.json")
-        yield True, "config.json"
+        whole = is_exported(run_dir) or isinstance(read_json(run_dir / "config.json").get("trajectory"), dict)
+        yield whole, "config.json" + ("" if whole else ": its trajectory is missing, so the run cannot be resumed")
     except InputError as error:
         yield False, str(error)
+    if is_exported(run_dir):
+        yield True, "an exported model, which is used as it is; --init-from it to train on"
+        return
     yield from _examine_checkpoints(run_dir / "checkpoints")
     for path in sorted((run_dir / "calibration").glob("*.safetensors")):
         whole = calibration.kept(run_dir, int(path.stem) if path.stem.isdecimal() else -1) is not None

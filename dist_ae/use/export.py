@@ -124,8 +124,9 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
         license: an identifier of the Hub, such as apache-2.0 or cc-by-4.0.
     """
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    config = trained.config.override({"run_dir": None, "data.root": None, "data.cache": None})
+    # Not save_file, whose errors of a full disk are no OSError.
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
+    config = _without_paths(trained.config)
     if config.precision == "fp64":  # a trained model computes in float32, and is written so
         config = config.override({"precision": "fp32"})
     (folder / CONFIG).write_bytes(to_json({"config": config.model_dump(mode="json")}))
@@ -143,6 +144,13 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
         *((f"`val.{name}`", f"{value:.6g}") for name, value in _figures(run_dir, step).items()),
     ]
     (folder / CARD).write_text(_card(trained, rows, license, picture.name if picture.is_file() else None), "utf-8")
+
+
+def _without_paths(config: Config) -> Config:
+    """A configuration that tells nothing of the machine it was made on: of a path, the last name."""
+    prefix, colon, path = config.data.name.partition(":")
+    name = f"{prefix}{colon}{Path(path).name}" if colon else config.data.name
+    return config.override({"data.name": name, "run_dir": None, "data.root": None, "data.cache": None})
 
 
 def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
@@ -163,7 +171,7 @@ def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
 
 def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: str, picture: str | None) -> str:
     """A model card from what the run knows: data, figures, the command, and how to load it."""
-    config, model = trained.config, trained.model
+    config, model = _without_paths(trained.config), trained.model
     kind = f"{'A variational' if config.model.variational else 'An'} autoencoder, {config.model.architecture}"
     numbers = torch.Size(model.code_shape).numel()
     rows = [

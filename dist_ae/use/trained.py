@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from torch import Tensor
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.given import Given, blocks, floats, given
-from dist_ae.data.pictures import shown
-from dist_ae.data.reader import Reader
-from dist_ae.data.records import Dataset, Split
+from dist_ae.data.pictures import expand, shown
+from dist_ae.data.reader import SHARE_OF_MEMORY, Reader, free_memory
+from dist_ae.data.records import Dataset, Split, at_once
 from dist_ae.draws import Step, normal
 from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, build
@@ -120,7 +121,11 @@ class TrainedModel:
         Raises:
             InputError: it is not there, or other data is in its place.
         """
-        dataset = sources.load(self.config.data)
+        try:
+            dataset = sources.load(self.config.data)
+        except InputError as error:
+            moved = "; if the images have moved, --data.root says where they lie now"
+            raise InputError(f"{error}{moved if ':' in self.config.data.name else ''}") from None
         kept: Any = None
         if self.source is not None:
             with contextlib.suppress(Damaged, KeyError, TypeError):
@@ -128,7 +133,7 @@ class TrainedModel:
         if kept not in (None, dataset.fingerprint):
             raise InputError(
                 f"{dataset.name} is not what the run was trained on: its images have changed, or are others. "
-                "--images takes any; --data.root says where those of the run lie"
+                "--data.root says where those of the run lie, or their packed form"
             )
         return dataset
 
@@ -161,6 +166,8 @@ class TrainedModel:
             raise InputError(f"the number of samples must be at least 1, got {num}")
         if not -(2**63) <= seed < 2**63:
             raise InputError(f"the seed must be a 64-bit integer, got {seed}")
+        if 4 * num * math.prod(self.model.image_shape) > SHARE_OF_MEMORY * free_memory():
+            raise InputError(f"{num:,} images are too many for the memory; take fewer, with several seeds")
         code = normal(seed, "sample", Step(0), range(num), self.model.code_shape, self.device)
         return self.decode(code)
 
@@ -206,8 +213,8 @@ class TrainedModel:
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
         """codes [N, *code_shape] → images [N, C, H, W] on [0, 1]."""
-        images: Tensor = self.model.decode(code.to(self.device, torch.float32)).clamp(0, 1).cpu()
-        return images
+        parts = torch.split(code, at_once(1000, self.model.image_shape))  # type: ignore[no-untyped-call]
+        return torch.cat([self.model.decode(part.to(self.device, torch.float32)).clamp(0, 1).cpu() for part in parts])
 
     @torch.no_grad()
     def _map(self, function: Callable[[Tensor, range], Tensor], images: Images, batch_size: int) -> Tensor:
@@ -234,7 +241,7 @@ def load(
     """
     if which not in ("last", "best"):
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")
-    run_dir = hub.pull(run_dir) if isinstance(run_dir, str) and run_dir.startswith(hub.PREFIX) else Path(run_dir)
+    run_dir = hub.pull(run_dir) if isinstance(run_dir, str) and run_dir.startswith(hub.PREFIX) else expand(run_dir)
     config = run_config(run_dir)
     built = build(config, image_shape(config, run_dir), model)
     built.to(torch.float64 if config.precision == "fp64" else torch.float32)

@@ -37,6 +37,8 @@ def destination(
     if out is None:
         return run_dir / name
     out = expand(out)
+    if out.name in ("", ".."):  # such as `.`, beside which nothing can be written
+        out = out.resolve()
     like_folder = not out.suffix or suffixes == ("",) or (os.path.isdir(out) and out.suffix not in suffixes)
     folder = "" in suffixes and like_folder
     if out.suffix not in suffixes and not folder:
@@ -51,9 +53,11 @@ def destination(
     if folder and os.path.exists(out) and not os.path.isdir(out):
         file = ", or a file that ends in .npy or .png" if len(suffixes) > 1 else ""
         raise InputError(f"{option} {shown(out)} is a file: name a folder{file}")
-    given = None if images is None else os.fspath(images).removeprefix("folder:").removeprefix("array:")
-    if given is not None and out.resolve() == expand(given).resolve():
-        raise InputError(f"{option} {shown(out)} would replace the images it is made of: give it another name")
+    if images is not None:
+        source = expand(os.fspath(images).removeprefix("folder:").removeprefix("array:"))
+        # A folder gets files of the pictures' own names.
+        if out.resolve() in (source.resolve(), *([source.resolve().parent] if folder and source.is_file() else ())):
+            raise InputError(f"{option} {shown(out)} would replace the images it is made of: give it another name")
     return out
 
 
