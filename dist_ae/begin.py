@@ -102,6 +102,8 @@ def claimed(config: Config, dataset: Dataset) -> Iterator[RunDirectory | None]:
     if launched_world()[0] != 0:
         yield None
         return
+    if is_exported(config.directory()):
+        raise InputError(f"{config.directory()} is an exported model: --init-from it, and train in another --run-dir")
     folder = RunDirectory(config.directory())
     try:
         _claim(folder, config, dataset)
@@ -116,8 +118,6 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
     Raises:
         InputError: it holds another experiment, or one that this version cannot go on with.
     """
-    if is_exported(folder.path):
-        raise InputError(f"{folder.path} is an exported model: --init-from it, and train in another --run-dir")
     kept = folder.read("config.json")
     if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
         raise InputError(

@@ -183,7 +183,7 @@ def _train(job: Job, runtime: Runtime, watch: Watch) -> Result:
     finished = runtime.on_main(lambda: _finished(folder, steps, config) if folder else None)
     if finished is not None:
         if config.model.architecture == "own":
-            saved_weights(config.directory(), job.model)  # refuses a model that is another by now
+            saved_weights(config.directory(), job.model.to(runtime.dtype))  # refuses a model that is another by now
         if runtime.is_main:
             say(f"{config.directory()} was finished before, at step {finished['steps']}; nothing is trained")
         return Result(**finished, run_dir=config.directory())
@@ -623,6 +623,8 @@ def _unsaved(state: State, saved: tuple[int, bool], config: Config) -> str:
 def _against_pca(model: Autoencoder, state: State, config: Config) -> str:
     """One line that says whether the model is better than PCA, and so worth its training."""
     mse, linear, code = state.metrics["mse"], state.pca_mse, model.linear_code()
+    if state.best is not None and state.best["metric"] == "val.mse":
+        mse = state.best["value"]  # of the weights that every use takes
     if linear is None or linear < EXACT or code is None:
         return ""
     numbers = torch.Size(model.code_shape).numel()

@@ -371,7 +371,7 @@ def test_a_run_finds_its_pictures_where_they_now_lie(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)  # a relative path was kept in full
     expected = np.load(commands.embed_run(tmp_path / "run", out=tmp_path / "codes.npy"))
     (tmp_path / "here").rename(tmp_path / "there")
-    with pytest.raises(InputError, match="pictures"):
+    with pytest.raises(InputError, match=r"if the images have moved, --data\.root says where they lie now"):
         commands.embed_run(tmp_path / "run", out=tmp_path / "none.npy")
     moved = tmp_path / "there" / "pictures"
     assert np.array_equal(
@@ -380,6 +380,10 @@ def test_a_run_finds_its_pictures_where_they_now_lie(tmp_path: Path, monkeypatch
     for command in ("evaluate", "score"):
         status, _, err = dist_ae_command(command, tmp_path / "run", "--data.root", moved)
         assert status == 0, err
+    (packed,) = (tmp_path / "cache" / "packed").glob("pictures-*/")  # the packed form of the same images does, too
+    assert np.array_equal(
+        np.load(commands.embed_run(tmp_path / "run", out=tmp_path / "p.npy", data_root=packed)), expected
+    )
     # The same images continue the run; others are refused, there and in every use.
     dist_ae.train(PRESETS["ae"].override({**overrides, "data.name": f"folder:{moved}", "train.steps": 30}))
     make_folder(tmp_path / "others", 30)
@@ -400,6 +404,73 @@ def test_pictures_of_a_tar_that_are_too_many_for_the_memory_are_refused(
     monkeypatch.setattr("dist_ae.data.given.free_memory", lambda: 10 * 3 * 16 * 16)
     with pytest.raises(InputError, match="too many images for the memory"):
         model.embed(f"tar:{tmp_path / 'many.tar'}")
+
+
+def test_no_command_replaces_the_pictures_it_is_given_or_a_run(coloured: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir, folder = tmp_path / "run", tmp_path / "pictures"
+    shutil.copytree(coloured[0], run_dir)
+    shutil.copytree(coloured[1], folder)
+    one = next(path for path in sorted(folder.rglob("*.*")) if path.suffix == ".png")
+    before = {path: path.read_bytes() for path in [*folder.rglob("*.*"), *run_dir.rglob("*.*")] if path.is_file()}
+    for command, option in (("reconstruct", "--out"), ("denoise", "--out"), ("score", "--maps")):
+        for images, out in ((one, one.parent), (folder, folder), (f"folder:{folder}", f"{folder}/")):
+            status, _, err = dist_ae_command(command, run_dir, "--images", images, option, out)
+            assert status == 2 and "would replace the images it is made of" in err, err
+    status, _, err = dist_ae_command("export", run_dir, "--format", "safetensors", "--out", run_dir)
+    assert status == 2 and "is a run, which an exported model would replace" in err
+    assert {path: path.read_bytes() for path in before} == before
+    # A leftover file of an export does not hide the checkpoints of a run, and an exported folder is no run.
+    (run_dir / "model.safetensors").write_bytes(b"no weights")
+    assert dist_ae.load(run_dir).source is not None
+    commands.export_run(coloured[0], tmp_path / "export", format="safetensors")
+    status, out, _ = dist_ae_command("doctor", tmp_path / "export")
+    assert status == 0 and "an exported model" in out
+    with pytest.raises(InputError, match="is an exported model"):
+        dist_ae.train(dist_ae.load_config(coloured[0] / "config.json").override({"run_dir": tmp_path / "export"}))
+
+
+def test_the_current_folder_is_a_place_to_write(
+    coloured: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, folder = coloured
+    monkeypatch.chdir(tmp_path)
+    commands.reconstruct_run(run_dir, folder, Path("."))
+    assert len(list(tmp_path.rglob("*.png"))) == 24
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    commands.export_run(run_dir, Path("."), format="safetensors")
+    assert (tmp_path / "sub" / "model.safetensors").exists()
+
+
+def test_an_export_tells_nothing_of_the_folders_of_its_machine(coloured: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir, folder = coloured
+    commands.export_run(run_dir, tmp_path / "export", format="safetensors")
+    written = [(tmp_path / "export" / name).read_text() for name in ("config.json", "README.md")]
+    assert all(str(folder.parent) not in text and "folder:pictures" in text for text in written)
+    status, _, err = dist_ae_command("export", run_dir, "--format", "safetensors", "--license", "a\nb: c")
+    assert status == 2 and "--license" in err
+
+
+def test_a_picture_that_cannot_be_read_names_a_way_out_that_there_is(
+    coloured: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, folder = coloured
+    shutil.copytree(folder, tmp_path / "inbox")
+    (tmp_path / "inbox" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"1 of 25 pictures.*--corrupt skip and give packed:OUT"):
+        dist_ae.load(run_dir).embed(tmp_path / "inbox")
+    trained = dist_ae.load(run_dir)
+    trained.config = trained.config.override({"data.corrupt": "skip"})
+    assert len(trained.embed(tmp_path / "inbox")) == 24
+    assert "1 pictures cannot be read and are left out (broken.png" in capfd.readouterr().err
+
+
+def test_a_name_of_nothing_is_refused(coloured: tuple[Path, Path]) -> None:
+    for name in ("", "folder:", "packed:", "array:"):
+        with pytest.raises(InputError, match="names no images"):
+            dist_ae.load(coloured[0]).embed(name)
+        with pytest.raises(InputError, match="names no images"):
+            dist_ae.train(PRESETS["ae"].override({**SMALL, "data.name": name}))
 
 
 def test_a_picture_is_a_picture_in_whatever_form_it_comes(coloured: tuple[Path, Path], tmp_path: Path) -> None:

@@ -179,3 +179,83 @@ def test_a_tensor_of_any_type_is_taken_and_labels_are_no_validation_images(tmp_p
             dist_ae.train(config(tmp_path / "run", **settings), data=(IMAGES, labels))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"np\.stack"):
         dist_ae.train(config(tmp_path / "run", **settings), data=list(IMAGES))  # type: ignore[arg-type]
+
+
+class Wrong(Stateful):
+    """A model of one's own with a fault that must be found before anything is trained."""
+
+    def __init__(self, shape: tuple[int, ...], fault: str) -> None:
+        super().__init__(shape, torch.nn.Identity())
+        self.fault = fault
+        if fault == "frozen":
+            self.requires_grad_(False)
+        if fault == "tied":
+            self.twin = torch.nn.Linear(64, 4)
+            self.twin.weight = self.into.weight
+        if fault == "lazy":
+            self.out = torch.nn.LazyLinear(64)  # type: ignore[assignment]
+
+    def encode_raw(self, images: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+        code = super().encode_raw(images, masks)
+        if self.fault == "batch":
+            code = code - code.mean(0)
+        if self.fault == "random":
+            code = torch.nn.functional.dropout(code, 0.5)
+        return code[:, :3] if self.fault == "code" else code
+
+    def decode_raw(self, code: torch.Tensor, masks: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        raw = super().decode_raw(torch.nn.functional.pad(code, (0, 4 - code.shape[1])), masks)
+        return raw[:, :, 1:] if self.fault == "pixels" else raw
+
+
+FAULTS = {
+    "frozen": "none of its parameters asks for a gradient",
+    "tied": r"twin\.weight is into\.weight",
+    "lazy": "as a lazy layer",
+    "batch": "depends on the other images of its batch",
+    "random": "another result each time",
+    "code": r"encode_raw gives \[3\] for an image, expected \[4\]",
+    "pixels": r"decode_raw gives \[1, 7, 8\] for an image, expected \[1, 8, 8\]",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_could_not_be_trained_exactly_is_refused_before_training(fault: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=FAULTS[fault]):
+        dist_ae.train(config(tmp_path / "run"), data=IMAGES, model=lambda shape: Wrong(shape, fault))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_so_and_refuses_a_model_that_is_another_by_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path / "run", **{"train.steps": 2})
+    with pytest.raises(InputError, match="not the model itself"):
+        dist_ae.train(settings, data=IMAGES, model=EXAMPLE.Convolutional((1, 8, 8)))
+    first = dist_ae.train(settings, data=IMAGES, model=EXAMPLE.Convolutional)
+    capsys.readouterr()
+    assert dist_ae.train(settings, data=IMAGES, model=EXAMPLE.Convolutional).metrics == first.metrics
+    assert "was finished before, at step 2; nothing is trained" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"run has no whole checkpoint: 00000002/weights\.safetensors"):
+        dist_ae.train(settings, data=IMAGES, model=lambda shape: Wrong(shape, ""))
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.item(IMAGES[number], number)
+
+
+def test_a_torch_dataset_gives_images_or_pairs(tmp_path: Path) -> None:
+    settings = {"model.architecture": "mlp", "train.steps": 2}
+    for number, item in enumerate(
+        (lambda x, i: [torch.from_numpy(x), i % 10], lambda x, i: (x, i % 10), lambda x, i: x)
+    ):
+        dist_ae.train(config(tmp_path / str(number), **settings), data=Pairs(item))
+    with pytest.raises(InputError, match="gives items of type dict"):
+        dist_ae.train(config(tmp_path / "run", **settings), data=Pairs(lambda x, i: {"image": x}))

@@ -576,6 +576,16 @@ def test_a_resumed_sweep_refuses_what_it_decided_when_it_began(
         assert f"leave out {given[0]}" in said and "--max-concurrent" in said, said
 
 
+def test_a_refused_sweep_leaves_no_folder(tmp_path: Path) -> None:
+    for given, words in (
+        ({"init_from": str(tmp_path / "none")}, "not a run directory"),
+        ({"train.batch_size": 9999}, "9"),
+    ):
+        with pytest.raises(InputError, match=words):
+            tune.search("ae", given, num_trials=2, storage=tmp_path, name="s")
+        assert not (tmp_path / "s").exists()
+
+
 def test_the_command_that_goes_on_with_a_sweep_is_whole(tmp_path: Path) -> None:
     from tune.sweep import resuming
 

@@ -213,7 +213,7 @@ class TrainedModel:
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
         """codes [N, *code_shape] → images [N, C, H, W] on [0, 1]."""
-        parts = torch.split(code, at_once(1000, self.model.image_shape))  # type: ignore[no-untyped-call]
+        parts = torch.split(code, at_once(1000, self.model.image_shape))
         return torch.cat([self.model.decode(part.to(self.device, torch.float32)).clamp(0, 1).cpu() for part in parts])
 
     @torch.no_grad()
