@@ -126,7 +126,7 @@ def vae(bench: Bench) -> None:
     row("model", "val.neg_elbo, nats")
     common = {"data.name": "fashion_mnist", "train.epochs": 10, "model.latent_dim": 20}
     row("vae", bench.metric("vae", common, "val.neg_elbo"))
-    conv = {**common, "model.widths": (32, 64), "model.code": "vector", "train.batch_size": 128, "optim.lr": 2e-3}
+    conv = {**common, "model.widths": (32, 64), "model.code": "vector", "train.batch_size": 128, "optim.warmup_steps": 100}
     row("conv-vae, vector", bench.metric("conv-vae", {**conv, **BERNOULLI}, "val.neg_elbo"))
     discretized = {**conv, "objective.likelihood": "discretized"}
     row("conv-vae, discretized, bits per dimension", bench.metric("conv-vae", discretized, "val.bits_per_dim"))
@@ -265,7 +265,8 @@ def denoising(bench: Bench, folders: list[Path]) -> None:
     for level in (25, 50):
         std = level / 255
         values = {"data.name": name, "model.widths": (32, 64), "model.latent_dim": 24, "train.epochs": 4}
-        values |= {"optim.lr": 2e-3, "objective.noise_std": std, "evaluation.noise_std": std}
+        values |= {"train.batch_size": 64, "optim.warmup_steps": 100}
+        values |= {"objective.noise_std": std, "evaluation.noise_std": std}
         found = bench.metric("conv-denoising", values, "val.denoised_psnr")
         config = dist_ae.PRESETS["conv-denoising"].override(values)
         clean = torch.from_numpy(val) / 255
