@@ -126,7 +126,8 @@ def vae(bench: Bench) -> None:
     row("model", "val.neg_elbo, nats")
     common = {"data.name": "fashion_mnist", "train.epochs": 10, "model.latent_dim": 20}
     row("vae", bench.metric("vae", common, "val.neg_elbo"))
-    conv = {**common, "model.widths": (32, 64), "model.code": "vector", "train.batch_size": 128, "optim.warmup_steps": 100}
+    conv = {**common, "model.widths": (32, 64), "model.code": "vector"}
+    conv |= {"train.batch_size": 128, "optim.warmup_steps": 100}
     row("conv-vae, vector", bench.metric("conv-vae", {**conv, **BERNOULLI}, "val.neg_elbo"))
     discretized = {**conv, "objective.likelihood": "discretized"}
     row("conv-vae, discretized, bits per dimension", bench.metric("conv-vae", discretized, "val.bits_per_dim"))
