@@ -48,7 +48,7 @@ def prepare(
             f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has "
             f"{len(dataset.train)} training images; use --train.batch-size {len(dataset.train)} or less"
         )
-    evaluated = at_once(config.evaluation.batch_size, dataset.image_shape)
+    evaluated = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
     found = {"model.image_shape": dataset.image_shape, "evaluation.batch_size": evaluated}
     config = config.override({**found, "run_dir": config.directory()})
     model = build(config, dataset.image_shape, own)

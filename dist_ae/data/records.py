@@ -132,9 +132,9 @@ def chunks(split: Split) -> list[range]:
     return [range(start, min(start + size, len(split))) for start in range(0, len(split), size)]
 
 
-def at_once(most: int, image_shape: Sequence[int]) -> int:
+def at_once(most: int, image_shape: Sequence[int], processes: int = 1) -> int:
     """How many images are computed at once where no gradient is taken: ``most``, and fewer where they are large."""
-    return max(1, min(most, VALUES_AT_ONCE // math.prod(image_shape)))
+    return max(1, min(most, processes * (VALUES_AT_ONCE // math.prod(image_shape))))
 
 
 def span(split: Split, rows: range) -> Array:

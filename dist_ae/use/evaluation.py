@@ -19,7 +19,7 @@ from dist_ae.data.records import at_once
 from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed, evaluate
 from dist_ae.files import to_json
 from dist_ae.models import Autoencoder, Components
-from dist_ae.processes.environment import pinned_torch
+from dist_ae.processes.environment import launched_world, pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.saved import Which, run_config
 from dist_ae.use.trained import load
@@ -77,7 +77,8 @@ def evaluate_run(
     trained = load(run_dir, which)
     trained.config = config
     dataset = trained.dataset()
-    config = config.override({"evaluation.batch_size": at_once(config.evaluation.batch_size, dataset.image_shape)})
+    batch = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
+    config = config.override({"evaluation.batch_size": batch})
     with pinned_torch(config.precision):
         runtime = Runtime(config)
         try:
