@@ -30,8 +30,8 @@ def gaussian_kl(
 ) -> Tensor:
     """KL(N(mean, exp(logvar)) ‖ N(prior_mean, exp(prior_logvar))) summed over the code, [B, …] → [B], nats.
 
-    Per dimension it is ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal (Kingma &
-    Welling 2014, appendix B, for any prior). Computed in at least float32.
+    Per dimension it is ½ (log σ₀²/σ² + (σ² + (μ-μ₀)²) / σ₀² - 1): ≥ 0, and 0 only where both are equal
+    (Kingma & Welling 2014, appendix B, for any prior). Computed in at least float32.
     """
     mean, logvar = _at_least_float(mean), _at_least_float(logvar)
     prior = torch.as_tensor(prior_logvar, dtype=logvar.dtype, device=logvar.device)
@@ -93,8 +93,8 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
         distortion = discretized_distortion(images, pixels(_at_least_float(output.raw), False), log_sigma)
     else:
         log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
-        # It is computed on [-1, 1], where the model works, with twice the σ, so the density is half as high. This saves
-        # three passes over the pixels.
+        # It is computed on [-1, 1], where the model works, with twice the σ, so the density is half as high. This
+        # saves three passes over the pixels.
         pixel_count = math.prod(images.shape[1:])
         distortion = gaussian_distortion(centred(images), output.raw, log_sigma + math.log(2))
         distortion = distortion - pixel_count * math.log(2)

@@ -33,7 +33,7 @@ def sample_rows(num_images: int, size: int) -> Tensor:
 
 
 def patches(images: Tensor, side: int) -> Tensor:
-    """images [B, C, H, W] → patches [B·h·w, C·side·side]. Lower and right edges are padded with the last pixels."""
+    """images [B, C, H, W] → patches [B·h·w, C·side·side]. Lower and right edges repeat the last pixels."""
     padded = pad_to_multiple(images, side)
     return F.unfold(padded, side, stride=side).transpose(1, 2).flatten(0, 1)
 

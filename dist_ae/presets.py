@@ -32,8 +32,8 @@ _FAST: dict[str, Any] = {
 _FASTER: dict[str, dict[str, Any]] = {
     "ae": {}, "denoising": {}, "dropout": {}, "vae": {"optim.lr": 2e-3, "train.batch_size": 128},
 }
-# The convolutional model: 256 numbers for 64 × 64 × 3. As benchmarks/recipes.md shows, a warm-up and small batches pay,
-# and so does muon, which costs a fifth of the speed.
+# The convolutional model: 256 numbers for 64 × 64 × 3. As benchmarks/recipes.md shows, a warm-up and small batches
+# pay, and so does muon, which costs a sixth of the speed.
 _CONV: dict[str, Any] = {
     "data.name": "photos", "model.architecture": "conv", "model.latent_dim": 4, "model.start": "pca",
     "model.activation": "gelu", "optim.lr": 2e-3, "optim.betas": (0.9, 0.95), "optim.schedule": "linear",

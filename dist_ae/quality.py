@@ -63,7 +63,7 @@ class ImportanceBound(NamedTuple):
 def structural_similarity(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
     """SSIM of pairs of images [B, C, H, W] on [0, 1], [B], and of each of their pixels, [B, C, H, W].
 
-    As Wang et al. (2004): a Gaussian window of 11 × 11 pixels, σ = 1.5; for sides under 6 pixels, 3 × 3 and σ = 0.4.
+    As Wang et al. (2004): a Gaussian window, 11 × 11 pixels, σ = 1.5; for sides under 6 pixels, 3 × 3, σ = 0.4.
 
     Raises:
         InputError: a side of the images is shorter than two pixels, so they have no structure.

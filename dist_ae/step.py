@@ -24,7 +24,7 @@ from dist_ae.objectives import Terms, objective
 from dist_ae.optim import build, set_learning_rate, state_tensors
 from dist_ae.processes.clock import PARTS, shares
 from dist_ae.processes.gradients import sum_gradients
-from dist_ae.processes.runtime import Runtime, accumulation_steps
+from dist_ae.processes.runtime import Runtime, accumulation_steps, largest_piece
 from dist_ae.timeline import Timeline
 
 
@@ -254,7 +254,8 @@ class Learner:
         """
         parts = self.tensors()
         held = [*parts["weights"].values(), *(tensor for part in parts.values() for tensor in part.values())]
-        images = -(-self.config.train.batch_size // (self.runtime.world * self.accumulate))
+        train = self.config.train
+        images = largest_piece(train.batch_size, self.runtime.world, train.max_per_process)
         return sum(tensor.nbytes for tensor in held) + images * kept
 
     def rows(self, step: int) -> Tensor:

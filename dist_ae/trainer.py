@@ -27,7 +27,7 @@ from dist_ae.models.cost import cost_of
 from dist_ae.models.weights import weights_sha256
 from dist_ae.processes.clock import Clock
 from dist_ae.processes.environment import meeting, notes, pinned_torch
-from dist_ae.processes.runtime import Runtime, accumulation_steps
+from dist_ae.processes.runtime import Runtime, largest_piece
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
 from dist_ae.run import calibration
@@ -163,9 +163,7 @@ def _train_together(job: Job) -> Result:
         watch.close()
         return result
     except torch.OutOfMemoryError as error:
-        config = job.config
-        parts = accumulation_steps(config.train.batch_size, runtime.world, config.train.max_per_process)
-        now = -(-config.train.batch_size // (runtime.world * parts))
+        now = largest_piece(job.config.train.batch_size, runtime.world, job.config.train.max_per_process)
         raise OutOfMemory(
             f"{runtime.device} has no memory left ({str(error).partition('. ')[0]}). A step computes {now} images at "
             f"once on each process: --train.max-per-process {max(1, now // 2)} adds up smaller parts, with the same "

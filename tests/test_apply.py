@@ -473,6 +473,15 @@ def test_a_name_of_nothing_is_refused(coloured: tuple[Path, Path]) -> None:
             dist_ae.train(PRESETS["ae"].override({**SMALL, "data.name": name}))
 
 
+@pytest.mark.parametrize("name", ["folder", "packed", "array", "tar", "hf"])
+def test_a_folder_may_be_called_as_a_kind_of_source_is(
+    name: str, coloured: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(coloured[1], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert len(dist_ae.load(coloured[0]).embed(name)) == 24
+
+
 def test_a_picture_is_a_picture_in_whatever_form_it_comes(coloured: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir, folder = coloured
     model = dist_ae.load(run_dir)

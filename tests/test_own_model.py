@@ -177,6 +177,8 @@ def test_a_tensor_of_any_type_is_taken_and_labels_are_no_validation_images(tmp_p
     for labels in (np.zeros(len(IMAGES), np.int64), list(range(len(IMAGES)))):
         with pytest.raises(InputError, match="leave labels out"):
             dist_ae.train(config(tmp_path / "run", **settings), data=(IMAGES, labels))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="got list"):
+        dist_ae.train(config(tmp_path / "run", **settings), data=(IMAGES, [[1], [1, 2]]))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"np\.stack"):
         dist_ae.train(config(tmp_path / "run", **settings), data=list(IMAGES))  # type: ignore[arg-type]
 

@@ -606,8 +606,10 @@ def test_a_trial_too_large_for_its_device_is_tried_twice_and_then_given_up(
     sweep = sweep_with(tmp_path, [("pending", {"model.latent_dim": 4}, None)])
     (trial,) = sweep.trials()
     monkeypatch.setattr(dist_ae, "train", full)
-    with pytest.raises(dist_ae.OutOfMemory):
-        train_trial(sweep, trial, lambda report: None)
+    for rank in ("1", "0"):  # workers that fail in one try count it each for itself
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(dist_ae.OutOfMemory):
+            train_trial(sweep, trial, lambda report: None)
     train_trial(sweep, trial, lambda report: None)
     outcome = sweep.outcome(trial)
     assert outcome.status == "failed" and "no memory left" in str(outcome.error)

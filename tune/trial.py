@@ -129,7 +129,8 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     if not settings.gpus_per_worker:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # not every version of Ray hides the GPUs from an actor without any
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
-    main = int(os.environ.get("RANK", 0)) == 0
+    rank = int(os.environ.get("RANK", 0))
+    main = rank == 0
     run_dir, started = sweep.run_dir(trial), time.monotonic()
     before = sum(r["seconds"] for r in read_reports(folder)[-1:])
     last = {"step": 0, "progress": 0.0}
@@ -156,7 +157,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
         result = dist_ae.train(sweep.config(trial), report=on_evaluation, start_from=start)
         announce(result.steps, 100.0, result.metrics)
     except Exception as error:
-        if _can_be_mended(error) and not (isinstance(error, dist_ae.OutOfMemory) and _seen_before(folder)):
+        if _can_be_mended(error) and not (isinstance(error, dist_ae.OutOfMemory) and _seen_before(folder, rank)):
             raise
         # All workers raise these two at once.
         if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):
@@ -179,10 +180,13 @@ def _can_be_mended(error: Exception) -> bool:
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and said is not None)
 
 
-def _seen_before(folder: Path) -> bool:
-    """Whether this trial was out of a device's memory before. The first time, another trial may have held some of it;
-    a second time, the trial itself is too large, and the sweep goes on without it."""
-    marker = folder / "out-of-memory"
+def _seen_before(folder: Path, rank: int) -> bool:
+    """Whether this worker of the trial was out of a device's memory before.
+
+    The first time, another trial may have held some of it. A second time, the trial itself is too large, and the sweep
+    goes on without it. Each worker counts for itself, since all of them may fail in one try.
+    """
+    marker = folder / f"out-of-memory-{rank}"
     seen = marker.exists()
     marker.touch()
     return seen

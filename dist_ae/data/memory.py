@@ -31,7 +31,8 @@ def memory_dataset(data: Handed, val_fraction: float) -> Dataset:
     if isinstance(data, tuple):
         if len(data) != 2:
             raise InputError(f"data: a tuple is a pair (training images, validation images), got {len(data)} parts")
-        if not isinstance(data[1], torch.utils.data.Dataset) and np.ndim(data[1]) == 1:
+        numbers = isinstance(data[1], list) and all(isinstance(value, int | float) for value in data[1])
+        if numbers or getattr(data[1], "ndim", None) == 1:
             raise InputError(
                 "data: a pair is (training images, validation images), and its second part has one dimension, as "
                 "labels have; leave labels out, or give a torch Dataset of (image, label)"

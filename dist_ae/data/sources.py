@@ -86,7 +86,7 @@ def located(config: Config, root: Path | None) -> Config:
 
 def with_prefix(name: str) -> str:
     """A bare path with its kind in front: folder, packed, array or tar. Any other name is returned as it is."""
-    if name.removesuffix(":") in ("", *(prefix.removesuffix(":") for prefix in IN_A_PATH)):
+    if name in ("", *IN_A_PATH):
         raise InputError(f"{name!r} names no images; is a variable of the shell empty?")
     if name in NAMED or name.startswith(IN_A_PATH):
         return name

@@ -15,7 +15,7 @@ from dist_ae.models.starts import leading, probabilistic
 
 
 class MLP(Autoencoder):
-    """Encoder D → hidden → L (2 L if variational) and its mirror image as decoder; nothing follows the last layers."""
+    """Encoder D → hidden → L (2 L if variational), mirrored as decoder; nothing follows the last layers."""
 
     def __init__(self, config: Config, image_shape: Sequence[int]) -> None:
         model, objective = config.model, config.objective

@@ -35,6 +35,11 @@ def accumulation_steps(global_batch: int, world: int, max_per_process: int | Non
     return -(-share // min(max_per_process or share, share))
 
 
+def largest_piece(global_batch: int, world: int, max_per_process: int | None = None) -> int:
+    """The most images of a batch that a process computes at once."""
+    return -(-global_batch // (world * accumulation_steps(global_batch, world, max_per_process)))
+
+
 def check_device(config: Config) -> None:
     """Refuses a precision that the device lacks, before any process group starts.
 

@@ -197,7 +197,7 @@ def score_run(
         basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
         if count * (1 - quantile) < 1:
             remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
-    one = images_of(trained, images, data_root)
+    one = images_of(trained, images, None)
     truth = truth_of(one.names, what)
     scores = trained.score(one, score=name)
 
