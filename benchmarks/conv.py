@@ -271,7 +271,9 @@ def denoising(bench: Bench, folders: list[Path]) -> None:
         found = bench.metric("conv-denoising", values, "val.denoised_psnr")
         config = dist_ae.PRESETS["conv-denoising"].override(values)
         clean = torch.from_numpy(val) / 255
-        noisy = clean + fixed_noise(config, range(len(val)), tuple(val.shape[1:]), torch.device("cpu"))
+        noisy = clean + fixed_noise(
+            config.evaluation.noise_std, range(len(val)), tuple(val.shape[1:]), torch.device("cpu")
+        )
         settings: dict[str, Any] = {"patch_size": 5, "patch_distance": 6, "sigma": std, "channel_axis": 0}
         errors = []
         for h in (0.6, 0.8, 1.0):  # the best of its usual strengths, chosen on these very images

@@ -204,9 +204,9 @@ def evaluation() -> float:
     config = dist_ae.PRESETS["ae-reference"]
     dataset, runtime = sources.load(config.data), Runtime(config)
     model, reader = build(config, dataset.image_shape), Reader(dataset.val, runtime.device)
-    evaluate(model, reader, config, runtime)
+    evaluate(model, reader, config.objective, config.evaluation, runtime)
     start = time.perf_counter()
-    evaluate(model, reader, config, runtime)
+    evaluate(model, reader, config.objective, config.evaluation, runtime)
     return time.perf_counter() - start
 
 

@@ -14,7 +14,8 @@ from dist_ae.presets import PRESETS
 if TYPE_CHECKING:
     from dist_ae import objectives
     from dist_ae.models import Autoencoder
-    from dist_ae.trainer import NonFinite, OutOfMemory, Report, Result, Stopped, train
+    from dist_ae.outcome import NonFinite, OutOfMemory, Report, Result, Stopped
+    from dist_ae.trainer import train
     from dist_ae.use.trained import TrainedModel, load
 
 __version__ = "0.1.0"
@@ -38,11 +39,11 @@ __all__ = [
 # Imported at first use: torch and Accelerate take 3 s, which help and error messages need not wait for.
 _HOMES = {
     "Autoencoder": "models",
-    "NonFinite": "trainer",
-    "OutOfMemory": "trainer",
-    "Report": "trainer",
-    "Result": "trainer",
-    "Stopped": "trainer",
+    "NonFinite": "outcome",
+    "OutOfMemory": "outcome",
+    "Report": "outcome",
+    "Result": "outcome",
+    "Stopped": "outcome",
     "TrainedModel": "use.trained",
     "load": "use.trained",
     "train": "trainer",

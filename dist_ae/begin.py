@@ -1,4 +1,4 @@
-"""What comes before a run: finding what is wrong with the input, and claiming the run directory."""
+"""Checks the input and locks the run directory, before any process group starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,10 +26,22 @@ from dist_ae.terminal import say
 from dist_ae.timeline import Timeline
 
 
-def prepare(
-    config: Config, data: Handed | None = None, own: Builder | None = None
-) -> tuple[Config, Dataset, Autoencoder]:
-    """Finds what is wrong with the input before any process group starts, and fills in the image shape."""
+class Prepared(NamedTuple):
+    """A run whose input was found to be right."""
+
+    config: Config  # complete: with the shape of the images and the run directory
+    dataset: Dataset
+    model: Autoencoder
+    line: Timeline
+    description: dict[str, Any]  # for config.json and the trackers
+
+
+def prepare(config: Config, data: Handed | None = None, own: Builder | None = None) -> Prepared:
+    """Finds what is wrong with the input before any process group starts, and fills in what follows from the data.
+
+    Raises:
+        InputError: naming what is wrong and the way out.
+    """
     launched_world()
     check_environment()
     check_device(config)
@@ -61,7 +73,7 @@ def prepare(
         pca.check(config, model)
     elif launched_world()[0] == 0 and not _begun(config.directory()):
         _init_from(model, config.init_from)
-    return config, dataset, model
+    return Prepared(config, dataset, model, Timeline.of(config.train, len(dataset.train)), _description(config))
 
 
 def _begun(run_dir: Path) -> bool:
@@ -97,8 +109,13 @@ def _init_from(model: Autoencoder, source: Path) -> None:
 
 
 @contextmanager
-def claimed(config: Config, dataset: Dataset) -> Iterator[RunDirectory | None]:
-    """The locked run directory on rank 0, None on the others."""
+def claimed(prepared: Prepared) -> Iterator[RunDirectory | None]:
+    """The locked run directory on rank 0, None on the others.
+
+    Raises:
+        InputError: it is in use, cannot be written, or holds another experiment.
+    """
+    config = prepared.config
     if launched_world()[0] != 0:
         yield None
         return
@@ -106,18 +123,19 @@ def claimed(config: Config, dataset: Dataset) -> Iterator[RunDirectory | None]:
         raise InputError(f"{config.directory()} is an exported model: --init-from it, and train in another --run-dir")
     folder = RunDirectory(config.directory())
     try:
-        _claim(folder, config, dataset)
+        _claim(folder, prepared)
         yield folder
     finally:
         folder.close()
 
 
-def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
+def _claim(folder: RunDirectory, prepared: Prepared) -> None:
     """Makes the folder this experiment's, or checks that it is.
 
     Raises:
         InputError: it holds another experiment, or one that this version cannot go on with.
     """
+    config, fingerprint = prepared.config, prepared.dataset.fingerprint
     kept = folder.read("config.json")
     if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
         raise InputError(
@@ -125,18 +143,18 @@ def _claim(folder: RunDirectory, config: Config, dataset: Dataset) -> None:
             f"is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as "
             "it is; to train, choose another --run-dir"
         )
-    trajectory = {**config.trajectory_values(), "data.fingerprint": dataset.fingerprint}
+    trajectory = {**config.trajectory_values(), "data.fingerprint": fingerprint}
     may_change: list[str] = []
-    if _begun_with(kept).get("data.fingerprint") == dataset.fingerprint:
+    if _begun_with(kept).get("data.fingerprint") == fingerprint:
         may_change.append("data.name")  # the same images in another place
     if config.optim.schedule != "constant":
         # The schedule ends at the last step, so another length means another rate from the start.
-        trajectory["total_steps"] = Timeline.of(config.train, len(dataset.train)).total_steps
+        trajectory["total_steps"] = prepared.line.total_steps
         if config.extend:
             _say_extension(folder, config, kept, trajectory["total_steps"])
             may_change.append("total_steps")
     # A field that an older version did not know stands at its default, which means "as it was".
-    folder.claim(trajectory, describe(config), unknown=Config().trajectory_values(), may_change=may_change)
+    folder.claim(trajectory, prepared.description, unknown=Config().trajectory_values(), may_change=may_change)
 
 
 def _begun_with(kept: dict[str, Any] | None) -> dict[str, Any]:
@@ -164,7 +182,7 @@ def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | 
         )
 
 
-def describe(config: Config) -> dict[str, Any]:
+def _description(config: Config) -> dict[str, Any]:
     """The resolved configuration, the versions and the number of processes, for config.json and the trackers."""
     import accelerate
 

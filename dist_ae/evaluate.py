@@ -3,26 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dist_ae.config import Config
+from dist_ae.config import EvaluationConfig, ObjectiveConfig
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.objectives import Model, terms
-from dist_ae.processes.runtime import Runtime
+from dist_ae.processes.runtime import Alone
 from dist_ae.processes.stop import StopRequested
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
 ACTIVE_VARIANCE = 0.01  # of a number of the code over the images; above it, the number tells the decoder something
 
 
+Stop = Callable[[], bool]  # asked before every batch, equally often on every process
+
+
+def never() -> bool:
+    """The answer of whoever does not ask to stop."""
+    return False
+
+
+def batches(count: int, batch_size: int, runtime: Alone, stop: Stop) -> Iterator[range]:
+    """This process's part of each batch of rows 0 … count - 1.
+
+    Raises:
+        StopRequested: ``stop`` answered yes.
+    """
+    size = max(batch_size, runtime.world)
+    for start in range(0, count, size):
+        if stop():
+            raise StopRequested
+        yield share(range(start, min(start + size, count)), runtime.rank, runtime.world)
+
+
+@torch.no_grad()
+def mean_squared_error(model: Model, reader: Reader, batch_size: int, runtime: Alone, stop: Stop = never) -> float:
+    """The squared error per pixel, [0, 1], of the clean images' reconstructions from the mean code.
+
+    Raises:
+        StopRequested: ``stop`` answered yes.
+    """
+    total = torch.zeros((), dtype=runtime.exact, device=runtime.device)
+    for rows in batches(len(reader.split), batch_size, runtime, stop):
+        images = reader.span(rows)
+        total += (model(images, None).reconstruction - images).square().flatten(1).sum(1).to(runtime.exact).sum()
+    return float(runtime.sum(total)) / (len(reader.split) * math.prod(reader.split.images.shape[1:]))
+
+
 @torch.no_grad()
 def evaluate(
-    model: Model, reader: Reader, config: Config, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+    model: Model,
+    reader: Reader,
+    objective: ObjectiveConfig,
+    evaluation: EvaluationConfig,
+    runtime: Alone,
+    stop: Stop = never,
 ) -> dict[str, float]:
     """Deterministic metrics of a split. Each image counts once, whatever the number of processes.
 
@@ -38,24 +78,19 @@ def evaluate(
 
     Args:
         model: the prepared module, used only through its ``forward``.
-        stop: asked before every batch, equally often on every process.
 
     Raises:
         StopRequested: ``stop`` answered yes.
     """
     count = len(reader.split)
-    # Batch i is rows [i·B, (i+1)·B). Each process takes its part of it, so all of them ask `stop` equally often.
-    batch = max(config.evaluation.batch_size, runtime.world)
     sums: Tensor | None = None
     codes: Tensor | None = None
-    for start in range(0, count, batch):
-        if stop():
-            raise StopRequested
-        rows = share(range(start, min(start + batch, count)), runtime.rank, runtime.world)
-        part, moments = _sums(model, reader, rows, config, runtime)
+    for rows in batches(count, evaluation.batch_size, runtime, stop):
+        part, moments = _sums(model, reader, rows, objective, evaluation.noise_std, runtime)
         sums = part if sums is None else sums + part
-        codes = moments if codes is None else codes + moments
-    assert sums is not None and codes is not None
+        if moments is not None:
+            codes = moments if codes is None else codes + moments
+    assert sums is not None
     clean, noisy, denoised, neg_elbo, rate, distortion, num_images = runtime.sum(sums).tolist()
     assert num_images == count, f"evaluated {num_images} images of {count}"
     pixels = count * math.prod(reader.split.images.shape[1:])
@@ -65,11 +100,11 @@ def evaluate(
         "noisy_psnr": psnr(noisy / pixels),
         "denoised_psnr": psnr(denoised / pixels),
     }
-    if config.model.variational:
+    if codes is not None:
         metrics |= {"neg_elbo": neg_elbo / count, "rate": rate / count, "distortion": distortion / count}
         first, second = runtime.sum(codes) / count
         metrics["active_units"] = float(int((second - first.square() > ACTIVE_VARIANCE).sum()))
-        if config.objective.likelihood == "discretized":
+        if objective.likelihood == "discretized":
             metrics["bits_per_dim"] = neg_elbo / pixels / math.log(2)
     return metrics
 
@@ -89,31 +124,40 @@ def psnr(mse: float) -> float:
     return -10 * math.log10(mse) if mse > 0 else math.inf
 
 
-def fixed_noise(config: Config, rows: range, image_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The noise of the fixed noisy copy for images ``rows`` of a split, on [0, 1] pixels: [len(rows), C, H, W]."""
-    std = config.evaluation.noise_std
+def fixed_noise(std: float, rows: range, image_shape: Sequence[int], device: torch.device) -> Tensor:
+    """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W].
+
+    Args:
+        std: its standard deviation on [0, 1] pixels.
+    """
     return normal(EVALUATION_SEED, "evaluation.noise", Step(0), rows, image_shape, device, std)
 
 
-def fixed_epsilon(rows: range, code_shape: tuple[int, ...], device: torch.device) -> Tensor:
+def fixed_epsilon(rows: range, code_shape: Sequence[int], device: torch.device) -> Tensor:
     """The standard normal ε of a variational model's evaluation on images ``rows``: [len(rows), *code_shape]."""
     return normal(EVALUATION_SEED, "evaluation.epsilon", Step(0), rows, code_shape, device)
 
 
-def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Runtime) -> tuple[Tensor, Tensor]:
+def _sums(
+    model: Model, reader: Reader, rows: range, objective: ObjectiveConfig, noise_std: float, runtime: Alone
+) -> tuple[Tensor, Tensor | None]:
     """Sums over ``rows``, float64 where the device has it.
 
-    [7]: three squared errors, three ELBO terms and the number of images. [2, code]: the codes and their squares.
+    [7]: three squared errors, three ELBO terms and the number of images. Of a variational model also [2, code]: the
+    codes and their squares.
     """
     images = reader.span(rows)
     clean = model(images, None)
-    noise = fixed_noise(config, rows, images.shape[1:], images.device).to(images.dtype)
+    noise = fixed_noise(noise_std, rows, images.shape[1:], images.device).to(images.dtype)
     denoised = model(images, Draws(noise=noise)).reconstruction
     zero = images.new_zeros(len(rows))
     neg_elbo = rate = distortion = zero
-    if config.model.variational:
+    moments: Tensor | None = None
+    if clean.logvar is not None:
         epsilon = fixed_epsilon(rows, clean.mean.shape[1:], images.device).to(images.dtype)
-        neg_elbo, distortion, rate = terms(model(images, Draws(epsilon=epsilon)), images, config.objective, beta=1.0)
+        neg_elbo, distortion, rate = terms(model(images, Draws(epsilon=epsilon)), images, objective, beta=1.0)
+        means = clean.mean.flatten(1).to(runtime.exact)
+        moments = torch.stack([means.sum(0), means.square().sum(0)])
 
     def squared(reconstruction: Tensor) -> Tensor:
         assert reconstruction.shape == images.shape
@@ -121,16 +165,17 @@ def _sums(model: Model, reader: Reader, rows: range, config: Config, runtime: Ru
 
     errors = squared(clean.reconstruction), noise.square().flatten(1).sum(1), squared(denoised)
     columns = (*errors, neg_elbo, rate, distortion, zero + 1)
-    means = clean.mean.flatten(1).to(runtime.exact)
-    moments = torch.stack([means.sum(0), means.square().sum(0)])
     return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
 
 
-def selection(config: Config) -> tuple[str, int]:
+def selection(variational: bool, noise_std: float) -> tuple[str, int]:
     """What 'best' means for a run: (metric, +1 if larger is better else -1).
 
     The metric is of the task that the run trains for, never its own training loss.
+
+    Args:
+        noise_std: of the noise that the run trains to remove.
     """
-    if config.model.variational:
+    if variational:
         return "neg_elbo", -1
-    return ("denoised_psnr", 1) if config.objective.noise_std else ("mse", -1)
+    return ("denoised_psnr", 1) if noise_std else ("mse", -1)

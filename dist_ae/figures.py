@@ -44,7 +44,7 @@ def run_pictures(
     rows = range(min(columns, len(validation.split)))
     clean = validation.span(rows)
     if config.objective.noise_std:
-        noise = fixed_noise(config, rows, tuple(clean.shape[1:]), clean.device).to(clean.dtype)
+        noise = fixed_noise(config.evaluation.noise_std, rows, clean.shape[1:], clean.device).to(clean.dtype)
         reconstruction = model(clean, Draws(noise=noise)).reconstruction
         shown = {"noisy": clean + noise, "reconstruction": reconstruction, "clean": clean}
     else:

@@ -128,7 +128,6 @@ def denoising(
     numbers = len(rows) * math.prod(model.image_shape)
     result = {}
     for level in levels:
-        noisy_config = config.override({"evaluation.noise_std": level})
         methods = ["noisy", "model", *(f"median {side}" for side in MEDIAN_SIDES)]
         methods += [f"non-local means {h}" for h in NLM_STRENGTHS] if has_non_local_means() else []
         sums = torch.zeros(len(methods), dtype=runtime.exact, device=runtime.device)
@@ -136,7 +135,7 @@ def denoising(
             if not len(piece):
                 continue
             images = reader.take(piece)
-            noisy = images + fixed_noise(noisy_config, places, model.image_shape, images.device).to(images.dtype)
+            noisy = images + fixed_noise(level, places, model.image_shape, images.device).to(images.dtype)
             cleaned = [noisy, pixels(model.decode_raw(model.encode(noisy)[0]), model.bernoulli)]
             on_host = noisy.cpu().numpy()
             filtered = [_median(on_host, side) for side in MEDIAN_SIDES]

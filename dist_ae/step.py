@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,16 @@ from dist_ae.draws import Step, draw, drawn_on, has_draws
 from dist_ae.guard import Guard
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
-from dist_ae.objectives import Terms, objective
-from dist_ae.optim import build, set_learning_rate, state_tensors
+from dist_ae.objectives import Terms, terms
+from dist_ae.optim import build as build_optimizers
+from dist_ae.optim import set_learning_rate, state_tensors
 from dist_ae.processes.clock import PARTS, shares
 from dist_ae.processes.gradients import sum_gradients
 from dist_ae.processes.runtime import Runtime, accumulation_steps, largest_piece
 from dist_ae.timeline import Timeline
+
+Parts = dict[str, dict[str, Tensor]]  # tensors by name, in the parts that a checkpoint keeps apart
+WEIGHTS, OPTIMIZER, EMA = "weights", "optimizer", "ema"
 
 
 class Learner:
@@ -34,11 +39,11 @@ class Learner:
     ``step`` never reads the device, and nothing here touches torch's global generators.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, model: Autoencoder, runtime: Runtime, steps: Timeline) -> None:
-        self.config, self.runtime, self.timeline = config, runtime, steps
+    def __init__(self, config: Config, dataset: Dataset, model: Autoencoder, runtime: Runtime, line: Timeline) -> None:
+        self.config, self.runtime, self.timeline = config, runtime, line
         self.accumulate = accumulation_steps(config.train.batch_size, runtime.world, config.train.max_per_process)
         self.raw_model = model.to(runtime.device, runtime.dtype)
-        self.optimizers = build(self.raw_model, self.raw_model.matrices(), config.optim)
+        self.optimizers = build_optimizers(self.raw_model, self.raw_model.matrices(), config.optim)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
         # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
@@ -60,6 +65,7 @@ class Learner:
 
     def step(self, step: int) -> None:
         """Takes step ``step`` of the run, with the same arithmetic on any number of processes."""
+        self.runtime.clock.start()
         self.place(step)
         batch = self.timeline.positions(step)
         if self.graph is not None and len(batch) == self.config.train.batch_size:
@@ -67,9 +73,10 @@ class Learner:
         else:  # also the short last batch of an epoch
             self.compute(len(batch))
         self.window_images += len(batch)
+        self.runtime.clock.images += len(batch)
 
     def place(self, step: int) -> None:
-        """Puts what is new in a step where ``compute`` finds it: rows, step number, learning rate and β."""
+        """Writes the step's inputs (rows, step number, learning rate, β) to the tensors that ``compute`` reads."""
         batch = self._batch(step)
         self._mine = share(range(len(batch)), self.runtime.rank, self.runtime.world)
         rows = batch[self._mine.start : self._mine.stop]
@@ -80,19 +87,53 @@ class Learner:
         self._number = step
         self._now.fill_(step)
         self._beta.fill_(timeline.beta(step, self.config.objective))
-        factor = timeline.learning_rate(step, self.timeline.total_steps, self.config.optim)
-        set_learning_rate(self.optimizers, factor, self.config.optim)
+        set_learning_rate(self.optimizers, self.learning_rate(step), self.config.optim)
 
-    def compute(self, batch_size: int) -> None:
+    def compute(self, batch_size: int, update: bool = True) -> None:
         """The arithmetic of the placed step: gradient, guard, clipping, update, moving average.
 
         Nothing in it depends on the step's number, so every step of a run is the same operations on the same arguments.
 
         Args:
-            batch_size: images of the global batch.
+            batch_size: images of the global batch. Gradients are summed over processes, so an image weighs
+                1 / batch_size.
+            update: False leaves the gradient where it is, and the weights as they are.
         """
-        accelerator, config = self.runtime.accelerator, self.config
-        self._backward(self._rows, self._mine, batch_size)
+        accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
+
+        # Zero the gradient first: what an interrupted step left of it must not get into this one.
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+        # Gradient of the mean loss over the global batch, piece by piece of this process's share.
+        now = Step(self._number, self._now if runtime.device.type == "cuda" else None)
+        for part in range(self.accumulate):
+            piece = share(self._mine, part, self.accumulate)
+            first, end = piece.start - self._mine.start, piece.stop - self._mine.start
+            rows, idle = self._rows[first:end], not piece
+            if idle:
+                # Computes the first image and gives it no weight, since compiled code, or a user's own model, need not
+                # accept an empty batch.
+                rows, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
+            since = time.perf_counter()
+            images = self.images.take(rows, self._next_rows(self._rows[end:], part))
+            runtime.clock.count("data", since)
+            draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
+            last = part == self.accumulate - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                losses = terms(self.model(images, draws), images, config.objective, self._beta)
+                if idle:
+                    losses = Terms(*(term[:0] for term in losses))
+                total = losses.loss.sum()
+                # A loss that is not finite can have a finite gradient. Times 0 it is NaN, which makes the gradient NaN,
+                # too, on all processes.
+                accelerator.backward(total * (1 / batch_size + total.detach() * 0))
+            with torch.no_grad():
+                self.window.add_(torch.stack([term.sum() for term in losses]))
+        if not update:
+            return
+
+        # Guard, clip, update.
         if accelerator.scaler is None:
             self.guard.check(self._now)
         if config.optim.clip_norm is not None:
@@ -102,9 +143,14 @@ class Learner:
                 self.guard.update(optimizer)
             else:
                 prepared.step()  # fp16: the scaler skips an overflowing step and lowers its scale
-        self._zero_grad()
+
+        # Moving average.
         if config.train.ema_decay is not None:
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.train.ema_decay)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its peak."""
+        return timeline.learning_rate(step, self.timeline.total_steps, self.config.optim)
 
     def _batch(self, step: int) -> Tensor:
         """The rows of the dataset that a step sees over all processes, [B].
@@ -120,40 +166,6 @@ class Learner:
 
     def _epoch_order(self, epoch: int) -> Tensor:
         return epoch_order(self.config.seed, epoch, self.timeline.num_images, self._shards, self.config.data.window)
-
-    def _backward(self, rows: Tensor, mine: range, batch_size: int) -> None:
-        """Adds up the gradient of the mean loss over the global batch.
-
-        Args:
-            rows: this process's part of the batch as rows of the dataset, possibly none.
-            mine: the places of these rows in the batch.
-            batch_size: images of the global batch. Gradients are summed over processes, so an image weighs
-                1 / batch_size.
-        """
-        accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
-        now = Step(self._number, self._now if runtime.device.type == "cuda" else None)
-        for part in range(self.accumulate):
-            piece = share(mine, part, self.accumulate)
-            first, last_row = piece.start - mine.start, piece.stop - mine.start
-            taken, idle = rows[first:last_row], not piece
-            if idle:
-                # Computes the first image and gives it no weight, since compiled code, or a user's own model, need not
-                # accept an empty batch.
-                taken, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
-            since = time.perf_counter()
-            images = self.images.take(taken, self._next_rows(rows[last_row:], part))
-            runtime.clock.count("data", since)
-            draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
-            last = part == self.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                terms = objective(self.model, images, draws, config, self._beta)
-                if idle:
-                    terms = Terms(*(term[:0] for term in terms))
-                total = terms.loss.sum()
-                # A loss that is not finite can have a finite gradient. Times 0 it is NaN, which makes the gradient NaN,
-                # too, on all processes.
-                accelerator.backward(total * (1 / batch_size + total.detach() * 0))
-            self._count(terms)
 
     def _next_rows(self, rest: Tensor, part: int) -> Tensor | None:
         """The rows that are taken next, for the thread that reads ahead. None where images are resident.
@@ -173,14 +185,6 @@ class Learner:
         piece = share(mine, 0, self.accumulate)
         return following[piece.start : piece.stop]
 
-    @torch.no_grad()
-    def _count(self, terms: Terms) -> None:
-        self.window.add_(torch.stack([term.sum() for term in terms]))
-
-    def _zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
     # -- before the first step
 
     def prepare(self) -> None:
@@ -191,16 +195,16 @@ class Learner:
         self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
         if self.runtime.world > 1:
             self.exchange = sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
-            for tensor in [*self.tensors()["optimizer"].values(), *self.ema]:
+            for tensor in [*state_tensors(self.raw_model, self.optimizers).values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backward passes (with a static graph, after the second), which
         # changes the order in which gradients are added up. Batches without weight get that over with, so a resumed run
         # adds as the uninterrupted one does. Code is compiled for one size, so there they have the size of a step.
         batch = range(self.config.train.batch_size if self.config.train.compile else 0)
-        dry, window = share(batch, self.runtime.rank, self.runtime.world), self.window.clone()
+        self._mine, window = share(batch, self.runtime.rank, self.runtime.world), self.window.clone()
+        self._rows = torch.zeros(len(self._mine), dtype=torch.int64)
         for _ in range(3 if self.runtime.world > 1 else 1):
-            self._backward(torch.zeros(len(dry), dtype=torch.int64), dry, max(1, len(batch)))
-            self._zero_grad()
+            self.compute(max(1, len(batch)), update=False)
         self.window.copy_(window)
         if self._wants_graph():
             size = self.config.train.batch_size
@@ -235,16 +239,57 @@ class Learner:
         kept = [tensor for part in self.tensors().values() for tensor in part.values()]
         return [*kept, self.window, self.guard.poisoned, self.guard.first_bad_step]
 
-    # -- what others need to know
+    # -- what a checkpoint keeps
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self) -> Parts:
         """All live tensors that a checkpoint holds, to be saved or copied into."""
-        weights = dict(self.raw_model.state_dict())
-        parts = {"weights": weights, "optimizer": state_tensors(self.raw_model, self.optimizers)}
+        parts = {WEIGHTS: dict(self.raw_model.state_dict())}
+        parts[OPTIMIZER] = state_tensors(self.raw_model, self.optimizers)
         if self.ema:
             names = (name for name, _ in self.raw_model.named_parameters())
-            parts["ema"] = dict(zip(names, self.ema, strict=True))
+            parts[EMA] = dict(zip(names, self.ema, strict=True))
         return parts
+
+    def state(self) -> tuple[Parts, dict[str, Any]]:
+        """The live tensors, and the other values that a checkpoint keeps, JSON-ready.
+
+        Sums over the processes: each must call it.
+        """
+        scaler = self.runtime.accelerator.scaler
+        values = {
+            "window": self.runtime.sum(self.window.clone()).tolist(),
+            "window_images": self.window_images,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        return self.tensors(), values
+
+    @torch.no_grad()
+    def load(self, parts: Parts, values: Mapping[str, Any]) -> None:
+        """Takes what ``state`` gave.
+
+        Args:
+            parts: the tensors, on rank 0. ``prepare`` hands them on to the other processes, which give none.
+            values: the other values, on every process.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: values that are not what ``state`` gives.
+        """
+        live = self.tensors()
+        for name, tensors in parts.items():
+            for key, tensor in tensors.items():
+                live[name][key].copy_(tensor)
+        self.window_images = int(values["window_images"])
+        if self.runtime.is_main:  # which goes on with the sums of all processes
+            self.window.copy_(torch.tensor(values["window"], dtype=self.window.dtype))
+        if values["scaler"] and self.runtime.accelerator.scaler is not None:
+            self.runtime.accelerator.scaler.load_state_dict(values["scaler"])
+
+    def used_weights(self) -> dict[str, Tensor]:
+        """The weights that are evaluated and used: the moving average, where there is one."""
+        parts = self.tensors()
+        return {**parts[WEIGHTS], **parts.get(EMA, {})}
+
+    # -- what others need to know
 
     def memory(self, kept: int) -> int:
         """Bytes that training takes on this process, besides the images themselves.
@@ -253,7 +298,7 @@ class Learner:
         image in a piece of the batch.
         """
         parts = self.tensors()
-        held = [*parts["weights"].values(), *(tensor for part in parts.values() for tensor in part.values())]
+        held = [*parts[WEIGHTS].values(), *(tensor for part in parts.values() for tensor in part.values())]
         train = self.config.train
         images = largest_piece(train.batch_size, self.runtime.world, train.max_per_process)
         return sum(tensor.nbytes for tensor in held) + images * kept
@@ -280,7 +325,7 @@ class Learner:
 
     def refuse_divergence(self) -> None:
         """Raises RuntimeError unless the weights are the same to the bit on every process."""
-        digest = int(weights_sha256(self.tensors()["weights"])[:13], 16)  # 52 bits: exact in a float64
+        digest = int(weights_sha256(self.tensors()[WEIGHTS])[:13], 16)  # 52 bits: exact in a float64
         largest, smallest = self.runtime.largest(digest, -digest)
         if largest != -smallest:
             raise RuntimeError(
@@ -296,6 +341,29 @@ class Learner:
             yield
         finally:
             self._swap_ema()
+
+    @contextlib.contextmanager
+    def weights_from(self, read: Callable[[], dict[str, Tensor] | None]) -> Iterator[bool]:
+        """Puts what ``read`` gives on rank 0 in place of the weights of all processes for a while.
+
+        Yields whether ``read`` gave any.
+        """
+        model, held = self.raw_model, {name: tensor.clone() for name, tensor in self.raw_model.state_dict().items()}
+
+        def fill() -> bool:
+            weights = read()
+            if weights is not None:
+                model.load_state_dict(weights)
+            return weights is not None
+
+        filled = bool(self.runtime.on_main(fill))
+        if filled and self.runtime.world > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
+        try:
+            yield filled
+        finally:
+            model.load_state_dict(held)
 
     @torch.no_grad()
     def _swap_ema(self) -> None:

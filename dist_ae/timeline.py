@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from dist_ae.config import ObjectiveConfig, OptimConfig, TrainConfig
 
@@ -47,10 +49,6 @@ class Timeline:
         start = step % self.steps_per_epoch * self.batch_size
         return range(start, min(start + self.batch_size, self.num_images))
 
-    def images_seen(self, step: int) -> int:
-        """Images seen before a step, over all processes."""
-        return self.epoch(step) * self.num_images + self.positions(step).start
-
     def epochs_done(self, step: int) -> float:
         """Epochs completed before a step."""
         return round(step / self.steps_per_epoch, 4)
@@ -66,6 +64,79 @@ class Timeline:
     def logs(self, step: int) -> bool:
         """Whether a line of training metrics is due after so many steps."""
         return step == self.total_steps or (step > 0 and step % self.log_every == 0)
+
+    def draws_pictures(self, step: int) -> bool:
+        """Whether the evaluation after so many steps is drawn: the first, then at doubling intervals, and the last."""
+        evaluation = step // self.eval_every
+        return step == self.total_steps or evaluation & (evaluation - 1) == 0
+
+
+class Best(NamedTuple):
+    """The best evaluation of a run so far."""
+
+    step: int
+    metric: str  # such as val.mse
+    value: float
+
+
+@dataclass
+class State:
+    """Where a run is. Together with the configuration and the tensors, it is all that the run's future depends on."""
+
+    step: int = 0
+    evaluated: bool = False  # whether the evaluation due at this step was done
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    best: Best | None = None
+    pca_mse: float | None = None  # the error of the best linear code of the same size, once it is known
+
+    def key(self) -> tuple[int, bool]:
+        """What tells a checkpoint of this state from one of another state."""
+        return self.step, self.evaluated
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {**asdict(self), "best": None if self.best is None else self.best._asdict()}
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> State:
+        """The state that a checkpoint kept. Earlier versions kept no metrics and no error of PCA.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        best = None if kept["best"] is None else Best(**kept["best"])
+        return cls(int(kept["step"]), bool(kept["evaluated"]), kept.get("metrics") or {}, best, kept.get("pca_mse"))
+
+
+class Asked(NamedTuple):
+    """What was asked of a run from outside, the same on every process."""
+
+    stop: bool = False  # by a signal
+    save: bool = False  # by the clock
+
+
+class Due(NamedTuple):
+    """What is due between two steps, in this order."""
+
+    evaluate: bool
+    save: bool  # a checkpoint of the state, unless it is on the disk already
+    report: bool
+    end: bool
+
+
+def due(line: Timeline, state: State, patience: int | None, asked: Asked) -> Due:
+    """What is due at a state, the same on every process.
+
+    Args:
+        patience: evaluations in a row without a better one after which a run ends.
+    """
+    evaluates = line.evaluates(state.step)
+    evaluated = state.evaluated and bool(state.metrics)
+    since_best = state.step - state.best.step if state.evaluated and state.best is not None else None
+    ran_out = patience is not None and since_best is not None and since_best >= patience * line.eval_every
+    end = state.step == line.total_steps or ran_out
+    save = line.saves(state.step) or since_best == 0 or end or asked.stop or asked.save
+    return Due(evaluates and not evaluated and not asked.stop, save, evaluates and evaluated, end)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

@@ -32,7 +32,7 @@ def main(path: str) -> None:
     model = runtime.accelerator.prepare(build(VAE, dataset.image_shape))
     for size in (64, 1000, 20_000):
         config = VAE.override({"evaluation.batch_size": size})
-        found[size] = evaluate(model, Reader(dataset.val, runtime.device), config, runtime)
+        found[size] = evaluate(model, Reader(dataset.val, runtime.device), config.objective, config.evaluation, runtime)
     if runtime.is_main:
         print(json.dumps(list(found.values())))
     runtime.close()
@@ -66,11 +66,11 @@ def test_figures_are_what_their_names_say(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", train=images, val=images)
     dataset = sources.load(VAE.data.model_copy(update={"name": f"array:{tmp_path / 'a.npz'}"}))
     model, runtime = build(VAE, (1, 4, 4)), Runtime(VAE)
-    found = evaluate(model, Reader(dataset.val, runtime.device), VAE, runtime)
+    found = evaluate(model, Reader(dataset.val, runtime.device), VAE.objective, VAE.evaluation, runtime)
 
     x, rows = torch.from_numpy(images)[:, None] / 255, range(333)
     mse = float((model(x).reconstruction - x).square().mean())
-    noise = fixed_noise(VAE, rows, (1, 4, 4), runtime.device)
+    noise = fixed_noise(VAE.evaluation.noise_std, rows, (1, 4, 4), runtime.device)
     denoised = float((model(x, Draws(noise=noise)).reconstruction - x).square().mean())
     assert float(noise.std()) == pytest.approx(0.3, rel=0.03)
     assert found["mse"] == pytest.approx(mse, rel=1e-6) and found["psnr"] == pytest.approx(
@@ -92,7 +92,8 @@ def test_evaluation_does_not_depend_on_what_was_trained_with(tmp_path: Path) -> 
     reader = Reader(dataset.val, runtime.device)
     model = build(VAE, dataset.image_shape)
     changed = VAE.override({"objective.noise_std": 0.9, "model.dropout": 0.5, "objective.beta": 7.0, "seed": 5})
-    assert evaluate(model, reader, VAE, runtime) == evaluate(model, reader, changed, runtime)
+    found, again = (evaluate(model, reader, each.objective, each.evaluation, runtime) for each in (VAE, changed))
+    assert found == again
 
 
 if __name__ == "__main__":

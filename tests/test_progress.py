@@ -49,7 +49,7 @@ def test_two_processes_say_who_takes_part_where_the_time_goes_and_who_is_slow(tm
     real = step.Learner.compute
 
     def work(rank: int) -> None:
-        def slowly(self: step.Learner, batch_size: int) -> None:
+        def slowly(self: step.Learner, batch_size: int, update: bool = True) -> None:
             time.sleep(0.02 * rank)
             real(self, batch_size)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +20,7 @@ from dist_ae.files import Damaged, parse_json
 from dist_ae.presets import PRESETS
 from dist_ae.processes.environment import WORLD_NAMES, launched_world, use_cpu
 from dist_ae.run.checkpoint import parse_tensors
-from dist_ae.timeline import Timeline
+from dist_ae.timeline import Asked, Best, State, Timeline, due
 
 FAST = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4)
@@ -114,5 +116,53 @@ def test_a_timeline_sees_every_image_once_an_epoch(num: int, batch: int, total: 
     line = Timeline(num, min(batch, num), total, evaluate, save, 1)
     seen = [place for step in range(line.steps_per_epoch) for place in line.positions(step)]
     assert seen == list(range(num))
-    assert sum(len(line.positions(step)) for step in range(total)) == line.images_seen(total)
     assert line.evaluates(total) and line.saves(total) and not line.evaluates(0)
+
+
+@FAST
+@given(
+    st.integers(1, 60),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.none() | st.integers(1, 3),
+    st.integers(0, 2**32),
+)
+def test_a_run_evaluates_saves_and_ends_where_it_is_due_however_often_it_is_stopped(
+    total: int, evaluate: int, save: int, patience: int | None, seed: int
+) -> None:
+    # Walks the state machine as the loop does, with stops (which interrupt evaluations, too), saves by the clock, and
+    # disks that take nothing in between, and resumes from what was saved.
+    line = Timeline(100, 10, total, evaluate, save, 1)
+    kept, evaluated_at, state, chance = State(), [], State(), random.Random(seed)
+    while True:
+        asked = Asked(stop=chance.random() < 0.2, save=chance.random() < 0.2)
+        if due(line, state, patience, asked).evaluate:
+            if chance.random() < 0.2:
+                asked = Asked(stop=True)
+            else:
+                evaluated_at.append(state.step)
+                value = chance.random()
+                better = state.best is None or value < state.best.value
+                best = Best(state.step, "val.mse", value) if better else state.best
+                state = replace(state, evaluated=True, metrics={"mse": value}, best=best)
+        now = due(line, state, patience, asked)
+        assert not now.report or state.evaluated  # nothing is reported that was not measured
+        assert not (asked.stop and now.evaluate)  # a stop does not wait for an evaluation
+        if state.evaluated and state.best is not None and state.best.step == state.step:
+            assert now.save  # the best weights are always on the disk
+        if asked.stop or asked.save or now.end:
+            assert now.save
+        if now.save:
+            kept = replace(state)
+        if now.end and not asked.stop:
+            break
+        if asked.stop:
+            state = State.of(json.loads(json.dumps(kept.to_json())))  # the same command again
+            assert state == kept
+            continue
+        state = replace(state, step=state.step + 1, evaluated=False)
+    assert evaluated_at == sorted(set(evaluated_at))  # nothing is evaluated twice
+    assert set(evaluated_at) == {step for step in range(1, state.step + 1) if line.evaluates(step)}
+    assert state.best is not None
+    early = state.step < total
+    assert not early or (patience is not None and state.step - state.best.step >= patience * evaluate)

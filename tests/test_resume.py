@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, Forked, digits_file, forked, metrics, relative_difference, weights
 
 import dist_ae
-from dist_ae import step, trainer
+from dist_ae import step, validation
 from dist_ae.config import Config, InputError
 from dist_ae.evaluate import evaluate
 from dist_ae.presets import PRESETS
@@ -157,15 +157,14 @@ def test_a_mutation_that_forgets_the_optimizer_is_noticed(tmp_path: Path) -> Non
     assert run(1, train_and_die(broken, at_step=18), tmp_path / "broken") == [KILLED]
 
     def forgetful(rank: int) -> None:
-        real = trainer._resume
+        real = step.Learner.load
 
-        def resume(learner: step.Learner, *arguments: Any) -> Any:
-            state = real(learner, *arguments)
-            for tensor in learner.tensors()["optimizer"].values():
+        def load(self: step.Learner, *arguments: Any) -> None:
+            real(self, *arguments)
+            for tensor in self.tensors()["optimizer"].values():
                 tensor.zero_()
-            return state
 
-        with mock.patch.object(trainer, "_resume", resume):
+        with mock.patch.object(step.Learner, "load", load):
             dist_ae.train(broken)
 
     assert run(1, forgetful, tmp_path / "broken") == [0]
@@ -296,7 +295,7 @@ def stop_and_resume(tmp_path: Path, world: int, where: str, victim: int, number:
 
         patches = [
             (step.Learner, "step", signal_in_step),
-            (trainer, "evaluate", signal_in_evaluation),
+            (validation, "evaluate", signal_in_evaluation),
             (checkpoint, "write_new", signal_in_write),
         ]
         with mock.patch.object(*patches[0]), mock.patch.object(*patches[1]), mock.patch.object(*patches[2]):

@@ -23,15 +23,13 @@ import torch
 from conftest import REPOSITORY, SMALL, cli, environment, finish, forked, free_port, start
 
 import dist_ae
-from dist_ae import trainer
+from dist_ae import begin, running, validation
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.records import at_once
-from dist_ae.models import build
 from dist_ae.presets import PRESETS
 from dist_ae.processes.runtime import Runtime
 from dist_ae.step import Learner
-from dist_ae.timeline import Timeline
 from dist_ae.use.doctor import examine, replay
 
 pytestmark = pytest.mark.slow
@@ -73,7 +71,7 @@ def test_a_run_is_not_finished_until_its_last_checkpoint_is_on_the_disk(small_di
     full = config(run_dir, **{"model.hidden_dims": (256, 64)})  # a checkpoint of some 500 kB
 
     def train(rank: int) -> None:
-        with mock.patch.object(trainer, "LAST_SAVE_SECONDS", 1.0):
+        with mock.patch.object(running, "LAST_SAVE_SECONDS", 1.0):
             dist_ae.train(full)
 
     assert forked(2, train, tmp_path / "first") == [1, 1]
@@ -102,7 +100,7 @@ def test_a_stop_on_a_full_disk_says_which_step_is_really_saved(small_disk: Path,
                 os.kill(os.getpid(), signal.SIGTERM)
             real(self, number)
 
-        with mock.patch.object(Learner, "step", step), mock.patch.object(trainer, "STOP_SAVE_SECONDS", 0.5):
+        with mock.patch.object(Learner, "step", step), mock.patch.object(running, "STOP_SAVE_SECONDS", 0.5):
             dist_ae.train(endless)
 
     assert forked(1, train, tmp_path / "log") == [75]
@@ -146,7 +144,7 @@ def test_the_best_weights_are_kept_wherever_the_best_evaluation_was(tmp_path: Pa
 def test_a_resumed_run_evaluates_nothing_again(tmp_path: Path) -> None:
     settings = {"train.eval_every": 4, "optim.schedule": "constant"}
     dist_ae.train(config(tmp_path / "run", **settings))
-    with mock.patch.object(trainer, "evaluate", side_effect=AssertionError("evaluated again")):
+    with mock.patch.object(validation, "evaluate", side_effect=AssertionError("evaluated again")):
         (tmp_path / "run" / "result.json").unlink()
         dist_ae.train(config(tmp_path / "run", **settings))
 
@@ -188,15 +186,17 @@ def test_large_images_are_evaluated_fewer_at_once(tmp_path: Path) -> None:
     assert kept["evaluation"]["batch_size"] == 16
 
 
-def test_fp16_whose_gradients_are_never_finite_ends_the_run() -> None:
-    config_ = PRESETS["ae"].override({**SMALL, "train.steps": 4})
-    dataset = sources.load(config_.data)
-    runtime = Runtime(config_)
-    made = Learner(config_, dataset, build(config_, dataset.image_shape), runtime, Timeline.of(config_.train, 1500))
-    for scale, ends in ((65536.0, False), (1.0, False), (2.0**-15, True)):
-        runtime.accelerator.scaler = mock.Mock(get_scale=lambda scale=scale: scale)
-        with pytest.raises(dist_ae.NonFinite, match="--precision bf16") if ends else contextlib.nullcontext():
-            trainer._refuse_non_finite(made, None)
+def test_fp16_whose_gradients_are_never_finite_ends_the_run(tmp_path: Path) -> None:
+    # Where there is no GPU, torch's own scaler is given to a run in fp32: it answers as in fp16.
+    config_ = PRESETS["ae"].override({**SMALL, "train.steps": 4, "run_dir": tmp_path})
+    prepared = begin.prepare(config_)
+    runtime = Runtime(prepared.config)
+    with begin.claimed(prepared) as folder:
+        run = running.begin(prepared, folder, None, runtime)
+        for scale, ends in ((65536.0, False), (1.0, False), (2.0**-15, True)):
+            runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            with pytest.raises(dist_ae.NonFinite, match="--precision bf16") if ends else contextlib.nullcontext():
+                running.refuse_non_finite(run)
 
 
 # -- environment

@@ -326,7 +326,7 @@ def test_evaluate_says_what_a_direct_computation_says(runs: Path, tmp_path: Path
     rows = torch.arange(200) * 297 // 200
     clean = clean[rows]
     config = model.config.override({"evaluation.noise_std": 0.3})
-    noisy = clean + fixed_noise(config, range(200), (1, 8, 8), torch.device("cpu"))
+    noisy = clean + fixed_noise(config.evaluation.noise_std, range(200), (1, 8, 8), torch.device("cpu"))
 
     def psnr(images: Any) -> float:
         return float(-10 * np.log10(np.square(np.asarray(images) - clean.numpy()).mean()))

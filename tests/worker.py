@@ -23,7 +23,7 @@ from dist_ae.processes import host_memory
 
 def mutated(name: str) -> Any:
     """The trainer with one error in it."""
-    draw, share, backward = draws.draw, order.share, step.Learner._backward
+    draw, share, compute = draws.draw, order.share, step.Learner.compute
 
     def draw_globally(*arguments: Any) -> Draws:
         torch.rand(1)
@@ -32,8 +32,8 @@ def mutated(name: str) -> Any:
     def draw_alike(shapes: Any, config: Config, at: Any, rows: range, *rest: Any) -> Draws:
         return draw(shapes, config, at, range(len(rows)), *rest)
 
-    def average_per_process(self: Any, rows: torch.Tensor, mine: range, batch_size: int) -> None:
-        backward(self, rows, mine, max(1, len(mine) * self.runtime.world))
+    def average_per_process(self: Any, batch_size: int, update: bool = True) -> None:
+        compute(self, max(1, len(self._mine) * self.runtime.world), update)
 
     def drop(rows: range, rank: int, world: int) -> range:
         return share(range(rows.start, rows.start + len(rows) // world * world), rank, world)
@@ -41,7 +41,7 @@ def mutated(name: str) -> Any:
     return {
         "none": contextlib.nullcontext(),
         "same noise on every process": mock.patch.object(step, "draw", draw_alike),
-        "averages per process": mock.patch.object(step.Learner, "_backward", average_per_process),
+        "averages per process": mock.patch.object(step.Learner, "compute", average_per_process),
         "draws from torch's global generator": mock.patch.object(step, "draw", draw_globally),
         "no shared memory": mock.patch.object(
             host_memory, "FOLDER", "/nonexistent"

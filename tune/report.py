@@ -134,7 +134,7 @@ def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
         for start in range(0, len(val.split), CHUNK):
             span = range(start, min(start + CHUNK, len(val.split)))
             images = val.span(span)
-            noise = fixed_noise(config, span, tuple(images.shape[1:]), cpu) if _about_noise(sweep) else 0
+            noise = fixed_noise(config.evaluation.noise_std, span, images.shape[1:], cpu) if _about_noise(sweep) else 0
             for size, values in codes.items():
                 leading = components._replace(basis=components.basis[:values])
                 decoded = pca.coded(leading, side, images + noise)[1]

@@ -172,8 +172,8 @@ def _can_be_mended(error: Exception) -> bool:
     """Whether the same call could succeed on another try: the process ran out of memory or storage, or lost a peer."""
     import torch
 
+    from dist_ae.outcome import OutOfMemory
     from dist_ae.processes.watch import LostProcess
-    from dist_ae.trainer import OutOfMemory
 
     kinds = (MemoryError, OSError, LostProcess, OutOfMemory, torch.distributed.DistError)
     said = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))

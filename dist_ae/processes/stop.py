@@ -15,6 +15,7 @@ from types import FrameType
 
 from dist_ae.processes.runtime import Runtime
 from dist_ae.terminal import EXIT_STOPPED, rank, say
+from dist_ae.timeline import Asked
 
 
 class StopRequested(Exception):
@@ -99,8 +100,12 @@ class Agreement:
         """A checkpoint is on the disk: the next is due ``save_minutes`` from now."""
         self.save, self._save_at = False, time.monotonic() + self._save_every
 
+    def asked(self) -> Asked:
+        """What was asked: to stop, or for a checkpoint. The same on every process."""
+        return Asked(self.stop(), self.save)
+
     def stop(self) -> bool:
-        """Whether to stop. Afterwards ``save`` says whether a checkpoint is due. Both are the same on every process."""
+        """Whether to stop, the same on every process."""
         if self._runtime.world == 1:
             self.save = time.monotonic() >= self._save_at
             return self._signals.requested

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dist_ae.terminal import say
+from dist_ae.timeline import Timeline
 
 HOSTS = 16  # most hosts that are shown
 
@@ -42,9 +43,13 @@ def _counted(values: Sequence[object]) -> str:
 
 
 class Display:
-    """Shows a run's progress. ``visible=False`` (other ranks) shows nothing."""
+    """Shows a run's progress. ``visible=False`` (other ranks) shows nothing.
 
-    def __init__(self, visible: bool, step: int, total_steps: int) -> None:
+    ``denoises``: the run trains to remove noise, so the error of that is shown, too.
+    """
+
+    def __init__(self, visible: bool, step: int, total_steps: int, denoises: bool = False) -> None:
+        self._denoises = denoises
         self._visible, self._console, self._stack = visible, Console(), ExitStack()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -72,16 +77,16 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=f"loss {loss:,.2f} · {images_per_second:,.0f} images/s")
 
-    def evaluated(
-        self, step: int, total_steps: int, epoch: float, metrics: Mapping[str, float], images_per_second: float
-    ) -> None:
+    def evaluated(self, step: int, line: Timeline, metrics: Mapping[str, float], images_per_second: float) -> None:
         """Prints one line per evaluation."""
         shown = {"mse": f"{metrics['mse']:.5f}", "psnr": f"{metrics['psnr']:.2f} dB"}
         if "neg_elbo" in metrics:
             shown["-ELBO"] = f"{metrics['neg_elbo']:.2f} nats"
-        shown["denoised"] = f"{metrics['denoised_psnr']:.2f} dB"
+        if self._denoises:
+            shown["denoised"] = f"{metrics['denoised_psnr']:.2f} dB"
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
-        self.say(f"epoch {epoch:<5g} step {step}/{total_steps}  val {text}  {images_per_second:,.0f} images/s")
+        where = f"epoch {line.epochs_done(step):<5g} step {step}/{line.total_steps}"
+        self.say(f"{where}  val {text}  {images_per_second:,.0f} images/s")
 
     def __enter__(self) -> Display:
         return self

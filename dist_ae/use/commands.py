@@ -81,11 +81,9 @@ def denoise_run(
 def _write_reconstructions(
     trained: TrainedModel, one: Given, out: Path, before: str, after: str, noise_std: float = 0.0
 ) -> Path:
-    config = trained.config.override({"evaluation.noise_std": noise_std})
-
     def inputs(rows: range) -> Tensor:
         clean = floats(one, rows)
-        return clean + fixed_noise(config, rows, clean.shape[1:], clean.device) if noise_std else clean
+        return clean + fixed_noise(noise_std, rows, clean.shape[1:], clean.device) if noise_std else clean
 
     def outputs(rows: range) -> Tensor:
         return trained.reconstruct(inputs(rows))

@@ -86,7 +86,7 @@ def evaluate_run(
             model = runtime.accelerator.prepare_model(raw, evaluation_mode=True)
             train, val = (Reader(part, runtime.device, runtime.dtype) for part in (dataset.train, dataset.val))
             reader = train if split == "train" else val
-            metrics = evaluate(model, reader, config, runtime)
+            metrics = evaluate(model, reader, config.objective, config.evaluation, runtime)
             components = pca.of_model(raw, train, runtime)
             if components is not None:
                 metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)

@@ -1,0 +1,123 @@
+"""What a run says about itself: pure functions of plain values."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from dist_ae.models import LinearCode
+from dist_ae.terminal import size_of
+from dist_ae.timeline import Best, State
+
+EXACT = 1e-9  # a squared error of PCA below which it loses nothing: its code is as long as the images need
+
+
+def headline(
+    what: str, images: int, held: str, numbers: int, parameters: int, operations: int, memory: int, where: str, how: str
+) -> str:
+    """One line about a run that begins.
+
+    Args:
+        what: name and data.
+        held: where the images are kept, in words.
+        numbers: of the code.
+        operations: floating-point operations that an image costs in a step.
+        memory: bytes that training takes on each process.
+        where: processes, device and precision.
+        how: where it begins and how far it goes.
+    """
+    return (
+        f"{what}: {images:,} images ({held}), code of {numbers:,} numbers, {parameters:,} parameters, "
+        f"{operations / 1e6:,.1f} MFLOP an image, {size_of(memory)} to train, {where}; {how}"
+    )
+
+
+def stopped(step: int, saved: int, total_steps: int, run_dir: Path) -> str:
+    """A signal stopped the run."""
+    here, resumes = f"stopped at step {step} of {total_steps}", f"the same command resumes there ({run_dir})"
+    if saved == step:
+        return f"{here}; {resumes}"
+    return f"{here}, and no checkpoint of it could be written. {_on_disk(saved)}: free some room, and {resumes}"
+
+
+def unsaved(step: int, saved: int, run_dir: Path) -> str:
+    """The last checkpoint could not be written."""
+    return (
+        f"the last checkpoint, of step {step}, could not be written to {run_dir}. The run is not finished. "
+        f"{_on_disk(saved)}: free some room; the same command resumes there"
+    )
+
+
+def _on_disk(saved: int) -> str:
+    return f"The last one on the disk is of step {saved}" if saved else "There is none on the disk yet"
+
+
+def non_finite(step: int, run_dir: Path | None) -> str:
+    """A loss or gradient was not finite.
+
+    Args:
+        run_dir: the run, where the step can be repeated from it.
+    """
+    replay = ""
+    if run_dir is not None:
+        replay = f" `dist-ae doctor {shlex.quote(str(run_dir))} --replay` repeats that step on one process."
+    return (
+        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is "
+        f"from before it.{replay} A lower optim.lr or optim.clip_norm may help"
+    )
+
+
+def exhausted_scale(scale: float) -> str:
+    """fp16: no scale of the gradients makes them finite."""
+    return (
+        f"fp16: gradients are not finite however small their scale ({scale:.1g}), and no step has changed a weight for "
+        "a while. Use --precision bf16; a lower optim.lr or optim.clip_norm may help"
+    )
+
+
+def out_of_memory(device: str, first_sentence: str, images: int) -> str:
+    """A device had no memory left.
+
+    Args:
+        images: that a step computes at once on each process.
+    """
+    return (
+        f"{device} has no memory left ({first_sentence}). A step computes {images} images at once on each process: "
+        f"--train.max-per-process {max(1, images // 2)} adds up smaller parts, with the same result. Where an "
+        "evaluation is too large, lower --evaluation.batch-size"
+    )
+
+
+def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: bool) -> str:
+    """Whether the model is better than PCA, and so worth its training; "" where there is nothing to compare with.
+
+    Args:
+        numbers: of the code.
+        can_start: whether --model.start pca is possible and was not taken.
+    """
+    linear, mse = state.pca_mse, state.metrics["mse"]
+    if state.best is not None and state.best.metric == "val.mse":
+        mse = state.best.value  # of the weights that every use takes
+    if linear is None or linear < EXACT or code is None:
+        return ""
+    name = "PCA" if code.patch is None else f"PCA of {code.patch} × {code.patch} patches"
+    if mse <= linear:
+        return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
+    if mse < 1.01 * linear:
+        return f"val.mse {mse:.3g} is that of {name} with {numbers:,} numbers ({linear:.3g})"
+    return (
+        f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} worse than {name} with {numbers:,} numbers "
+        f"({linear:.3g}), the best linear code of that size. Train longer, or lower optim.lr"
+        f"{', or begin with --model.start pca' if can_start else ''}"
+    )
+
+
+def used_weights(step: int, best: Best, total_steps: int) -> str:
+    """Which weights are used, where they are not the last ones, and why training ended, where it ended early."""
+    if best.step == step:
+        return ""
+    early = f"no better evaluation since step {best.step}: ended at {step} of {total_steps}. "
+    return (
+        f"{early if step < total_steps else ''}the best {best.metric}, {best.value:.6g}, was at step {best.step}; "
+        "every use takes those weights"
+    )

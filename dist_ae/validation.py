@@ -1,0 +1,86 @@
+"""What a run measures beside its training: errors on held-out images, the linear baseline, pictures, thresholds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dist_ae import pca
+from dist_ae.config import Config
+from dist_ae.data.reader import Reader
+from dist_ae.data.records import Dataset, Split
+from dist_ae.evaluate import Stop, evaluate, mean_squared_error
+from dist_ae.models import Components
+from dist_ae.processes.runtime import Runtime
+from dist_ae.scores import Calibration, calibrate
+from dist_ae.step import Learner
+
+TRAIN_SAMPLE = 2000  # most training images that are evaluated beside those of validation
+
+
+class Validation:
+    """The held-out images, some of the training images, and PCA of the training images."""
+
+    def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
+        self._dataset, self._config, self._runtime = dataset, config, runtime
+        self._val = Reader(dataset.val, runtime.device, runtime.dtype)
+        self._seen: Reader | None = None  # read later: the first step need not wait for a slow disk
+        self._components: Components | None = None  # kept from a start until the baseline is known
+
+    def start(self, learner: Learner) -> None:
+        """Begins a new run's weights as PCA, where the model has such a start. Every process takes part."""
+        self._components = pca.of_model(learner.raw_model, learner.images, self._runtime)
+        if self._components is not None and self._runtime.is_main:
+            learner.raw_model.start_from(self._components, self._config.objective)
+
+    def metrics(self, learner: Learner, pca_mse: float | None, stop: Stop) -> dict[str, float]:
+        """The figures of ``evaluate`` on the held-out images, and two to compare them with.
+
+        - ``pca_mse``: the error of PCA with as many numbers, where the model has a linear counterpart.
+        - ``train_mse``: the error on some training images. Beside that of validation it shows overfitting.
+
+        Args:
+            pca_mse: as an earlier evaluation found it; else it is computed.
+
+        Raises:
+            StopRequested: ``stop`` answered yes.
+        """
+        evaluation, runtime = self._config.evaluation, self._runtime
+        if pca_mse is None:
+            pca_mse = self._baseline(learner, stop)
+        with learner.evaluation_weights():
+            found = evaluate(learner.model, self._val, self._config.objective, evaluation, runtime, stop)
+            if self._seen is None:
+                sample = _sample(self._dataset.train, len(self._dataset.val))
+                self._seen = Reader(sample, runtime.device, runtime.dtype)
+            found["train_mse"] = mean_squared_error(learner.model, self._seen, evaluation.batch_size, runtime, stop)
+        return found if pca_mse is None else {**found, "pca_mse": pca_mse}
+
+    def _baseline(self, learner: Learner, stop: Stop) -> float | None:
+        model, runtime = learner.raw_model, self._runtime
+        components = self._components or pca.of_model(model, learner.images, runtime, stop)
+        self._components = None
+        return None if components is None else pca.baseline(model, components, self._val, runtime, stop)
+
+    def pictures(self, learner: Learner, folder: Path, step: int) -> dict[str, Path]:
+        """Draws the run's pictures into its folder and returns their paths by name."""
+        from dist_ae.figures import run_pictures  # matplotlib takes 0.5 s, which the first step need not wait for
+
+        with learner.evaluation_weights():
+            return run_pictures(learner.raw_model, self._config, self._val, folder, step=step)
+
+    def calibration(self, learner: Learner, stop: Stop) -> Calibration:
+        """What thresholds of the scores need, for the weights that the model holds now. Every process takes part.
+
+        Raises:
+            StopRequested: ``stop`` answered yes.
+        """
+        return calibrate(learner.raw_model, learner.images, self._val, self._config, self._runtime, stop)
+
+
+def _sample(split: Split, most: int) -> Split:
+    """Evenly spaced training images: at most ``TRAIN_SAMPLE``, and at most ``most``."""
+    count = min(len(split), TRAIN_SAMPLE, most)
+    chosen = np.linspace(0, len(split) - 1, count).astype(np.int64)
+    return Split(split.images, None, chosen if split.rows is None else split.rows[chosen])
