@@ -14,6 +14,7 @@ from dist_ae import pca, timeline
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.memory import NAME, Handed, memory_dataset
+from dist_ae.data.reads import Reads
 from dist_ae.data.records import Dataset, at_once
 from dist_ae.draws import VERSION as DRAWS
 from dist_ae.draws import has_draws
@@ -49,6 +50,9 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     config = config.override({"data.name": NAME if data is not None else sources.absolute(config.data.name)})
     if own is not None:
         config = config.override({"model.architecture": "own"})
+    if data is None and launched_world()[0] == 0:
+        # The pictures of a run among the pictures that it is trained on would make other data of them.
+        Reads(config.data.name).refuse(config.directory().resolve(), "--run-dir", folder=True)
     dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data.val_fraction)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(

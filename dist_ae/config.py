@@ -381,10 +381,14 @@ def _explain(error: ValidationError, prefix: str) -> str:
     return "\n".join(lines)
 
 
-def load_config(path: Path) -> Config:
-    """A configuration from a JSON file: a run's ``config.json`` or a sweep's ``best.json``."""
+def load_config(path: Path, follow: bool = True) -> Config:
+    """A configuration from a JSON file: a run's ``config.json`` or a sweep's ``best.json``.
+
+    Args:
+        follow: a link to the file is followed, which is for files that their user named.
+    """
     try:
-        tree = read_json(Path(os.path.realpath(path)))
+        tree = read_json(Path(os.path.realpath(path)) if follow else path)
     except Damaged as error:
         raise InputError(f"{path}: not a readable JSON file of a configuration ({error})") from None
     if isinstance(tree.get("config"), dict):

@@ -23,7 +23,7 @@ from dist_ae.config import Config
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise
-from dist_ae.files import write_atomically
+from dist_ae.files import MAX_LINES, folder_inside, inside, read_bounded, write_atomically
 from dist_ae.models import Autoencoder
 
 
@@ -40,7 +40,7 @@ def run_pictures(
         columns: validation images shown.
         step: the step of the weights, for the title.
     """
-    folder = run_dir / "figures"
+    folder = folder_inside(run_dir, "figures")
     rows = range(min(columns, len(validation.split)))
     clean = validation.span(rows)
     if config.objective.noise_std:
@@ -55,7 +55,7 @@ def run_pictures(
     notes = [f"{error:.2g}" for error in difference.square().flatten(1).mean(1).tolist()]
     title = f"{run_dir.name or config.name}{'' if step is None else f', step {step:,}'}"
     pictures = {
-        "loss": loss_curve(run_dir / "metrics.jsonl", folder / "loss.png"),
+        "loss": loss_curve(inside(run_dir, "metrics.jsonl"), folder / "loss.png"),
         "reconstructions": image_rows(shown, folder / "reconstructions.png", title, notes, "mse"),
     }
     if config.model.variational:
@@ -66,7 +66,7 @@ def run_pictures(
 
 def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     """Training and validation over the steps, from metrics.jsonl: objective on the left, error on the right."""
-    lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    lines = [json.loads(line) for line in read_bounded(metrics_path, MAX_LINES).splitlines()]
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     figure = Figure(figsize=(9, 3.4))
     # Fixed places, for labels of seven characters: matplotlib's own layout draws everything twice, and this picture is

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 MAX_JSON = 1 << 20  # bytes. Ours are a few KB; a larger file was not written here and is not parsed
+MAX_LINES = 1 << 30  # bytes of metrics.jsonl: some five million lines
 
 
 class Damaged(Exception):
@@ -42,10 +47,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that no other writer uses, short enough wherever the path's own name is allowed."""
+    return path.with_name(f".{secrets.token_hex(6)}.tmp")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file. Whenever the machine stops, either the old content or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    """Replaces a file. Whenever the machine stops, either the old content or the new one is there, whole.
+
+    Any number of threads and processes may write the same file: one of the contents stays. Where a link lies there,
+    the link is replaced, and not what it leads to.
+    """
+    temporary = temporary_beside(path)
     try:
         write_new(temporary, data)
         os.replace(temporary, path)
@@ -55,16 +68,100 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def clear_temporaries(folder: Path) -> None:
+    """Removes what killed writers left in a folder. Only whoever holds the folder's lock may call this."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\.[0-9a-f]{12}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes) -> int:
+    """Adds to a regular file, made if it is not there. Returns how many bytes the disk took.
+
+    Raises:
+        Damaged: a link, a pipe or a folder lies there.
+        OSError: the disk takes nothing.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise Damaged(f"{path.parent.name}/{path.name}: not a regular file") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Damaged(f"{path.parent.name}/{path.name}: not a regular file")
+        return os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
 def plain_name(path: str) -> str:
     """The last name of a path or pattern, without characters that are special to a shell."""
     return re.sub(r"[^\w.-]+", "-", path.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-.")
 
 
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=True) + "\n").encode()
+def to_json(value: Any, indent: int | None = 2) -> bytes:
+    """A value as JSON that every program reads: what is not finite, for which JSON has no word, becomes null."""
+    return (json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # -- reading
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """A path below a folder that a stranger may have made: no part of it, where it exists, is a link.
+
+    The folder itself may be one; its user named it.
+
+    Raises:
+        Damaged: naming the link, or what lies where a folder belongs.
+    """
+    path = folder
+    for place, name in enumerate(names):
+        path = path / name
+        with contextlib.suppress(FileNotFoundError):
+            mode = os.lstat(path).st_mode
+            where = f"{folder.name}/{path.relative_to(folder)}"
+            if stat.S_ISLNK(mode):
+                raise Damaged(f"{where}: a symbolic link")
+            if place < len(names) - 1 and not stat.S_ISDIR(mode):
+                raise Damaged(f"{where}: not a folder")
+    return path
+
+
+def folder_inside(folder: Path, *names: str) -> Path:
+    """Such a path as a folder, made where it is not there.
+
+    Raises:
+        Damaged: a link or something other than a folder lies there.
+    """
+    path = inside(folder, *names)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise Damaged(f"{folder.name}/{'/'.join(names)}: not a folder") from None
+    return path
+
+
+def files_inside(folder: Path, name: str, pattern: str) -> Iterator[Path]:
+    """The regular files of a sub-folder whose whole names match a regular expression, sorted.
+
+    None where the sub-folder is a link or not there.
+    """
+    with contextlib.suppress(Damaged, OSError):
+        for path in sorted(inside(folder, name).iterdir()):
+            if re.fullmatch(pattern, path.name) and stat.S_ISREG(os.lstat(path).st_mode):
+                yield path
 
 
 def open_plainly(path: Path) -> int:

@@ -9,13 +9,14 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dist_ae.config import Config, InputError, load_config
-from dist_ae.files import Damaged, read_bounded
+from dist_ae.files import Damaged, inside, read_bounded
 from dist_ae.models import Autoencoder
 from dist_ae.run import checkpoint as checkpoints
 from dist_ae.run.checkpoint import EMA, MAX_HEADER, Checkpoint, parse_tensors, read_checkpoint, step_of, template_of
 
 Which = Literal["best", "last"]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+LISTINGS = 10  # how often a run that changes while it is read is looked at
 
 
 def run_config(run_dir: Path) -> Config:
@@ -26,7 +27,7 @@ def run_config(run_dir: Path) -> Config:
     """
     if not os.path.lexists(run_dir / CONFIG):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
-    return load_config(run_dir / CONFIG)
+    return load_config(run_dir / CONFIG, follow=False)
 
 
 def is_exported(run_dir: Path) -> bool:
@@ -63,25 +64,40 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> S
     Raises:
         InputError: no checkpoint is whole, or the weights are another model's.
     """
-    template, reasons = template_of(model.state_dict()), []
     if is_exported(run_dir):
-        room = sum(tensor.nbytes for tensor in model.state_dict().values())
+        template, room = template_of(model.state_dict()), sum(t.nbytes for t in model.state_dict().values())
         try:
             return Saved(parse_tensors(read_bounded(run_dir / WEIGHTS, room + MAX_HEADER), WEIGHTS, template), None)
         except Damaged as error:
             raise InputError(f"{run_dir}: {error}") from None
-    folders = [p for p in (run_dir / "checkpoints").glob("*") if step_of(p) is not None]
-    for folder in sorted(folders, key=lambda p: step_of(p) or 0, reverse=True):
-        try:
-            checkpoint, weights = read_weights(folder, model)
-            best = checkpoint.state.get("best")
-            if which == "best" and isinstance(best, dict) and best.get("step") != checkpoint.step:
-                checkpoint, weights = read_weights(run_dir / "checkpoints" / f"{int(best['step']):08d}", model)
-        except (Damaged, TypeError, ValueError) as error:
-            reasons.append(str(error))
-            continue
-        return Saved(weights, checkpoint.step)
+    reasons: list[str] = []
+    for _ in range(LISTINGS):
+        folders, reasons = _checkpoints(run_dir), []
+        for folder in folders:
+            try:
+                checkpoint, weights = read_weights(folder, model)
+                best = checkpoint.state.get("best")
+                if which == "best" and isinstance(best, dict) and best.get("step") != checkpoint.step:
+                    checkpoint, weights = read_weights(run_dir / "checkpoints" / f"{int(best['step']):08d}", model)
+            except (Damaged, KeyError, TypeError, ValueError, OverflowError) as error:
+                reasons.append(str(error))
+                continue
+            return Saved(weights, checkpoint.step)
+        if _checkpoints(run_dir) == folders:
+            break
+        # A run that trains wrote and pruned checkpoints in the meantime: look again.
     raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, the newest first."""
+    try:
+        found = list(inside(run_dir, "checkpoints").iterdir())
+    except FileNotFoundError:
+        return []
+    except (Damaged, NotADirectoryError) as error:
+        raise InputError(f"{run_dir}: {error}") from None
+    return sorted((p for p in found if step_of(p) is not None), key=lambda p: step_of(p) or 0, reverse=True)
 
 
 def read_weights(folder: Path, model: Autoencoder) -> tuple[Checkpoint, dict[str, Tensor]]:

@@ -81,6 +81,11 @@ class Calibration(NamedTuple):
             return None
         if any(tensors[name].ndim != 1 or not len(tensors[name]) for name in wanted):
             return None
+        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+            return None
+        # A threshold is a quantile of scores in order; of others it would be a figure that looks right.
+        if any(bool((tensors[name].diff() < 0).any()) for name in wanted):
+            return None
         return cls(CodeMoments(mean, whitening), {name.removeprefix("scores."): tensors[name] for name in wanted})
 
 

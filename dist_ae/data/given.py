@@ -263,11 +263,17 @@ def file_names(one: Given) -> list[Path]:
     clean = [Path(*[part for part in Path(name).parts if part not in ("/", "..", ".")]) for name in one.names]
     if any(Path(name).is_absolute() for name in one.names):
         clean = [Path(path.name) for path in clean]
-    taken: dict[Path, int] = {}
+    targets = [path.with_suffix(".png") if path.name else Path("image.png") for path in clean]
+    folders = {parent for target in targets for parent in target.parents}
+    taken: set[Path] = set()
+    numbers: dict[Path, int] = {}  # the last one that was given to a name
     result = []
-    for path in clean:
-        target = path.with_suffix(".png") if path.name else Path("image.png")
-        number = taken.get(target, 0)
-        taken[target] = number + 1
-        result.append(target if not number else target.with_name(f"{target.stem}-{number}.png"))
+    for target in targets:
+        free, number = target, numbers.get(target, 0)
+        while free in taken or free in folders:  # also where another picture was called so from the start
+            number += 1
+            free = target.with_name(f"{target.stem}-{number}.png")
+        numbers[target] = number
+        taken.add(free)
+        result.append(free)
     return result

@@ -442,6 +442,9 @@ def pack_source(name: str, out: Path, config: DataConfig, shard_bytes: int | Non
     out = Path(os.path.abspath(expand(out)))
     if not out.name:
         raise InputError(f"{out}: name a folder to make")
+    from dist_ae.data.reads import Reads  # which knows all sources, this one too
+
+    Reads(name).refuse(out, "OUT", folder=True)
     return pack(open_source(name), out, config, shown(name), shard_bytes)
 
 

@@ -12,6 +12,7 @@ A packed set is a folder of ``manifest.json`` and, for each shard:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -25,10 +26,15 @@ from pydantic import BaseModel, Field, ValidationError
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.records import Array, Dataset, Shards, Split
+from dist_ae.files import Damaged, open_plainly, read_bounded
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WAY_OUT = "; restore it from a copy, or pack again"
 KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json"}
+MAX_MANIFEST = 64 << 20  # bytes: more than 100,000 shards
+MAX_NAME = 16 << 10  # bytes of a picture's name in JSON
+WHOLE = 256 << 20  # bytes of a packed set that are compared with its manifest whenever it is opened
 VAL_KEY, TRAIN_KEY = 0, 2**64 - 1  # the keys of pictures whose source says on which side they are
 
 
@@ -38,7 +44,7 @@ class FileRecord(BaseModel):
 
 
 class ShardRecord(BaseModel):
-    images: int = Field(gt=0)
+    images: int = Field(gt=0, le=2**40)
     files: dict[str, FileRecord]
 
 
@@ -96,11 +102,11 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: none there, or none that was written here.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{shown(folder)} is no packed set: it has no {MANIFEST}")
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError, RecursionError) as error:
+        manifest = Manifest.model_validate_json(read_bounded(path, MAX_MANIFEST))
+    except (ValidationError, Damaged, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise InputError(f"{shown(path)} is damaged ({reason}); pack again") from None
     if manifest.format != FORMAT:
@@ -126,24 +132,20 @@ def examine_packed(folder: Path) -> Iterator[tuple[bool, str]]:
         for kind, record in shard.files.items():
             name = file_name(kind, number)
             try:
-                with open(folder / name, "rb", opener=_regular) as file:
+                with os.fdopen(open_plainly(folder / name), "rb") as file:
                     size = os.fstat(file.fileno()).st_size
                     if size != record.bytes:
                         wrong.append(f"{name} has {size:,} bytes, not {record.bytes:,}")
                     elif sha256_of(file).hexdigest() != record.sha256:
                         wrong.append(f"{name} is not what was written: its SHA-256 differs")
-            except OSError as error:
-                wrong.append(f"{name} cannot be read ({error.strerror})")
+            except (OSError, Damaged) as error:
+                wrong.append(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})")
         if not wrong:
             try:
                 _open_shard(folder, number, shard, manifest.image_shape)
             except InputError as error:
                 wrong.append(str(error))
         yield not wrong, "; ".join(wrong) or f"shard {number:05d}: {shard.images:,} images"
-
-
-def _regular(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in place of a file blocks nobody
 
 
 def packed_sets(pattern: str) -> list[Path]:
@@ -192,6 +194,7 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
             labels.append(own_labels)
             keys.append(own_keys)
             digest.update(f"{shard.files['images'].sha256}{shard.files['keys'].sha256}".encode())
+        _check_content(folder, manifest)
     digest.update(f"{val_fraction!r}".encode())
     all_keys, all_labels, whole = np.concatenate(keys), np.concatenate(labels), Shards(parts)
     if len(all_keys) < 2:
@@ -211,6 +214,37 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     return Dataset(name, train, val, digest.hexdigest(), tuple(count for count in counts if count), tuple(classes))
 
 
+@functools.lru_cache(256)
+def _unchanged(path: Path, stamp: tuple[int, int, int], sha256: str) -> bool:
+    """Whether a file has this SHA-256; asked once for each state of the file."""
+    with os.fdopen(open_plainly(path), "rb") as file:
+        return bool(sha256_of(file).hexdigest() == sha256)
+
+
+def _check_content(folder: Path, manifest: Manifest) -> None:
+    """Compares a packed set with its manifest before it is used: a small one whole, of a larger one what is newer.
+
+    A file that was written to is newer than the manifest, which is written last. A copy that keeps no times is read
+    once; it costs a second or two a GB.
+
+    Raises:
+        InputError: a file is not what was packed.
+    """
+    small = sum(record.bytes for shard in manifest.shards for record in shard.files.values()) <= WHOLE
+    packed = (folder / MANIFEST).stat().st_mtime_ns
+    for number, shard in enumerate(manifest.shards):
+        for kind, record in shard.files.items():
+            path = folder / file_name(kind, number)
+            try:
+                found = os.lstat(path)
+                stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+                if (small or found.st_mtime_ns > packed) and not _unchanged(path, stamp, record.sha256):
+                    raise InputError(f"{shown(path)}: is not what was packed, its SHA-256 differs{WAY_OUT}")
+            except (OSError, Damaged) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise InputError(f"{shown(path)}: cannot be read ({reason}){WAY_OUT}") from None
+
+
 def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> None:
     given = {
         "image_size": config.image_size, "fit": config.fit, "channels": config.channels, "background": config.background
@@ -226,11 +260,7 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
 def _open_shard(
     folder: Path, number: int, shard: ShardRecord, image_shape: tuple[int, int, int]
 ) -> tuple[Array, Array, Array]:
-    """A shard's images, memory-mapped, with their labels and keys.
-
-    Only sizes are compared with the manifest; `dist-ae doctor` compares every byte.
-    """
-    way_out = "; restore it from a copy, or pack again"
+    """A shard's images, memory-mapped, with their labels and keys. Here only sizes are compared with the manifest."""
     loaded = {}
     for kind, dtype, shape in (
         ("images", np.uint8, (shard.images, *image_shape)),
@@ -238,25 +268,47 @@ def _open_shard(
         ("keys", np.uint64, (shard.images,)),
     ):
         path = folder / file_name(kind, number)
-        if not path.is_file():
-            raise InputError(f"{shown(path)}: missing from the packed set{way_out}")
-        if (size := path.stat().st_size) != shard.files[kind].bytes:
-            raise InputError(f"{shown(path)}: damaged, {size:,} bytes in place of {shard.files[kind].bytes:,}{way_out}")
+        if not os.path.lexists(path):
+            raise InputError(f"{shown(path)}: missing from the packed set{WAY_OUT}")
         try:
-            array = np.load(path, mmap_mode="r" if kind == "images" else None, allow_pickle=False)
-        except Exception as error:  # numpy raises several for a damaged header
-            raise InputError(f"{shown(path)}: damaged ({error}){way_out}") from None
-        if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-            raise InputError(f"{shown(path)}: damaged, {array.dtype} {array.shape}{way_out}")
-        loaded[kind] = array
+            loaded[kind] = _array(path, np.dtype(dtype), shape, shard.files[kind].bytes, mapped=kind == "images")
+        except Damaged as error:
+            raise InputError(f"{shown(path)}: damaged, {error}{WAY_OUT}") from None
     return loaded["images"], loaded["labels"], loaded["keys"]
+
+
+def _array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int, mapped: bool) -> Array:
+    """The array of a .npy, once its size and its header are what they must be: before anything is made of it.
+
+    Raises:
+        Damaged: in words.
+    """
+    with os.fdopen(open_plainly(path), "rb") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise Damaged(f"{found:,} bytes in place of {size:,}")
+        try:
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            header = read[np.lib.format.read_magic(file)](file)
+        except Exception as error:  # numpy raises several for a damaged header
+            raise Damaged(f"its header cannot be read ({error})") from None
+        if header != (shape, False, dtype):
+            raise Damaged(f"{header[2]} {header[0]}")
+        start, whole = file.tell(), dtype.itemsize * int(np.prod(shape, dtype=object))
+        if found != start + whole:
+            raise Damaged(f"{found:,} bytes, and its header says {start + whole:,}")
+        if mapped:
+            return np.memmap(file, dtype, "r", start, shape)
+        return np.frombuffer(file.read(), dtype).reshape(shape)
 
 
 def open_packed(folder: Path, manifest: Manifest) -> list[Array]:
     """The images of each shard of a packed set, memory-mapped."""
     assert manifest.image_shape is not None
     shards = enumerate(manifest.shards)
-    return [_open_shard(folder, number, shard, manifest.image_shape)[0] for number, shard in shards]
+    found = [_open_shard(folder, number, shard, manifest.image_shape)[0] for number, shard in shards]
+    _check_content(folder, manifest)
+    return found
 
 
 def packed_names(folder: Path, manifest: Manifest) -> list[str]:
@@ -265,8 +317,8 @@ def packed_names(folder: Path, manifest: Manifest) -> list[str]:
     for number, shard in enumerate(manifest.shards):
         path = folder / file_name("names", number)
         try:
-            own = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            own = json.loads(read_bounded(path, MAX_NAME * shard.images))
+        except (Damaged, ValueError, RecursionError) as error:
             raise InputError(f"{shown(path)}: cannot be read ({error})") from None
         if not (isinstance(own, list) and len(own) == shard.images and all(isinstance(name, str) for name in own)):
             raise InputError(f"{shown(path)}: damaged; `dist-ae doctor {shown(folder)}` says more")

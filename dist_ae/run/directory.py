@@ -16,11 +16,31 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dist_ae.config import Fault, InputError
-from dist_ae.files import Damaged, read_json, sync, to_json, write_atomically
+from dist_ae.files import (
+    MAX_LINES,
+    Damaged,
+    append,
+    clear_temporaries,
+    inside,
+    open_plainly,
+    read_bounded,
+    read_json,
+    sync,
+    to_json,
+    write_atomically,
+)
 from dist_ae.run.checkpoint import MANIFEST, Checkpoint, Template, read_checkpoint, step_of, write_checkpoint
 from dist_ae.terminal import say
 
 FAILED_SAVES = 3  # consecutive checkpoints that could not be written before a run gives up
+
+
+# What a run writes below its folder, itself or through a tracker. None of it may lead elsewhere.
+FOLDERS = ("checkpoints", "calibration", "figures", "profile", "tensorboard", "wandb", "start")
+FILES = (
+    *(".lock", ".holder", "config.json", "metrics.jsonl", "result.json", "tracking.json"),
+    *("nonfinite.json", "nonfinite.safetensors"),
+)
 
 
 class SaveError(Fault):
@@ -39,11 +59,16 @@ class RunDirectory:
         self.path, self.checkpoints, self.metrics_path = path, path / "checkpoints", path / "metrics.jsonl"
         self._lock, self._holder = FileLock(path / ".lock"), path / ".holder"
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            refuse_strange(path)
+            self.checkpoints.mkdir(exist_ok=True)
             self._lock.acquire(blocking=False)
-            self._holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+            clear_temporaries(path)
+            write_atomically(self._holder, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         except Timeout:
-            holder = self._holder.read_text(errors="replace")[:200] if self._holder.is_file() else "another process"
+            holder = "another process"
+            with contextlib.suppress(Damaged):
+                holder = _one_line(read_bounded(self._holder, 1024))[:200]
             raise InputError(
                 f"run directory {path} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
             ) from None
@@ -134,21 +159,18 @@ class RunDirectory:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line. While the disk is full, lines are kept in memory."""
-        self._pending += json.dumps(line).encode() + b"\n"
+        self._pending += to_json(line, indent=None)
         self._flush_metrics()
 
     def _flush_metrics(self) -> None:
         if not self._pending:
             return
         try:
-            descriptor = os.open(self.metrics_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                while self._pending:
-                    self._pending = self._pending[os.write(descriptor, self._pending) :]
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            self.warn(f"metrics.jsonl cannot be written ({error.strerror}); kept in memory, tried again")
+            while self._pending:
+                self._pending = self._pending[append(self.metrics_path, self._pending) :]
+        except (OSError, Damaged) as error:
+            reason = getattr(error, "strerror", None) or error
+            self.warn(f"metrics.jsonl cannot be written ({reason}); kept in memory, tried again")
 
     def rewind_metrics(self, step: int, evaluated: bool) -> None:
         """Drops what a killed run wrote after the checkpoint that is resumed, so every step is in the file once."""
@@ -156,7 +178,11 @@ class RunDirectory:
             return
         kept = []
         with self._explained("metrics.jsonl"):
-            for raw in self.metrics_path.read_bytes().splitlines():
+            try:
+                content = read_bounded(self.metrics_path, MAX_LINES)
+            except Damaged as error:
+                raise InputError(f"{self.path}: {error}; restore or remove it") from None
+            for raw in content.splitlines():
                 try:
                     line = json.loads(raw)
                     before = line["step"] < step or (line["step"] == step and (line["split"] == "train" or evaluated))
@@ -286,6 +312,27 @@ class RunDirectory:
                 "or start again with another --run-dir; nothing was overwritten"
             )
         return None
+
+
+def refuse_strange(path: Path) -> None:
+    """Looks at a run directory before anything in it is opened.
+
+    Raises:
+        InputError: what a run writes there is a link, a pipe or of another kind, so that writing would change something
+            else, or wait for ever.
+    """
+    for name in (*FOLDERS, *FILES):
+        try:
+            inside(path, name)
+            if name in FILES and os.path.lexists(path / name):
+                os.close(open_plainly(path / name))
+        except Damaged as error:
+            raise InputError(f"run directory {path}: {error}; remove it, or choose another --run-dir") from None
+
+
+def _one_line(data: bytes) -> str:
+    """What a file says, as one printable line."""
+    return "".join(c if c.isprintable() else " " for c in data.decode(errors="replace"))
 
 
 def _free_name(path: Path) -> Path:

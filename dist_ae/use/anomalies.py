@@ -19,16 +19,27 @@ from dist_ae.data import sources
 from dist_ae.data.given import Given, blocks, file_names, floats, picked
 from dist_ae.data.pictures import shown
 from dist_ae.data.reader import Reader
+from dist_ae.data.reads import Reads
 from dist_ae.data.records import Array, Dataset
 from dist_ae.processes.runtime import Alone
 from dist_ae.quality import structural_similarity
 from dist_ae.saved import Which
 from dist_ae.scores import check_score
 from dist_ae.use.trained import TrainedModel, images_of, load
-from dist_ae.use.write import SHOWN, destination, write_array, write_into, write_table, write_whole
+from dist_ae.use.write import (
+    SHOWN,
+    destination,
+    reads_of,
+    with_ending,
+    write_array,
+    write_into,
+    write_table,
+    write_whole,
+)
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
 MVTEC_NORMAL = "good"  # MVTec AD's name for its folder of pictures without a defect
+EXTREMES, ROC = "-extremes.png", "-roc.png"  # endings of the pictures beside the scores
 SATURATED = 0.01  # share of images whose map may exceed the one scale of all maps
 
 
@@ -185,9 +196,10 @@ def score_run(
     name = check_score(trained.model, score)
     if threshold is not None and not math.isfinite(threshold):
         raise InputError(f"--threshold: expected a score, got {threshold}")
-    out = destination(run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), images)
+    reads = reads_of(run_dir, trained, images)
+    out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=(EXTREMES, ROC))
     if maps is not None:
-        maps = destination(run_dir, maps, "", ("",), images, "--maps")
+        maps = destination(reads, run_dir, maps, "", ("",), "--maps")
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
     limit = trained.threshold(quantile, name) if threshold is None else threshold
     basis = "as given"
@@ -197,7 +209,7 @@ def score_run(
         basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
         if count * (1 - quantile) < 1:
             remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
-    one = images_of(trained, images, None)
+    one = images_of(trained, images)
     truth = truth_of(one.names, what)
     scores = trained.score(one, score=name)
 
@@ -212,13 +224,9 @@ def score_run(
         pictures.append(picture)
         remarks += more
     if maps is not None:
-        pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of))
+        pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of, reads))
     names = None if one.names is None else [shown(each) for each in one.names]
     return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
-
-
-def _beside(out: Path, ending: str) -> Path:
-    return out.with_name(f"{out.stem}-{ending}.png")
 
 
 def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
@@ -236,7 +244,7 @@ def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: floa
 
         extremes(rows, notes, alarms, path, title)
 
-    return write_whole(_beside(out, "extremes"), draw)
+    return write_whole(with_ending(out, EXTREMES), draw)
 
 
 def _judge(
@@ -270,7 +278,7 @@ def _judge(
         curves = {label: (each.false_positives, each.true_positives) for label, each in labels.items()}
         roc(curves, path, title)
 
-    return figures, write_whole(_beside(out, "roc"), draw), remarks
+    return figures, write_whole(with_ending(out, ROC), draw), remarks
 
 
 def _write_maps(
@@ -281,6 +289,7 @@ def _write_maps(
     limit: float,
     folder: Path,
     kind: Literal["error", "ssim"],
+    reads: Reads,
 ) -> Path:
     """Writes a picture of every image with its heat map, all on one scale."""
     from dist_ae.figures import HeatMaps
@@ -298,4 +307,4 @@ def _write_maps(
             target.parent.mkdir(parents=True, exist_ok=True)
             maps.picture(image, reconstruction, values, note, value > limit).save(target)
 
-    return write_into(folder, fill)
+    return write_into(folder, fill, reads, "--maps")

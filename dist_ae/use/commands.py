@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from dist_ae.config import InputError
+from dist_ae.data import sources
 from dist_ae.data.given import Given, blocks, file_names, floats, picked
-from dist_ae.data.pictures import shown
+from dist_ae.data.pictures import expand, shown
+from dist_ae.data.reads import Reads
 from dist_ae.evaluate import fixed_noise
 from dist_ae.saved import Which
 from dist_ae.use import export, hub
@@ -24,6 +26,7 @@ from dist_ae.use.trained import TrainedModel, images_of, load
 from dist_ae.use.write import (
     SHOWN,
     destination,
+    reads_of,
     write_array,
     write_folder,
     write_images,
@@ -49,9 +52,11 @@ def reconstruct_run(
     folder, a .png for each image.
     """
     trained = load(run_dir, which)
-    out = destination(run_dir, out, "reconstructions.npy", (".npy", ".png", ""), images)
-    one = images_of(trained, images, data_root)
-    return _write_reconstructions(trained, one, out, "original", "reconstruction")
+    trained.config = sources.located(trained.config, data_root)
+    reads = reads_of(run_dir, trained, images)
+    out = destination(reads, run_dir, out, "reconstructions.npy", (".npy", ".png", ""))
+    one = images_of(trained, images)
+    return _write_reconstructions(trained, one, out, reads, "original", "reconstruction")
 
 
 def denoise_run(
@@ -71,15 +76,17 @@ def denoise_run(
     if noise_std is not None and not 0 <= noise_std <= 1:
         raise InputError(f"--noise-std: expected a standard deviation on [0, 1] pixels, got {noise_std}")
     trained = load(run_dir, which)
-    out = destination(run_dir, out, "denoised.npy", (".npy", ".png", ""), images)
-    one = images_of(trained, images, data_root)
+    trained.config = sources.located(trained.config, data_root)
+    reads = reads_of(run_dir, trained, images)
+    out = destination(reads, run_dir, out, "denoised.npy", (".npy", ".png", ""))
+    one = images_of(trained, images)
     if noise_std is None and images is None:
         noise_std = trained.config.evaluation.noise_std
-    return _write_reconstructions(trained, one, out, "noisy", "denoised", noise_std or 0.0)
+    return _write_reconstructions(trained, one, out, reads, "noisy", "denoised", noise_std or 0.0)
 
 
 def _write_reconstructions(
-    trained: TrainedModel, one: Given, out: Path, before: str, after: str, noise_std: float = 0.0
+    trained: TrainedModel, one: Given, out: Path, reads: Reads, before: str, after: str, noise_std: float = 0.0
 ) -> Path:
     def inputs(rows: range) -> Tensor:
         clean = floats(one, rows)
@@ -105,7 +112,7 @@ def _write_reconstructions(
         return write_array(out, torch.cat([outputs(rows) for rows in cut]))
     names = file_names(one)
     pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
-    return write_folder(out, pairs)
+    return write_folder(out, pairs, reads)
 
 
 def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> Path:
@@ -114,7 +121,7 @@ def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = N
     ``out`` is .png, eight in a row, or .npy, float32 [num, C, H, W] on [0, 1].
     """
     trained = load(run_dir, which)
-    out = destination(run_dir, out, "samples.png", (".png", ".npy"))
+    out = destination(reads_of(run_dir, trained), run_dir, out, "samples.png", (".png", ".npy"))
     if out.suffix == ".png" and num > TILES * SAMPLE_COLUMNS:
         raise InputError(
             f"a picture holds at most {TILES * SAMPLE_COLUMNS} samples, not {num}; "
@@ -137,8 +144,9 @@ def interpolate_run(
     ``out`` is .png, a row for each pair between its two images, or .npy, float32 [pairs, steps, C, H, W] on [0, 1].
     """
     trained = load(run_dir, which)
-    out = destination(run_dir, out, "interpolation.png", (".png", ".npy"), images)
-    one = images_of(trained, images, data_root)
+    trained.config = sources.located(trained.config, data_root)
+    out = destination(reads_of(run_dir, trained, images), run_dir, out, "interpolation.png", (".png", ".npy"))
+    one = images_of(trained, images)
     count = len(one.split)
     if not 1 <= pairs <= count // 2:
         where = shown(images) if images else "the run's validation images"
@@ -172,8 +180,9 @@ def embed_run(
     some, and x and y, the codes' first two principal components.
     """
     trained = load(run_dir, which)
-    out = destination(run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"), images)
-    one = images_of(trained, images, data_root)
+    trained.config = sources.located(trained.config, data_root)
+    out = destination(reads_of(run_dir, trained, images), run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"))
+    one = images_of(trained, images)
     codes = trained.embed(one)
     if out.suffix == ".npy":
         return write_array(out, codes)
@@ -210,14 +219,15 @@ def export_run(
     names = {"torch": ("model.pt2", ".pt2"), "onnx": ("model.onnx", ".onnx"), "safetensors": ("export", "")}
     name, suffix = names[format]
     name = name if part == "whole" else f"{part}{suffix}"
-    out = destination(run_dir, out, name, (suffix,))
-    if format == "safetensors" and (out / "checkpoints").exists():
+    reads = reads_of(run_dir, trained)
+    if format == "safetensors" and out is not None and (expand(out) / "checkpoints").exists():
         raise InputError(f"--out {shown(out)} is a run, which an exported model would replace: name another folder")
+    out = destination(reads, run_dir, out, name, (suffix,))
     if format != "safetensors":
         content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
         return write_whole(out, lambda path: path.write_bytes(content)), None
-    written = write_into(out, lambda folder: export.write_folder(trained, run_dir, folder, license))
-    return written, None if push_to_hub is None else hub.push(written, push_to_hub)
+    written = write_into(out, lambda folder: export.write_folder(trained, run_dir, folder, license), reads)
+    return written, None if push_to_hub is None else hub.push(written, push_to_hub, export.PUBLISHED)
 
 
 def explore_run(
@@ -233,8 +243,9 @@ def explore_run(
     if num < 3:
         raise InputError(f"--num: a map needs at least 3 images, got {num}")
     trained = load(run_dir, which)
-    out = destination(run_dir, out, "explore.html", (".html",), images)
-    one = images_of(trained, images, data_root)
+    trained.config = sources.located(trained.config, data_root)
+    out = destination(reads_of(run_dir, trained, images, runtime), run_dir, out, "explore.html", (".html",))
+    one = images_of(trained, images)
     count = len(one.split)
     if count > num:
         one = picked(one, np.linspace(0, count - 1, num).astype(np.int64))

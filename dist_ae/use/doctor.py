@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from dist_ae import timeline
-from dist_ae.config import InputError, load_config, parse
+from dist_ae.config import InputError, parse
 from dist_ae.data import sources
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Step, draw
-from dist_ae.files import Damaged, open_plainly, parse_json, read_bounded, read_json
-from dist_ae.models import build
+from dist_ae.files import MAX_LINES, Damaged, files_inside, open_plainly, parse_json, read_bounded, read_json
+from dist_ae.models import blank
 from dist_ae.objectives import objective
 from dist_ae.run import calibration
 from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
-from dist_ae.saved import image_shape, is_exported
+from dist_ae.saved import image_shape, is_exported, run_config
 
 MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one batch
 
@@ -37,17 +37,19 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
     if not os.path.lexists(run_dir / "config.json"):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
     try:
-        load_config(run_dir / "config.json")
+        run_config(run_dir)
         whole = is_exported(run_dir) or isinstance(read_json(run_dir / "config.json").get("trajectory"), dict)
         yield whole, "config.json" + ("" if whole else ": its trajectory is missing, so the run cannot be resumed")
     except InputError as error:
+        yield False, str(error)
+    except Damaged as error:
         yield False, str(error)
     if is_exported(run_dir):
         yield True, "an exported model, which is used as it is; --init-from it to train on"
         return
     yield from _examine_checkpoints(run_dir / "checkpoints")
-    for path in sorted((run_dir / "calibration").glob("*.safetensors")):
-        whole = calibration.kept(run_dir, int(path.stem) if path.stem.isdecimal() else -1) is not None
+    for path in files_inside(run_dir, calibration.FOLDER, calibration.NAMES):
+        whole = calibration.kept(run_dir, int(path.stem)) is not None
         damage = "" if whole else ": damaged; remove it, and score computes it again"
         yield whole, f"calibration/{path.name}{damage}"
     yield from _examine_metrics(run_dir / "metrics.jsonl")
@@ -57,6 +59,9 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
 
 
 def _examine_checkpoints(folder: Path) -> Iterator[tuple[bool, str]]:
+    if folder.is_symlink():
+        yield False, "checkpoints: a symbolic link; a run keeps its checkpoints itself"
+        return
     for path in sorted(folder.iterdir(), key=lambda p: p.name) if folder.is_dir() else []:
         if step_of(path) is not None:
             try:
@@ -122,9 +127,11 @@ def replay(run_dir: Path) -> list[str]:
     try:
         bundle = parse_json(read_bounded(run_dir / "nonfinite.json", MAX_BUNDLE), "nonfinite.json")
         config = parse(bundle["config"], "nonfinite.json")
-        model = build(config, image_shape(config, run_dir))
+        if config.model.architecture == "own":
+            raise InputError(f"{run_dir}: its model was made in Python, so --replay cannot make it again")
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        template = template_of(model.to(dtype).state_dict())
+        model = blank(config, image_shape(config, run_dir)).to(dtype)
+        template = template_of(model.state_dict())
         size = 8 * sum(math.prod(shape) for shape, _ in template.values()) + MAX_HEADER
         path = run_dir / "nonfinite.safetensors"
         weights = parse_tensors(read_bounded(path, size), path.name, template)
@@ -134,7 +141,7 @@ def replay(run_dir: Path) -> list[str]:
     dataset = sources.load(config.data)
     if rows.ndim != 1 or not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(dataset.train):
         raise InputError(f"{run_dir}/nonfinite.json names images that {dataset.name} does not have")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     images = Reader(dataset.train, torch.device("cpu"), dtype).take(rows)
     draws = draw(model.draw_shapes(), config, Step(step), range(len(rows)), torch.device("cpu"), dtype)
     reduced = config.precision in ("bf16", "fp16")
@@ -162,6 +169,13 @@ def _first(values: torch.Tensor, rows: torch.Tensor) -> int:
     return int(rows[int(bad.nonzero()[0])]) if len(bad) == len(rows) else -1
 
 
+def _metrics(raw: bytes) -> tuple[int, str, dict[str, float]]:
+    """Step, split and figures of a line of metrics.jsonl."""
+    line = parse_json(raw, "metrics.jsonl")
+    numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "epoch"}
+    return int(numbers.pop("step")), str(line["split"]), numbers
+
+
 def rebuild_wandb(run_dir: Path) -> Path:
     """Writes an offline W&B run from metrics.jsonl, under the run's own id, and returns its folder.
 
@@ -172,10 +186,10 @@ def rebuild_wandb(run_dir: Path) -> Path:
     """
     import wandb
 
-    config = load_config(run_dir / "config.json")
+    config = run_config(run_dir)
     try:
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
+        lines = [_metrics(raw) for raw in read_bounded(run_dir / "metrics.jsonl", MAX_LINES).splitlines()]
+    except (Damaged, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run_dir}/metrics.jsonl cannot be read: {error}") from None
     folder = RunDirectory(run_dir)
     kept = folder.read("tracking.json") or {}
@@ -192,13 +206,11 @@ def rebuild_wandb(run_dir: Path) -> Path:
         config={"config": config.model_dump(mode="json")},
     )
     by_step: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        by_step.setdefault(line["step"], {}).update(
-            {f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "epoch", "split")}
-        )
+    for step, split, figures in lines:
+        by_step.setdefault(step, {}).update({f"{split}/{key}": value for key, value in figures.items()})
     for step, values in sorted(by_step.items()):
         run.log(values, step=step)
-    for picture in sorted((run_dir / "figures").glob("*.png")):
+    for picture in files_inside(run_dir, "figures", r".*\.png"):
         run.log({picture.stem: wandb.Image(str(picture))})
     path = Path(run.dir).parent
     run.finish()

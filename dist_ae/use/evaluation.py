@@ -23,7 +23,7 @@ from dist_ae.processes.environment import launched_world, pinned_torch
 from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.saved import Which, run_config
 from dist_ae.use.trained import load
-from dist_ae.use.write import destination, write_whole
+from dist_ae.use.write import destination, reads_of, write_whole
 
 NOISE_LEVELS = (0.1, 0.3, 0.5)  # standard deviations on [0, 1] at which an evaluation denoises
 MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior; beyond them it is reported as off N(0, 1)
@@ -72,10 +72,11 @@ def evaluate_run(
     for level in noise_levels:
         if not 0 < level <= 1:
             raise InputError(f"--noise-levels: expected standard deviations on [0, 1] pixels above 0, got {level}")
-    target = destination(run_dir, out, "evaluation.json", (".json",))
     network = None if features is None else quality.feature_network(expand(features))
     trained = load(run_dir, which)
     trained.config = config
+    reads = reads_of(run_dir, trained, None, features)
+    target = destination(reads, run_dir, out, "evaluation.json", (".json",), beside=(".png",))
     dataset = trained.dataset()
     batch = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
     config = config.override({"evaluation.batch_size": batch})

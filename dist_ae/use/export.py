@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shlex
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ae.config import Config, Fault, InputError
-from dist_ae.files import Damaged, parse_json, read_json, to_json
+from dist_ae.files import MAX_LINES, Damaged, inside, parse_json, read_bounded, read_json, to_json
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.presets import PRESETS
@@ -26,7 +25,9 @@ from dist_ae.use.trained import TrainedModel
 Format = Literal["torch", "onnx", "safetensors"]
 Part = Literal["whole", "encoder", "decoder"]
 ONNX_TOLERANCE = 1e-4  # largest difference between torch and onnxruntime, on [0, 1] pixels or in codes of about one
-CARD = "README.md"
+CARD, PICTURE = "README.md", "reconstructions.png"
+MAX_PICTURE = 64 << 20  # bytes
+PUBLISHED = (WEIGHTS, CONFIG, CARD, PICTURE)  # all that an exported folder consists of
 
 
 class Exported(nn.Module):
@@ -130,9 +131,9 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
     if config.precision == "fp64":  # a trained model computes in float32, and is written so
         config = config.override({"precision": "fp32"})
     (folder / CONFIG).write_bytes(to_json({"config": config.model_dump(mode="json")}))
-    picture = run_dir / "figures" / "reconstructions.png"
-    if picture.is_file():
-        shutil.copyfile(picture, folder / picture.name)
+    picture = _picture(run_dir)
+    if picture is not None:
+        (folder / PICTURE).write_bytes(picture)
     try:
         result = read_json(run_dir / "result.json")
     except Damaged:  # a run that is not finished
@@ -143,7 +144,7 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
         *([("weights", f"of step {step:,}")] if step is not None else []),
         *((f"`val.{name}`", f"{value:.6g}") for name, value in _figures(run_dir, step).items()),
     ]
-    (folder / CARD).write_text(_card(trained, rows, license, picture.name if picture.is_file() else None), "utf-8")
+    (folder / CARD).write_text(_card(trained, rows, license, PICTURE if picture is not None else None), "utf-8")
 
 
 def _without_paths(config: Config) -> Config:
@@ -153,11 +154,20 @@ def _without_paths(config: Config) -> Config:
     return config.override({"data.name": name, "run_dir": None, "data.root": None, "data.cache": None})
 
 
+def _picture(run_dir: Path) -> bytes | None:
+    """The run's picture of reconstructions, for all to see; None where what lies there is none that a run drew."""
+    try:
+        content = read_bounded(inside(run_dir, "figures", PICTURE), MAX_PICTURE)
+    except Damaged:
+        return None
+    return content if content.startswith(b"\x89PNG\r\n\x1a\n") else None
+
+
 def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
     """What the evaluation at a step found: the figures of these very weights, even if they are not the last."""
     try:
-        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
+        lines = read_bounded(run_dir / "metrics.jsonl", MAX_LINES).splitlines()
+    except Damaged:
         return {}
     for raw in reversed(lines):
         try:

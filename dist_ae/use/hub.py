@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_ae.config import InputError
@@ -11,8 +12,8 @@ from dist_ae.terminal import first_line
 PREFIX = "hf:"
 
 
-def push(folder: Path, name: str) -> str:
-    """Uploads an exported folder and returns its address.
+def push(folder: Path, name: str, files: Sequence[str]) -> str:
+    """Uploads these files of an exported folder, and nothing else that lies in it, and returns its address.
 
     Raises:
         InputError: the upload fails: no login, no such owner, or no network.
@@ -22,7 +23,8 @@ def push(folder: Path, name: str) -> str:
     try:
         api = HfApi()
         address = str(api.create_repo(name, exist_ok=True))
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by dist-ae")
+        message = "Exported by dist-ae"
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message=message)
     except Exception as error:  # also those of its HTTP library, which changes with the version
         raise InputError(
             f"--push-to-hub {name}: {first_line(error)}; `hf auth login` logs in. The folder is in {folder}"

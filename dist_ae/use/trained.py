@@ -19,7 +19,7 @@ from dist_ae.data.reader import SHARE_OF_MEMORY, Reader, free_memory
 from dist_ae.data.records import Dataset, Split, at_once
 from dist_ae.draws import Step, normal
 from dist_ae.files import Damaged, read_json
-from dist_ae.models import Autoencoder, Builder, build
+from dist_ae.models import Autoencoder, Builder, blank, build
 from dist_ae.processes.runtime import Alone
 from dist_ae.run import calibration as kept_calibration
 from dist_ae.saved import CONFIG, Which, image_shape, run_config, saved_weights
@@ -110,7 +110,7 @@ class TrainedModel:
                 ) from None
             self._calibrate(dataset.train, dataset.val)
             if self.source is not None:
-                with contextlib.suppress(OSError):  # the run may be read-only
+                with contextlib.suppress(OSError, Damaged):  # the run may be read-only, or a stranger's
                     kept_calibration.keep(*self.source, self.calibration().tensors())
         assert self._calibration is not None
         return self._calibration
@@ -243,18 +243,22 @@ def load(
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")
     run_dir = hub.pull(run_dir) if isinstance(run_dir, str) and run_dir.startswith(hub.PREFIX) else expand(run_dir)
     config = run_config(run_dir)
-    built = build(config, image_shape(config, run_dir), model)
-    built.to(torch.float64 if config.precision == "fp64" else torch.float32)
-    saved = saved_weights(run_dir, built, which)
-    built.load_state_dict(saved.weights)
+    shape, dtype = image_shape(config, run_dir), torch.float64 if config.precision == "fp64" else torch.float32
+    if config.model.architecture == "own" or model is not None:
+        built = build(config, shape, model).to(dtype)
+        saved = saved_weights(run_dir, built, which)
+        built.load_state_dict(saved.weights)
+    else:  # nothing is made of a configuration before the file is seen to hold its tensors
+        built = blank(config, shape).to(dtype)
+        saved = saved_weights(run_dir, built, which)
+        built.load_state_dict(saved.weights, assign=True)
     return TrainedModel(built, config, device, None if saved.step is None else (run_dir, saved.step))
 
 
-def images_of(trained: TrainedModel, images: Path | str | None, data_root: Path | None) -> Given:
+def images_of(trained: TrainedModel, images: Path | str | None) -> Given:
     """The user's images, or else the run's validation images."""
     if images is not None:
         return trained.given(images)
-    trained.config = sources.located(trained.config, data_root)
     dataset = trained.dataset()
     validation = dataset.val
     if validation.images.shape[1:] != trained.model.image_shape:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,24 +19,41 @@ from torch import Tensor
 from dist_ae.config import InputError
 from dist_ae.data.given import Given
 from dist_ae.data.pictures import expand, shown
+from dist_ae.data.reads import Reads
+from dist_ae.files import Damaged, inside
+from dist_ae.run.directory import FILES, FOLDERS
+from dist_ae.saved import WEIGHTS
+from dist_ae.use.trained import TrainedModel
 
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own picture
 
 
+def reads_of(run_dir: Path, trained: TrainedModel, images: Path | str | None = None, *also: Path | None) -> Reads:
+    """All that a command on a run reads. ``also``: further files and folders."""
+    return Reads(images, trained.config.data, (run_dir / name for name in (*FILES, *FOLDERS, WEIGHTS)), also)
+
+
 def destination(
+    reads: Reads,
     run_dir: Path,
     out: Path | None,
     name: str,
     suffixes: tuple[str, ...],
-    images: Path | str | None = None,
     option: str = "--out",
+    beside: tuple[str, ...] = (),
 ) -> Path:
     """Where to write: ``out``, else ``name`` in the run. The suffix "" stands for a folder.
 
+    Args:
+        beside: endings of further files that are written, as ``with_ending`` makes them of the name.
+
     Raises:
-        InputError: the place cannot be written to. It is found before anything is computed.
+        InputError: the place cannot be written to, or the command reads what lies there. It is found before anything is
+            computed.
     """
     if out is None:
+        for target in (run_dir / name, *(with_ending(run_dir / name, ending) for ending in beside)):
+            reads.refuse(target, option, usual=True)
         return run_dir / name
     out = expand(out)
     if out.name in ("", ".."):  # such as `.`, beside which nothing can be written
@@ -53,17 +72,20 @@ def destination(
     if folder and os.path.exists(out) and not os.path.isdir(out):
         file = ", or a file that ends in .npy or .png" if len(suffixes) > 1 else ""
         raise InputError(f"{option} {shown(out)} is a file: name a folder{file}")
-    if images is not None:
-        source = expand(os.fspath(images).removeprefix("folder:").removeprefix("array:"))
-        # A folder gets files of the pictures' own names.
-        if out.resolve() in (source.resolve(), *([source.resolve().parent] if folder and source.is_file() else ())):
-            raise InputError(f"{option} {shown(out)} would replace the images it is made of: give it another name")
+    reads.refuse(out, option, folder)
+    for ending in beside:
+        reads.refuse(with_ending(out, ending), option)
     return out
+
+
+def with_ending(out: Path, ending: str) -> Path:
+    """The name of a file beside ``out``: scores.csv and "-roc.png" make scores-roc.png."""
+    return out.with_name(f"{out.stem}{ending}")
 
 
 def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
     """Writes under another name beside ``out`` and renames, so that ``out`` is never half a file."""
-    temporary = out.with_name(f".{os.getpid()}-{out.name}")
+    temporary = out.with_name(f".{secrets.token_hex(6)}.tmp{out.suffix}")  # some writers go by the suffix
     try:
         fill(temporary)
         if temporary.exists():
@@ -76,15 +98,29 @@ def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
     return out
 
 
-def write_into(out: Path, fill: Callable[[Path], object]) -> Path:
-    """Writes files into a folder: all of them, or none. Other files in it stay."""
+def write_into(out: Path, fill: Callable[[Path], object], reads: Reads, option: str = "--out") -> Path:
+    """Writes files into a folder: all of them, or none. Other files in it stay.
+
+    Raises:
+        InputError: one of them would replace a folder or something that is read, or go through a link.
+    """
 
     def move(temporary: Path) -> None:
         temporary.mkdir()
         fill(temporary)
         if out.exists():
-            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
-                target = out / path.relative_to(temporary)
+            targets = {
+                path: out / path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()
+            }
+            for target in targets.values():  # all of them, before the first is moved
+                try:
+                    inside(out, *target.relative_to(out).parts)
+                except Damaged as error:
+                    raise InputError(f"{option} {shown(out)}: {error}; choose another folder") from None
+                reads.refuse(target, option)
+                if target.is_dir():
+                    raise InputError(f"{option} {shown(target)} is a folder: choose another one")
+            for path, target in targets.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
             shutil.rmtree(temporary)
@@ -109,7 +145,7 @@ def write_images(out: Path, images: Tensor, columns: int) -> Path:
     return write_whole(out, draw)
 
 
-def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
+def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]], reads: Reads) -> Path:
     """Writes images [C, H, W] on [0, 1] under their names: all of them, or none."""
 
     def fill(folder: Path) -> None:
@@ -119,7 +155,7 @@ def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]]) -> Path:
             pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
 
-    return write_into(out, fill)
+    return write_into(out, fill, reads)
 
 
 def write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:
@@ -140,6 +176,12 @@ def write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(["path", *columns])
-            table.writerows(zip(paths, *(values.tolist() for values in columns.values()), strict=True))
+            rows = zip(map(_harmless, paths), *(values.tolist() for values in columns.values()), strict=True)
+            table.writerows(rows)
 
     return write_whole(out, fill)
+
+
+def _harmless(path: str) -> str:
+    """A relative path that no program for tables takes for a formula: the same path, by way of ``./``."""
+    return f"./{path}" if re.match(r"[=+\-@\t\r]", path) else path
