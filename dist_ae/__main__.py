@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import shlex
 import sys
 import time
@@ -448,6 +449,7 @@ def main() -> None:
     prepare_streams()
     arguments = sys.argv[1:]
     try:
+        _refuse_lost_folder()
         if arguments[:1] == ["train"]:
             train(arguments[1:])
         elif arguments[:1] == ["sweep"]:
@@ -477,6 +479,14 @@ def main() -> None:
             raise
         _fail(str(error), status)
     _flush()
+
+
+def _refuse_lost_folder() -> None:
+    """Raises InputError where the working folder is gone: libraries would end the process in words of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError("the folder that this is run in was deleted; change to one that is there") from None
 
 
 def _train_help() -> None: ...

@@ -14,6 +14,7 @@ from dist_ae import pca, timeline
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.memory import NAME, Handed, memory_dataset
+from dist_ae.data.reader import free_memory
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Dataset, at_once
 from dist_ae.draws import VERSION as DRAWS
@@ -23,7 +24,7 @@ from dist_ae.processes.environment import check_environment, launched_world
 from dist_ae.processes.runtime import check_device
 from dist_ae.run.directory import RunDirectory
 from dist_ae.saved import image_shape, is_exported, run_config, saved_weights
-from dist_ae.terminal import say
+from dist_ae.terminal import say, size_of
 from dist_ae.timeline import Timeline
 
 
@@ -67,6 +68,8 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     evaluated = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
     found = {"model.image_shape": dataset.image_shape, "evaluation.batch_size": evaluated}
     config = config.override({**found, "run_dir": config.directory()})
+    if own is None:
+        _check_memory(config, dataset.image_shape)
     model = build(config, dataset.image_shape, own)
     if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):
         raise InputError(
@@ -78,6 +81,16 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     elif launched_world()[0] == 0 and not _begun(config.directory()):
         _init_from(model, config.init_from)
     return Prepared(config, dataset, model, Timeline.of(config.train, len(dataset.train)), _description(config))
+
+
+def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
+    """Refuses a model whose weights alone do not fit, before they are made."""
+    needed = 4 * sum(parameter.numel() for parameter in blank(config, image_shape).parameters())
+    if needed > (free := free_memory()):
+        raise InputError(
+            f"the weights of this model take {size_of(needed)}, and {size_of(free)} of memory are free; lower "
+            "model.latent_dim, model.hidden_dims or model.widths"
+        )
 
 
 def _begun(run_dir: Path) -> bool:

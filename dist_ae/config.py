@@ -51,6 +51,14 @@ def home(path: Path | None) -> Path | None:
     return None if path is None else Path(os.path.expanduser(path))
 
 
+# Bounds of values, wide enough for every experiment and narrow enough for float32 and for any clock: beyond them,
+# arithmetic overflows before anything is trained.
+LARGEST, SMALLEST = 1e6, 1e-6
+LONGEST = 10**12  # steps, epochs or images
+WIDEST = 2**20  # units of a layer
+Side = typing.Annotated[int, Field(gt=0, le=2**20)]  # of an image
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -97,6 +105,7 @@ class DataConfig(Section):
         "shuffle within groups of this many shards of a packed set, for disks that read single pictures slowly; "
         "left out, all",
         gt=0,
+        le=LONGEST,
     )
     corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
     cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")
@@ -110,17 +119,17 @@ class ModelConfig(Section):
     architecture: Literal["mlp", "conv", "own"] = trajectory(
         "mlp", "mlp, or conv; own is set by train(config, model=...) from Python"
     )
-    latent_dim: int = trajectory(32, "size of the code; of a grid code, its channels", gt=0)
-    hidden_dims: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
-        (512, 256), "hidden layers of the encoder of an mlp; the decoder mirrors them"
+    latent_dim: int = trajectory(32, "size of the code; of a grid code, its channels", gt=0, le=WIDEST)
+    hidden_dims: tuple[typing.Annotated[int, Field(gt=0, le=WIDEST)], ...] = trajectory(
+        (512, 256), "hidden layers of the encoder of an mlp; the decoder mirrors them", max_length=100
     )
-    widths: tuple[typing.Annotated[int, Field(gt=0)], ...] = trajectory(
+    widths: tuple[typing.Annotated[int, Field(gt=0, le=WIDEST)], ...] = trajectory(
         (32, 64, 128),
         "channels of a conv at each resolution, finest first; each halves height and width",
         min_length=1,
         max_length=10,
     )
-    blocks: int = trajectory(1, "residual blocks of a conv at each resolution", gt=0)
+    blocks: int = trajectory(1, "residual blocks of a conv at each resolution", gt=0, le=100)
     code: Literal["grid", "vector"] = trajectory(
         "grid", "code of a conv: a grid, 1 / 2^len(widths) as high and wide as the image, or one vector"
     )
@@ -132,7 +141,7 @@ class ModelConfig(Section):
     start: Literal["random", "pca"] = trajectory(
         "random", "weights to begin with; pca: the best linear code, then trained on"
     )
-    image_shape: tuple[int, int, int] | None = trajectory(None, "channels, height, width; left out, the data's own")
+    image_shape: tuple[Side, Side, Side] | None = trajectory(None, "channels, height, width; left out, the data's own")
 
 
 class ObjectiveConfig(Section):
@@ -147,15 +156,19 @@ class ObjectiveConfig(Section):
         8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
     )
     noise_std: float = trajectory(
-        0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0
+        0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0, le=100
     )
-    beta: float = trajectory(1.0, "weight of the rate (KL); 1 is the ELBO", ge=0)
-    beta_warmup_steps: int = trajectory(0, "steps over which the weight of the rate rises linearly to beta", ge=0)
+    beta: float = trajectory(1.0, "weight of the rate (KL); 1 is the ELBO", ge=0, le=LARGEST)
+    beta_warmup_steps: int = trajectory(
+        0, "steps over which the weight of the rate rises linearly to beta", ge=0, le=LONGEST
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
-        if isinstance(self.sigma, float) and self.sigma <= 0:
-            raise ValueError("sigma must be greater than 0, or 'learned'")
+        if isinstance(self.sigma, float) and not SMALLEST <= self.sigma <= LARGEST:
+            raise ValueError(
+                f"sigma must be greater than 0, from {SMALLEST:g} to {LARGEST:g}, or 'learned', got {self.sigma:g}"
+            )
         if self.likelihood == "bernoulli" and self.sigma == "learned":
             raise ValueError("sigma='learned' is for gaussian and discretized pixels; a Bernoulli pixel has no sigma")
         return self
@@ -167,17 +180,19 @@ class OptimConfig(Section):
     name: Literal["adam", "adamw", "muon", "sgd"] = trajectory(
         "adam", "muon: Muon on the matrices, Adam with lr_adam on everything else"
     )
-    lr: float = trajectory(1e-3, "peak learning rate", gt=0)
-    lr_adam: float = trajectory(1e-3, "peak learning rate of the Adam part of muon", gt=0)
+    lr: float = trajectory(1e-3, "peak learning rate", ge=1e-30, le=LARGEST)
+    lr_adam: float = trajectory(1e-3, "peak learning rate of the Adam part of muon", ge=1e-30, le=LARGEST)
     betas: tuple[float, float] = trajectory((0.9, 0.99), "decay rates of Adam's moments")
-    eps: float = trajectory(1e-8, "added to the root of Adam's second moment", gt=0)
+    eps: float = trajectory(1e-8, "added to the root of Adam's second moment", ge=1e-30, le=LARGEST)
     momentum: float = trajectory(0.95, "momentum of muon and sgd", ge=0, lt=1)
-    weight_decay: float = trajectory(0.0, "weight decay; of muon, that of its matrices", ge=0)
+    weight_decay: float = trajectory(0.0, "weight decay; of muon, that of its matrices", ge=0, le=LARGEST)
     schedule: Literal["constant", "linear", "cosine"] = trajectory(
         "constant", "learning rate after the warm-up; linear and cosine end at 0"
     )
-    warmup_steps: int = trajectory(0, "steps over which the learning rate rises linearly", ge=0)
-    clip_norm: float | None = trajectory(None, "largest norm of the gradient; larger ones are scaled down", gt=0)
+    warmup_steps: int = trajectory(0, "steps over which the learning rate rises linearly", ge=0, le=LONGEST)
+    clip_norm: float | None = trajectory(
+        None, "largest norm of the gradient; larger ones are scaled down", ge=1e-30, le=1e30
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
@@ -189,9 +204,9 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, in which batches, and how often things are looked at and kept."""
 
-    batch_size: int = trajectory(128, "images one optimizer step sees, over all processes", gt=0)
-    epochs: int = free(20, "passes over the training images", gt=0)
-    steps: int | None = free(None, "optimizer steps; overrides epochs", gt=0)
+    batch_size: int = trajectory(128, "images one optimizer step sees, over all processes", gt=0, le=LONGEST)
+    epochs: int = free(20, "passes over the training images", gt=0, le=LONGEST)
+    steps: int | None = free(None, "optimizer steps; overrides epochs", gt=0, le=LONGEST)
     ema_decay: float | None = trajectory(
         None, "keep an exponential moving average of the weights and evaluate that", gt=0, lt=1
     )
@@ -205,26 +220,36 @@ class TrainConfig(Section):
         "auto", "run a step as one CUDA graph, equal to the bit; auto: where it can be, after a trial at the start"
     )
     max_per_process: int | None = free(
-        None, "most images a process can hold at once; a larger share is accumulated", gt=0
+        None, "most images a process can hold at once; a larger share is accumulated", gt=0, le=LONGEST
     )
-    log_every: int = free(50, "steps between two lines of training metrics", gt=0)
-    eval_every: int | None = free(None, "steps between two evaluations; left out, once an epoch", gt=0)
-    save_every: int | None = free(None, "steps between two checkpoints; left out, at every evaluation", gt=0)
+    log_every: int = free(50, "steps between two lines of training metrics", gt=0, le=LONGEST)
+    eval_every: int | None = free(None, "steps between two evaluations; left out, once an epoch", gt=0, le=LONGEST)
+    save_every: int | None = free(
+        None, "steps between two checkpoints; left out, at every evaluation", gt=0, le=LONGEST
+    )
     patience: int | None = free(
-        None, "evaluations without a better one after which training ends; left out, it never does early", gt=0
+        None,
+        "evaluations without a better one after which training ends; left out, it never does early",
+        gt=0,
+        le=LONGEST,
     )
     save_minutes: float | None = free(
-        None, "minutes between two checkpoints, beside those by steps: for machines that are taken away", gt=0
+        None,
+        "minutes between two checkpoints, beside those by steps: for machines that are taken away",
+        gt=0,
+        le=LARGEST,
     )
-    keep: int = free(2, "newest checkpoints to keep, beside the best", ge=2)
-    timeout: float = free(120.0, "seconds after which a process that does not answer is given up", gt=0)
+    keep: int = free(2, "newest checkpoints to keep, beside the best", ge=2, le=LONGEST)
+    timeout: float = free(120.0, "seconds after which a process that does not answer is given up", gt=0, le=LARGEST)
 
 
 class EvaluationConfig(Section):
     """How the validation images are evaluated."""
 
-    batch_size: int = free(1000, "images evaluated at once, over all processes; changes no figure", gt=0)
-    noise_std: float = free(0.3, "noise, on [0, 1] pixels, of the fixed noisy copy of the validation images", ge=0)
+    batch_size: int = free(1000, "images evaluated at once, over all processes; changes no figure", gt=0, le=LONGEST)
+    noise_std: float = free(
+        0.3, "noise, on [0, 1] pixels, of the fixed noisy copy of the validation images", ge=0, le=100
+    )
 
 
 class TrackingConfig(Section):

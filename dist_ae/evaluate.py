@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dist_ae.processes.runtime import Alone
 from dist_ae.processes.stop import StopRequested
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
+PERFECT = 1e-20  # a squared error below which images count as equal
 ACTIVE_VARIANCE = 0.01  # of a number of the code over the images; above it, the number tells the decoder something
 
 
@@ -41,6 +43,15 @@ def batches(count: int, batch_size: int, runtime: Alone, stop: Stop) -> Iterator
         yield share(range(start, min(start + size, count)), runtime.rank, runtime.world)
 
 
+def some_rows(rows: range) -> tuple[range, bool]:
+    """Rows to compute, and whether they count.
+
+    A process without rows, in a last batch of fewer images than processes, computes one image that counts for nothing:
+    compiled code, or a user's own model, need not take an empty batch.
+    """
+    return (rows, True) if rows else (range(1), False)
+
+
 @torch.no_grad()
 def mean_squared_error(model: Model, reader: Reader, batch_size: int, runtime: Alone, stop: Stop = never) -> float:
     """The squared error per pixel, [0, 1], of the clean images' reconstructions from the mean code.
@@ -50,8 +61,10 @@ def mean_squared_error(model: Model, reader: Reader, batch_size: int, runtime: A
     """
     total = torch.zeros((), dtype=runtime.exact, device=runtime.device)
     for rows in batches(len(reader.split), batch_size, runtime, stop):
+        rows, counts = some_rows(rows)
         images = reader.span(rows)
-        total += (model(images, None).reconstruction - images).square().flatten(1).sum(1).to(runtime.exact).sum()
+        errors = (model(images, None).reconstruction - images).square().flatten(1).sum(1).to(runtime.exact)
+        total += errors.sum() if counts else 0.0
     return float(runtime.sum(total)) / (len(reader.split) * math.prod(reader.split.images.shape[1:]))
 
 
@@ -120,8 +133,55 @@ def collapsed(metrics: Mapping[str, float]) -> str:
 
 
 def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]; at most 200, NaN of what is NaN.
+
+    200 dB is an error of 1e-20, below that of float32 anywhere: equality has no larger figure, since JSON has none.
+    """
+    return math.nan if math.isnan(mse) else -10 * math.log10(max(mse, PERFECT))
+
+
+def not_finite(metrics: Mapping[str, float]) -> list[str]:
+    """The names of the figures that are no numbers: nothing of such an evaluation is good."""
+    return [name for name, value in metrics.items() if not math.isfinite(value)]
+
+
+def better(value: float, best: float | None, sign: int) -> bool:
+    """Whether a figure is better than the best so far. What is not finite is never better, and never stays best."""
+    if not math.isfinite(value):
+        return False
+    return best is None or not math.isfinite(best) or sign * value > sign * best
+
+
+def comparable(best: Mapping[str, Any], metric: str, noise_std: float) -> bool:
+    """Whether the best evaluation that a checkpoint kept is of the task that the run is evaluated on now.
+
+    Denoising is judged at ``evaluation.noise_std``, which may change when a run is resumed, and PSNR at another noise is
+    of another task. Older runs did not keep it, and are taken to have been resumed as they were.
+
+    Args:
+        metric: what the run is judged by, by ``selection``.
+        noise_std: of the evaluation.
+    """
+    return metric != "denoised_psnr" or best.get("noise_std") in (None, noise_std)
+
+
+@torch.no_grad()
+def mean_image_error(reader: Reader, batch_size: int, runtime: Alone) -> float | None:
+    """The squared error per pixel of the best constant image: what a model has to be below to have learned anything.
+
+    The mean is that of these very images, so their number, less one, divides. None of fewer than two images.
+    """
+    count = len(reader.split)
+    if count < 2:
+        return None
+    size = math.prod(reader.split.images.shape[1:])
+    sums = torch.zeros(2, size, dtype=runtime.exact, device=runtime.device)
+    for rows in batches(count, batch_size, runtime, never):
+        if rows:
+            images = reader.span(rows).flatten(1).to(runtime.exact)
+            sums += torch.stack([images.sum(0), images.square().sum(0)])
+    mean, square = runtime.sum(sums) / count
+    return max(0.0, float((square - mean.square()).mean())) * count / (count - 1)
 
 
 def fixed_noise(std: float, rows: range, image_shape: Sequence[int], device: torch.device) -> Tensor:
@@ -146,6 +206,7 @@ def _sums(
     [7]: three squared errors, three ELBO terms and the number of images. Of a variational model also [2, code]: the
     codes and their squares.
     """
+    rows, counts = some_rows(rows)
     images = reader.span(rows)
     clean = model(images, None)
     noise = fixed_noise(noise_std, rows, images.shape[1:], images.device).to(images.dtype)
@@ -165,7 +226,10 @@ def _sums(
 
     errors = squared(clean.reconstruction), noise.square().flatten(1).sum(1), squared(denoised)
     columns = (*errors, neg_elbo, rate, distortion, zero + 1)
-    return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
+    found = torch.stack([column.to(runtime.exact).sum() for column in columns])
+    if not counts:
+        return torch.zeros_like(found), None if moments is None else torch.zeros_like(moments)
+    return found, moments
 
 
 def selection(variational: bool, noise_std: float) -> tuple[str, int]:

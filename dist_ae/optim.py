@@ -12,6 +12,12 @@ from torch.optim import Optimizer
 from dist_ae.config import OptimConfig
 
 
+# Norm of a matrix's update below which Muon scales it up no further. From a PCA start the gradients of all layers but
+# the last are rounding at first, since what PCA leaves is orthogonal to what it keeps. Orthogonalized as they are
+# (times 5e9 with the usual 1e-7), they moved the weights at random, differently for each way to cut a batch.
+NO_GRADIENT = 1e-4
+
+
 class Uncompiled(Optimizer):
     """An optimizer without torch's compiler.
 
@@ -121,7 +127,7 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
     tall = len(x) > x.shape[1]
     x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm().clamp(min=NO_GRADIENT)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

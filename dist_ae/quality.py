@@ -226,20 +226,20 @@ def _codes(
 ) -> tuple[Tensor, Tensor | None]:
     """Codes of ``rows``, and those of PCA, on every process: [n, L] each."""
     code = model.linear_code()
-    ours: Tensor | None = None
-    linear: Tensor | None = None
+    dtype = next(model.parameters()).dtype
+    ours = torch.zeros(len(rows), math.prod(model.code_shape), dtype=dtype, device=runtime.device)
+    linear = None
+    if components is not None and code is not None:
+        patches = 1 if code.patch is None else math.prod(-(-side // code.patch) for side in model.image_shape[1:])
+        linear = ours.new_zeros(len(rows), patches * len(components.basis))
     for places, piece in in_batches(rows, batch_size, runtime):
+        if not len(piece):
+            continue
         images = reader.take(piece)
-        found = model.encode(images)[0].flatten(1)
-        if ours is None:
-            ours = found.new_zeros(len(rows), found.shape[1])
-        ours[places.start : places.stop] = found
-        if components is not None and code is not None:
-            values = pca.coded(components, code.patch, images)[0].to(found)
-            if linear is None:
-                linear = values.new_zeros(len(rows), values.shape[1])
-            linear[places.start : places.stop] = values
-    assert ours is not None
+        ours[places.start : places.stop] = model.encode(images)[0].flatten(1).to(ours)
+        if linear is not None and components is not None and code is not None:
+            values = pca.coded(components, code.patch, images)[0]
+            linear[places.start : places.stop] = values.to(ours)
     return runtime.sum(ours).cpu(), None if linear is None else runtime.sum(linear).cpu()
 
 
@@ -373,14 +373,15 @@ def feature_distances(
                 )
             }
         for places, piece in in_batches(torch.arange(count), batch_size, runtime):
+            if not len(piece):
+                continue
             images = reader.take(piece).float()
             code = model.encode(reader.take(piece))[0]
             noise = normal(EVALUATION_SEED, "evaluation.samples", Step(0), places, model.code_shape, runtime.device)
             for name, metric in metrics.items():
                 fake = model.decode(noise.to(code.dtype) if name.startswith("sample_") else code).float()
-                if len(piece):
-                    metric.update(images, real=True)
-                    metric.update(fake, real=False)
+                metric.update(images, real=True)
+                metric.update(fake, real=False)
         with torch.random.fork_rng():
             torch.manual_seed(EVALUATION_SEED)  # KID draws its subsets from torch's own generator
             found = {name: metric.compute() for name, metric in metrics.items()}

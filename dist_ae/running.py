@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dist_ae.begin import Prepared
 from dist_ae.config import Config, InputError
 from dist_ae.data.memory import NAME
 from dist_ae.data.order import share
-from dist_ae.evaluate import Stop
+from dist_ae.evaluate import Stop, comparable, selection
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models.cost import cost_of
 from dist_ae.outcome import NonFinite, Result, Stopped
@@ -82,6 +83,11 @@ def _kept_result(folder: RunDirectory, prepared: Prepared) -> dict[str, Any] | N
     wanted = {f.name for f in fields(Result)} - {"run_dir"}
     if kept is None or not wanted <= set(kept) or not isinstance(kept["steps"], int):
         return None
+    figures = kept["metrics"]
+    numbers = [kept[name] for name in ("world_size", "images_per_second", "best_step")]
+    numbers += figures.values() if isinstance(figures, dict) else [None]
+    if not all(isinstance(number, int | float) for number in numbers):  # not as a run writes it: it is written again
+        return None
     ran_out = patience is not None and kept.get("patience") == patience
     if not folder.holds(kept["steps"]) or not (kept["steps"] == prepared.line.total_steps or ran_out):
         return None
@@ -126,6 +132,11 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
         if checkpoint is None:
             folder.rewind_metrics(0, evaluated=False)
             return None
+        config, best = learner.config, checkpoint.state.get("best")
+        metric, _ = selection(config.model.variational, config.objective.noise_std)
+        if isinstance(best, dict) and not comparable(best, metric, config.evaluation.noise_std):
+            folder.warn("evaluation.noise_std is another one now, so the best evaluation is sought anew from here on")
+            checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}
         total = learner.timeline.total_steps
         if checkpoint.step > total:
             raise InputError(
@@ -142,7 +153,7 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
     try:
         learner.load({name.removesuffix(".safetensors"): part for name, part in files.items()}, kept)
         return State.of(kept)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise InputError(
             f"checkpoint {kept['step']} of {learner.config.directory()}: its state.json lacks what a resume needs "
             f"({error!r}). Remove that checkpoint to resume from the one before it"
@@ -169,7 +180,7 @@ def _headline(prepared: Prepared, learner: Learner, state: State) -> str:
 
 def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) -> Tracking:
     config, kept = prepared.config, folder.read("tracking.json") or {}
-    if "wandb_id" not in kept:
+    if not re.fullmatch(r"[\w-]{1,64}", str(kept.get("wandb_id", ""))):  # it becomes the name of a folder
         kept = {"wandb_id": new_run_id()}
         folder.write("tracking.json", kept)
     tags = (config.name, Path(config.data.name).name, config.model.architecture)
@@ -192,6 +203,9 @@ def save(run: Run, last: bool, stopping: bool) -> None:
     if run.saved != state.key():
         refuse_non_finite(run)
         parts, values = learner.state()
+        for name, part in parts.items():  # a checkpoint that holds what is not finite would be refused by every reader
+            if not all(bool(tensor.isfinite().all()) for tensor in part.values()):
+                raise NonFinite(sentences.bad_state(state.step, name))
         files = {f"{name}.safetensors": part for name, part in parts.items()}
         seconds = STOP_SAVE_SECONDS if stopping else LAST_SAVE_SECONDS if last else 0.0
 
@@ -249,8 +263,9 @@ def keep_thresholds(run: Run, stop: Stop) -> None:
         if folder is not None:
             try:
                 calibration.keep(folder.path, step, found.tensors())
-            except OSError as error:
-                run.records.warn(f"the threshold of step {step} could not be kept in {run.path}: {error.strerror}")
+            except (OSError, Damaged) as error:
+                reason = getattr(error, "strerror", None) or error
+                run.records.warn(f"the threshold of step {step} could not be kept in {run.path}: {reason}")
 
     def read() -> dict[str, Tensor] | None:
         assert folder is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_ae.models import LinearCode
@@ -88,6 +89,44 @@ def out_of_memory(device: str, first_sentence: str, images: int) -> str:
     )
 
 
+def bad_evaluation(step: int, names: Sequence[str]) -> str:
+    """Figures of an evaluation were not finite."""
+    return (
+        f"the evaluation after step {step} is not finite ({', '.join(f'val.{name}' for name in names)}). Nothing of it "
+        "is kept, and the last checkpoint is from before it. A lower optim.lr or optim.clip_norm may help"
+    )
+
+
+def bad_state(step: int, part: str) -> str:
+    """Finite gradients made weights or moments that are not."""
+    return (
+        f"after step {step} the {part} of the checkpoint would not be finite, though every gradient was. The last "
+        "checkpoint is from before it. A lower optim.lr or optim.clip_norm may help"
+    )
+
+
+def against_mean(state: State, mean: float | None) -> str:
+    """A warning where a run is worse than predicting the mean image, whatever it sees; else "".
+
+    Args:
+        mean: the error of doing that, where there are enough images for it.
+    """
+    mse = _used_mse(state)
+    if mean is None or mse <= mean + EXACT:
+        return ""
+    return (
+        f"WARNING: val.mse {mse:.3g} is worse than predicting the mean image whatever is seen ({mean:.3g}): the model "
+        "has learned nothing. Train longer, or lower optim.lr"
+    )
+
+
+def _used_mse(state: State) -> float:
+    """The error of the weights that every use takes."""
+    if state.best is not None and state.best.metric == "val.mse":
+        return state.best.value
+    return state.metrics["mse"]
+
+
 def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: bool) -> str:
     """Whether the model is better than PCA, and so worth its training; "" where there is nothing to compare with.
 
@@ -95,9 +134,7 @@ def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: 
         numbers: of the code.
         can_start: whether --model.start pca is possible and was not taken.
     """
-    linear, mse = state.pca_mse, state.metrics["mse"]
-    if state.best is not None and state.best.metric == "val.mse":
-        mse = state.best.value  # of the weights that every use takes
+    linear, mse = state.pca_mse, _used_mse(state)
     if linear is None or linear < EXACT or code is None:
         return ""
     name = "PCA" if code.patch is None else f"PCA of {code.patch} × {code.patch} patches"

@@ -77,6 +77,7 @@ class Best(NamedTuple):
     step: int
     metric: str  # such as val.mse
     value: float
+    noise_std: float | None = None  # of the evaluation; older runs did not keep it
 
 
 @dataclass
@@ -104,8 +105,12 @@ class State:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        best = None if kept["best"] is None else Best(**kept["best"])
-        return cls(int(kept["step"]), bool(kept["evaluated"]), kept.get("metrics") or {}, best, kept.get("pca_mse"))
+        best, pca_mse = kept["best"], kept.get("pca_mse")
+        if best is not None:
+            best = Best(int(best["step"]), str(best["metric"]), float(best["value"]), best.get("noise_std"))
+        metrics = {str(name): float(value) for name, value in dict(kept.get("metrics") or {}).items()}
+        pca_mse = None if pca_mse is None else float(pca_mse)
+        return cls(int(kept["step"]), bool(kept["evaluated"]), metrics, best, pca_mse)
 
 
 class Asked(NamedTuple):

@@ -12,7 +12,7 @@ from dist_ae import sentences
 from dist_ae.begin import claimed, prepare
 from dist_ae.config import Config, InputError
 from dist_ae.data.memory import Handed
-from dist_ae.evaluate import collapsed, selection
+from dist_ae.evaluate import better, collapsed, not_finite, selection
 from dist_ae.models import Builder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.outcome import NonFinite, OutOfMemory, Report, Reporter, Result, Stopped
@@ -142,12 +142,15 @@ def _evaluate(run: Run, asking: Agreement) -> bool:
         state.metrics = run.validation.metrics(learner, state.pca_mse, asking.stop)
     except StopRequested:
         return False
+    if bad := not_finite(state.metrics):
+        raise NonFinite(sentences.bad_evaluation(state.step, bad))
     state.pca_mse = state.metrics.get("pca_mse")
     if not state.evaluated:  # else resumed from a checkpoint of an older version, which kept no metrics
         state.evaluated = True
         name, sign = selection(run.config.model.variational, run.config.objective.noise_std)
-        if state.best is None or sign * state.metrics[name] > sign * state.best.value:
-            state.best = Best(state.step, f"val.{name}", state.metrics[name])
+        if state.best is None or better(state.metrics[name], state.best.value, sign):
+            noise = run.config.evaluation.noise_std
+            state.best = Best(state.step, f"val.{name}", state.metrics[name], noise)
         run.records.validation(state.step, state.metrics, state.best, learner.runtime.clock.rate())
         run.records.say(collapsed(state.metrics))
     if line.draws_pictures(state.step) or due(line, state, run.config.train.patience, Asked()).end:
@@ -183,6 +186,7 @@ def _end(run: Run, asking: Agreement) -> Result:
     result = write_result(run, Result(run.metrics, run.path, state.step, world, speed, weights, state.best.step))
     model, numbers = learner.raw_model, torch.Size(learner.raw_model.code_shape).numel()
     can_start = config.objective.likelihood != "bernoulli" and config.model.start != "pca"
+    run.records.say(sentences.against_mean(state, run.validation.mean_image_error()))
     run.records.say(sentences.against_pca(state, model.linear_code(), numbers, can_start))
     run.records.say(sentences.used_weights(state.step, state.best, run.line.total_steps))
     return result

@@ -10,7 +10,7 @@ from dist_ae import pca
 from dist_ae.config import Config
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset, Split
-from dist_ae.evaluate import Stop, evaluate, mean_squared_error
+from dist_ae.evaluate import Stop, evaluate, mean_image_error, mean_squared_error
 from dist_ae.models import Components
 from dist_ae.processes.runtime import Runtime
 from dist_ae.scores import Calibration, calibrate
@@ -62,6 +62,10 @@ class Validation:
         components = self._components or pca.of_model(model, learner.images, runtime, stop)
         self._components = None
         return None if components is None else pca.baseline(model, components, self._val, runtime, stop)
+
+    def mean_image_error(self) -> float | None:
+        """The error of predicting the mean of the held-out images, whatever is seen. Every process takes part."""
+        return mean_image_error(self._val, self._config.evaluation.batch_size, self._runtime)
 
     def pictures(self, learner: Learner, folder: Path, step: int) -> dict[str, Path]:
         """Draws the run's pictures into its folder and returns their paths by name."""

@@ -10,6 +10,7 @@ trials/<id>/outcome.json       only if it was stopped early or failed for good
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -287,8 +288,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def append_report(trial_dir: Path, report: Mapping[str, Any]) -> None:
     """Adds a line to reports.jsonl."""
-    with open(trial_dir / "reports.jsonl", "a") as file:
-        file.write(f"\n{json.dumps(report)}\n")  # the first newline ends a line that a kill cut short
+    with open(trial_dir / "reports.jsonl", "ab") as file:
+        file.write(b"\n" + to_json(report, indent=None))  # the first newline ends a line that a kill cut short
 
 
 def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
@@ -302,6 +303,7 @@ def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
         try:
             report = json.loads(line)
             step, _ = int(report["step"]), float(report["progress"])
+            report = {key: math.nan if value is None else value for key, value in report.items()}
         except (ValueError, KeyError, TypeError):
             continue  # an empty line, or one torn by a kill
         while kept and kept[-1]["step"] >= step:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from .results import Selection, results, retrained, select
 from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
+LOST_SECONDS = 3.0  # without an answer of this machine's own Ray, after which it is gone
 PROBED = 100  # points of an optimizer's space that are checked before it suggests its own
 
 
@@ -403,19 +405,57 @@ def run(sweep: Sweep, command: str) -> None:
             verbose=0,
         ),
     )
-    # At SIGTERM, Tune shall do what it does at Ctrl-C: stop the trials and return.
-    old = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+    # At SIGTERM or a closed terminal, Tune shall do what it does at Ctrl-C: stop the trials and return.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
+    old = {n: signal.signal(n, lambda number, frame: os.kill(os.getpid(), signal.SIGINT)) for n in numbers}
     try:
-        with progress.bar:
+        with progress.bar, _ending_without_ray(command, LOST_SECONDS if settings.address == "local" else 60.0):
             tuner.fit()
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
     remaining = left(sweep)
     if remaining:
         raise Interrupted(f"{remaining} trials are not finished; this goes on with them: {command}")
     shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt, also copies of checkpoints
+
+
+@contextmanager
+def _ending_without_ray(command: str, patience: float) -> Iterator[None]:
+    """Ends the sweep with its own words where Ray's central process is gone.
+
+    A signal to all processes of a job (systemd, Slurm, ``timeout``, a closed terminal) ends Ray, too. Its client would
+    wait for it for a minute and then end this process from within, without a word on how to go on.
+
+    Args:
+        patience: seconds without an answer. On a cluster, the central process may come back within a minute.
+    """
+    import ray
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    done = threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not done.wait(0.5):
+            try:
+                socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+                answered = time.monotonic()
+            except OSError:
+                if time.monotonic() - answered > patience and not done.is_set():
+                    text = f"Ray ended while the sweep was running; this goes on with its trials: {command}"
+                    say(text, sys.stderr)
+                    os._exit(EXIT_STOPPED)
+
+    thread = threading.Thread(target=watch, name="ray", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _concurrency(settings: Settings) -> int | None:

@@ -17,11 +17,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from .plan import Sweep, Trial, append_report, read_json, read_reports, read_sweep, write_json
+
+if TYPE_CHECKING:
+    from dist_ae.data.reader import Reader
+    from dist_ae.data.records import Dataset
 
 RETRIES = 5  # how often a trial goes on after losing its process, before it is left for --resume
 LOCK_SECONDS = 120  # how long the process that a retry replaces may still hold the run directory
@@ -234,15 +238,30 @@ def adopt(sweep: Sweep, trial: Trial, assignment: dict[str, Any], checkpoint: Pa
 def probe_accuracy(run_dir: Path) -> float:
     """The ``probe_accuracy`` of ``dist-ae evaluate``; NaN where the data has too few labels for one."""
     import dist_ae
-    from dist_ae.data.reader import Reader
     from dist_ae.processes.runtime import Alone
     from dist_ae.quality import probe
 
     trained = dist_ae.load(run_dir)
-    dataset, cpu = trained.dataset(), trained.device
-    train, val = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
+    cpu = trained.device
+    train, val = _readers(trained.config.data.model_dump_json(), trained.dataset)
     found = probe(trained.model, None, train, val, trained.config.evaluation.batch_size, Alone(cpu))
     return found.get("probe_accuracy", math.nan)
+
+
+_READERS: dict[str, tuple[Reader, Reader]] = {}
+
+
+def _readers(data: str, load: Callable[[], Dataset]) -> tuple[Reader, Reader]:
+    """Training and validation images, kept for the next report: loading them hashes all of them."""
+    import torch
+
+    from dist_ae.data.reader import Reader
+
+    if data not in _READERS:
+        _READERS.clear()  # of one data set at a time
+        found, cpu = load(), torch.device("cpu")
+        _READERS[data] = Reader(found.train, cpu), Reader(found.val, cpu)
+    return _READERS[data]
 
 
 def sees(path: str) -> bool:

@@ -19,6 +19,8 @@ from dist_ae.config import InputError
 from dist_ae.data.pictures import Decoded, Form, Picture, decode_all
 
 CHUNK = 32  # pictures that a decoding process gets at once
+CHUNK_BYTES = 32 << 20  # of pictures that come as bytes: a chunk, or what is looked at first, ends there
+HELD_BYTES = 256 << 20  # of pictures that wait for a decoding process
 INLINE = 64  # so few pictures are decoded sooner than a process starts
 
 
@@ -29,8 +31,8 @@ class DecoderKilled(InputError):
 def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
     """Each picture and what became of it, in order; decoded on all cores, a bounded number of pictures at a time."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    head = list(itertools.islice(pictures, INLINE))
-    if workers == 1 or len(head) < INLINE or count == INLINE:
+    head = some(pictures, INLINE)
+    if workers == 1 or (len(head) < INLINE and size_of(head) < CHUNK_BYTES) or count == len(head):
         for picture in itertools.chain(head, pictures):
             yield picture, decode_all([picture.content], form)[0]
         return
@@ -40,7 +42,7 @@ def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Itera
         pending: deque[tuple[list[Picture], Future[list[Decoded]]]] = deque()
         for chunk in chunks:
             pending.append((chunk, executor.submit(decode_all, [picture.content for picture in chunk], form)))
-            if len(pending) >= 3 * workers:
+            while len(pending) >= 3 * workers or sum(size_of(waiting) for waiting, _ in pending) > HELD_BYTES:
                 yield from _delivered(*pending.popleft())
         while pending:
             yield from _delivered(*pending.popleft())
@@ -50,8 +52,23 @@ def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Itera
         executor.shutdown(cancel_futures=True)
 
 
+def size_of(pictures: list[Picture]) -> int:
+    """Bytes that these pictures hold in memory before they are decoded."""
+    return sum(len(picture.content) for picture in pictures if isinstance(picture.content, bytes))
+
+
+def some(pictures: Iterator[Picture], most: int) -> list[Picture]:
+    """The next pictures: at most so many, and fewer where their bytes take much memory."""
+    found: list[Picture] = []
+    held = 0
+    while len(found) < most and held < CHUNK_BYTES and (picture := next(pictures, None)) is not None:
+        found.append(picture)
+        held += len(picture.content) if isinstance(picture.content, bytes) else 0
+    return found
+
+
 def _chunks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
-    while chunk := list(itertools.islice(pictures, CHUNK)):
+    while chunk := some(pictures, CHUNK):
         yield chunk
 
 

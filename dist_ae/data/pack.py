@@ -26,10 +26,11 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.decode import CHUNK, INLINE, DecoderKilled, decoded
+from dist_ae.data.decode import CHUNK, INLINE, DecoderKilled, decoded, some
 from dist_ae.data.packed import (
     FORMAT,
     MANIFEST,
+    MAX_MANIFEST,
     TRAIN_KEY,
     VAL_KEY,
     FileRecord,
@@ -42,7 +43,7 @@ from dist_ae.data.packed import (
 )
 from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, shown
 from dist_ae.data.records import Array
-from dist_ae.files import plain_name, sync, write_atomically
+from dist_ae.files import Damaged, clear_temporaries, inside, plain_name, read_bounded, sync, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, rank, say
 
 SHARD_BYTES = 2**28  # of images in a shard: the most that a kill costs, and the unit of `data.window`
@@ -173,6 +174,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
         done = wanted.model_copy(deep=True)
         write_atomically(partial / PROGRESS, _json(done))
     else:
+        clear_temporaries(partial)
         _say(f"resuming at picture {done.read:,}")
     count = f"{source.count:,} " if source.count is not None else ""
     _say(f"packing {count}pictures of {what} into {shown(out)}")
@@ -214,7 +216,7 @@ def _write_all(
     if done.image_shape is None:
         # Most sets are all grey or all in colour, so the first pictures tell. A wrong guess costs what was packed until
         # the first picture in colour.
-        contents = [picture.content for picture in itertools.islice(source.pictures(), INLINE)]
+        contents = [picture.content for picture in some(source.pictures(), INLINE)]
         colour = any(result is None for result in decode_all(contents, form_of(config, "grey", (1, 1), True)))
     else:
         colour = done.image_shape[0] == 3
@@ -247,8 +249,8 @@ def refuse_unreadable(
 def _progress(partial: Path, wanted: Manifest) -> Manifest | None:
     """How far a killed process got with the same pictures and settings; None where there is nothing to resume."""
     try:
-        done = Manifest.model_validate_json((partial / PROGRESS).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        done = Manifest.model_validate_json(read_bounded(inside(partial.parent, partial.name, PROGRESS), MAX_MANIFEST))
+    except (Damaged, ValidationError):
         return None
     same = {"format", "identity", "settings", "shard_bytes"}
     return done if done.model_dump(include=same) == wanted.model_dump(include=same) else None
@@ -261,6 +263,9 @@ class _AllAnew(Exception):
 def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, what: str, check: Check) -> Manifest:
     """Writes the missing shards, and after each one how far the packing has got."""
     classes = {name: number for number, name in enumerate(done.classes or source.classes)}
+    # Whether labels so far are numbers: a number cannot be told from the place of a name, so they are of one kind.
+    before = [np.load(partial / file_name("labels", n), allow_pickle=False) for n in range(len(done.shards))]
+    numbered = {not done.classes} if any((labels >= 0).any() for labels in before) else set[bool]()
     shard: _Shard | None = None
     pictures = itertools.islice(source.pictures(), done.read, None)
 
@@ -298,8 +303,15 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
                 if shard is None:
                     shard = _Shard(partial, len(done.shards), done.image_shape, done.shard_bytes)
                 label = picture.label
-                if isinstance(label, str):
-                    label = classes.setdefault(label, len(classes))
+                if isinstance(label, str):  # printable: a manifest is JSON, which has no bytes that are no UTF-8
+                    label = classes.setdefault(shown(label), len(classes))
+                if label is not None:
+                    numbered |= {isinstance(picture.label, int)}
+                if len(numbered) > 1 and not source.classes:
+                    raise InputError(
+                        f"{what}: {shown(picture.name)} has the label {shown(str(picture.label))!r}, and those before "
+                        "it are of the other kind; give all of them numbers, or all of them names"
+                    )
                 shard.add(result, -1 if label is None else label, key_of(picture), picture.name)
                 if shard.full:
                     publish()

@@ -29,13 +29,25 @@ from dist_ae.terminal import first_line
 EXTENSIONS = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"))
 VALIDATION = ("val", "valid", "validation", "test")  # names of the split that is held out, the first that is there
 PREFIXES = ("folder:", "tar:", "hf:")
+MAX_MEMBER = 128 << 20  # bytes of a picture in a tar, which is held in memory; a sparse one may say anything
+MAX_LABEL = 1 << 20  # bytes of a label in a tar
+MAX_NAMES = 100_000  # that braces may stand for
+
+
+class Unusable(NamedTuple):
+    """In place of a picture that is not even opened: why."""
+
+    reason: str
+
+
+Content = str | bytes | Image.Image | Array | Unusable  # a path, a file's bytes, pixels, or why there are none
 
 
 class Picture(NamedTuple):
     """One picture of a source: where its bytes are, and what the source says about it."""
 
     name: str  # relative to the source, and different for each of its pictures
-    content: str | bytes | Image.Image | Array  # a path, a file's bytes, or pixels
+    content: Content
     label: str | int | None = None
     split: Literal["train", "val"] | None = None  # None: decided by a hash of the name
 
@@ -211,19 +223,28 @@ def tars(pattern: str) -> Source:
 
 def braces(pattern: str) -> list[str]:
     """``{000..002}`` and ``{a,b}`` expanded as a shell does."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    first, last, names = found.groups()
-    if names is None and int(last) - int(first) > 10**6:
-        raise InputError(f"{found[0]}: more than a million names")
-    parts = names.split(",") if names else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [rest for part in parts for rest in braces(f"{before}{part}{after}")]
+    whole, grown = [pattern], True
+    while grown:
+        grown, following = False, list[str]()
+        for name in whole:
+            found = re.search(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}|\{([^{}]*,[^{}]*)\}", name)
+            if found is None:
+                following.append(name)
+                continue
+            first, last, names = found.groups()
+            count = int(last) + 1 - int(first) if names is None else names.count(",") + 1
+            if count + len(following) > MAX_NAMES or (count + len(following)) * len(name) > 256 * MAX_NAMES:
+                raise InputError(f"{shown(pattern)[:200]}: its braces stand for more than {MAX_NAMES:,} names")
+            parts = names.split(",") if names else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+            following += [f"{name[: found.start()]}{part}{name[found.end() :]}" for part in parts]
+            grown = True
+        whole = following
+    return whole
 
 
 def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
-    sample: list[tuple[str, bytes]] = []
+    sample: list[tuple[str, bytes | Unusable]] = []
+    held = 0  # bytes of the sample
     label: str | int | None = None
     key = None
     try:
@@ -236,12 +257,23 @@ def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
                     continue
                 if key != (folder_name, stem):
                     yield from (Picture(f"{base}/{name}", content, label) for name, content in sample)
-                    sample, label, key = [], None, (folder_name, stem)
+                    sample, label, key, held = [], None, (folder_name, stem), 0
                 if extension in EXTENSIONS or extension in ("cls", "json"):
+                    is_picture = extension in EXTENSIONS
+                    if member.size > (MAX_MEMBER if is_picture else MAX_LABEL):  # of a sparse one, what it expands to
+                        if not is_picture:
+                            raise InputError(f"{shown(path)}: {shown(member.name)} is larger than a label")
+                        too_large = Unusable(f"{member.size:,} bytes, more than the {MAX_MEMBER:,} a picture can have")
+                        sample.append((member.name, too_large))
+                        continue
+                    if held + member.size > MAX_MEMBER:  # one stem with many pictures: those before have no later label
+                        yield from (Picture(f"{base}/{name}", content, label) for name, content in sample)
+                        sample, held = [], 0
                     file = archive.extractfile(member)
                     assert file is not None  # it is a regular file
                     content = file.read()
-                    if extension in EXTENSIONS:
+                    held += len(content)
+                    if is_picture:
                         sample.append((member.name, content))
                     else:
                         label = _tar_label(content, extension, f"{shown(path)}: {shown(member.name)}", label)
@@ -259,15 +291,16 @@ def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
 def _tar_label(content: bytes, extension: str, where: str, before: str | int | None) -> str | int | None:
     try:
         text = content.decode().strip()
-        if extension == "cls":
-            return int(text) if re.fullmatch(r"\d{1,18}", text) else text
-        values = json.loads(text)
+        values = {"cls": text} if extension == "cls" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a readable label ({error})") from None
     known = values if isinstance(values, dict) else {}
     found = next((known[key] for key in ("label", "cls", "class") if key in known), None)
-    usable = isinstance(found, str) or (isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 10**18)
-    return found if usable else before
+    if isinstance(found, str) and re.fullmatch(r"-?[0-9]{1,18}", found):
+        found = int(found)  # a number is one, however it is written
+    if isinstance(found, int) and not isinstance(found, bool):
+        return found if 0 <= found < 10**18 else None  # -1: a label that is withheld
+    return found if isinstance(found, str) else before
 
 
 # -------------------------------------------------------------------------------------------------------- Hugging Face
@@ -309,11 +342,24 @@ def hugging_face(name: str) -> Source:
             for index, row in enumerate(rows.cast_column(column, datasets.Image(decode=False))):
                 image, number = row[column] or {}, row[label] if label else None
                 known = isinstance(number, int) and number >= 0  # -1: the hub's mark for a label that is withheld
-                content = image.get("bytes") or image.get("path") or b""
+                content = image.get("bytes") or _own_file(image.get("path"), homes)
                 yield Picture(f"{split}/{index:08d}", content, number if known else None, side)
 
+    # A row may name a file in place of its bytes: one that came with the set, never another of this machine.
+    homes = [os.path.realpath(home) for home in (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)]
+    homes += [os.path.realpath(path)] if path.is_dir() else []
     count, classes = sum(map(len, chosen.values())), tuple(features[label].names) if label else ()
     return Source(identity.hexdigest(), pictures, identity.hexdigest, count, classes)
+
+
+def _own_file(path: object, homes: Sequence[str]) -> str | Unusable:
+    """A file that a row names, if it is a regular one below one of these folders."""
+    if not isinstance(path, str) or not path:
+        return Unusable("no bytes in its row")
+    real = os.path.realpath(path)
+    if not any(real.startswith(home + os.sep) for home in homes):
+        return Unusable("its row names a file outside the data set")
+    return real if os.path.isfile(real) else Unusable("its row names what is no file")
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
@@ -350,13 +396,15 @@ def form_of(
     return Form(size, config.fit or "crop", channels, background, colour_is_news)
 
 
-def decode(content: str | bytes | Image.Image | Array, form: Form) -> Array:
+def decode(content: Content, form: Form) -> Array:
     """One picture as uint8 [C, H, W].
 
     Raises:
         ColourMet: where the form asks to be told.
         Exception: whatever Pillow raises for a file that it cannot read.
     """
+    if isinstance(content, Unusable):
+        raise ValueError(content.reason)
     if isinstance(content, np.ndarray):
         content = Image.fromarray(content)
     if isinstance(content, Image.Image):
@@ -377,11 +425,12 @@ def _formed(image: Image.Image, form: Form) -> Array:
         drafted = image.draft("", (2 * max(form.size), 2 * max(form.size)))
         extent = drafted and drafted[1][2:]  # without the rest of the last blocks
     image.load()
-    orientation = image.getexif().get(0x0112, 1)  # after load, which turns a TIFF by itself
+    orientation = image.getexif().get(0x0112)  # after load, which turns a TIFF by itself; a damaged one may be anything
+    orientation = orientation if isinstance(orientation, int) else 1
     image = _flat(image, "L" if form.channels == "grey" else "RGB", form.background)
     if form.size is not None:
         height, width = form.size
-        wanted = (height, width) if orientation < 5 else (width, height)
+        wanted = (width, height) if orientation in SIDEWAYS else (height, width)
         image = _fitted(image, wanted, extent or image.size, form)
     if orientation in ORIENTATIONS:
         image = image.transpose(ORIENTATIONS[orientation])  # last, when there is least to turn
@@ -400,6 +449,9 @@ ORIENTATIONS = {  # EXIF's, and what brings a picture upright
 }
 
 
+SIDEWAYS = (5, 6, 7, 8)
+
+
 def _has_colour(image: Image.Image) -> bool:
     if image.mode == "P":
         palette = np.frombuffer(bytes(image.getpalette("RGB") or b""), np.uint8).reshape(-1, 3)
@@ -410,7 +462,13 @@ def _has_colour(image: Image.Image) -> bool:
 def _flat(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
     """8 bits a channel, nothing transparent."""
     if image.mode == "F" or image.mode.startswith("I"):
+        clear = image.info.get("transparency")  # of a PNG: the one value that is not seen
+        seen = None if not isinstance(clear, int) else np.asarray(image) != clear
         image = _from_deep(image)
+        if seen is not None and not seen.all():
+            behind = Image.new("RGB", image.size, background)
+            behind.paste(image.convert("RGB"), mask=Image.fromarray((seen * 255).astype(np.uint8)))
+            image = behind
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
@@ -430,6 +488,8 @@ def _from_deep(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"integers from {pixels.min()} to {pixels.max()}; expected 16 bits")
+    if pixels.dtype.itemsize > 2 and 0 < pixels.max() < 256:  # as 16 bits they would be black
+        raise ValueError(f"integers of 32 bits up to {pixels.max()}: 8 or 16 bits? Save it as one of the two")
     return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 

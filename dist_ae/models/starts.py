@@ -10,11 +10,17 @@ from torch import Tensor
 from dist_ae.config import ObjectiveConfig
 from dist_ae.models.interface import LOGVAR_RANGE, Components
 
+NO_VARIANCE = 1e-12  # on [-1, 1]: below it, directions are rounding. A byte that differs once in 65,536 has 1e-9
 LEAST_SCALE = 1e-3  # of the largest standard deviation, so that 1 / scale stays far below the largest fp16 number
 
 
 def whitened(components: Components) -> tuple[Tensor, Tensor]:
-    """PCA whose code has variance one: into [k, D], out [D, k]; out @ into is the projection on the components."""
+    """PCA whose code has variance one: into [k, D], out [D, k]; out @ into is the projection on the components.
+
+    Of data without variance, the code is nothing and the reconstruction the mean.
+    """
+    if float(components.variances[0]) < NO_VARIANCE:
+        return torch.zeros_like(components.basis), torch.zeros_like(components.basis.T)
     scale = components.variances.sqrt()
     scale = scale.clamp(min=max(LEAST_SCALE * float(scale[0]), 1e-12))
     return components.basis / scale[:, None], components.basis.T * scale

@@ -6,6 +6,7 @@ misses can be rebuilt from it.
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
@@ -59,7 +60,7 @@ def server_answers(seconds: float = 5.0) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         return f"{url} answers {error.code}" if error.code >= 500 or error.code in (401, 403, 429) else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"{url} does not answer ({error})"
 
 
@@ -137,7 +138,11 @@ class Tracking:
     # -- in the thread
 
     def _work(self) -> None:
-        trackers = self._start()
+        try:
+            trackers = self._start()
+        except BaseException as error:  # a thread that dies says so in a traceback, and nothing is tracked
+            self._give_up("the trackers", error)
+            trackers = []
         while (item := self._queue.get()) is not None:
             kind, arguments = item
             for tracker in list(trackers):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import gzip
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from dist_ae.config import InputError
 from dist_ae.data.given import Given, blocks, floats
 from dist_ae.data.records import Array
+from dist_ae.files import to_json
 from dist_ae.models import MLP
 from dist_ae.use.export import onnx_bytes
 from dist_ae.use.trained import TrainedModel
@@ -56,6 +56,10 @@ def explore_page(
     if count < 3:
         raise InputError(f"a map needs at least 3 images, got {count}")
     codes, errors, originals, reconstructed = _applied(trained, images)
+    if not (np.isfinite(codes).all() and np.isfinite(errors).all()):
+        raise InputError(
+            "the model's codes or reconstructions of these images are not finite, so there is no map of them"
+        )
     mean, directions, scales = _principal(codes)
     coordinates = (codes - mean) @ directions.T
     kept = float((scales**2).sum() / np.maximum(codes.var(0, ddof=1).sum(), 1e-30))
@@ -83,7 +87,7 @@ def explore_page(
         **_sprites(originals, reconstructed),
     }
     # With "<", a picture's name could end the element that holds the data.
-    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
+    data = to_json(page, indent=None).decode().replace("<", "\\u003c")
     html = TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", _escaped(title)).replace("{{data}}", data)
     if len(html) > LARGEST_PAGE:
         raise InputError(
@@ -124,6 +128,9 @@ def _principal(codes: Array, most: int = DIRECTIONS) -> tuple[Array, Array, Arra
 def _map(coordinates: Array) -> Array:
     """A place [N, 2] on [0, 1] for each image: its code where that has two numbers, else t-SNE of the codes."""
     count, numbers = coordinates.shape
+    spread = coordinates.std(0)
+    if spread.max(initial=0.0) <= 1e-6 * max(1.0, float(np.abs(coordinates).max(initial=0.0))):
+        return np.full((count, 2), 0.5, np.float32)  # equal codes lie in one place; t-SNE would divide by nothing
     if numbers > 2 and count > 10:
         from sklearn.manifold import TSNE
 

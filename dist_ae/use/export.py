@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import html
 import io
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ae.config import Config, Fault, InputError
+from dist_ae.data.pictures import expand, shown
 from dist_ae.files import MAX_LINES, Damaged, inside, parse_json, read_bounded, read_json, to_json
 from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
@@ -85,7 +89,7 @@ def onnx_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
         import onnxscript  # noqa: F401  what torch.onnx translates with
     except ImportError as error:
         raise InputError(f"--format onnx needs {error.name}: pip install 'dist-ae[onnx]'") from None
-    module = Exported(trained.model, part).eval()
+    module = Exported(copy.deepcopy(trained.model), part).cpu().eval()  # the caller's stays where it is
     given, results = module.names
     shape = trained.model.code_shape if part == "decoder" else trained.model.image_shape
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +97,7 @@ def onnx_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
         path = Path(folder) / "model.onnx"
         example = torch.rand(3, *shape, generator=generator)
         torch.onnx.export(
-            module.cpu(),
+            module,
             (example,),
             path,
             input_names=[given],
@@ -150,8 +154,10 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
 def _without_paths(config: Config) -> Config:
     """A configuration that tells nothing of the machine it was made on: of a path, the last name."""
     prefix, colon, path = config.data.name.partition(":")
-    name = f"{prefix}{colon}{Path(path).name}" if colon else config.data.name
-    return config.override({"data.name": name, "run_dir": None, "data.root": None, "data.cache": None})
+    hub = prefix == "hf" and not expand(path).is_absolute() and not expand(path).exists()  # OWNER/NAME is no path
+    name = f"{prefix}{colon}{Path(path).name}" if colon and not hub else config.data.name
+    paths = dict.fromkeys(("run_dir", "data.root", "data.cache", "init_from"))
+    return config.override({"data.name": name, **paths})
 
 
 def _picture(run_dir: Path) -> bytes | None:
@@ -185,13 +191,16 @@ def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: st
     kind = f"{'A variational' if config.model.variational else 'An'} autoencoder, {config.model.architecture}"
     numbers = torch.Size(model.code_shape).numel()
     rows = [
-        ("data", f"`{config.data.name}`"),
+        ("data", _plain(config.data.name)),
+        *([("begun with", "the weights of another run")] if trained.config.init_from is not None else []),
         ("images", f"{' × '.join(map(str, model.image_shape))} (channels, height, width), floats on [0, 1]"),
         ("code", f"{numbers:,} numbers, shape {list(model.code_shape)}"),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         *figures,
         ("SHA-256 of the weights", f"`{weights_sha256(model.state_dict())}`"),
     ]
+    command = shown(command_of(config))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     return "\n".join(
         [
             "---",
@@ -201,7 +210,7 @@ def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: st
             f"tags: [autoencoder, dist-ae, {config.model.architecture}]",
             "---",
             "",
-            f"# {config.name} on {config.data.name}",
+            f"# {_plain(config.name)} on {_plain(config.data.name)}",
             "",
             f"{kind}, trained by dist-ae. Figures are of the validation images: `mse` per pixel on [0, 1], `psnr` in",
             "dB, `neg_elbo` and its parts in nats an image; `pca_mse` is the best linear code of the same size.",
@@ -222,12 +231,17 @@ def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: st
             "",
             "## Train",
             "",
-            "```sh",
-            command_of(config),
-            "```",
+            f"{fence}sh",
+            command,
+            fence,
             "",
         ]
     )
+
+
+def _plain(text: str) -> str:
+    """A name that a person chose, as Markdown shows it and nothing else: no markup, no HTML, one line."""
+    return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", html.escape(shown(text), quote=False))
 
 
 def command_of(config: Config) -> str:

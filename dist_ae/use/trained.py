@@ -26,6 +26,8 @@ from dist_ae.saved import CONFIG, Which, image_shape, run_config, saved_weights
 from dist_ae.scores import Calibration, calibrate, check_score, score_images
 from dist_ae.use import hub
 
+MOST_STEPS = 10_000  # of a line between two images
+
 Images = Any  # what `dist_ae.data.given.given` takes
 
 
@@ -166,10 +168,15 @@ class TrainedModel:
             raise InputError(f"the number of samples must be at least 1, got {num}")
         if not -(2**63) <= seed < 2**63:
             raise InputError(f"the seed must be a 64-bit integer, got {seed}")
-        if 4 * num * math.prod(self.model.image_shape) > SHARE_OF_MEMORY * free_memory():
-            raise InputError(f"{num:,} images are too many for the memory; take fewer, with several seeds")
+        self._refuse_too_many(num, "fewer, with several seeds")
         code = normal(seed, "sample", Step(0), range(num), self.model.code_shape, self.device)
         return self.decode(code)
+
+    def _refuse_too_many(self, num: int, way_out: str) -> None:
+        """Raises InputError for more images than the memory holds, with their codes and once more while joined."""
+        each = 2 * math.prod(self.model.image_shape) + 2 * math.prod(self.model.code_shape)
+        if 4 * num * each > SHARE_OF_MEMORY * free_memory():
+            raise InputError(f"{num:,} images are too many for the memory; take {way_out}")
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:
         """Decoded codes on straight lines from each first image's code to its second's, [N, steps, C, H, W] on [0, 1].
@@ -179,9 +186,12 @@ class TrainedModel:
         Raises:
             InputError: there are fewer than 2 steps, or not as many first images as second ones.
         """
-        if steps < 2:
-            raise InputError(f"a line has a beginning and an end: steps must be at least 2, got {steps}")
+        if not 2 <= steps <= MOST_STEPS:
+            raise InputError(
+                f"a line has a beginning and an end: steps must be at least 2, and at most {MOST_STEPS:,}, got {steps}"
+            )
         first, second = self.given(first), self.given(second)
+        self._refuse_too_many(len(first.split) * steps, "fewer pairs or steps")
         if len(first.split) != len(second.split):
             raise InputError(
                 f"expected as many first images as second ones, got {len(first.split)} and {len(second.split)}"
