@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import SMALL, digits_file
@@ -25,7 +28,7 @@ from dist_ae.data.reads import Reads
 from dist_ae.data.records import Split
 from dist_ae.files import write_atomically
 from dist_ae.presets import PRESETS
-from dist_ae.use import commands
+from dist_ae.use import commands, doctor
 from dist_ae.use.anomalies import score_run
 from dist_ae.use.evaluation import evaluate_run
 
@@ -163,3 +166,113 @@ def test_threads_that_write_one_file_each_succeed_and_one_content_stays(tmp_path
         thread.join()
     assert not failures and (tmp_path / "file").read_bytes() in contents
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ----------------------------------------------------------------------------------- a run folder is read as a stranger's
+
+
+SECRET = b"\x89PNG\r\n\x1a\nthe secret of another folder" * 40
+
+
+def spoil(path: Path, kind: str, outside: Path) -> None:
+    """Puts something hostile in a path's place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "a link to a file":
+        path.symlink_to(outside / "secret")
+    elif kind == "a link to a folder":
+        path.symlink_to(outside)
+    elif kind == "a link to nothing":
+        path.symlink_to(outside / "new")
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a huge file":
+        with path.open("wb") as file:
+            file.truncate(2**42)
+    elif kind == "zeros without end":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b'{"steps": [[[[' * 50)
+
+
+KINDS = (
+    *("a link to a file", "a link to a folder", "a link to nothing", "a pipe", "a folder", "a huge file"),
+    *("zeros without end", "garbage"),
+)
+PLACES = (
+    *("config.json", "metrics.jsonl", "result.json", "tracking.json", ".holder", ".lock", "nonfinite.json"),
+    *("nonfinite.safetensors", "figures", "figures/reconstructions.png", "figures/loss.png", "calibration"),
+    *("calibration/00000002.safetensors", "checkpoints", "checkpoints/00000002", "checkpoints/00000002/state.json"),
+    *("checkpoints/00000002/weights.safetensors", "checkpoints/00000002/manifest.json", "wandb", "profile", "export"),
+)
+
+
+def uses(run: Path, array: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Everything that can be done with a run, in the order in which a person might."""
+    yield "doctor", lambda: list(doctor.examine(run))
+    yield "replay", lambda: doctor.replay(run)
+    yield "load", lambda: dist_ae.load(run)
+    yield "score", lambda: dist_ae.load(run).threshold()
+    yield "embed", lambda: commands.embed_run(run, array)
+    yield "interpolate", lambda: commands.interpolate_run(run, 2, 3, array, run.parent / "lines.npy")
+    yield "export", lambda: commands.export_run(run, format="safetensors")
+    steps = {"train.steps": 3, "run_dir": str(run), "data.name": f"array:{array}"}
+    yield "train on", lambda: dist_ae.train(dist_ae.load_config(run.parent / "config.json").override(steps))
+    yield (
+        "init",
+        lambda: dist_ae.train(
+            dist_ae.load_config(run.parent / "config.json").override(
+                {**steps, "init_from": str(run), "run_dir": str(run.parent / "second")}
+            )
+        ),
+    )
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """A pipe that blocks, or a file that is read whole, fails the test instead of stopping it or the machine."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("it hangs")
+
+    before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2 * 2**30, limits[1]))
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_folder_of_a_stranger_is_used_or_refused_and_nothing_outside_is_read_or_changed(
+    made: Path, tmp_path: Path, place: str, in_time: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    array = made / "digits-40.npy"
+    for number, kind in enumerate(KINDS):
+        folder = tmp_path / str(number)
+        outside = folder / "outside"
+        outside.mkdir(parents=True)
+        for name in ("secret", "00000001.safetensors", "other.safetensors", "notes.txt"):
+            (outside / name).write_bytes(SECRET)
+        shutil.copytree(made / "digits", folder / "run", ignore=shutil.ignore_patterns("*.npy"))
+        shutil.copy(made / "digits" / "config.json", folder / "config.json")
+        spoil(folder / "run" / place, kind, outside)
+        before = content(outside)
+        for what, use in uses(folder / "run", array):
+            signal.alarm(30)
+            try:
+                use()
+            except (InputError, dist_ae.config.Fault) as error:
+                assert str(error), (place, kind, what)
+            signal.alarm(0)
+            assert content(outside) == before, f"{place} as {kind}: {what} changed what is outside"
+        for path in (folder / "run").rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**30:
+                assert SECRET[8:40] not in path.read_bytes(), f"{place} as {kind}: {path} holds the secret"
+        assert "the secret" not in capfd.readouterr().err
+        shutil.rmtree(folder)

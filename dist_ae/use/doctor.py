@@ -17,7 +17,7 @@ from dist_ae.config import InputError, parse
 from dist_ae.data import sources
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Step, draw
-from dist_ae.files import MAX_LINES, Damaged, files_inside, open_plainly, parse_json, read_bounded, read_json
+from dist_ae.files import MAX_JSON, MAX_LINES, Damaged, files_inside, open_plainly, parse_json, read_bounded, read_json
 from dist_ae.models import blank
 from dist_ae.objectives import objective
 from dist_ae.run import calibration
@@ -84,7 +84,10 @@ def _examine_metrics(path: Path) -> Iterator[tuple[bool, str]]:
     steps: dict[str, int] = {}
     try:
         with os.fdopen(open_plainly(path), "rb") as file:
-            for number, raw in enumerate(file, 1):
+            if os.fstat(file.fileno()).st_size > MAX_LINES:
+                yield False, f"metrics.jsonl: more than the {MAX_LINES:,} bytes it can have"
+                return
+            for number, raw in enumerate(iter(lambda: file.readline(MAX_JSON), b""), 1):
                 try:
                     line = json.loads(raw)
                     step, split = int(line["step"]), str(line["split"])
