@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import reprlib
@@ -56,6 +57,7 @@ def home(path: Path | None) -> Path | None:
 LARGEST, SMALLEST = 1e6, 1e-6
 LONGEST = 10**12  # steps, epochs or images
 WIDEST = 2**20  # units of a layer
+LARGEST_IMAGE = 2**28  # numbers of one image
 Side = typing.Annotated[int, Field(gt=0, le=2**20)]  # of an image
 
 
@@ -142,6 +144,12 @@ class ModelConfig(Section):
         "random", "weights to begin with; pca: the best linear code, then trained on"
     )
     image_shape: tuple[Side, Side, Side] | None = trajectory(None, "channels, height, width; left out, the data's own")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.image_shape is not None and math.prod(self.image_shape) > LARGEST_IMAGE:
+            raise ValueError(f"image_shape {self.image_shape} has more than {LARGEST_IMAGE:,} numbers")
+        return self
 
 
 class ObjectiveConfig(Section):

@@ -1,11 +1,14 @@
-"""Nothing outside is trusted: outputs spare inputs, and run folders, packed sets and exports are read as a stranger's."""
+"""Nothing outside is trusted: outputs spare inputs; run folders and packed sets are read as a stranger's."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import resource
 import shutil
 import signal
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +17,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from conftest import SMALL, digits_file
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pictures import make_folder
 
@@ -24,13 +28,19 @@ import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.given import Given, file_names
 from dist_ae.data.pack import pack_source
+from dist_ae.data.pictures import braces, open_source
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Split
 from dist_ae.files import write_atomically
 from dist_ae.presets import PRESETS
+from dist_ae.run.checkpoint import parse_tensors
+from dist_ae.scores import Calibration
 from dist_ae.use import commands, doctor
 from dist_ae.use.anomalies import score_run
 from dist_ae.use.evaluation import evaluate_run
+
+TRAINED: dict[str, Any] = {}
+IMAGES = np.zeros((3, 1, 8, 8), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +97,14 @@ def test_no_command_replaces_what_it_reads_or_writes_into_a_folder_that_is_read(
         arguments: dict[str, Any] = {"data_root": root, "out": out}
         if command is not evaluate_run:
             arguments["images"] = images
-        with pytest.raises(InputError, match="would replace|lies in|is a link"):
+        with pytest.raises(InputError, match=r"would replace|lies in|is a link"):
             command(run_dir, **arguments)
         assert content(there) == before, what
     with pytest.raises(InputError, match="would replace"):
         pack_source(f"folder:{pictures}", pictures, DataConfig())
     with pytest.raises(InputError, match="lies in"):
         pack_source(f"folder:{pictures}", pictures / "packed", DataConfig())
-    with pytest.raises(InputError, match="--run-dir.*lies in"):
+    with pytest.raises(InputError, match=r"--run-dir.*lies in"):
         dist_ae.train(PRESETS["ae"].override({"data.name": f"folder:{pictures}", "run_dir": str(pictures / "run")}))
     assert {path: data for path, data in content(there).items() if path in before} == before
     # The usual place is the run, and an output is replaced as before.
@@ -168,7 +178,7 @@ def test_threads_that_write_one_file_each_succeed_and_one_content_stays(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-# ----------------------------------------------------------------------------------- a run folder is read as a stranger's
+# ------------------------------------------------------------------------------ a run folder is read as a stranger's
 
 
 SECRET = b"\x89PNG\r\n\x1a\nthe secret of another folder" * 40
@@ -276,3 +286,194 @@ def test_a_run_folder_of_a_stranger_is_used_or_refused_and_nothing_outside_is_re
                 assert SECRET[8:40] not in path.read_bytes(), f"{place} as {kind}: {path} holds the secret"
         assert "the secret" not in capfd.readouterr().err
         shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------- configurations, calibrations and tars of a stranger
+
+HOSTILE: dict[str, Any] = {
+    "model.hidden_dims": [[10**9], [10**30], [1] * 10**4, [-1], ["x"]],
+    "model.image_shape": [[1, 10**6, 10**6], [10**6] * 3, [0, 8, 8], [1, 8], None],
+    "model.blocks": [10**7, 10**30, 0],
+    "model.widths": [[10**9], [2**20] * 10, [1] * 11, []],
+    "model.latent_dim": [10**9, 2**20, 0],
+    "model.architecture": ["conv", "own", "x"],
+    "model.variational": [True],
+    "objective.sigma": [1e-160, 1e300, 0, "x"],
+    "objective.beta": [1e300, -1],
+    "optim.lr": [1e20, 1e-300],
+    "train.timeout": [1e300, 0],
+    "train.steps": [10**30],
+    "evaluation.noise_std": [1e38],
+    "evaluation.batch_size": [10**30, 10**12],
+    "data.name": ["folder:/", "packed:/nowhere", "\x00", "tar:" + "{a,b}" * 25],
+    "precision": ["fp64", "bf16"],
+    "init_from": ["/etc/passwd", "/nowhere"],
+}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from([(key, value) for key, values in HOSTILE.items() for value in values]), max_size=3))
+def test_a_hostile_configuration_costs_nothing_before_the_weights_are_looked_at(
+    made: Path, in_time: None, values: list[tuple[str, Any]]
+) -> None:
+    folder = made / "hostile"
+    if not folder.exists():
+        shutil.copytree(made / "digits", folder)
+    tree = json.loads((made / "digits" / "config.json").read_text())
+    for key, value in values:
+        *parents, leaf = key.split(".")
+        node = tree["config"]
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    (folder / "config.json").write_text(json.dumps(tree))
+    signal.alarm(20)
+    try:
+        trained = dist_ae.load(folder)
+        trained.threshold()
+    except InputError as error:
+        assert str(error) and len(str(error)) < 5000
+        return
+    finally:
+        signal.alarm(0)
+    assert trained.model.image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("key", ["hidden_dims", "widths"])
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(tmp_path: Path, key: str, in_time: None) -> None:
+    conv = {"model.architecture": "conv"} if key == "widths" else {}
+    config = PRESETS["ae"].override({**SMALL, **conv, f"model.{key}": (2**20, 2**20), "run_dir": str(tmp_path / "run")})
+    with pytest.raises(InputError, match="the weights of this model take"):
+        dist_ae.train(config)
+
+
+KINDS_OF_NUMBERS = [torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, torch.bfloat16, torch.float16]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            name: st.tuples(st.sampled_from(KINDS_OF_NUMBERS), st.lists(st.integers(0, 9), max_size=3), st.booleans())
+            for name in ("code.mean", "code.whitening", "scores.error", "scores.mahalanobis", "scores.neg_elbo", "x")
+        },
+    )
+)
+def test_a_calibration_of_any_tensors_is_one_of_this_model_or_none(
+    made: Path, given_tensors: dict[str, tuple[torch.dtype, list[int], bool]]
+) -> None:
+    trained = TRAINED.setdefault("digits", dist_ae.load(made / "digits"))
+    right = {"code.mean": (2,), "code.whitening": (2, 2), "scores.error": (4,), "scores.mahalanobis": (4,)}
+    tensors = {
+        name: torch.zeros(right.get(name, ()) if usual else shape, dtype=kind)
+        for name, (kind, shape, usual) in given_tensors.items()
+    }
+    data = safetensors.torch.save(tensors)
+    calibration = Calibration.of(parse_tensors(data, "calibration"), trained.model)
+    fits = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
+        name: (shape, torch.float32) for name, shape in right.items()
+    }
+    assert calibration is not None or not fits
+    if calibration is not None:
+        trained._calibration = calibration
+        assert np.isfinite(trained.threshold()) and len(trained.score(IMAGES, score="mahalanobis")) == 3
+
+
+def test_a_calibration_whose_scores_are_in_no_order_is_none(made: Path) -> None:
+    trained = dist_ae.load(made / "digits")
+    tensors = trained.calibration().tensors()
+    assert Calibration.of(tensors, trained.model) is not None
+    tensors["scores.error"] = tensors["scores.error"].flip(0)
+    assert Calibration.of(tensors, trained.model) is None
+
+
+def sparse_tar(path: Path, names: list[str], size: int) -> Path:
+    """A tar whose members say that they expand to ``size`` bytes, in some 2 kB each: GNU's format of sparse files."""
+    with path.open("wb") as file:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.GNUTYPE_SPARSE
+            header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+            header[386:398], header[398:410] = b"%011o\0" % size, b"%011o\0" % 0  # one hole up to the end
+            header[483:495] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            file.write(header)
+        file.write(bytes(1024))
+    return path
+
+
+def test_a_tar_that_expands_to_any_size_takes_a_bounded_memory(tmp_path: Path, in_time: None) -> None:
+    size = 2**33 - 1
+    path = sparse_tar(tmp_path / "sparse.tar", [f"{n}.png" for n in range(20)], size)
+    with tarfile.open(path) as archive:
+        assert [member.size for member in archive] == [size] * 20  # it is what it is taken for
+    with pytest.raises(InputError, match=r"none of its 20 pictures.*more than the"):
+        pack_source(f"tar:{path}", tmp_path / "out", DataConfig())
+    with pytest.raises(InputError, match="larger than a label"):
+        pack_source(f"tar:{sparse_tar(tmp_path / 'l.tar', ['0.cls'], size)}", tmp_path / "out", DataConfig())
+    with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz", compresslevel=1) as archive:
+        info = tarfile.TarInfo("0.png")
+        info.size = 2**28
+        archive.addfile(info, Zeros(info.size))  # type: ignore[arg-type]
+    signal.alarm(60)
+    with pytest.raises(InputError, match=r"none of its 1 pictures.*more than the"):
+        pack_source(f"tar:{tmp_path / 'bomb.tar.gz'}", tmp_path / "out", DataConfig())
+
+
+class Zeros:
+    """So many zeros as a file."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def read(self, size: int) -> bytes:
+        size = min(size, self.left)
+        self.left -= size
+        return bytes(size)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.sampled_from(["{a,b}", "{0..9}", "{00..99999999}", "{", "}", ",", "..", "{a,{b,c}}", "x"]), max_size=30)
+)
+def test_braces_stand_for_a_bounded_number_of_names(parts: list[str]) -> None:
+    try:
+        assert 1 <= len(braces("".join(parts))) <= 100_000
+    except InputError as error:
+        assert "more than 100,000 names" in str(error)
+
+
+MEMBERS = st.tuples(
+    st.sampled_from(["a.png", "a.cls", "b.png", "b.json", "c/a.png", "../x.png", "/etc/y.png", ".png", "a.seg.png"]),
+    st.binary(max_size=30)
+    | st.sampled_from([b"0", b"cat", b"-1", b'{"label": 3}', b'{"label": "dog"}', b"\xff", b"[]"]),
+    st.sampled_from(
+        [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(MEMBERS, max_size=6), st.integers(0, 60), st.booleans())
+def test_any_tar_gives_pictures_or_a_sentence(
+    tmp_path: Path, members: list[tuple[str, bytes, bytes]], cut: int, packed: bool
+) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz" if packed else "w") as archive:
+        for name, data, kind in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            info.size = len(data) if kind == tarfile.REGTYPE else 0
+            archive.addfile(info, io.BytesIO(data) if kind == tarfile.REGTYPE else None)
+    path = tmp_path / f"any.tar{'.gz' if packed else ''}"
+    path.write_bytes(file.getvalue()[: len(file.getvalue()) - cut])
+    try:
+        found = list(open_source(f"tar:{path}").pictures())
+    except InputError as error:
+        assert "any.tar" in str(error)
+        return
+    regular = [name for name, _, kind in members if kind == tarfile.REGTYPE]
+    assert len(found) <= len(regular)
+    assert all(picture.label is None or isinstance(picture.label, str) or picture.label >= 0 for picture in found)
