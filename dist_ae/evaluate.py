@@ -155,7 +155,7 @@ def better(value: float, best: float | None, sign: int) -> bool:
 def comparable(best: Mapping[str, Any], metric: str, noise_std: float) -> bool:
     """Whether the best evaluation that a checkpoint kept is of the task that the run is evaluated on now.
 
-    Denoising is judged at ``evaluation.noise_std``, which may change when a run is resumed, and PSNR at another noise is
+    Denoising is judged at ``evaluation.noise_std``, which may change when a run is resumed. PSNR at another noise is
     of another task. Older runs did not keep it, and are taken to have been resumed as they were.
 
     Args:

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from dist_ae.config import OptimConfig
 
-
 # Norm of a matrix's update below which Muon scales it up no further. From a PCA start the gradients of all layers but
 # the last are rounding at first, since what PCA leaves is orthogonal to what it keeps. Orthogonalized as they are
 # (times 5e9 with the usual 1e-7), they moved the weights at random, differently for each way to cut a batch.
