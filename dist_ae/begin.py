@@ -68,7 +68,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     evaluated = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
     found = {"model.image_shape": dataset.image_shape, "evaluation.batch_size": evaluated}
     config = config.override({**found, "run_dir": config.directory()})
-    if own is None:
+    if config.model.architecture != "own":
         _check_memory(config, dataset.image_shape)
     model = build(config, dataset.image_shape, own)
     if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -23,14 +24,17 @@ from conftest import SMALL, digits_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pictures import make_folder
+from PIL import Image
 
 import dist_ae
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data import packed
 from dist_ae.data.given import Given, file_names
 from dist_ae.data.pack import pack_source
-from dist_ae.data.pictures import braces, open_source
+from dist_ae.data.pictures import Form, braces, decode, decode_all, open_source
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Split
+from dist_ae.data.sources import load as load_data
 from dist_ae.files import write_atomically
 from dist_ae.presets import PRESETS
 from dist_ae.run.checkpoint import parse_tensors
@@ -396,7 +400,7 @@ def sparse_tar(path: Path, names: list[str], size: int) -> Path:
             info.type = tarfile.GNUTYPE_SPARSE
             header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
             header[386:398], header[398:410] = b"%011o\0" % size, b"%011o\0" % 0  # one hole up to the end
-            header[483:495] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+            header[483:495] = b"%011o\0" % size
             header[148:156] = b" " * 8
             header[148:156] = b"%06o\0 " % sum(header)
             file.write(header)
@@ -477,3 +481,167 @@ def test_any_tar_gives_pictures_or_a_sentence(
     regular = [name for name, _, kind in members if kind == tarfile.REGTYPE]
     assert len(found) <= len(regular)
     assert all(picture.label is None or isinstance(picture.label, str) or picture.label >= 0 for picture in found)
+
+
+# ------------------------------------------------------------------------------------------------------- packed sets
+
+
+def test_a_packed_set_whose_bytes_changed_is_refused_wherever_it_is_used(there: Path) -> None:
+    assert len(dist_ae.load(there / "run").embed(f"packed:{there / 'packed'}")) == 24
+    shard = there / "packed" / "images-00000.npy"
+    found = shard.stat()
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    for times in ((found.st_atime_ns, found.st_mtime_ns), None):  # also where the change hides
+        shard.write_bytes(data)
+        if times is not None:
+            os.utime(shard, ns=times)
+        for use in (
+            lambda: load_data(DataConfig(name=f"packed:{there / 'packed'}")),
+            lambda: dist_ae.load(there / "run").embed(f"packed:{there / 'packed'}"),
+        ):
+            with pytest.raises(InputError, match=r"images-00000.npy: is not what was packed"):
+                use()
+    # Of a set that is too large to be read at every start, what was written to after packing is read.
+    with mock.patch.object(packed, "WHOLE", 0):
+        with pytest.raises(InputError, match="is not what was packed"):
+            load_data(DataConfig(name=f"packed:{there / 'packed'}"))
+        with mock.patch.object(packed, "sha256_of", side_effect=AssertionError("read")):
+            load_data(DataConfig(name=f"packed:{made_again(there)}"))
+
+
+def made_again(there: Path) -> Path:
+    pack_source(f"folder:{there / 'in'}", there / "again", DataConfig())
+    return there / "again"
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "images-00000.npy", "labels-00000.npy", "names-00000.json"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_set_of_a_stranger_is_refused(made: Path, tmp_path: Path, in_time: None, file: str, kind: str) -> None:
+    shutil.copytree(made / "packed", tmp_path / "packed")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_bytes(SECRET)
+    spoil(tmp_path / "packed" / file, kind, outside)
+    signal.alarm(30)
+    name = f"packed:{tmp_path / 'packed'}"
+    with pytest.raises(InputError) as error:
+        load_data(DataConfig(name=name))
+    with pytest.raises(InputError):
+        dist_ae.load(made / "run").embed(name)
+    assert "secret of" not in str(error.value) and content(outside) == {outside / "secret": SECRET}
+
+
+def test_a_label_file_that_promises_a_terabyte_is_refused_by_its_header(there: Path, in_time: None) -> None:
+    path = there / "packed" / "labels-00000.npy"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (2**37,)})
+    path.write_bytes(header.getvalue().ljust(path.stat().st_size, b"\0"))
+    with pytest.raises(InputError, match=r"labels-00000.npy: damaged"):
+        load_data(DataConfig(name=f"packed:{there / 'packed'}"))
+
+
+# ---------------------------------------------------------------------------------------------- pictures and labels
+
+
+def labelled_tar(path: Path, labels: list[str]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for number, label in enumerate(labels):
+            picture = io.BytesIO()
+            Image.new("L", (8, 8), 20 * number).save(picture, "png")
+            for ending, data in (("png", picture.getvalue()), ("cls", label.encode())):
+                info = tarfile.TarInfo(f"{number:02d}.{ending}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return f"tar:{path}"
+
+
+def test_labels_of_a_tar_are_numbers_or_names_and_never_both(tmp_path: Path) -> None:
+    for labels in (["0", "cat"], ["cat", "0"], ["cat", "dog", "1"]):
+        with pytest.raises(InputError, match="give all of them numbers, or all of them names"):
+            pack_source(labelled_tar(tmp_path / "mixed.tar", labels), tmp_path / "mixed", DataConfig())
+    manifest = pack_source(labelled_tar(tmp_path / "a.tar", ["cat", "-1", "dog", "cat"]), tmp_path / "a", DataConfig())
+    assert manifest.classes == ["cat", "dog"]
+    assert np.load(tmp_path / "a" / "labels-00000.npy").tolist() == [0, -1, 1, 0]
+    manifest = pack_source(labelled_tar(tmp_path / "b.tar", ["7", "-1", "0"]), tmp_path / "b", DataConfig())
+    assert manifest.classes == [] and np.load(tmp_path / "b" / "labels-00000.npy").tolist() == [7, -1, 0]
+
+
+def test_a_class_whose_name_is_no_utf_8_is_packed_and_read(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"tea"):
+        folder = os.fsdecode(os.path.join(os.fsencode(tmp_path / "in"), name))
+        os.makedirs(folder)
+        for number in range(3):
+            Image.new("L", (8, 8), number).save(os.path.join(folder, f"{number}.png"))
+    pack_source(f"folder:{tmp_path / 'in'}", tmp_path / "packed", DataConfig())
+    assert load_data(DataConfig(name=f"packed:{tmp_path / 'packed'}")).classes == ("caf\\xe9", "tea")
+
+
+def test_an_orientation_that_there_is_not_turns_nothing() -> None:
+    image = Image.fromarray(np.arange(8 * 6, dtype=np.uint8).reshape(6, 8))
+    for orientation in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        image.save(file, "png", exif=exif)
+        for size in (None, (6, 8)):
+            assert np.array_equal(decode(file.getvalue(), Form(size, channels="grey"))[0], np.asarray(image)), (
+                orientation
+            )
+
+
+def test_a_transparent_value_of_16_bits_shows_the_background() -> None:
+    deep = np.full((4, 4), 40_000, np.uint16)
+    deep[0, 0] = 1000
+    file = io.BytesIO()
+    Image.fromarray(deep).save(file, "png", transparency=1000)
+    assert Image.open(io.BytesIO(file.getvalue())).info.get("transparency") == 1000
+    for background in ((255, 255, 255), (0, 0, 200)):
+        pixels = decode(file.getvalue(), Form(None, background=background))
+        assert tuple(pixels[:, 0, 0]) == background and (pixels[:, 1:, 1:] == 156).all()
+
+
+def test_integers_of_32_bits_are_never_shown_black() -> None:
+    def saved(values: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, "tiff")
+        return file.getvalue()
+
+    ramp = np.arange(64, dtype=np.int32).reshape(8, 8)
+    for values, expected in (
+        (ramp * 4, "8 or 16 bits"),
+        (-ramp, "expected 16 bits"),
+        (ramp * 2**24, "expected 16 bits"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            decode(saved(values), Form(None, channels="grey"))
+    assert np.array_equal(decode(saved(ramp * 257), Form(None, channels="grey"))[0], ramp)
+    assert not decode(saved(ramp * 0), Form(None, channels="grey")).any()
+
+
+def test_a_row_of_hugging_face_data_reads_no_file_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_time: None
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    private = tmp_path / "private.png"
+    Image.new("RGB", (8, 8), "red").save(private)
+    os.mkfifo(tmp_path / "pipe.png")
+    good = io.BytesIO()
+    Image.new("RGB", (8, 8), "blue").save(good, "png")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows: list[dict[str, Any]] = [
+        {"bytes": None, "path": str(path)} for path in (private, tmp_path / "pipe.png", tmp_path / "none.png")
+    ]
+    rows.append({"bytes": good.getvalue(), "path": str(private)})
+    features = datasets.Features({"image": datasets.Image()})
+    about = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+    table = datasets.Dataset.from_dict({"image": rows}).data.table
+    (tmp_path / "set").mkdir()
+    parquet.write_table(table.replace_schema_metadata(about), tmp_path / "set" / "train.parquet")
+    signal.alarm(60)
+    found = [
+        decode_all([picture.content], Form(None))[0] for picture in open_source(f"hf:{tmp_path / 'set'}").pictures()
+    ]
+    assert [isinstance(one, str) and "outside the data set" in one for one in found[:3]] == [True] * 3
+    assert isinstance(found[3], np.ndarray) and found[3][2].min() == 255

@@ -215,7 +215,7 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
 
 
 @functools.lru_cache(256)
-def _unchanged(path: Path, stamp: tuple[int, int, int], sha256: str) -> bool:
+def _unchanged(path: Path, stamp: tuple[int, ...], sha256: str) -> bool:
     """Whether a file has this SHA-256; asked once for each state of the file."""
     with os.fdopen(open_plainly(path), "rb") as file:
         return bool(sha256_of(file).hexdigest() == sha256)
@@ -237,7 +237,9 @@ def _check_content(folder: Path, manifest: Manifest) -> None:
             path = folder / file_name(kind, number)
             try:
                 found = os.lstat(path)
-                stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+                if found.st_size != record.bytes:
+                    raise Damaged(f"{found.st_size:,} bytes in place of {record.bytes:,}")
+                stamp = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
                 if (small or found.st_mtime_ns > packed) and not _unchanged(path, stamp, record.sha256):
                     raise InputError(f"{shown(path)}: is not what was packed, its SHA-256 differs{WAY_OUT}")
             except (OSError, Damaged) as error:
