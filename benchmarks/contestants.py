@@ -208,8 +208,17 @@ def conv():  # type: ignore[no-untyped-def]
     return build(dist_ae.PRESETS["conv-fast"], (1, 28, 28))
 
 
+def lower():  # type: ignore[no-untyped-def]
+    """bf16 where this machine multiplies it natively, else fp32, as `precision auto` has it."""
+    import torch
+
+    from dist_ae.devices import multiplies_bf16
+
+    return torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
+
+
 def bare_conv(batch: int) -> None:
-    """The same network in the loop of ``bare``, in bf16."""
+    """The same network in the loop of ``bare``, in bf16 where the machine has it."""
     import torch
 
     images = pictures()
@@ -219,7 +228,7 @@ def bare_conv(batch: int) -> None:
         order = torch.randperm(len(images))
         for at in range(0, len(images) - batch, batch):
             x = images[order[at : at + batch]].float().div_(255)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=lower() == torch.bfloat16):
                 y = model(x).raw
             loss = (y.float() - x.mul(2).sub_(1)).square().mean()
             loss.backward()
@@ -229,7 +238,7 @@ def bare_conv(batch: int) -> None:
 
 
 def conv_limit(batch: int) -> None:
-    """That network's own convolutions and their gradients in bf16, one after the other, and nothing else."""
+    """That network's own convolutions and their gradients, as ``bare_conv`` computes them, and nothing else."""
     import torch
     from torch.nn import functional as F
 
@@ -246,7 +255,7 @@ def conv_limit(batch: int) -> None:
         hook.remove()
 
     def filled(shape: torch.Size, gradient: bool = False) -> torch.Tensor:
-        made = torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        made = torch.randn(shape, dtype=lower()).contiguous(memory_format=torch.channels_last)
         return made.requires_grad_(gradient)
 
     work = [
@@ -288,8 +297,8 @@ def ours(batch: int, *more: str, preset: str = "ae") -> None:
 
 
 def ours_conv(batch: int, *more: str) -> None:
-    """The same with that network, in bf16; its widths are the preset's."""
-    back = ("--model.latent-dim", "3", "--model.activation", "gelu", "--precision", "bf16")
+    """The same with that network, in bf16 where the machine has it; its widths are the preset's."""
+    back = ("--model.latent-dim", "3", "--model.activation", "gelu", "--precision", "auto")
     ours(batch, *back, *more, preset="conv-fast")
 
 

@@ -239,7 +239,7 @@ def comparison(bench: Bench, name: str, val: Images) -> None:
     from dist_ae.figures import image_rows
 
     conv = {"data.name": name, "model.widths": (32, 64, 128), "model.latent_dim": 12, **PHOTOGRAPHS}
-    mlp = {"data.name": name, "model.hidden_dims": (1024,), "model.latent_dim": 768, "precision": "bf16"}
+    mlp = {"data.name": name, "model.hidden_dims": (1024,), "model.latent_dim": 768}
     # Most patches of wallpapers are nearly plain: ten evenly spaced ones of the quarter with the most detail.
     detail = np.abs(np.diff(val.astype(np.int16), axis=-1)).mean((1, 2, 3))
     shown = np.sort(np.argsort(detail)[-len(val) // 4 :])[:: len(val) // 40][:10]

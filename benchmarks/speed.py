@@ -312,7 +312,17 @@ def machine() -> str:
     """Cores, processor and Python, for the head of a table."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}"
+    lower = "with bf16" if has_bf16() else "without bf16"
+    return f"{os.cpu_count()} cores of {cpu}, {lower}, Python {platform.python_version()}"
+
+
+def has_bf16() -> bool:
+    """Whether this machine multiplies bf16 natively. Emulated, its rows would only say how slow that is."""
+    import torch
+
+    from dist_ae.devices import multiplies_bf16
+
+    return multiplies_bf16(torch.device("cpu"))
 
 
 def compared(
@@ -367,6 +377,8 @@ def main() -> None:
         print("\n".join([head, "", *beside(arguments.beside, arguments.turns, arguments.starts)]))
         return
     ratios = [ratio for ratio in RATIOS if any(arguments.only in name for name in ratio[:2])]
+    if not has_bf16():
+        ratios = [ratio for ratio in ratios if not any(", bf16" in n and "gradients" not in n for n in ratio[:2])]
     needed = {name for ratio in ratios for name in ratio[:2]}
     calls = {name: (call, world, HERE.parent) for name, (call, world) in CONTESTANTS.items() if name in needed}
     rows = compared(ratios, calls, arguments.turns, arguments.starts)

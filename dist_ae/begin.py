@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,10 @@ from dist_ae.data.reads import Reads
 from dist_ae.data.records import Dataset, at_once
 from dist_ae.draws import VERSION as DRAWS
 from dist_ae.draws import has_draws
+from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, blank, build
 from dist_ae.processes.environment import check_environment, launched_world
-from dist_ae.processes.runtime import check_device
+from dist_ae.processes.runtime import check_device, usual_precision
 from dist_ae.run.directory import RunDirectory
 from dist_ae.saved import image_shape, is_exported, run_config, saved_weights
 from dist_ae.terminal import say, size_of
@@ -67,7 +68,8 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         )
     evaluated = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
     found = {"model.image_shape": dataset.image_shape, "evaluation.batch_size": evaluated}
-    config = config.override({**found, "run_dir": config.directory()})
+    config = _precise(config.override(found))
+    config = config.override({"run_dir": config.directory()})
     if config.model.architecture != "own":
         _check_memory(config, dataset.image_shape)
     model = build(config, dataset.image_shape, own)
@@ -91,6 +93,24 @@ def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
             f"the weights of this model take {size_of(needed)}, and {size_of(free)} of memory are free; lower "
             "model.latent_dim, model.hidden_dims or model.widths"
         )
+
+
+def _precise(config: Config) -> Config:
+    """Puts a precision in the place of ``auto``: the one that the run began with, on whatever machine, else this one's.
+
+    The run is looked for under the name that it has with either precision. Only rank 0 sees it, so its word holds for
+    all (see ``Runtime``).
+    """
+    if config.precision != "auto":
+        return config
+    usual = usual_precision()
+    choices = [config.override({"precision": p}) for p in (usual, "fp32" if usual == "bf16" else "bf16")]
+    if launched_world()[0] == 0:
+        for choice in choices:
+            with contextlib.suppress(Damaged):
+                if _begun_with(read_json(choice.directory() / "config.json")).get("precision") == choice.precision:
+                    return choice
+    return choices[0]
 
 
 def _begun(run_dir: Path) -> bool:
@@ -125,7 +145,7 @@ def _init_from(model: Autoencoder, source: Path) -> None:
     model.load_state_dict({**own, **{name: weights[name] for name in own.keys() & weights.keys()}})
 
 
-@contextmanager
+@contextlib.contextmanager
 def claimed(prepared: Prepared) -> Iterator[RunDirectory | None]:
     """The locked run directory on rank 0, None on the others.
 

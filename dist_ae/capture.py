@@ -8,35 +8,56 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dist_ae import devices
 from dist_ae.terminal import first_line, say
 
-WARM_UPS = 3  # as torch asks for before a capture
+WARM_UPS = 3  # as torch asks for before a capture; with DDP, 11
 
 
 class Graph:
     """Captured work. The tensors that it reads and changes must keep their places in memory."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            work()
+    def __init__(
+        self, work: Callable[[], None], recorded: Callable[[], None], device: torch.device, warm_ups: int
+    ) -> None:
+        self._device = device
+        with devices.current(device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            # Also around the capture: where that fails at its end, torch does not leave the stream itself.
+            with torch.cuda.stream(stream):
+                for _ in range(warm_ups):
+                    work()
+                stream.synchronize()
+                self._graph = torch.cuda.CUDAGraph()
+                # Other threads (the reader's, NCCL's watchdog) go on meanwhile, and their calls must not spoil it.
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                    recorded()
+            torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> None:
         """Does the work again, on what now lies in the places that it read."""
-        self._graph.replay()
+        with devices.current(self._device):
+            self._graph.replay()
 
 
-def capture(work: Callable[[], None], state: list[Tensor]) -> Graph | None:
+def capture(
+    work: Callable[[], None],
+    state: list[Tensor],
+    device: torch.device,
+    *,
+    recorded: Callable[[], None] | None = None,
+    drop: Callable[[], None] = lambda: None,
+    warm_ups: int = WARM_UPS,
+) -> Graph | None:
     """A graph of ``work`` that was seen to give the same as the work itself, to the bit.
 
     None, with a warning, where it did not. Warm-ups, capture and trial leave no trace: ``state``, all that the work
-    changes, is put back.
+    changes and that outlives it, is put back.
+
+    Args:
+        recorded: the work as it is captured, where that differs from ``work``.
+        drop: forgets what else the work left behind. A failed capture leaves memory that nothing was written to.
     """
     before = [tensor.clone() for tensor in state]
 
@@ -46,16 +67,19 @@ def capture(work: Callable[[], None], state: list[Tensor]) -> Graph | None:
         _restore(state, before)
         return after
 
+    graph, problem = None, ""
     try:
-        graph = Graph(work)
+        graph = Graph(work, recorded or work, device, warm_ups)
         _restore(state, before)
         eager, graphed = outcome(work), outcome(graph.replay)
+        if not all(torch.equal(a, b) for a, b in zip(eager, graphed, strict=True)):
+            problem = "the captured step differs from the step itself"
     except RuntimeError as error:
         _restore(state, before)
-        say(f"warning: the step could not be captured as a CUDA graph ({first_line(error)})", sys.stderr)
-        return None
-    if not all(torch.equal(a, b) for a, b in zip(eager, graphed, strict=True)):
-        say("warning: the captured step differs from the step itself; it is not used", sys.stderr)
+        problem = f"the step could not be captured as a CUDA graph ({first_line(error)})"
+    if problem:
+        drop()
+        say(f"warning: {problem}; it runs without one", sys.stderr)
         return None
     return graph
 

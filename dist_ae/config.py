@@ -282,8 +282,10 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
-    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = trajectory(
-        "fp32", "arithmetic of the model; fp64 exists to verify exactness"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = trajectory(
+        "auto",
+        "arithmetic of the model; auto: bf16 where the machine multiplies it natively, else fp32, and what a run began "
+        "with where it is resumed; fp64 exists to verify exactness",
     )
     seed: int = trajectory(0, "start weights, data order and every random draw follow from it", ge=0, lt=2**63)
     init_from: Path | None = trajectory(
@@ -361,6 +363,8 @@ class Config(Section):
         # of the name, though not of the trajectory: training longer starts a run of its own by default.
         usual = Config().trajectory_values()
         differs = {key: value for key, value in self.trajectory_values().items() if value != usual[key]}
+        if self.precision == "fp32":  # the default before there was `auto`: those runs keep their names
+            del differs["precision"]
         differs.pop("model.image_shape", None)  # filled in from the data when training begins
         identity = json.dumps([differs, self.train.epochs, self.train.steps], sort_keys=True)
         data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name

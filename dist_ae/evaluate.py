@@ -30,26 +30,24 @@ def never() -> bool:
     return False
 
 
-def batches(count: int, batch_size: int, runtime: Alone, stop: Stop) -> Iterator[range]:
-    """This process's part of each batch of rows 0 … count - 1.
+def batches(reader: Reader, batch_size: int, runtime: Alone, stop: Stop) -> Iterator[tuple[range, bool, Tensor]]:
+    """This process's part of each batch of a split: rows, whether they count, and their images.
+
+    A thread reads the next ones in the meantime. A process without rows, in a last batch of fewer images than
+    processes, computes one image that counts for nothing: compiled code, or a user's own model, need not take an empty
+    batch.
 
     Raises:
         StopRequested: ``stop`` answered yes.
     """
-    size = max(batch_size, runtime.world)
-    for start in range(0, count, size):
+    every, size = range(len(reader.split)), max(batch_size, runtime.world)
+    shares = [share(every[start : start + size], runtime.rank, runtime.world) for start in every[::size]]
+    computed = [rows or range(1) for rows in shares]
+    images = reader.each([torch.arange(rows.start, rows.stop) for rows in computed])
+    for own, rows in zip(shares, computed, strict=True):
         if stop():
             raise StopRequested
-        yield share(range(start, min(start + size, count)), runtime.rank, runtime.world)
-
-
-def some_rows(rows: range) -> tuple[range, bool]:
-    """Rows to compute, and whether they count.
-
-    A process without rows, in a last batch of fewer images than processes, computes one image that counts for nothing:
-    compiled code, or a user's own model, need not take an empty batch.
-    """
-    return (rows, True) if rows else (range(1), False)
+        yield rows, bool(own), next(images)
 
 
 @torch.no_grad()
@@ -60,9 +58,7 @@ def mean_squared_error(model: Model, reader: Reader, batch_size: int, runtime: A
         StopRequested: ``stop`` answered yes.
     """
     total = torch.zeros((), dtype=runtime.exact, device=runtime.device)
-    for rows in batches(len(reader.split), batch_size, runtime, stop):
-        rows, counts = some_rows(rows)
-        images = reader.span(rows)
+    for _, counts, images in batches(reader, batch_size, runtime, stop):
         errors = (model(images, None).reconstruction - images).square().flatten(1).sum(1).to(runtime.exact)
         total += errors.sum() if counts else 0.0
     return float(runtime.sum(total)) / (len(reader.split) * math.prod(reader.split.images.shape[1:]))
@@ -98,8 +94,10 @@ def evaluate(
     count = len(reader.split)
     sums: Tensor | None = None
     codes: Tensor | None = None
-    for rows in batches(count, evaluation.batch_size, runtime, stop):
-        part, moments = _sums(model, reader, rows, objective, evaluation.noise_std, runtime)
+    for rows, counts, images in batches(reader, evaluation.batch_size, runtime, stop):
+        part, moments = _sums(model, images, rows, objective, evaluation.noise_std, runtime)
+        if not counts:
+            part, moments = torch.zeros_like(part), None if moments is None else torch.zeros_like(moments)
         sums = part if sums is None else sums + part
         if moments is not None:
             codes = moments if codes is None else codes + moments
@@ -176,10 +174,10 @@ def mean_image_error(reader: Reader, batch_size: int, runtime: Alone) -> float |
         return None
     size = math.prod(reader.split.images.shape[1:])
     sums = torch.zeros(2, size, dtype=runtime.exact, device=runtime.device)
-    for rows in batches(count, batch_size, runtime, never):
-        if rows:
-            images = reader.span(rows).flatten(1).to(runtime.exact)
-            sums += torch.stack([images.sum(0), images.square().sum(0)])
+    for _, counts, images in batches(reader, batch_size, runtime, never):
+        if counts:
+            values = images.flatten(1).to(runtime.exact)
+            sums += torch.stack([values.sum(0), values.square().sum(0)])
     mean, square = runtime.sum(sums) / count
     return max(0.0, float((square - mean.square()).mean())) * count / (count - 1)
 
@@ -199,15 +197,13 @@ def fixed_epsilon(rows: range, code_shape: Sequence[int], device: torch.device) 
 
 
 def _sums(
-    model: Model, reader: Reader, rows: range, objective: ObjectiveConfig, noise_std: float, runtime: Alone
+    model: Model, images: Tensor, rows: range, objective: ObjectiveConfig, noise_std: float, runtime: Alone
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums over ``rows``, float64 where the device has it.
+    """Sums over the images of ``rows``, float64 where the device has it.
 
     [7]: three squared errors, three ELBO terms and the number of images. Of a variational model also [2, code]: the
     codes and their squares.
     """
-    rows, counts = some_rows(rows)
-    images = reader.span(rows)
     clean = model(images, None)
     noise = fixed_noise(noise_std, rows, images.shape[1:], images.device).to(images.dtype)
     denoised = model(images, Draws(noise=noise)).reconstruction
@@ -226,10 +222,7 @@ def _sums(
 
     errors = squared(clean.reconstruction), noise.square().flatten(1).sum(1), squared(denoised)
     columns = (*errors, neg_elbo, rate, distortion, zero + 1)
-    found = torch.stack([column.to(runtime.exact).sum() for column in columns])
-    if not counts:
-        return torch.zeros_like(found), None if moments is None else torch.zeros_like(moments)
-    return found, moments
+    return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
 
 
 def selection(variational: bool, noise_std: float) -> tuple[str, int]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dist_ae import devices
+
 
 class Guard:
     """Keeps a non-finite gradient out of the weights without reading anything back to the host.
@@ -18,7 +20,7 @@ class Guard:
     def __init__(self, optimizers: list[Optimizer], device: torch.device) -> None:
         self.optimizers = optimizers
         self.poisoned = torch.zeros((), device=device)
-        kind = torch.float64 if device.type != "mps" else torch.float32
+        kind = torch.float64 if devices.has_float64(device) else torch.float32
         self.first_bad_step = torch.full((), -1.0, device=device, dtype=kind)
         self._one = torch.ones((), device=device)
 

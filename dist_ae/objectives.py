@@ -34,9 +34,10 @@ def gaussian_kl(
     (Kingma & Welling 2014, appendix B, for any prior). Computed in at least float32.
     """
     mean, logvar = _at_least_float(mean), _at_least_float(logvar)
-    prior = torch.as_tensor(prior_logvar, dtype=logvar.dtype, device=logvar.device)
-    difference = logvar - prior
-    twice = difference.exp() + (mean - prior_mean).square() * torch.exp(-prior) - 1 - difference
+    difference = logvar - prior_logvar
+    # Numbers stay numbers: made a tensor on a GPU, each would be a copy that the host waits for in every step.
+    precision = torch.exp(-prior_logvar) if isinstance(prior_logvar, Tensor) else math.exp(-prior_logvar)
+    twice = difference.exp() + (mean - prior_mean).square() * precision - 1 - difference
     return 0.5 * twice.flatten(1).sum(1)
 
 
@@ -73,7 +74,7 @@ def discretized_distortion(images: Tensor, reconstruction: Tensor, log_sigma: fl
     difference = (images - reconstruction) * per_unit
     half = per_unit * (0.5 / 255)
     above, below = F.logsigmoid(difference + half), F.logsigmoid(half - difference)
-    width = torch.log(-torch.expm1(-2 * torch.as_tensor(half, dtype=images.dtype, device=images.device)))
+    width = torch.log(-torch.expm1(-2 * half)) if isinstance(half, Tensor) else math.log(-math.expm1(-2 * half))
     # The outermost values have one open end each, so one of the three factors is 1.
     inside = above + below + width
     log_mass = torch.where(images < 0.5 / 255, above, torch.where(images > 1 - 0.5 / 255, below, inside))

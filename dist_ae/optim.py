@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from inspect import unwrap
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_ae import devices
 from dist_ae.config import OptimConfig
 
 # Norm of a matrix's update below which Muon scales it up no further. From a PCA start the gradients of all layers but
@@ -49,13 +52,10 @@ def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -
     """
     parameters, betas, eps = list(model.parameters()), config.betas, config.eps
     lr, decay = _rate(config.lr, parameters[0]), config.weight_decay
-    on_gpu = parameters[0].device.type == "cuda" and isinstance(lr, Tensor)
     optimizers: list[Optimizer]
     if config.name in ("adam", "adamw"):
         decoupled = config.name == "adamw"
-        optimizers = [
-            Adam(parameters, lr, betas, eps, decay, decoupled_weight_decay=decoupled, capturable=on_gpu, fused=True)
-        ]
+        optimizers = [Adam(parameters, lr, betas, eps, decay, decoupled_weight_decay=decoupled, fused=True)]
     elif config.name == "sgd":
         optimizers = [SGD(parameters, lr, config.momentum, weight_decay=decay, fused=True)]
     else:
@@ -63,21 +63,33 @@ def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -
         others, lr_adam = [p for p in parameters if id(p) not in chosen], _rate(config.lr_adam, parameters[0])
         optimizers = [
             Muon(matrices, lr, decay, config.momentum),  # type: ignore[arg-type]
-            Adam(others, lr_adam, betas, eps, capturable=on_gpu, fused=True),
+            Adam(others, lr_adam, betas, eps, fused=True),
         ]
     _materialize(optimizers)
     return optimizers
 
 
 def _rate(value: float, weights: Tensor) -> Tensor | float:
-    """A learning rate in the place where the kernels read it.
+    """A learning rate in the place where the kernels read it."""
+    dtype = devices.rate_type(weights.device, weights.dtype)
+    return value if dtype is None else torch.full((), value, dtype=dtype, device=weights.device)
 
-    torch's CUDA kernels read a tensor as float32, so with float64 weights the rate stays a number there.
+
+@contextlib.contextmanager
+def capturable(optimizers: list[Optimizer]) -> Iterator[None]:
+    """Lets a graph record the steps of Adam.
+
+    Its fused kernel keeps the number of steps on the device in any case. torch only wants to be told, and warns where
+    it is told and nothing is recorded.
     """
-    on_cpu, exact = weights.device.type == "cpu", weights.dtype == torch.float64
-    if on_cpu or (weights.device.type == "cuda" and not exact):
-        return torch.tensor(value, dtype=torch.float64 if on_cpu else torch.float32, device=weights.device)
-    return value
+    groups = [g for optimizer in optimizers for g in optimizer.param_groups if "capturable" in g]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def _materialize(optimizers: list[Optimizer]) -> None:

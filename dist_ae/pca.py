@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_ae import devices
 from dist_ae.config import Config, InputError
 from dist_ae.data.order import evenly_spaced, share
 from dist_ae.data.reader import Reader
@@ -96,9 +97,12 @@ class _Vectors:
         self._turns = -(-len(chunks) // runtime.world)
         mine = share(range(len(chunks)), runtime.rank, runtime.world)
         self._reader, self._mine = reader, chunks[mine.start : mine.stop]
+        self.device = reader.device if devices.has_float64(reader.device) else torch.device("cpu")
 
     def chunks(self) -> Iterator[Tensor]:
         """This process's vectors, chunk by chunk, [n, size]: whole numbers 0…255 in float32 for bytes, else float64.
+
+        They are on the reader's device, where all products are made. A device without float64 leaves that to the host.
 
         They are read anew in every pass, since a copy of the sample would often be as large as the data set.
         """
@@ -106,7 +110,10 @@ class _Vectors:
             if self._stop():
                 raise StopRequested
             if turn < len(self._mine):
-                images = self._reader.raw(self._mine[turn])
+                images = self._reader.raw(
+                    self._mine[turn], self._mine[turn + 1] if turn + 1 < len(self._mine) else None
+                )
+                images = images.to(self.device)
                 images = images.float() if self._bytes else images.double()
                 yield images.flatten(1) if self._patch is None else patches(images, self._patch)
 
@@ -115,8 +122,8 @@ class _Vectors:
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """Mean [size] and covariance [size, size]. Products of 256 rows of bytes are exact in float32."""
-        total = torch.zeros(self.size, dtype=torch.float64)
-        gram = torch.zeros(self.size, self.size, dtype=torch.float64)
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        gram = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
         for chunk in self.chunks():
             for part in torch.split(chunk, 256):
                 total += part.sum(0)
@@ -127,7 +134,7 @@ class _Vectors:
 
     def leading(self, num: int) -> tuple[Tensor, Tensor, Tensor, float]:
         """Mean [size], variances [num], directions [size, num] and the total variance."""
-        total = torch.zeros(self.size, dtype=torch.float64)
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
         for chunk in self.chunks():
             for part in torch.split(chunk, 256):
                 total += part.sum(0)
@@ -136,11 +143,13 @@ class _Vectors:
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(self.size, width, generator=generator, dtype=torch.float64))[0]
         for turn in range(PASSES):
-            applied = torch.zeros(self.size, width, dtype=torch.float64)
-            squares = torch.zeros((), dtype=torch.float64)
+            applied = torch.zeros(self.size, width, dtype=torch.float64, device=self.device)
+            squares = torch.zeros((), dtype=torch.float64, device=self.device)
+            dtype = torch.float32 if self._bytes else torch.float64
+            middle, directions = mean.to(self.device, dtype), basis.to(self.device, dtype)
             for chunk in self.chunks():
-                centred = chunk.sub_(mean.to(chunk.dtype))
-                applied += centred.T @ (centred @ basis.to(chunk.dtype))
+                centred = chunk.sub_(middle)
+                applied += centred.T @ (centred @ directions)
                 squares += centred.square().sum()
             applied = self._sum(applied) / self.count  # the covariance, applied to the basis
             if turn < PASSES - 1:
@@ -209,24 +218,25 @@ def baseline(
     code = model.linear_code()
     assert code is not None
     shape = val.split.images.shape[1:]
-    squared = torch.zeros((), dtype=torch.float64)
+    device = val.device if devices.has_float64(val.device) else torch.device("cpu")
+    squared = torch.zeros((), dtype=torch.float64, device=device)
     starts = range(0, len(val.split), max(1, CHUNK_VALUES // math.prod(shape)))
     mine = share(range(len(starts)), runtime.rank, runtime.world)
+    rows = [torch.arange(at, min(at + starts.step, len(val.split))) for at in starts[mine.start : mine.stop]]
+    batches = val.each(rows)
     for turn in range(-(-len(starts) // runtime.world)):
         if stop():
             raise StopRequested
         if turn < len(mine):
-            first = starts[mine.start + turn]
-            images = val.span(range(first, min(first + starts.step, len(val.split))))
-            squared += errors(components, code.patch, images).sum()
+            squared += errors(components, code.patch, next(batches)).sum().to(device)
     total = float(runtime.sum(squared.to(runtime.device, runtime.exact)))
     return total / len(val.split)
 
 
 def coded(components: Components, patch: int | None, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images [B, C, H, W] on [0, 1] through PCA, or PCA of patches: codes [B, values], reconstructions [B, C, H, W]."""
-    mean, basis = components.mean.float(), components.basis.float()
-    centred = images.float().cpu().mul(2).sub(1)
+    mean, basis = components.mean.to(images.device).float(), components.basis.to(images.device).float()
+    centred = images.float().mul(2).sub(1)
     vectors = centred.flatten(1) if patch is None else patches(centred, patch)
     codes = (vectors - mean) @ basis.T
     return codes.view(len(images), -1), unpatched(codes @ basis + mean, centred.shape, patch).add(1).div(2)
@@ -234,7 +244,7 @@ def coded(components: Components, patch: int | None, images: Tensor) -> tuple[Te
 
 def errors(components: Components, patch: int | None, images: Tensor) -> Tensor:
     """The squared error per pixel of ``coded``, [B]."""
-    return (coded(components, patch, images)[1] - images.float().cpu()).square().flatten(1).mean(1)
+    return (coded(components, patch, images)[1] - images.float()).square().flatten(1).mean(1)
 
 
 def unpatched(vectors: Tensor, shape: torch.Size, side: int | None) -> Tensor:

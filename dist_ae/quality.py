@@ -98,10 +98,9 @@ def per_image(
         return [error, structural_similarity(images, reconstruction)[0]] if structured else [error]
 
     table = torch.zeros(4, len(rows), dtype=runtime.exact, device=runtime.device)
-    for places, piece in in_batches(rows, batch_size, runtime):
-        if not len(piece):
+    for places, images in in_batches(reader, rows, batch_size, runtime):
+        if not len(images):
             continue
-        images = reader.take(piece)
         found = figures(images, pixels(model.decode_raw(model.encode(images)[0]), model.bernoulli))
         for line, values in enumerate(found):
             table[line, places.start : places.stop] = values.to(table)
@@ -131,10 +130,9 @@ def denoising(
         methods = ["noisy", "model", *(f"median {side}" for side in MEDIAN_SIDES)]
         methods += [f"non-local means {h}" for h in NLM_STRENGTHS] if has_non_local_means() else []
         sums = torch.zeros(len(methods), dtype=runtime.exact, device=runtime.device)
-        for places, piece in in_batches(rows, config.evaluation.batch_size, runtime):
-            if not len(piece):
+        for places, images in in_batches(reader, rows, config.evaluation.batch_size, runtime):
+            if not len(images):
                 continue
-            images = reader.take(piece)
             noisy = images + fixed_noise(level, places, model.image_shape, images.device).to(images.dtype)
             cleaned = [noisy, pixels(model.decode_raw(model.encode(noisy)[0]), model.bernoulli)]
             on_host = noisy.cpu().numpy()
@@ -232,10 +230,9 @@ def _codes(
     if components is not None and code is not None:
         patches = 1 if code.patch is None else math.prod(-(-side // code.patch) for side in model.image_shape[1:])
         linear = ours.new_zeros(len(rows), patches * len(components.basis))
-    for places, piece in in_batches(rows, batch_size, runtime):
-        if not len(piece):
+    for places, images in in_batches(reader, rows, batch_size, runtime):
+        if not len(images):
             continue
-        images = reader.take(piece)
         ours[places.start : places.stop] = model.encode(images)[0].flatten(1).to(ours)
         if linear is not None and components is not None and code is not None:
             values = pca.coded(components, code.patch, images)[0]
@@ -248,10 +245,10 @@ def posterior(model: Autoencoder, reader: Reader, batch_size: int, runtime: Alon
     """What each number of a variational code carries, and where its aggregate posterior lies, over all images."""
     size, count = math.prod(model.code_shape), len(reader.split)
     sums = torch.zeros(4, size, dtype=runtime.exact, device=runtime.device)
-    for _, piece in in_batches(torch.arange(count), batch_size, runtime):
-        if not len(piece):
+    for _, images in in_batches(reader, torch.arange(count), batch_size, runtime):
+        if not len(images):
             continue
-        mean, logvar = (each.flatten(1).to(runtime.exact) for each in _variational(model, reader.take(piece)))
+        mean, logvar = (each.flatten(1).to(runtime.exact) for each in _variational(model, images))
         variance = logvar.exp()
         rate = 0.5 * (variance + mean.square() - 1 - logvar)
         sums += torch.stack([rate.sum(0), mean.sum(0), mean.square().sum(0), variance.sum(0)])
@@ -277,10 +274,9 @@ def importance_bound(
     """
     rows = evenly_spaced(len(reader.split), subset)
     sums = torch.zeros(2, dtype=runtime.exact, device=runtime.device)
-    for places, piece in in_batches(rows, config.evaluation.batch_size, runtime):
-        if not len(piece):
+    for places, images in in_batches(reader, rows, config.evaluation.batch_size, runtime):
+        if not len(images):
             continue
-        images = reader.take(piece)
         mean, logvar = _variational(model, images)
         total: Tensor | None = None
         elbo = torch.zeros(len(images), dtype=runtime.exact, device=runtime.device)
@@ -372,15 +368,14 @@ def feature_distances(
                     ("kid", KernelInceptionDistance(network, subset_size=size, subsets=1 if size == count else 100)),
                 )
             }
-        for places, piece in in_batches(torch.arange(count), batch_size, runtime):
-            if not len(piece):
+        for places, images in in_batches(reader, torch.arange(count), batch_size, runtime):
+            if not len(images):
                 continue
-            images = reader.take(piece).float()
-            code = model.encode(reader.take(piece))[0]
+            code = model.encode(images)[0]
             noise = normal(EVALUATION_SEED, "evaluation.samples", Step(0), places, model.code_shape, runtime.device)
             for name, metric in metrics.items():
                 fake = model.decode(noise.to(code.dtype) if name.startswith("sample_") else code).float()
-                metric.update(images, real=True)
+                metric.update(images.float(), real=True)
                 metric.update(fake, real=False)
         with torch.random.fork_rng():
             torch.manual_seed(EVALUATION_SEED)  # KID draws its subsets from torch's own generator

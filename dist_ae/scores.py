@@ -137,19 +137,22 @@ def score_images(
 
 
 def in_batches(
-    rows: Tensor, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
+    reader: Reader, rows: Tensor, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[range, Tensor]]:
-    """This process's pieces of ``rows``: their places in ``rows``, and the rows themselves. Some may be empty.
+    """This process's pieces of ``rows``: their places in ``rows``, and the images [B, C, H, W]. Some may be empty.
+
+    A thread reads the next ones in the meantime.
 
     Raises:
         StopRequested: ``stop`` said so. It is asked before every piece, equally often on every process.
     """
-    batch = max(batch_size, runtime.world)
-    for start in range(0, len(rows), batch):
+    batch, every = max(batch_size, runtime.world), range(len(rows))
+    mine = [share(every[at : at + batch], runtime.rank, runtime.world) for at in every[::batch]]
+    images = reader.each([rows[places.start : places.stop] for places in mine])
+    for places in mine:
         if stop():
             raise StopRequested
-        places = share(range(start, min(start + batch, len(rows))), runtime.rank, runtime.world)
-        yield places, rows[places.start : places.stop]
+        yield places, next(images)
 
 
 @torch.no_grad()
@@ -169,9 +172,9 @@ def code_moments(
     middle = model.encode(train.take(rows[:256]))[0].flatten(1).to(runtime.exact).mean(0)
     total = torch.zeros(size, dtype=runtime.exact, device=runtime.device)
     second = torch.zeros((size, size) if full else (size,), dtype=runtime.exact, device=runtime.device)
-    for _, piece in in_batches(rows, batch_size, runtime, stop):
-        if len(piece):
-            codes = model.encode(train.take(piece))[0].flatten(1).to(runtime.exact) - middle
+    for _, images in in_batches(train, rows, batch_size, runtime, stop):
+        if len(images):
+            codes = model.encode(images)[0].flatten(1).to(runtime.exact) - middle
             total += codes.sum(0)
             second += codes.T @ codes if full else codes.square().sum(0)
     total, second = runtime.sum(total).cpu().double(), runtime.sum(second).cpu().double()
@@ -217,9 +220,9 @@ def calibrate(
     moments = code_moments(model, train, batch_size, runtime, stop)
     rows = evenly_spaced(len(normal.split), SAMPLE)
     table = torch.zeros(len(wanted), len(rows), dtype=runtime.exact, device=runtime.device)
-    for places, piece in in_batches(rows, batch_size, runtime, stop):
-        if len(piece):
-            found = score_images(model, normal.take(piece), places, config, wanted, moments)
+    for places, images in in_batches(normal, rows, batch_size, runtime, stop):
+        if len(images):
+            found = score_images(model, images, places, config, wanted, moments)
             table[:, places.start : places.stop] = torch.stack([found[name] for name in wanted]).to(table)
     scores = runtime.sum(table).cpu().float().sort(1).values
     return Calibration(moments, {name: scores[number].clone() for number, name in enumerate(wanted)})

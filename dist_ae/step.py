@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ae import timeline
+from dist_ae import devices, timeline
 from dist_ae.capture import Graph, capture
 from dist_ae.config import Config, InputError
 from dist_ae.data.order import epoch_order, share
@@ -23,9 +23,9 @@ from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, terms
 from dist_ae.optim import build as build_optimizers
-from dist_ae.optim import set_learning_rate, state_tensors
+from dist_ae.optim import capturable, set_learning_rate, state_tensors
 from dist_ae.processes.clock import PARTS, shares
-from dist_ae.processes.gradients import sum_gradients
+from dist_ae.processes.gradients import add_up, sum_gradients
 from dist_ae.processes.runtime import Runtime, accumulation_steps, largest_piece
 from dist_ae.timeline import Timeline
 
@@ -59,6 +59,7 @@ class Learner:
         self._rows, self._mine, self._number = self._order, range(0), 0
         self._graph_rows = self._order
         self.graph: Graph | None = None
+        self._flat = False  # gradients of several processes travel in one piece, within the graph
         self.exchange = ""  # how gradients get to the other processes, in words
 
     # -- one step, in the order in which it happens
@@ -106,7 +107,7 @@ class Learner:
             optimizer.zero_grad(set_to_none=True)
 
         # Gradient of the mean loss over the global batch, piece by piece of this process's share.
-        now = Step(self._number, self._now if runtime.device.type == "cuda" else None)
+        now = Step(self._number, self._now if devices.runs_kernels(runtime.device) else None)
         for part in range(self.accumulate):
             piece = share(self._mine, part, self.accumulate)
             first, end = piece.start - self._mine.start, piece.stop - self._mine.start
@@ -134,6 +135,8 @@ class Learner:
             return
 
         # Guard, clip, update.
+        if self._flat:
+            add_up(self.parameters)
         if accelerator.scaler is None:
             self.guard.check(self._now)
         if config.optim.clip_norm is not None:
@@ -192,9 +195,18 @@ class Learner:
         accelerator = self.runtime.accelerator
         if self.config.train.compile:
             self.raw_model.compile()
-        self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
-        if self.runtime.world > 1:
+        self._flat = self.runtime.world > 1 and self._wants_graph()
+        if self._flat:  # no DDP, whose hooks belong to no graph
+            self.model = accelerator.prepare_model(self.raw_model, evaluation_mode=True)
+            self.prepared = [accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
+            self.exchange = "in one piece, within the step's graph"
+            for tensor in self.raw_model.state_dict().values():
+                dist.broadcast(tensor, 0)
+        else:
+            self.model, *self.prepared = accelerator.prepare(self.raw_model, *self.optimizers)
+        if self.runtime.world > 1 and not self._flat:
             self.exchange = sum_gradients(self.model, self.runtime, self.config.train.gradient_type == "bf16")
+        if self.runtime.world > 1:
             for tensor in [*state_tensors(self.raw_model, self.optimizers).values(), *self.ema]:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backward passes (with a static graph, after the second), which
@@ -210,8 +222,32 @@ class Learner:
             size = self.config.train.batch_size
             self.place(0)
             self._rows = self._graph_rows = self._rows.clone()  # a place of its own, where the graph reads
-            self.graph = capture(lambda: self.compute(size), self._changed_by_a_step())
+            self.graph = self._captured(size)
         self.runtime.clock.take()  # what was spent until here belongs to no step
+
+    def _captured(self, size: int) -> Graph | None:
+        """The placed step as a graph.
+
+        Raises:
+            InputError: a graph is asked for, and the step could not be captured.
+        """
+
+        def recorded() -> None:
+            with capturable(self.optimizers):
+                self.compute(size)
+
+        graph = capture(
+            lambda: self.compute(size),
+            self._changed_by_a_step(),
+            self.runtime.device,
+            recorded=recorded,
+            drop=self.raw_model.zero_grad,
+        )
+        if self.runtime.largest(float(graph is None))[0]:
+            graph = None  # on all processes: replayed by some and computed by others, a step would never end
+        if graph is None and self.config.train.cuda_graph == "on":
+            raise InputError("train.cuda_graph on: the step could not be captured, as said above; use auto or off")
+        return graph
 
     def _wants_graph(self) -> bool:
         """Whether the step is to run as one CUDA graph.
@@ -221,23 +257,28 @@ class Learner:
         """
         config, device = self.config, self.runtime.device
         obstacles = {
-            "it needs a CUDA device": device.type != "cuda",
-            "it is for one process": self.runtime.world > 1,
+            "it needs a CUDA device": not devices.captures(device),
+            "several processes need NCCL 2.9.6 or later": self.runtime.world > 1
+            and not devices.adds_up_in_graphs(device),
+            "several processes need gradient_type exact": self.runtime.world > 1
+            and config.train.gradient_type != "exact",
             "float64 keeps its learning rate on the host": config.precision == "fp64",
-            "fp16's gradient scaler reads back from the device": self.runtime.accelerator.scaler is not None,
             "the images do not fit on the device": self.images.resident is None,
             "its random draws need Triton": has_draws(config) and not drawn_on(device),
-            "torch.compile makes graphs of its own": config.train.compile,
         }
         reason = next((reason for reason, holds in obstacles.items() if holds), None)
         if config.train.cuda_graph == "on" and reason is not None:
             raise InputError(f"train.cuda_graph on: {reason}; use auto or off")
-        return config.train.cuda_graph != "off" and reason is None
+        # Of several processes it is for those who ask: nobody has run it.
+        wanted = config.train.cuda_graph == "on" or (config.train.cuda_graph == "auto" and self.runtime.world == 1)
+        return wanted and reason is None
 
     def _changed_by_a_step(self) -> list[Tensor]:
         """Every tensor that ``compute`` changes and that outlives it."""
         kept = [tensor for part in self.tensors().values() for tensor in part.values()]
-        return [*kept, self.window, self.guard.poisoned, self.guard.first_bad_step]
+        scaler = self.runtime.accelerator.scaler  # of fp16: its kernels change its scale on the device
+        scales = [] if scaler is None else [scaler._scale, scaler._growth_tracker]
+        return [*kept, *scales, self.window, self.guard.poisoned, self.guard.first_bad_step]
 
     # -- what a checkpoint keeps
 

@@ -59,6 +59,7 @@ def train(
     with Signals().listening() as signals, pinned_torch(config.precision):
         prepared = prepare(config, data, model)
         with claimed(prepared) as folder, _together(prepared.config) as (runtime, watch):
+            prepared = prepared._replace(config=runtime.config)
             finished = finished_before(prepared, folder, runtime)
             return finished or _loop(begin(prepared, folder, start_from, runtime), report, signals, watch)
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
+from accelerate.state import PartialState
 from conftest import SMALL, cli, environment
 
 from dist_ae.config import Config, InputError, _walk, load_config
@@ -164,14 +164,12 @@ def test_a_launch_without_what_processes_need_to_find_each_other_is_refused(
 
 
 def test_a_launch_whose_world_is_not_what_accelerate_sees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Alone(
-        Accelerator
-    ):  # what Accelerate does with settings it does not take for distributed: trains alone, once a process
-        def __init__(self, **settings: Any) -> None:
-            with mock.patch.dict(os.environ, {"LOCAL_RANK": "-1", "WORLD_SIZE": "1"}):
-                super().__init__(**settings)
+    # What Accelerate does with settings that it does not take for distributed: it trains alone, once a process.
+    def alone(*arguments: Any, **settings: Any) -> PartialState:
+        with mock.patch.dict(os.environ, {"LOCAL_RANK": "-1", "WORLD_SIZE": "1"}):
+            return PartialState(*arguments, **settings)
 
-    monkeypatch.setattr(runtime, "Accelerator", Alone)
+    monkeypatch.setattr(runtime, "PartialState", alone)
     for name, value in environment(0, 2, 1).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"announced 2 processes \(WORLD_SIZE\) but Accelerate sees 1"):

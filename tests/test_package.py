@@ -110,21 +110,23 @@ def test_without_ray_a_sweep_is_refused_with_the_way_to_get_it(tmp_path: Path) -
 
 # What each room may import of the package, so that imports run downward. A new room needs a row.
 GROUND = {"config", "files", "terminal"}
-MATHEMATICS = GROUND | {"timeline", "draws", "models", "objectives", "optim", "guard"}
+DEVICES = GROUND | {"devices"}
+MATHEMATICS = DEVICES | {"timeline", "draws", "models", "objectives", "optim", "guard"}
 TOGETHER = MATHEMATICS | {"data", "processes"}
 ROOMS: dict[str, set[str]] = {
     "terminal": set(),
     "files": set(),
     "config": {"files"},
+    "devices": GROUND,
     "presets": GROUND,
     "timeline": GROUND,
-    "draws": GROUND,
-    "models": GROUND | {"draws"},
+    "draws": DEVICES,
+    "models": DEVICES | {"draws"},
     "objectives": GROUND | {"draws", "models"},
-    "optim": GROUND,
-    "guard": set(),
-    "data": GROUND | {"draws"},
-    "processes": GROUND | {"timeline"},
+    "optim": DEVICES,
+    "guard": {"devices"},
+    "data": DEVICES | {"draws"},
+    "processes": DEVICES | {"timeline"},
     "run": GROUND | {"timeline"},
     "pca": TOGETHER,
     "evaluate": TOGETHER,
@@ -132,7 +134,7 @@ ROOMS: dict[str, set[str]] = {
     "scores": TOGETHER | {"evaluate"},
     "quality": TOGETHER | {"pca", "evaluate", "scores"},
     "figures": MATHEMATICS | {"data", "evaluate"},
-    "capture": GROUND,
+    "capture": DEVICES,
     "step": TOGETHER | {"capture"},
     "begin": TOGETHER | {"run", "pca", "saved"},
     "outcome": GROUND,

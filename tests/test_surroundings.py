@@ -34,7 +34,7 @@ from dist_ae.use.doctor import examine, replay
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("--model.hidden-dims", "16", "--tracking.wandb", "off")
+QUICK = ("--model.hidden-dims", "16", "--tracking.wandb", "off", "--precision", "fp32")
 
 
 def config(run_dir: Path, **more: Any) -> Config:

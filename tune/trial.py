@@ -128,10 +128,13 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     import torch
 
     import dist_ae
+    from dist_ae.devices import SHARED_BY
 
     settings = sweep.settings
     if not settings.gpus_per_worker:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # not every version of Ray hides the GPUs from an actor without any
+    else:
+        os.environ[SHARED_BY] = str(min(1.0, settings.gpus_per_worker))  # trials that share a GPU share its memory
     torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
     rank = int(os.environ.get("RANK", 0))
     main = rank == 0

@@ -6,7 +6,9 @@ import contextlib
 import os
 import resource
 import weakref
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,13 @@ import psutil
 import torch
 from torch import Tensor
 
+from dist_ae import devices
 from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
 from dist_ae.terminal import size_of
 
-# Of what is free, for images held in memory. The rest is for weights, activations and other programs.
+# Of what is free, for all images that a process holds. The rest is for weights, activations and other programs.
 SHARE_OF_MEMORY = 0.5
+_held: dict[torch.device, int] = {}  # bytes that this process's readers hold
 
 
 class Reader:
@@ -45,8 +49,13 @@ class Reader:
             # In memory already: no second copy, also where another split has the rest of its rows.
             self.resident = torch.from_numpy(np.ascontiguousarray(whole.transpose(self._axes), stored_type))
             self._rows = None if split.rows is None else torch.from_numpy(split.rows)
-        elif num_bytes <= SHARE_OF_MEMORY * _free_bytes(device):
+        elif num_bytes <= _room(device):
             self.resident = self._copy(stored_type)
+            _held[device] = _held.get(device, 0) + num_bytes
+            weakref.finalize(self, _give_back, device, num_bytes)
+        # A number on the device: a division by one on the host is a product with 1 / 255 in CUDA's kernel, whose last
+        # bits are others.
+        self._levels = torch.full((), 255.0, dtype=dtype, device=device)
         where = "in memory" if device.type == "cpu" else f"on {device.type}"
         if self.resident is None:
             where = "memory-mapped" if is_mapped(split.images) else "in the memory of the host"
@@ -60,14 +69,25 @@ class Reader:
             result[rows.start : rows.stop] = _tensor(span(self.split, rows), self._axes)
         return result
 
-    def raw(self, rows: Tensor) -> Tensor:
-        """rows [B], int64 → images [B, C, H, W] on the host, as they are stored."""
+    def raw(self, rows: Tensor, then: Tensor | None = None) -> Tensor:
+        """rows [B], int64, on the host or the device → images [B, C, H, W] on the device, as they are stored.
+
+        Args and errors are those of ``take``.
+        """
         if self.resident is not None:
-            rows = rows.to(self.device)
-            stored = self.resident.index_select(0, rows if self._rows is None else self._rows[rows]).cpu()
+            rows = rows.to(self.device, non_blocking=True)
+            images = self.resident.index_select(0, rows if self._rows is None else self._rows[rows])
         else:
-            stored = _collect(self.split, rows.cpu().numpy(), self._axes, pin=False)
-        return stored.permute(*np.argsort(self._axes).tolist())
+            index = rows.cpu().numpy()
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None and np.array_equal(ahead[0], index):
+                images = ahead[1].result()
+            else:
+                images = _collect(self.split, index, self._axes, devices.pins(self.device))
+            if then is not None:
+                self._start(then.cpu().numpy())
+            images = images.to(self.device, non_blocking=True)
+        return images.permute(*np.argsort(self._axes).tolist())
 
     def take(self, rows: Tensor, then: Tensor | None = None) -> Tensor:
         """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1].
@@ -79,28 +99,20 @@ class Reader:
         Raises:
             OSError, IndexError: whatever gathering raised, also in the thread.
         """
-        if self.resident is not None:
-            rows = rows.to(self.device, non_blocking=True)
-            images = self.resident.index_select(0, rows if self._rows is None else self._rows[rows])
-        else:
-            index = rows.cpu().numpy()
-            ahead, self._ahead = self._ahead, None
-            if ahead is not None and np.array_equal(ahead[0], index):
-                images = ahead[1].result()
-            else:
-                images = _collect(self.split, index, self._axes, self.device.type == "cuda")
-            if then is not None:
-                self._start(then.cpu().numpy())
-            images = images.to(self.device, non_blocking=True)
-        images = images.permute(*np.argsort(self._axes).tolist())
+        images = self.raw(rows, then)
         floats = images.to(self.dtype, memory_format=torch.contiguous_format)
-        return floats.div_(255) if images.dtype == torch.uint8 else floats.contiguous()
+        return floats.div_(self._levels) if images.dtype == torch.uint8 else floats.contiguous()
+
+    def each(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        """``take`` of one piece of rows after the other, where a thread reads the next one in the meantime."""
+        for rows, then in zip_longest(pieces, pieces[1:]):
+            yield self.take(rows, None if self.resident is not None else then)
 
     def _start(self, index: Array) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "images")
             weakref.finalize(self, self._thread.shutdown, cancel_futures=True)  # it ends with the reader
-        pin = self.device.type == "cuda"
+        pin = devices.pins(self.device)
         self._ahead = index, self._thread.submit(_collect, self.split, index, self._axes, pin)
 
     def span(self, rows: range) -> Tensor:
@@ -122,9 +134,20 @@ def _tensor(images: Array, axes: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.require(images.transpose(axes), stored_type, ["C", "W"]))
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+def _room(device: torch.device) -> int:
+    """Bytes that a reader may still take: all readers of this process have one budget together."""
+    held = _held.get(device, 0)
+    return int(SHARE_OF_MEMORY * (_free_bytes(device, held) + held)) - held
+
+
+def _give_back(device: torch.device, num_bytes: int) -> None:
+    _held[device] -= num_bytes
+
+
+def _free_bytes(device: torch.device, held: int = 0) -> int:
+    free = devices.free_bytes(device, held)
+    if free is not None:
+        return free
     # Each process of this machine holds a copy of its own, and they all look at about the same time.
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return free_memory() // max(1, int(here) if here.isdecimal() else 1)

@@ -6,9 +6,9 @@ A process draws the rows it needs and nothing else. Nothing here touches torch's
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import struct
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dist_ae import devices
 from dist_ae.config import Config
 from dist_ae.draws import philox
+from dist_ae.terminal import first_line, say
 
 VERSION = 2  # of the draws, kept in config.json. Version 1 re-seeded one of torch's generators for every 32 rows
 
@@ -60,14 +62,34 @@ def stream_key(stream: str) -> int:
     return int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def drawn_on(device: torch.device) -> bool:
     """Whether draws are made on this device itself. Otherwise they are made on the host and copied."""
-    return device.type == "cpu" or (device.type == "cuda" and _has_triton())
+    return device.type == "cpu" or (devices.runs_kernels(device) and _kernel_works(device))
+
+
+@lru_cache(maxsize=16)
+def _kernel_works(device: torch.device) -> bool:
+    """Whether the kernel runs on this device and draws what the host draws, to the bit. Tried once, and said if not.
+
+    Triton builds a part of itself with a C compiler when a kernel is first launched, and many images have none.
+    """
+    from dist_ae.draws.philox_triton import draw_on_device
+
+    rows, width, std = range(1, 3), 20, 0.5
+    try:
+        now = torch.full((), 7, dtype=torch.int64, device=device)
+        drawn = draw_on_device(3, 5, now, rows, width, device, std, 1.0).cpu()
+        if torch.equal(drawn, torch.from_numpy(philox.normals((3, 5, 7), rows, width, std))):
+            return True
+        reason = "its bits are not the host's"
+    except Exception as error:  # of Triton, the compiler that it calls, or the driver: of many types
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    say(
+        f"warning: the kernel for random draws does not run on {device} ({reason}); they are drawn on the host and "
+        "copied, and no step becomes a graph. Triton needs a C compiler (gcc) and Python's headers (python3-dev)",
+        sys.stderr,
+    )
+    return False
 
 
 def _draw(
@@ -82,11 +104,12 @@ def _draw(
 ) -> Tensor:
     width = math.prod(shape)
     seed, key = seed % 2**64, stream_key(stream)
-    if device.type == "cuda" and drawn_on(device):
+    if device.type != "cpu" and drawn_on(device):
         from dist_ae.draws.philox_triton import draw_on_device
 
+        # Filled, not copied, for which the host would have to wait.
         now = step.on_device
-        now = torch.tensor(step.number, device=device) if now is None else now
+        now = torch.full((), step.number, dtype=torch.int64, device=device) if now is None else now
         return draw_on_device(seed, key, now, rows, width, device, std, keep).view(len(rows), *shape)
     words = (seed, key, step.number)
     table = philox.masks(words, rows, width, keep) if std is None else philox.normals(words, rows, width, std)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
+from dist_ae import devices
 from dist_ae.draws.philox import HALVES, LEVELS, blocks_per_row, normal_table, threshold
 
 BLOCKS = 128  # generator blocks that one program works on
@@ -28,23 +29,17 @@ def _fill(
     k0 = tl.load(key).to(tl.uint64, bitcast=True)
     k1 = tl.load(key + 1).to(tl.uint64, bitcast=True)
     w0, w1, w2, w3 = philox_impl(c0, c1, zero, zero, k0, k1)
-    start = (block // per_row) * width
-    column = (block % per_row) * 16
-    for half in tl.static_range(16):
-        if half < 4:
-            word = w0
-        elif half < 8:
-            word = w1
-        elif half < 12:
-            word = w2
-        else:
-            word = w3
-        bits = ((word >> (16 * (half % 4))) & 0xFFFF).to(tl.int32)
-        if MASK:
-            value = tl.where(bits < limit, scale, 0.0)
-        else:
-            value = tl.load(table + bits)
-        tl.store(out + start + column + half, value, mask=inside & (column + half < width))
+    # [BLOCKS, 16]: the 16 halves of a block lie side by side, so one store takes whole lines of memory.
+    half = tl.arange(0, 16)[None, :]
+    low, high = tl.where(half < 4, w0[:, None], w1[:, None]), tl.where(half < 12, w2[:, None], w3[:, None])
+    word = tl.where(half < 8, low, high)
+    bits = ((word >> (16 * (half % 4)).to(tl.uint64)) & 0xFFFF).to(tl.int32)
+    if MASK:
+        value = tl.where(bits < limit, scale, 0.0)
+    else:
+        value = tl.load(table + bits)
+    column = ((block % per_row) * 16)[:, None] + half
+    tl.store(out + ((block // per_row) * width)[:, None] + column, value, mask=inside[:, None] & (column < width))
 
 
 _tables: dict[tuple[torch.device, float], Tensor] = {}
@@ -78,9 +73,10 @@ def draw_on_device(
     if num_blocks:
         table, key = out if std is None else _table(device, std), _key(device, seed, stream)
         grid, first, scale = (triton.cdiv(num_blocks, BLOCKS),), rows.start * per_row, LEVELS / limit
-        _fill[grid](
-            out, table, key, step, first, num_blocks, width, per_row, limit, scale, MASK=std is None, BLOCKS=BLOCKS
-        )
+        with devices.current(device):  # Triton launches on the current device, wherever its tensors are
+            _fill[grid](
+                out, table, key, step, first, num_blocks, width, per_row, limit, scale, MASK=std is None, BLOCKS=BLOCKS
+            )
     return out
 
 

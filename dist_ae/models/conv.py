@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_ae import devices
 from dist_ae.config import Config, ObjectiveConfig
 from dist_ae.models.interface import ACTIVATIONS, Autoencoder, Components, LinearCode, pad_to_multiple
 from dist_ae.models.starts import leading, probabilistic, whitened
@@ -37,9 +38,18 @@ class Block(nn.Module):
         self.first, self.second = Convolution(width, width), Convolution(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        hidden = self.activation(self.first(self.activation(self.norm(x))))
+        normed = self.norm(x) if devices.keeps_channels_last(x.device) else normalized(x, self.norm)
+        hidden = self.activation(self.first(self.activation(normed)))
         changed: Tensor = self.second(hidden if mask is None else hidden * mask)
         return x + changed
+
+
+def normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """What a GroupNorm of one group gives, in the order of x's memory: CUDA's own would copy it in every block."""
+    variance, mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, (1, 2, 3), correction=0, keepdim=True)
+    weight, bias = (parameter.view(1, -1, 1, 1) for parameter in (norm.weight, norm.bias))
+    scale = torch.rsqrt(variance + norm.eps) * weight
+    return torch.addcmul(bias - mean * scale, x.to(mean.dtype), scale)
 
 
 class Down(nn.Module):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from dist_ae import devices
+
 PARTS = ("data", "communication", "evaluation", "saving", "all")
 
 
@@ -32,8 +34,8 @@ class Clock:
 
         Waits for the device, so that what it still has to do is counted as training.
         """
-        if self._part == "training" and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._part == "training":
+            devices.wait_for(self._device)
         self._turn_to(part)
 
     def _turn_to(self, part: str) -> None:

@@ -28,7 +28,7 @@ OTHER_WAYS = {
 REDUCED_PRODUCTS = ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 
-def _whole_number(name: str, default: int) -> int:
+def whole_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit()):
         raise InputError(
@@ -43,8 +43,8 @@ def launched_world() -> tuple[int, int]:
     Raises:
         InputError: a value is not valid, or several processes lack what they need to find each other.
     """
-    world = max(_whole_number(name, 1) for name in WORLD_NAMES)
-    rank = _whole_number("RANK", 0)
+    world = max(whole_number(name, 1) for name in WORLD_NAMES)
+    rank = whole_number("RANK", 0)
     if rank >= world:
         raise InputError(
             f"the environment variable RANK is {rank}, but {world} process{'es are' if world > 1 else ' is'} "
@@ -57,7 +57,7 @@ def launched_world() -> tuple[int, int]:
             raise InputError(
                 f"the environment announces {world} processes but {', '.join(missing)} is not set. {HOW_TO_START}"
             )
-        if not 0 < _whole_number("MASTER_PORT", 0) < 2**16:
+        if not 0 < whole_number("MASTER_PORT", 0) < 2**16:
             raise InputError(f"the environment variable MASTER_PORT is {os.environ['MASTER_PORT']!r}, not a port")
     return rank, world
 
@@ -85,6 +85,12 @@ def check_environment() -> None:
     for name in REDUCED_PRODUCTS:
         if os.environ.get(name, "").upper() not in ("", "STRICT"):
             raise InputError(f"the environment variable {name} rounds fp32 products; unset it, or use --precision bf16")
+    # NVIDIA's libraries obey it whatever torch asks of them: 1 rounds the products of fp32, 0 forbids tf32.
+    if os.environ.get("NVIDIA_TF32_OVERRIDE", "") != "":
+        raise InputError(
+            "the environment variable NVIDIA_TF32_OVERRIDE changes how fp32 products are rounded; unset it, and use "
+            "--precision tf32 or fp32"
+        )
 
 
 def notes(config: Config) -> list[str]:
@@ -149,17 +155,19 @@ def pinned_torch(precision: str) -> Iterator[None]:
             "computes. Call torch.set_default_device(None) first"
         )
     dtype, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    convolutions = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
     with torch.inference_mode(False), torch.enable_grad():
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        # Always the same algorithms for the same shapes: a resumed run adds up as the uninterrupted one does.
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = precision == "tf32", True, False
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
             torch.set_float32_matmul_precision(products)
-            torch.backends.cudnn.allow_tf32 = convolutions
+            cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = convolutions
 
 
 @contextlib.contextmanager
@@ -189,9 +197,9 @@ def choose_interface() -> None:
     if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
         return
     main = os.environ["MASTER_ADDR"]
-    several_hosts = _whole_number("LOCAL_WORLD_SIZE", 1) < _whole_number("WORLD_SIZE", 1)
+    several_hosts = whole_number("LOCAL_WORLD_SIZE", 1) < whole_number("WORLD_SIZE", 1)
     try:
-        family, _, _, _, target = socket.getaddrinfo(main, _whole_number("MASTER_PORT", 1), type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, target = socket.getaddrinfo(main, whole_number("MASTER_PORT", 1), type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)
             address = probe.getsockname()[0].partition("%")[0]
@@ -233,6 +241,11 @@ def meeting(seconds: float) -> Iterator[None]:
     """
     try:
         yield
+    except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+        raise Fault(
+            f"the device of rank {launched_world()[0]} on host {socket.gethostname()} could not be used: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
     except RuntimeError as error:  # what torch and gloo raise, of several types
         world = launched_world()[1]
         if world == 1:

@@ -6,6 +6,7 @@ DDP itself takes a mean. With a sum, every image weighs the same to the bit on a
 # Without `from __future__ import annotations`: DDP compares a hook's annotations with the types themselves.
 
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,15 @@ def sum_gradients(model: nn.Module, runtime: Runtime, rounded: bool) -> str:
         model.register_comm_hook(runtime, _add_rounded if rounded else _add)  # type: ignore[operator]
     way = f"by {dist.get_backend()}" if slots is None else "through shared memory"
     return f"{num_bytes:,} bytes a step as {str(dtype).removeprefix('torch.')}, added up {way}"
+
+
+def add_up(parameters: Sequence[nn.Parameter]) -> None:
+    """Adds up the gradients of all processes, in one piece and one exchange that a CUDA graph can hold."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 def _add(runtime: Runtime, bucket: dist.GradBucket) -> Gradient:  # type: ignore[name-defined]

@@ -6,15 +6,16 @@ import json
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 
+from dist_ae import devices
 from dist_ae.config import Config, Fault, InputError
 from dist_ae.processes.clock import Clock
 from dist_ae.processes.environment import (
@@ -23,9 +24,11 @@ from dist_ae.processes.environment import (
     launched_world,
     meeting,
     use_cpu,
+    whole_number,
     without_accelerates_variables,
 )
 
+PATIENCE = 3600.0  # seconds that processes wait for work of one of them that is alive
 PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -47,6 +50,13 @@ def check_device(config: Config) -> None:
         InputError: with the reason and what to use instead.
     """
     on_cpu = use_cpu()
+    here, gpus = whole_number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    if not on_cpu and torch.cuda.is_available() and here > gpus:
+        raise InputError(
+            f"{here} processes were started on host {socket.gethostname()}, which has {gpus} GPU{'s' * (gpus > 1)}: "
+            f"NCCL refuses two on one. Start {gpus} a host: --num_processes counts those of all hosts, torchrun's "
+            "--nproc_per_node those of one"
+        )
     if config.precision == "fp16" and on_cpu:
         raise InputError("precision fp16 needs a GPU: torch has no gradient scaling for it on a CPU; use bf16 or fp32")
     if config.precision == "tf32" and (
@@ -61,6 +71,12 @@ def check_device(config: Config) -> None:
         )
 
 
+def usual_precision() -> Literal["bf16", "fp32"]:
+    """What ``precision auto`` means on this machine: bf16 where it is multiplied natively, else fp32."""
+    device = None if use_cpu() else torch.accelerator.current_accelerator()
+    return "bf16" if devices.multiplies_bf16(device or torch.device("cpu")) else "fp32"
+
+
 class Alone:
     """One process that belongs to no group: what work that can also be shared needs to know."""
 
@@ -68,7 +84,7 @@ class Alone:
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.dtype = device, dtype
-        self.exact = torch.float32 if device.type == "mps" else torch.float64  # type of sums over many images
+        self.exact = torch.float64 if devices.has_float64(device) else torch.float32  # type of sums over many images
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -80,6 +96,9 @@ class Runtime(Alone):
 
     def __init__(self, config: Config) -> None:
         """Starts (or joins) the process group.
+
+        What rank 0 found out about its machine and its run directory holds for all: ``self.config`` has its precision
+        and its directory.
 
         Raises:
             InputError: the launcher promised another number of processes than Accelerate sees, or the address of the
@@ -96,12 +115,29 @@ class Runtime(Alone):
         on_cpu, timeout = use_cpu(), timedelta(seconds=config.train.timeout)
         joins = launched > 1 and self._owns_group
         with meeting(config.train.timeout), interface_to_main(joins), without_accelerates_variables():
+            state = PartialState(on_cpu, timeout=timeout)
+            if state.device.type == "cuda":  # also one that was named by hand, for which Accelerate does not
+                torch.cuda.set_device(state.device)
+            self.world, self.rank, self.is_main = state.num_processes, state.process_index, state.is_main_process
+            if self.world != launched:
+                raise InputError(
+                    f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
+                    f"they would train apart in one folder. {HOW_TO_START}"
+                )
+            # Host-side agreement does not wait for the device's queue.
+            # While one process works for all (a checkpoint on a slow disk), the others wait. Who is dead, the watch
+            # finds sooner.
+            patient = max(timeout, timedelta(seconds=PATIENCE))
+            self.host_group: Any = dist.new_group(backend="gloo", timeout=patient) if self.world > 1 else None
+            if config.precision == "auto":
+                config = config.override({"precision": usual_precision()})
+            found = self.on_main(lambda: {"precision": config.precision, "run_dir": str(config.directory())})
+            self.config = config = config.override(found)
             self.accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision=PRECISIONS[config.precision],
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=timeout),
                     # static_graph does not go with no_sync, which accumulation needs. On a CPU the backward pass keeps
                     # the cores busy and nothing overlaps, so there is one bucket and one exchange a step.
                     DistributedDataParallelKwargs(
@@ -109,19 +145,11 @@ class Runtime(Alone):
                     ),
                 ],
             )
-        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         super().__init__(self.accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
-        self.is_main = self.accelerator.is_main_process
         self.lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)  # autocast's type
-        if self.world != launched:
-            raise InputError(
-                f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
-                f"they would train apart in one folder. {HOW_TO_START}"
-            )
+        emulates = config.precision == "bf16" and not devices.multiplies_bf16(self.device)
+        self.emulates = bool(self.largest(emulates)[0])  # on one process at least, for which the others wait
         self.clock = Clock(self.device)
-        # Host-side agreement does not wait for the device's queue.
-        with meeting(config.train.timeout), interface_to_main(joins):
-            self.host_group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -191,3 +219,18 @@ class Runtime(Alone):
         """Leaves the process group, where this run started it."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def slow(runtime: Runtime) -> list[str]:
+    """One line where bf16 was asked for, or a run began with it, and a machine has to emulate it."""
+    if not runtime.emulates:
+        return []
+    if runtime.device.type == "cuda":
+        return [
+            "note: bf16 is emulated: NVIDIA's GPUs have it from compute capability 8.0 on. --precision fp16, or fp32, "
+            "trains a run of its own faster"
+        ]
+    return [
+        "note: bf16 is emulated: this processor has no instructions for it, and steps took 8 to 12 times as long as in "
+        "fp32 where it was measured. --precision fp32 trains a run of its own that fast"
+    ]
