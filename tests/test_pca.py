@@ -138,3 +138,24 @@ def test_training_from_pca_beats_pca_and_is_the_same_on_1_and_3_processes(tmp_pa
         PRESETS["ae"].override({**overrides, "train.steps": 150, "run_dir": str(tmp_path / "longer")})
     )
     assert longer.metrics["val.mse"] < 0.9 * linear
+
+
+@pytest.mark.slow
+def test_from_pca_muon_follows_one_process_however_small_the_pieces_of_a_batch_are(tmp_path: Path) -> None:
+    # At the start all gradients but the last layer's are rounding, which depends on how a batch is cut.
+    overrides = {
+        **SMALL,
+        "model.start": "pca",
+        "model.hidden_dims": (64, 32),
+        "precision": "fp64",
+        "optim.name": "muon",
+    }
+    for world, most in ((1, None), (2, 1), (2, 2)):
+        changes = {"train.steps": 50, "train.max_per_process": most, "run_dir": str(tmp_path / f"{world}-{most}")}
+        config = PRESETS["ae"].override({**overrides, **changes})
+        assert forked(world, lambda rank, config=config: dist_ae.train(config), tmp_path / "log") == [0] * world  # type: ignore[misc]
+    straight = tmp_path / "1-None"
+    for cut in (tmp_path / "2-1", tmp_path / "2-2"):
+        losses = [[line["loss"] for line in metrics(run)] for run in (straight, cut)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+        assert relative_difference(weights(cut), weights(straight)) < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import REPOSITORY, free_port
+from conftest import REPOSITORY, environment, free_port
 
 import dist_ae
 from dist_ae.config import InputError
@@ -276,6 +277,35 @@ def test_a_running_sweep_is_closed_to_strangers_and_returns_in_seconds_when_inte
     assert process.returncode == 75, out
     assert time.monotonic() - began < 15
     assert "--resume i" in out
+
+
+@pytest.mark.parametrize("end", ["all processes", pytest.param("the central one", marks=pytest.mark.long)])
+def test_a_signal_to_all_of_a_sweep_s_processes_ends_in_the_command_that_goes_on(tmp_path: Path, end: str) -> None:
+    arguments = ["ae", "--num-trials", "2", "--name", "g", "--train.steps", "1000000", "--train.eval-every", "50"]
+    words = [sys.executable, "-m", "tune", *arguments]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    trials = tmp_path / "runs/sweeps/g/trials"
+    family: list[psutil.Process] = []
+    try:
+        wait(lambda: any(reports(path.parent) >= 2 for path in trials.glob("*/reports.jsonl")))
+        family = psutil.Process(process.pid).children(recursive=True)
+        if end == "all processes":  # as systemd, Slurm and `timeout` do, and a terminal that is closed
+            for one in [process.pid, *(child.pid for child in family)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGTERM)
+        else:
+            (server,) = (child for child in family if child.name() == "gcs_server")
+            server.kill()
+        began = time.monotonic()
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, out
+    assert time.monotonic() - began < 30 and "--resume g" in out and "Traceback" not in out, out
+    wait(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family))
 
 
 # -- a cluster
