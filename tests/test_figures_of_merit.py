@@ -36,7 +36,7 @@ from dist_ae.processes.runtime import Alone
 from dist_ae.quality import Posterior
 from dist_ae.run.tracking import server_answers
 from dist_ae.scores import code_moments
-from dist_ae.timeline import State
+from dist_ae.timeline import State, Timeline
 from dist_ae.use import commands, export
 from dist_ae.use.evaluation import _of_posterior
 from dist_ae.use.write import write_table
@@ -467,12 +467,13 @@ def test_a_working_folder_that_was_deleted_is_said_so(tmp_path: Path) -> None:
 # ------------------------------------------------------- what a mutation of the code could change without a word
 
 
-@pytest.mark.parametrize("count", [12, 60])
+@pytest.mark.parametrize("count", [12, 400])
 def test_the_covariance_of_codes_is_shrunk_as_chen_and_others_say(trained: Path, count: int) -> None:
     from sklearn.covariance import OAS
 
     model = dist_ae.load(trained).model
-    images = np.random.default_rng(0).integers(0, 256, (count, 1, 8, 8)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 128, (count, 1, 8, 8)).astype(np.uint8)
+    images[256:] += 100  # the middle of the first images is not that of all
     reader = Reader(Split(images), torch.device("cpu"))
     moments = code_moments(model, reader, 50, Alone(torch.device("cpu")))
     with torch.no_grad():
@@ -526,3 +527,10 @@ def test_a_graph_is_used_only_where_it_gives_the_step_s_result(same: bool, capfd
         graph = capture(work, [value])
     assert (graph is not None) == same and float(value) == 1.0
     assert ("differs from the step itself" in capfd.readouterr().err) == (not same)
+
+
+def test_pictures_are_drawn_at_doubling_intervals_and_at_the_end() -> None:
+    line = Timeline(100, 10, total_steps=100, eval_every=10, save_every=20, log_every=5)
+    assert [step for step in range(10, 101, 10) if line.draws_pictures(step)] == [10, 20, 40, 80, 100]
+    assert [step for step in range(101) if line.saves(step)] == [20, 40, 60, 80, 100]
+    assert [step for step in range(101) if line.evaluates(step)] == list(range(10, 101, 10))
