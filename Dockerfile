@@ -3,6 +3,9 @@
 #   docker build -t dist-ae:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .     without (some 1 GB)
 FROM python:3.11-slim
 
+# Triton, which draws random numbers on a GPU, builds a part of itself with a C compiler when it is first used.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 ARG TORCH_INDEX=""
 WORKDIR /opt/dist-ae
 

@@ -20,9 +20,9 @@ test-fast: .venv/installed-for-test
 test-long: .venv/installed-for-test
 	$(BIN)/python -m pytest -m long
 
-# What needs CUDA; elsewhere one line says that it was skipped.
+# What needs CUDA, a line a test; elsewhere one line says that it was skipped.
 test-gpu: .venv/installed-for-test
-	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m gpu -v -rs --tb=short tests/test_gpu.py || [ $$? -eq 5 ]
 
 fuzz: .venv/installed-for-test
 	$(BIN)/python tests/fuzz.py --cases 500

@@ -96,7 +96,7 @@ BESIDE = ("denoising", "dropout", "vae", "ae")  # presets whose step is compared
 class Contestant:
     """A training loop in processes of its own, stopped but for its turns."""
 
-    def __init__(self, call: str, world: int, folder: Path, checkout: Path) -> None:
+    def __init__(self, call: str, world: int, folder: Path, checkout: Path, **variables: str) -> None:
         self.path = folder / f"{len(list(folder.iterdir()))}.meter"
         np.zeros(SLOTS + 2).tofile(self.path)
         self.times = np.memmap(self.path, np.float64, "r", shape=(SLOTS + 2,))
@@ -105,6 +105,7 @@ class Contestant:
         command = [sys.executable, *several, str(HERE / "contestants.py"), str(self.path), call]
         threads = str(max(1, (os.cpu_count() or 1) // world))
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": threads, "WANDB_SILENT": "true"}
+        environment |= variables
         self.log = folder / f"{self.path.stem}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dist_ae.config import Config, InputError, load_config
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
     from dist_ae.outcome import NonFinite, OutOfMemory, Report, Result, Stopped
     from dist_ae.trainer import train
     from dist_ae.use.trained import TrainedModel, load
+
+# An idle thread of libgomp, which torch brings, looks for work 300,000 times before it sleeps, some milliseconds. On a
+# busy machine that takes the core from whoever works: two trainings on two cores were ten times slower than one. The
+# variable is read when torch is imported, and the user's own setting is kept. benchmarks/busy.py measures it.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 __version__ = "0.1.0"
 __all__ = [

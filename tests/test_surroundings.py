@@ -289,6 +289,20 @@ def test_accelerates_own_default_file_is_answered(tmp_path: Path) -> None:
     assert "asks for 2 processes on the CPU, and Accelerate started one" in done.stdout
 
 
+def test_idle_threads_leave_the_cores_to_others_unless_the_user_says_otherwise() -> None:
+    def seen(code: str, **variables: str) -> str:
+        clean = {k: v for k, v in environment(**variables).items() if k in variables or k != "GOMP_SPINCOUNT"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=90)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    # libgomp itself says what it took.
+    assert "GOMP_SPINCOUNT = '1000'" in seen("import dist_ae, torch", OMP_DISPLAY_ENV="verbose")
+    code = "import os, dist_ae; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert seen(code, GOMP_SPINCOUNT="7").strip() == "7"
+    assert seen(code, OMP_WAIT_POLICY="active").strip() == "None"
+
+
 # -- terminal
 
 
