@@ -132,9 +132,17 @@ def evaluate(
         return
     show(dict(found.metrics))
     methods = list(next(iter(found.denoising.values()), {}))
-    say("denoising, dB".ljust(16) + "".join(name.rjust(18) for name in methods))
+    if methods:
+        say("denoising, dB".ljust(16) + "".join(name.rjust(18) for name in methods))
     for level, values in found.denoising.items():
         say(f"  noise {level:g}".ljust(16) + "".join(f"{values[name]:.2f}".rjust(18) for name in methods))
+    if found.columns:
+        worst = sorted(found.columns, key=lambda name: found.columns[name]["r2"])[:10]
+        say("columns with the lowest r2".ljust(34) + "model".rjust(10) + "PCA".rjust(10))
+        for name in worst:
+            say(
+                f"  {name[:30]}".ljust(34) + "".join(f"{value:.4f}".rjust(10) for value in found.columns[name].values())
+            )
     for remark in found.remarks:
         say(remark)
     for path in found.written:
@@ -292,13 +300,17 @@ def export(
         license: licence in the model card, by the Hugging Face Hub's identifiers.
         push_to_hub: OWNER/NAME to upload the safetensors folder to; dist_ae.load("hf:OWNER/NAME") brings it back.
     """
+    from dist_ae.saved import run_config
     from dist_ae.use import commands
 
     path, address = commands.export_run(run_dir, out, which, format, part, license, push_to_hub)
     _written(path)
-    given, entry = ("code", "code") if part == "decoder" else ("images", "pictures")
-    results = {"whole": "reconstruction, code", "encoder": "code", "decoder": "images"}[part]
-    what = "float32 codes" if part == "decoder" else "float32 [N, C, H, W] on [0, 1]"
+    shape = run_config(run_dir).model.record_shape
+    given, entry = ("images", "pictures") if shape is None else ("records", "records")
+    results = {"whole": "reconstruction, code", "encoder": "code", "decoder": given}[part]
+    own = "[N, C, H, W] on [0, 1]" if shape is None else f"[N, {', '.join(map(str, shape))}] in their own units"
+    what = "float32 codes" if part == "decoder" else f"float32 {own}"
+    given, entry = ("code", "code") if part == "decoder" else (given, entry)
     name = str(path)
     how = {
         "torch": f"{results} = torch.export.load({name!r}).module()({given})  # {what}, any N",
@@ -423,7 +435,8 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    units = dict.fromkeys(("mse", "train_mse", "pca_mse"), "per pixel, [0, 1]")
+    per = "share of variance" if any(name.endswith(".r2") for name in values) else "per pixel, [0, 1]"
+    units = dict.fromkeys(("mse", "train_mse", "pca_mse", "noisy_mse", "denoised_mse"), per)
     units |= {"psnr": "dB", "noisy_psnr": "dB", "denoised_psnr": "dB"}
     units |= dict.fromkeys(("neg_elbo", "rate", "distortion", "neg_iw_bound", "subset_neg_elbo"), "nats per image")
     table = Table(show_header=False, box=None, padding=(0, 1))

@@ -13,6 +13,7 @@ import torch
 from dist_ae import pca, timeline
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
+from dist_ae.data.layout import named
 from dist_ae.data.memory import NAME, Handed, memory_dataset
 from dist_ae.data.reader import free_memory
 from dist_ae.data.reads import Reads
@@ -55,11 +56,21 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     if data is None and launched_world()[0] == 0:
         # The pictures of a run among the pictures that it is trained on would make other data of them.
         Reads(config.data.name).refuse(config.directory().resolve(), "--run-dir", folder=True)
-    dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data.val_fraction)
+    dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(
             f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are "
             f"{dataset.image_shape}; with --model.image-shape None it is theirs"
+        )
+    if config.model.architecture == "conv" and dataset.shape is not None and len(dataset.shape) != 2:
+        raise InputError(
+            f"{dataset.name}: {named(dataset.shape)}, and a convolution takes images and signals; "
+            "use --model.architecture mlp, as the preset table does"
+        )
+    if dataset.scale == "standard" and config.objective.likelihood != "gaussian":
+        raise InputError(
+            f"objective.likelihood {config.objective.likelihood} is of pixels on [0, 1], and the records of "
+            f"{dataset.name} are standardized; use gaussian, or data.scale range"
         )
     if config.train.batch_size > len(dataset.train):
         raise InputError(
@@ -67,12 +78,22 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
             f"{len(dataset.train)} training images; use --train.batch-size {len(dataset.train)} or less"
         )
     evaluated = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
-    found = {"model.image_shape": dataset.image_shape, "evaluation.batch_size": evaluated}
-    config = _precise(config.override(found))
-    config = config.override({"run_dir": config.directory()})
+    found = {
+        "model.image_shape": dataset.image_shape,
+        "model.record_shape": dataset.shape,
+        "data.scale": dataset.scale,
+        "data.columns": dataset.columns or None,
+        "evaluation.batch_size": evaluated,
+    }
+    config = _precise(config)
+    config = config.override({**found, "run_dir": config.directory()})  # named by what was asked for
     if config.model.architecture != "own":
         _check_memory(config, dataset.image_shape)
     model = build(config, dataset.image_shape, own)
+    if dataset.train.scaling is not None:
+        assert model.units_offset is not None and model.units_scale is not None
+        model.units_offset.copy_(torch.from_numpy(dataset.train.scaling.offset))
+        model.units_scale.copy_(torch.from_numpy(dataset.train.scaling.scale))
     if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):
         raise InputError(
             f"extend: {config.directory()} holds no run to resume. Name it with --run-dir; "
@@ -82,7 +103,10 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         pca.check(config, model)
     elif launched_world()[0] == 0 and not _begun(config.directory()):
         _init_from(model, config.init_from)
-    return Prepared(config, dataset, model, Timeline.of(config.train, len(dataset.train)), _description(config))
+    # A start that is worth something (PCA, or another run's weights) is evaluated, and kept where training does worse.
+    worth = config.model.start == "pca" or config.init_from is not None
+    line = Timeline.of(config.train, len(dataset.train), eval_start=worth)
+    return Prepared(config, dataset, model, line, _description(config))
 
 
 def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
@@ -191,7 +215,8 @@ def _claim(folder: RunDirectory, prepared: Prepared) -> None:
             _say_extension(folder, config, kept, trajectory["total_steps"])
             may_change.append("total_steps")
     # A field that an older version did not know stands at its default, which means "as it was".
-    folder.claim(trajectory, prepared.description, unknown=Config().trajectory_values(), may_change=may_change)
+    unknown = {**Config().trajectory_values(), "data.scale": "none"}  # all data was on [0, 1]
+    folder.claim(trajectory, prepared.description, unknown=unknown, may_change=may_change)
 
 
 def _begun_with(kept: dict[str, Any] | None) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class DataConfig(Section):
     name: str = trajectory(
         "digits",
         "digits and photos (embedded), fashion_mnist, mnist, kmnist, cifar10; pictures in folder:PATH, tar:PATTERN or "
-        "hf:NAME; packed:PATH; array:PATH to a .npy or .npz; or the path of a folder, array file or packed set",
+        "hf:NAME; table:PATH to CSV or Parquet; packed:PATH; array:PATH to a .npy or .npz; or the path of a folder, "
+        "array file, table or packed set",
     )
     root: Path | None = free(
         None, "folder that holds the files of a named dataset; missing ones are downloaded into it"
@@ -109,6 +110,23 @@ class DataConfig(Section):
         gt=0,
         le=LONGEST,
     )
+    layout: Literal["auto", "table", "signals", "images", "images-last", "volumes"] = trajectory(
+        "auto",
+        "axes of an array: table [N, D], signals [N, L] or [N, C, L], images [N, H, W] or [N, C, H, W], images-last "
+        "[N, H, W, C], volumes [N, D, H, W] or [N, C, D, H, W]; auto: a table of two, images of three or four axes, "
+        "volumes of five",
+    )
+    scale: Literal["auto", "none", "standard", "range"] = trajectory(
+        "auto",
+        "standard: mean 0 and deviation 1 of each column or channel over the training part; range: its range becomes "
+        "[0, 1]; none: values are on [0, 1]; auto: none for bytes, 16 bits and floats on [0, 1], else standard",
+    )
+    missing: Literal["refuse", "mask"] = trajectory(
+        "refuse", "what to do about NaN: mask puts the mean at the input, and the entry counts nothing in the loss"
+    )
+    columns: tuple[str, ...] | None = trajectory(None, "columns of a table to take; left out, all that are numbers")
+    exclude: tuple[str, ...] = trajectory((), "columns of a table to leave out")
+    label: str | None = trajectory(None, "column of a table that is no input: the classes of its rows")
     corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
     cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")
 
@@ -144,11 +162,18 @@ class ModelConfig(Section):
         "random", "weights to begin with; pca: the best linear code, then trained on"
     )
     image_shape: tuple[Side, Side, Side] | None = trajectory(None, "channels, height, width; left out, the data's own")
+    record_shape: tuple[Side, ...] | None = trajectory(
+        None, "shape of a record that is no image: columns, channels and length, or a volume's; filled in from the data"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.image_shape is not None and math.prod(self.image_shape) > LARGEST_IMAGE:
             raise ValueError(f"image_shape {self.image_shape} has more than {LARGEST_IMAGE:,} numbers")
+        if self.record_shape is not None and (
+            self.image_shape is None or math.prod(self.record_shape) != math.prod(self.image_shape)
+        ):
+            raise ValueError(f"record_shape {self.record_shape} is not that of image_shape {self.image_shape}")
         return self
 
 
@@ -268,6 +293,7 @@ class TrackingConfig(Section):
     )
     project: str = free("dist-ae", "Weights & Biases project")
     group: str | None = free(None, "Weights & Biases group")
+    pictures: bool = free(True, "draw the run's pictures")
     tensorboard: bool = free(False, "also write TensorBoard event files into the run directory")
 
 
@@ -365,7 +391,8 @@ class Config(Section):
         differs = {key: value for key, value in self.trajectory_values().items() if value != usual[key]}
         if self.precision == "fp32":  # the default before there was `auto`: those runs keep their names
             del differs["precision"]
-        differs.pop("model.image_shape", None)  # filled in from the data when training begins
+        for key in ("model.image_shape", "model.record_shape"):  # filled in from the data when training begins
+            differs.pop(key, None)
         identity = json.dumps([differs, self.train.epochs, self.train.steps], sort_keys=True)
         data = Path(self.data.name).stem if self.data.name.startswith("array:") else self.data.name
         if not re.fullmatch(r"[\w.-]+", data):  # a path or a pattern

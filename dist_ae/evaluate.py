@@ -13,7 +13,7 @@ from dist_ae.config import EvaluationConfig, ObjectiveConfig
 from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, Step, normal
-from dist_ae.objectives import Model, terms
+from dist_ae.objectives import Model, present, squared_error, terms
 from dist_ae.processes.runtime import Alone
 from dist_ae.processes.stop import StopRequested
 
@@ -52,16 +52,20 @@ def batches(reader: Reader, batch_size: int, runtime: Alone, stop: Stop) -> Iter
 
 @torch.no_grad()
 def mean_squared_error(model: Model, reader: Reader, batch_size: int, runtime: Alone, stop: Stop = never) -> float:
-    """The squared error per pixel, [0, 1], of the clean images' reconstructions from the mean code.
+    """The squared error per entry of the clean images' reconstructions from the mean code.
 
     Raises:
         StopRequested: ``stop`` answered yes.
     """
-    total = torch.zeros((), dtype=runtime.exact, device=runtime.device)
+    sums = torch.zeros(2, dtype=runtime.exact, device=runtime.device)
     for _, counts, images in batches(reader, batch_size, runtime, stop):
-        errors = (model(images, None).reconstruction - images).square().flatten(1).sum(1).to(runtime.exact)
-        total += errors.sum() if counts else 0.0
-    return float(runtime.sum(total)) / (len(reader.split) * math.prod(reader.split.images.shape[1:]))
+        output = model(images, None)
+        errors = squared_error(images, output.reconstruction, output.missing)
+        entries = torch.zeros_like(errors) + present(images, output.missing)
+        if counts:
+            sums += torch.stack([errors, entries]).to(runtime.exact).sum(1)
+    squared, count = runtime.sum(sums).tolist()
+    return float(squared / count)
 
 
 @torch.no_grad()
@@ -77,6 +81,10 @@ def evaluate(
 
     - ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse): the clean image, reconstructed from the mean code.
     - ``denoised_psnr`` beside ``noisy_psnr``: one noisy copy, keyed by image index.
+
+    Standardized records have no peak. In place of these they have ``mse``, the share of the variance that is left
+    unexplained; ``r2``, 1 minus the error as a share of the held-out records' squares around the training mean; and
+    ``denoised_mse`` beside ``noisy_mse``. Missing entries count nothing.
 
     A variational model adds:
 
@@ -102,21 +110,21 @@ def evaluate(
         if moments is not None:
             codes = moments if codes is None else codes + moments
     assert sums is not None
-    clean, noisy, denoised, neg_elbo, rate, distortion, num_images = runtime.sum(sums).tolist()
+    clean, noisy, denoised, neg_elbo, rate, distortion, squares, entries, num_images = runtime.sum(sums).tolist()
     assert num_images == count, f"evaluated {num_images} images of {count}"
-    pixels = count * math.prod(reader.split.images.shape[1:])
-    metrics = {
-        "mse": clean / pixels,
-        "psnr": psnr(clean / pixels),
-        "noisy_psnr": psnr(noisy / pixels),
-        "denoised_psnr": psnr(denoised / pixels),
-    }
+    metrics = {"mse": clean / entries}
+    if reader.standardized:
+        metrics |= {"r2": 1 - clean / squares if squares else 0.0}
+        metrics |= {"noisy_mse": noisy / entries, "denoised_mse": denoised / entries}
+    else:
+        metrics |= {"psnr": psnr(clean / entries)}
+        metrics |= {"noisy_psnr": psnr(noisy / entries), "denoised_psnr": psnr(denoised / entries)}
     if codes is not None:
         metrics |= {"neg_elbo": neg_elbo / count, "rate": rate / count, "distortion": distortion / count}
         first, second = runtime.sum(codes) / count
         metrics["active_units"] = float(int((second - first.square() > ACTIVE_VARIANCE).sum()))
         if objective.likelihood == "discretized":
-            metrics["bits_per_dim"] = neg_elbo / pixels / math.log(2)
+            metrics["bits_per_dim"] = neg_elbo / entries / math.log(2)
     return metrics
 
 
@@ -160,17 +168,18 @@ def comparable(best: Mapping[str, Any], metric: str, noise_std: float) -> bool:
         metric: what the run is judged by, by ``selection``.
         noise_std: of the evaluation.
     """
-    return metric != "denoised_psnr" or best.get("noise_std") in (None, noise_std)
+    return not metric.startswith("denoised") or best.get("noise_std") in (None, noise_std)
 
 
 @torch.no_grad()
 def mean_image_error(reader: Reader, batch_size: int, runtime: Alone) -> float | None:
     """The squared error per pixel of the best constant image: what a model has to be below to have learned anything.
 
-    The mean is that of these very images, so their number, less one, divides. None of fewer than two images.
+    The mean is that of these very images, so their number, less one, divides. None of fewer than two images, and
+    where entries are missing.
     """
     count = len(reader.split)
-    if count < 2:
+    if count < 2 or reader.missing:
         return None
     size = math.prod(reader.split.images.shape[1:])
     sums = torch.zeros(2, size, dtype=runtime.exact, device=runtime.device)
@@ -201,10 +210,11 @@ def _sums(
 ) -> tuple[Tensor, Tensor | None]:
     """Sums over the images of ``rows``, float64 where the device has it.
 
-    [7]: three squared errors, three ELBO terms and the number of images. Of a variational model also [2, code]: the
-    codes and their squares.
+    [9]: three squared errors, three ELBO terms, the squares, and the numbers of entries and of images. Of a variational
+    model also [2, code]: the codes and their squares.
     """
     clean = model(images, None)
+    missing = clean.missing
     noise = fixed_noise(noise_std, rows, images.shape[1:], images.device).to(images.dtype)
     denoised = model(images, Draws(noise=noise)).reconstruction
     zero = images.new_zeros(len(rows))
@@ -216,16 +226,15 @@ def _sums(
         means = clean.mean.flatten(1).to(runtime.exact)
         moments = torch.stack([means.sum(0), means.square().sum(0)])
 
-    def squared(reconstruction: Tensor) -> Tensor:
-        assert reconstruction.shape == images.shape
-        return (reconstruction - images).square().flatten(1).sum(1)
-
-    errors = squared(clean.reconstruction), noise.square().flatten(1).sum(1), squared(denoised)
-    columns = (*errors, neg_elbo, rate, distortion, zero + 1)
+    known = torch.where(images.isnan(), 0.0, images) if missing else images
+    noisy = squared_error(images, known + noise, missing) if missing else noise.square().flatten(1).sum(1)
+    errors = squared_error(images, clean.reconstruction, missing), noisy, squared_error(images, denoised, missing)
+    entries = zero + present(images, missing)
+    columns = (*errors, neg_elbo, rate, distortion, known.square().flatten(1).sum(1), entries, zero + 1)
     return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
 
 
-def selection(variational: bool, noise_std: float) -> tuple[str, int]:
+def selection(variational: bool, noise_std: float, standardized: bool) -> tuple[str, int]:
     """What 'best' means for a run: (metric, +1 if larger is better else -1).
 
     The metric is of the task that the run trains for, never its own training loss.
@@ -235,4 +244,6 @@ def selection(variational: bool, noise_std: float) -> tuple[str, int]:
     """
     if variational:
         return "neg_elbo", -1
-    return ("denoised_psnr", 1) if noise_std else ("mse", -1)
+    if not noise_std:
+        return "mse", -1
+    return ("denoised_mse", -1) if standardized else ("denoised_psnr", 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -33,14 +34,18 @@ def run_pictures(
 ) -> dict[str, Path]:
     """Draws a run's pictures into ``figures/`` and returns their paths by name.
 
-    They are the loss curve; originals, reconstructions and their differences, with the error under each; and samples of
-    a variational model. Noisy images take the place of the originals where the model is trained to remove noise.
+    They are the loss curve; and of images: originals, reconstructions and their differences, with the error under each,
+    and samples of a variational model. Noisy images take the place of the originals where the model is trained to
+    remove noise.
 
     Args:
         columns: validation images shown.
         step: the step of the weights, for the title.
     """
     folder = folder_inside(run_dir, "figures")
+    curve = loss_curve(inside(run_dir, "metrics.jsonl"), folder / "loss.png")
+    if model.record_shape is not None:
+        return {"loss": curve}
     rows = range(min(columns, len(validation.split)))
     clean = validation.span(rows)
     if config.objective.noise_std:
@@ -55,7 +60,7 @@ def run_pictures(
     notes = [f"{error:.2g}" for error in difference.square().flatten(1).mean(1).tolist()]
     title = f"{run_dir.name or config.name}{'' if step is None else f', step {step:,}'}"
     pictures = {
-        "loss": loss_curve(inside(run_dir, "metrics.jsonl"), folder / "loss.png"),
+        "loss": curve,
         "reconstructions": image_rows(shown, folder / "reconstructions.png", title, notes, "mse"),
     }
     if config.model.variational:
@@ -87,7 +92,8 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     if seen:
         points = [line["step"] for line in seen], [line["train_mse"] for line in seen]
         right.plot(*points, "o-", ms=3, color="#1f6fb4", label="training images")
-    right.set(xlabel="step", ylabel="squared error per pixel, [0, 1]", title="reconstruction error")
+    unit = "share of variance unexplained" if any("r2" in line for line in val) else "squared error per pixel, [0, 1]"
+    right.set(xlabel="step", ylabel=unit, title="reconstruction error")
     if any(line["mse"] > 0 for line in val):
         right.set_yscale("log")
         _number_logarithmic(right.yaxis, right.get_ylim()[1] / right.get_ylim()[0])
@@ -123,6 +129,7 @@ def image_grid(images: Tensor, figure_path: Path, columns: int = 8, title: str =
     return _tiles(torch.cat([images, white]).view(-1, columns, *images.shape[1:]), [], figure_path, title)
 
 
+MOST_NAMES = 40  # of columns that a picture has room for
 INK, ALARM, BLUE, GREY = "#333333", "#c0392b", "#1f6fb4", "#999999"
 
 
@@ -174,11 +181,13 @@ def evaluation(
     pca_error: Tensor | None,
     denoising: dict[float, dict[str, float]],
     code: dict[str, list[float]],
+    columns: dict[str, dict[str, float]],
     path: Path,
 ) -> Path:
-    """One picture of an evaluation: errors of single images beside PCA's, and denoising beside filters.
+    """One picture of an evaluation: errors of single records beside PCA's, and denoising beside filters.
 
-    For a variational code it also shows the rate and the aggregate posterior, number by number.
+    Records that are no images have r2 by column in place of denoising. For a variational code it also shows the rate
+    and the aggregate posterior, number by number.
     """
     figure = Figure(figsize=(9.6, 6.6 if code else 3.5), layout="constrained")
     figure.suptitle(title, fontsize=9, color=INK, parse_math=False)
@@ -197,18 +206,10 @@ def evaluation(
     _number_logarithmic(axes[0].xaxis, high / low)
     axes[0].set_ylim(top=1.3 * axes[0].get_ylim()[1])  # room for the legend
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    styles = {
-        "model": (ALARM, "o-"),
-        "non-local means": (BLUE, "s-"),
-        "median": ("#2e8b57", "^-"),
-        "noisy": (GREY, ":"),
-    }
-    for name, (color, style) in styles.items():
-        if all(name in found for found in denoising.values()):
-            psnrs = [found[name] for found in denoising.values()]
-            axes[1].plot(list(denoising), psnrs, style, color=color, ms=4, lw=1.4, label=name)
-    axes[1].set(xlabel="standard deviation of the noise, [0, 1]", ylabel="PSNR, dB", title="denoising")
-    axes[1].legend(frameon=False, fontsize=8)
+    if columns:
+        _by_column(axes[1], columns)
+    else:
+        _denoising(axes[1], denoising)
     if code:
         rate = np.array(code["rate"])
         order = np.argsort(-rate, kind="stable")
@@ -231,6 +232,35 @@ def evaluation(
         axis.xaxis.label.set_fontsize(9)
         axis.yaxis.label.set_fontsize(9)
     return _save(figure, path)
+
+
+def _denoising(axis: Axes, denoising: dict[float, dict[str, float]]) -> None:
+    styles = {
+        "model": (ALARM, "o-"),
+        "non-local means": (BLUE, "s-"),
+        "median": ("#2e8b57", "^-"),
+        "noisy": (GREY, ":"),
+    }
+    for name, (color, style) in styles.items():
+        if denoising and all(name in found for found in denoising.values()):
+            psnrs = [found[name] for found in denoising.values()]
+            axis.plot(list(denoising), psnrs, style, color=color, ms=4, lw=1.4, label=name)
+    axis.set(xlabel="standard deviation of the noise, [0, 1]", ylabel="PSNR, dB", title="denoising")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _by_column(axis: Axes, columns: dict[str, dict[str, float]]) -> None:
+    """r2 of each column, lowest first, beside PCA's; the names of the columns where there is room for them."""
+    names = sorted(columns, key=lambda name: columns[name]["r2"])
+    places = np.arange(len(names))
+    for key, label, color, style in (("r2", "model", ALARM, "o"), ("pca_r2", "PCA, as many numbers", BLUE, "s")):
+        if all(key in columns[name] for name in names):
+            axis.plot([columns[name][key] for name in names], places, style, color=color, ms=3, label=label)
+    if len(names) <= MOST_NAMES:
+        axis.set_yticks(places, [name[:24] for name in names], fontsize=5 if len(names) > 20 else 7, parse_math=False)
+    low = min(0.0, min(value for each in columns.values() for value in each.values()))
+    axis.set(xlabel="r2 (1: exact, 0: the mean)", ylabel="columns", title="by column", xlim=(max(low, -1) - 0.05, 1.05))
+    axis.legend(frameon=False, fontsize=8)
 
 
 class HeatMaps:

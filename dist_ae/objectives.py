@@ -41,12 +41,34 @@ def gaussian_kl(
     return 0.5 * twice.flatten(1).sum(1)
 
 
-def gaussian_distortion(images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor) -> Tensor:
-    """-log N(images; reconstruction, σ²) summed over pixels, [B, C, H, W] → [B], nats; all three on one scale."""
+def gaussian_distortion(
+    images: Tensor, reconstruction: Tensor, log_sigma: float | Tensor, missing: bool = False
+) -> Tensor:
+    """-log N(images; reconstruction, σ²) summed over pixels, [B, C, H, W] → [B], nats; all three on one scale.
+
+    Args:
+        missing: NaN in the images stands for a missing entry, which counts nothing: the density is that of the others.
+    """
     _same_shape(images, reconstruction)
-    squared = F.mse_loss(_at_least_float(reconstruction), _at_least_float(images), reduction="none").flatten(1).sum(1)
+    squared = squared_error(_at_least_float(images), _at_least_float(reconstruction), missing)
     weight = 0.5 * (torch.exp(-2 * log_sigma) if isinstance(log_sigma, Tensor) else math.exp(-2 * log_sigma))
-    return weight * squared + math.prod(images.shape[1:]) * (log_sigma + 0.5 * math.log(2 * math.pi))
+    entries = present(images, missing)
+    return weight * squared + entries * (log_sigma + 0.5 * math.log(2 * math.pi))
+
+
+def squared_error(images: Tensor, reconstruction: Tensor, missing: bool) -> Tensor:
+    """The squared error of each record, summed over its entries that are not missing, [B, C, H, W] → [B]."""
+    if not missing:
+        return F.mse_loss(reconstruction, images, reduction="none").flatten(1).sum(1)
+    known = ~images.isnan()
+    # Filled before the difference: the gradient of NaN times 0 is NaN.
+    difference = (reconstruction - torch.where(known, images, 0.0)) * known
+    return difference.square().flatten(1).sum(1)
+
+
+def present(images: Tensor, missing: bool) -> Tensor | int:
+    """The number of entries of a record, or of each record where some are missing, [B]."""
+    return (~images.isnan()).flatten(1).sum(1) if missing else math.prod(images.shape[1:])
 
 
 def bernoulli_distortion(images: Tensor, logits: Tensor) -> Tensor:
@@ -89,6 +111,9 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
     """
     if output.bernoulli:
         distortion = bernoulli_distortion(images, output.raw)
+    elif output.standardized:
+        log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
+        distortion = gaussian_distortion(images, output.raw, log_sigma, output.missing)
     elif config.likelihood == "discretized":
         log_sigma = math.log(float(config.sigma)) if output.log_sigma is None else output.log_sigma
         distortion = discretized_distortion(images, pixels(_at_least_float(output.raw), False), log_sigma)

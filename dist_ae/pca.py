@@ -77,7 +77,7 @@ def principal_components(
     values, basis = values[:some], basis[:, :some]
     # A decomposition leaves the sign open: make the largest entry of each component positive.
     basis = basis * torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-    return Components(mean, values.clamp(min=0), basis.T.contiguous(), total)
+    return Components(mean, values.clamp(min=0), basis.T.contiguous(), total, reader.standardized)
 
 
 class _Vectors:
@@ -90,8 +90,11 @@ class _Vectors:
         per_image = 1 if patch is None else math.prod(-(-side // patch) for side in shape[1:])
         self.size = math.prod(shape) if patch is None else shape[0] * patch * patch
         self.count = len(rows) * per_image
-        self._bytes = reader.split.images.dtype == "uint8"
-        self._scale = 2 / 255 if self._bytes else 2.0  # of the sample's numbers to [-1, 1]
+        self._bytes = reader.split.images.dtype == "uint8" and reader.split.scaling is None
+        # From the sample's numbers to those inside the model.
+        self._scale, self._shift = (1.0, 0.0) if reader.standardized else (2.0, -1.0)
+        if self._bytes:
+            self._scale = 2 / 255
         # Processes take whole chunks, so what is computed of a chunk does not depend on the number of processes.
         chunks = torch.split(rows, max(1, CHUNK_VALUES // math.prod(shape)))
         self._turns = -(-len(chunks) // runtime.world)
@@ -114,7 +117,9 @@ class _Vectors:
                     self._mine[turn], self._mine[turn + 1] if turn + 1 < len(self._mine) else None
                 )
                 images = images.to(self.device)
-                images = images.float() if self._bytes else images.double()
+                images = images.float() if self._bytes else self._reader.scaled(images, torch.float64)
+                if self._reader.missing:
+                    images = torch.where(images.isnan(), 0.0, images)  # the mean
                 yield images.flatten(1) if self._patch is None else patches(images, self._patch)
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -130,7 +135,7 @@ class _Vectors:
                 gram += part.T @ part
         total, gram = self._sum(total), self._sum(gram)
         mean = total / self.count
-        return mean * self._scale - 1, (gram / self.count - torch.outer(mean, mean)) * self._scale**2
+        return mean * self._scale + self._shift, (gram / self.count - torch.outer(mean, mean)) * self._scale**2
 
     def leading(self, num: int) -> tuple[Tensor, Tensor, Tensor, float]:
         """Mean [size], variances [num], directions [size, num] and the total variance."""
@@ -159,7 +164,7 @@ class _Vectors:
         values, rotation = torch.linalg.eigh((within + within.T) / 2)
         directions = (basis @ rotation).flip(1)[:, :num]
         variance = float(self._sum(squares)) / self.count * self._scale**2
-        return mean * self._scale - 1, values.flip(0)[:num] * self._scale**2, directions, variance
+        return mean * self._scale + self._shift, values.flip(0)[:num] * self._scale**2, directions, variance
 
 
 def of_model(
@@ -219,7 +224,7 @@ def baseline(
     assert code is not None
     shape = val.split.images.shape[1:]
     device = val.device if devices.has_float64(val.device) else torch.device("cpu")
-    squared = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     starts = range(0, len(val.split), max(1, CHUNK_VALUES // math.prod(shape)))
     mine = share(range(len(starts)), runtime.rank, runtime.world)
     rows = [torch.arange(at, min(at + starts.step, len(val.split))) for at in starts[mine.start : mine.stop]]
@@ -228,23 +233,34 @@ def baseline(
         if stop():
             raise StopRequested
         if turn < len(mine):
-            squared += errors(components, code.patch, next(batches)).sum().to(device)
-    total = float(runtime.sum(squared.to(runtime.device, runtime.exact)))
-    return total / len(val.split)
+            images = next(batches)
+            entries = (~images.isnan()).flatten(1).sum(1).to(device)
+            squared = errors(components, code.patch, images).to(device).double() * entries
+            if val.missing:
+                squared = torch.where(entries > 0, squared, 0.0)
+            sums += torch.stack([squared, entries.double()]).sum(1)
+    total, count = runtime.sum(sums.to(runtime.device, runtime.exact)).tolist()
+    return float(total / count)
 
 
 def coded(components: Components, patch: int | None, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, C, H, W] on [0, 1] through PCA, or PCA of patches: codes [B, values], reconstructions [B, C, H, W]."""
+    """Images [B, C, H, W] through PCA, or PCA of patches: codes [B, values], reconstructions [B, C, H, W].
+
+    Images are on [0, 1], or standardized as those that the components are of; the mean takes the place of NaN there.
+    """
     mean, basis = components.mean.to(images.device).float(), components.basis.to(images.device).float()
-    centred = images.float().mul(2).sub(1)
-    vectors = centred.flatten(1) if patch is None else patches(centred, patch)
+    given = images.float()
+    inside = torch.where(given.isnan(), 0.0, given) if components.standardized else given.mul(2).sub(1)
+    vectors = inside.flatten(1) if patch is None else patches(inside, patch)
     codes = (vectors - mean) @ basis.T
-    return codes.view(len(images), -1), unpatched(codes @ basis + mean, centred.shape, patch).add(1).div(2)
+    decoded = unpatched(codes @ basis + mean, inside.shape, patch)
+    return codes.view(len(images), -1), decoded if components.standardized else decoded.add(1).div(2)
 
 
 def errors(components: Components, patch: int | None, images: Tensor) -> Tensor:
-    """The squared error per pixel of ``coded``, [B]."""
-    return (coded(components, patch, images)[1] - images.float()).square().flatten(1).mean(1)
+    """The squared error of ``coded``, over all that is not missing, per pixel: [B]."""
+    squared = (coded(components, patch, images)[1] - images.float()).square().flatten(1)
+    return squared.nanmean(1) if components.standardized else squared.mean(1)
 
 
 def unpatched(vectors: Tensor, shape: torch.Size, side: int | None) -> Tensor:

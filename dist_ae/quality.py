@@ -23,8 +23,8 @@ from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array
 from dist_ae.draws import Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise, psnr
-from dist_ae.models import Autoencoder, Components, Output, pixels
-from dist_ae.objectives import terms
+from dist_ae.models import Autoencoder, Components, Output
+from dist_ae.objectives import present, squared_error, terms
 from dist_ae.processes.runtime import Alone
 from dist_ae.scores import SAMPLE, in_batches
 from dist_ae.terminal import first_line
@@ -85,23 +85,48 @@ def structural_similarity(images: Tensor, reconstructions: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
+def by_channel(
+    model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Alone
+) -> dict[str, list[float]]:
+    """r2 of each channel (a column of a table, a sensor) of standardized records: ``r2``, and PCA's as ``pca_r2``.
+
+    It is 1 minus the squared error as a share of the squares around the training mean: 0 is no better than that mean.
+    """
+    code, channels = model.linear_code(), model.image_shape[0]
+    sums = torch.zeros(3, channels, dtype=runtime.exact, device=runtime.device)
+    for _, images in in_batches(reader, torch.arange(len(reader.split)), batch_size, runtime):
+        if not len(images):
+            continue
+        known = ~images.isnan()
+        filled = torch.where(known, images, 0.0)
+        seen = [model.decode(model.encode(images)[0])]
+        if components is not None and code is not None:
+            seen.append(pca.coded(components, code.patch, images)[1].to(images))
+        for line, values in enumerate([filled * 0, *seen]):
+            sums[line] += ((values - filled) * known).square().sum((0, 2, 3)).to(sums)
+    squares, *errors = runtime.sum(sums).cpu()
+    scores = [torch.where(squares > 0, 1 - error / squares.clamp(min=1e-30), 0.0).tolist() for error in errors]
+    return dict(zip(("r2", "pca_r2"), scores[: 1 if components is None else 2], strict=False))
+
+
+@torch.no_grad()
 def per_image(
     model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Alone
 ) -> PerImage:
     """Error and SSIM of the reconstructions of at most 10,000 evenly spaced images, and those of PCA."""
     rows = evenly_spaced(len(reader.split), SAMPLE)
     code = model.linear_code()
-    structured = min(model.image_shape[1:]) >= 2
+    structured = min(model.image_shape[1:]) >= 2 and model.record_shape is None
 
     def figures(images: Tensor, reconstruction: Tensor) -> list[Tensor]:
-        error = (reconstruction - images).square().flatten(1).mean(1)
+        error = squared_error(images, reconstruction, model.missing) / present(images, model.missing)
         return [error, structural_similarity(images, reconstruction)[0]] if structured else [error]
 
     table = torch.zeros(4, len(rows), dtype=runtime.exact, device=runtime.device)
     for places, images in in_batches(reader, rows, batch_size, runtime):
         if not len(images):
             continue
-        found = figures(images, pixels(model.decode_raw(model.encode(images)[0]), model.bernoulli))
+        found = figures(images, model.decode(model.encode(images)[0]))
         for line, values in enumerate(found):
             table[line, places.start : places.stop] = values.to(table)
         if components is not None and code is not None:
@@ -134,7 +159,7 @@ def denoising(
             if not len(images):
                 continue
             noisy = images + fixed_noise(level, places, model.image_shape, images.device).to(images.dtype)
-            cleaned = [noisy, pixels(model.decode_raw(model.encode(noisy)[0]), model.bernoulli)]
+            cleaned = [noisy, model.decode(model.encode(noisy)[0])]
             on_host = noisy.cpu().numpy()
             filtered = [_median(on_host, side) for side in MEDIAN_SIDES]
             if has_non_local_means():

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_ae import sentences
 from dist_ae.begin import Prepared
 from dist_ae.config import Config, InputError
+from dist_ae.data.layout import named
 from dist_ae.data.memory import NAME
 from dist_ae.data.order import share
 from dist_ae.evaluate import Stop, comparable, selection
@@ -133,7 +134,7 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
             folder.rewind_metrics(0, evaluated=False)
             return None
         config, best = learner.config, checkpoint.state.get("best")
-        metric, _ = selection(config.model.variational, config.objective.noise_std)
+        metric, _ = selection(config.model.variational, config.objective.noise_std, config.data.scale == "standard")
         if isinstance(best, dict) and not comparable(best, metric, config.evaluation.noise_std):
             folder.warn("evaluation.noise_std is another one now, so the best evaluation is sought anew from here on")
             checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}
@@ -164,10 +165,11 @@ def _headline(prepared: Prepared, learner: Learner, state: State) -> str:
     config, runtime, dataset = prepared.config, learner.runtime, prepared.dataset
     cost = cost_of(learner.raw_model, runtime.lower)
     processes = f"{runtime.world} process{'es' if runtime.world > 1 else ''}"
+    scale = {"standard": ", standardized", "range": ", scaled to [0, 1]"}.get(dataset.scale, "")
     start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
     return sentences.headline(
         what=f"{config.name} on {dataset.name}",
-        images=len(dataset.train),
+        records=f"{len(dataset.train):,} {named(dataset.shape or dataset.image_shape)}{scale}",
         held=learner.images.held,
         numbers=torch.Size(learner.raw_model.code_shape).numel(),
         parameters=sum(p.numel() for p in learner.parameters),

@@ -20,8 +20,8 @@ from dist_ae.config import Config, InputError
 from dist_ae.data.order import evenly_spaced, share
 from dist_ae.data.reader import Reader
 from dist_ae.evaluate import fixed_epsilon
-from dist_ae.models import Autoencoder, Output, pixels
-from dist_ae.objectives import terms
+from dist_ae.models import Autoencoder, Output
+from dist_ae.objectives import present, squared_error, terms
 from dist_ae.processes.runtime import Alone
 from dist_ae.processes.stop import StopRequested
 
@@ -123,12 +123,14 @@ def score_images(
     mean, logvar = model.encode(images)
     found = {}
     if "error" in wanted:
-        found["error"] = (pixels(model.decode_raw(mean), model.bernoulli) - images).square().flatten(1).mean(1)
+        squared = squared_error(images, model.decode(mean), model.missing)
+        found["error"] = squared / present(images, model.missing)
     if "neg_elbo" in wanted:
         assert logvar is not None
         epsilon = fixed_epsilon(rows, model.code_shape, images.device).to(images.dtype)
         raw = model.decode_raw(mean + torch.exp(0.5 * logvar) * epsilon)
-        output = Output(raw, mean, logvar, model.log_sigma, model.bernoulli)
+        kind = model.bernoulli, model.standardized, model.missing
+        output = Output(raw, mean, logvar, model.log_sigma, *kind)
         found["neg_elbo"] = terms(output, images, config.objective, beta=1.0).loss
     if "mahalanobis" in wanted:
         assert moments is not None

@@ -14,13 +14,22 @@ EXACT = 1e-9  # a squared error of PCA below which it loses nothing: its code is
 
 
 def headline(
-    what: str, images: int, held: str, numbers: int, parameters: int, operations: int, memory: int, where: str, how: str
+    what: str,
+    records: str,
+    held: str,
+    numbers: int,
+    parameters: int,
+    operations: int,
+    memory: int,
+    where: str,
+    how: str,
 ) -> str:
     """One line about a run that begins.
 
     Args:
         what: name and data.
-        held: where the images are kept, in words.
+        records: their number, shape and scale, in words.
+        held: where they are kept, in words.
         numbers: of the code.
         operations: floating-point operations that an image costs in a step.
         memory: bytes that training takes on each process.
@@ -28,7 +37,7 @@ def headline(
         how: where it begins and how far it goes.
     """
     return (
-        f"{what}: {images:,} images ({held}), code of {numbers:,} numbers, {parameters:,} parameters, "
+        f"{what}: {records} ({held}), code of {numbers:,} numbers, {parameters:,} parameters, "
         f"{operations / 1e6:,.1f} MFLOP an image, {size_of(memory)} to train, {where}; {how}"
     )
 

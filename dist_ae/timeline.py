@@ -20,9 +20,10 @@ class Timeline:
     eval_every: int
     save_every: int
     log_every: int
+    eval_start: bool = False  # whether the start is evaluated, and so can be the best
 
     @classmethod
-    def of(cls, train: TrainConfig, num_images: int) -> Timeline:
+    def of(cls, train: TrainConfig, num_images: int, eval_start: bool = False) -> Timeline:
         """The timeline of a configuration on ``num_images`` training images."""
         steps_per_epoch = -(-num_images // train.batch_size)
         eval_every = train.eval_every or steps_per_epoch
@@ -33,6 +34,7 @@ class Timeline:
             eval_every=eval_every,
             save_every=train.save_every or eval_every,
             log_every=train.log_every,
+            eval_start=eval_start,
         )
 
     @property
@@ -55,7 +57,7 @@ class Timeline:
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due after so many steps."""
-        return step == self.total_steps or (step > 0 and step % self.eval_every == 0)
+        return step == self.total_steps or (step % self.eval_every == 0 and (step > 0 or self.eval_start))
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after so many steps."""
@@ -68,7 +70,7 @@ class Timeline:
     def draws_pictures(self, step: int) -> bool:
         """Whether the evaluation after so many steps is drawn: the first, then at doubling intervals, and the last."""
         evaluation = step // self.eval_every
-        return step == self.total_steps or evaluation & (evaluation - 1) == 0
+        return step == self.total_steps or (step > 0 and evaluation & (evaluation - 1) == 0)
 
 
 class Best(NamedTuple):
@@ -141,7 +143,8 @@ def due(line: Timeline, state: State, patience: int | None, asked: Asked) -> Due
     ran_out = patience is not None and since_best is not None and since_best >= patience * line.eval_every
     end = state.step == line.total_steps or ran_out
     save = line.saves(state.step) or since_best == 0 or end or asked.stop or asked.save
-    return Due(evaluates and not evaluated and not asked.stop, save, evaluates and evaluated, end)
+    report = evaluates and evaluated and state.step > 0  # of training: the start is no result of it
+    return Due(evaluates and not evaluated and not asked.stop, save, report, end)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

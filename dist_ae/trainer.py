@@ -148,7 +148,9 @@ def _evaluate(run: Run, asking: Agreement) -> bool:
     state.pca_mse = state.metrics.get("pca_mse")
     if not state.evaluated:  # else resumed from a checkpoint of an older version, which kept no metrics
         state.evaluated = True
-        name, sign = selection(run.config.model.variational, run.config.objective.noise_std)
+        config = run.config
+        standardized = config.data.scale == "standard"
+        name, sign = selection(config.model.variational, config.objective.noise_std, standardized)
         if state.best is None or better(state.metrics[name], state.best.value, sign):
             noise = run.config.evaluation.noise_std
             state.best = Best(state.step, f"val.{name}", state.metrics[name], noise)
@@ -161,7 +163,7 @@ def _evaluate(run: Run, asking: Agreement) -> bool:
 
 def _draw_pictures(run: Run) -> None:
     """Draws the run's pictures on rank 0. A picture never fails a run."""
-    if run.folder is None:
+    if run.folder is None or not run.config.tracking.pictures:
         return
     step = run.state.step
     try:

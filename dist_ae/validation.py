@@ -87,4 +87,4 @@ def _sample(split: Split, most: int) -> Split:
     """Evenly spaced training images: at most ``TRAIN_SAMPLE``, and at most ``most``."""
     count = min(len(split), TRAIN_SAMPLE, most)
     chosen = np.linspace(0, len(split) - 1, count).astype(np.int64)
-    return Split(split.images, None, chosen if split.rows is None else split.rows[chosen])
+    return Split(split.images, None, chosen if split.rows is None else split.rows[chosen], split.scaling)

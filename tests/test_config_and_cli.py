@@ -24,7 +24,8 @@ def test_presets_are_the_four_systems_and_the_tutorials() -> None:
     kinds = ("ae", "denoising", "dropout", "vae")
     conv = ("conv", "conv-denoising", "conv-dropout", "conv-vae", "conv-fast")
     more = (f"{kind}-{recipe}" for recipe in ("fast", "reference") for kind in kinds)
-    assert list(PRESETS) == [*kinds, *more, *conv] and list(DESCRIPTIONS) == list(PRESETS)
+    tables = ("table", "table-denoising", "table-vae")
+    assert list(PRESETS) == [*kinds, *more, *conv, *tables] and list(DESCRIPTIONS) == list(PRESETS)
     reference = PRESETS["ae-reference"]
     assert (reference.optim.lr, reference.optim.betas, reference.optim.schedule) == (1e-3, (0.5, 0.999), "constant")
     assert (

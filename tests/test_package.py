@@ -54,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_library_and_the_sweeps_and_nothing_else(wheel: Path) -> None:
     expected = {f"dist_ae/{path.relative_to(REPOSITORY / 'dist_ae')}" for path in SOURCES}
-    expected |= {"dist_ae/py.typed", "dist_ae/use/explore.html"}
+    expected |= {"dist_ae/py.typed", "dist_ae/use/explore.html", "dist_ae/use/explore_records.html"}
     expected |= {f"dist_ae_tune/{path.name}" for path in (REPOSITORY / "tune").iterdir() if path.is_file()}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 
@@ -143,8 +143,9 @@ ROOMS: dict[str, set[str]] = {
     "running": TOGETHER | {"run", "evaluate", "step", "saved", "begin", "outcome", "sentences", "validation"},
     "trainer": TOGETHER | {"run", "evaluate", "begin", "outcome", "sentences", "running"},
     "use": TOGETHER | {"presets", "run", "pca", "evaluate", "scores", "quality", "figures", "saved"},
+    "sklearn": TOGETHER | {"presets", "trainer", "use"},
     "__init__": GROUND | {"presets", "models", "objectives", "outcome", "trainer", "use"},
-    "__main__": GROUND | {"presets", "data", "trainer", "use", "__init__"},
+    "__main__": GROUND | {"presets", "data", "saved", "trainer", "use", "__init__"},
 }
 NO_TORCH = {"terminal", "files", "config", "presets", "timeline", "__init__", "__main__"}
 NO_SERVICES = {"accelerate", "torch.distributed", "ray", "wandb"}  # the mathematics and the data know no processes

@@ -72,7 +72,8 @@ def test_a_gpu_that_emulates_bf16_does_not_count_and_is_obeyed_if_asked(
 
 
 def test_every_preset_leaves_the_precision_to_the_machine_and_kept_runs_keep_their_names() -> None:
-    assert {preset.precision for preset in PRESETS.values()} == {"auto"}
+    # Rows of tables are small: bf16 saves no time there, and its error would be the floor of a good fit.
+    assert {preset.precision for name, preset in PRESETS.items() if "table" not in name} == {"auto"}
     # As they were named when `ae` said fp32 and `ae-fast` said bf16.
     assert PRESETS["ae"].override({"precision": "fp32"}).label() == "ae-digits-930f3a0d"
     assert PRESETS["ae-fast"].override({"precision": "bf16"}).label() == "ae-fast-fashion_mnist-ecd912d2"

@@ -1,8 +1,9 @@
-"""A user's own images in a .npy or .npz file."""
+"""A user's own records in a .npy or .npz file, and data sets of arrays."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_ae.config import InputError
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.layout import SHAPES, Layout, laid_out
 from dist_ae.data.pictures import expand, not_there, shown
 from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint
+from dist_ae.data.scaling import resolved, scaling_of
 
 SAMPLED_BYTES = 4 * 2**30  # the fingerprint of a larger .npy is taken from a sample
 READ_BYTES = 2**20  # a smaller .npy is read at once
 NOISY_RANGE = (-2.0, 3.0)  # noise takes images on [0, 1] no further; values outside were never scaled
 
 
-def read_images(path: Path) -> Array:
-    """A user's images for a trained model, from a .npy or .npz: [N, C, H, W], uint8 or floats.
+def read_array(path: Path) -> Array:
+    """A user's records for a trained model, from a .npy or .npz, in any layout. It is memory-mapped where the file is.
 
-    Of a .npz it takes ``images``, else ``val``, else the only array. Layouts and types are those of ``array:PATH``, but
-    floats may leave [0, 1] as far as noise takes them. The images are memory-mapped where the file is.
+    Of a .npz it takes ``images``, else ``val``, else the only array.
 
     Raises:
-        InputError: naming the file: not there or not readable, several arrays, another layout or type, or the first
-            value out of range.
+        InputError: naming the file: not there or not readable, or several arrays.
     """
     path = expand(path)
     arrays = _arrays(path)
     key = next((name for name in ("images", "val") if name in arrays), next(iter(arrays), None))
     if key is None or (len(arrays) > 1 and key not in ("images", "val")):
         raise InputError(f"{shown(path)}: expected one array, or 'images', or 'val'; found {_names(arrays)}")
-    return check_images(arrays[key], shown(path), *NOISY_RANGE)
+    return arrays[key]
 
 
 def _names(arrays: dict[str, Array]) -> str:
@@ -44,10 +45,7 @@ def _names(arrays: dict[str, Array]) -> str:
 def _arrays(path: Path) -> dict[str, Array]:
     """The named arrays of a .npz, or that of a .npy as ``images``."""
     if not os.path.isfile(path):  # unlike Path.is_file, it never raises, whatever the path
-        raise InputError(
-            f"{shown(path)}: {not_there(path)}; expected a .npy or .npz of images [N, H, W], [N, C, H, W] or "
-            "[N, H, W, C]"
-        )
+        raise InputError(f"{shown(path)}: {not_there(path)}; expected a .npy or .npz of {SHAPES}")
     try:
         mapped = path.suffix == ".npy" and path.stat().st_size > READ_BYTES
         loaded = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
@@ -67,8 +65,8 @@ def _arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def array_dataset(path: Path, val_fraction: float) -> Dataset:
-    """The images of a file, split as the file says, else by ``val_fraction``.
+def array_dataset(path: Path, config: DataConfig) -> Dataset:
+    """The records of a file, split as the file says, else by ``val_fraction``.
 
     Nothing is copied: ``Reader`` decides what is held in memory.
     """
@@ -76,22 +74,134 @@ def array_dataset(path: Path, val_fraction: float) -> Dataset:
     name = f"array:{path.name}"
     sampled = path.suffix == ".npy" and path.stat().st_size > SAMPLED_BYTES
     if "train" in arrays and "val" in arrays:
-        train, val = (Split(check_images(arrays[key], f"{shown(path)}[{key}]")) for key in ("train", "val"))
-        if train.images.shape[1:] != val.images.shape[1:]:
-            raise InputError(
-                f"{shown(path)}: train images {train.images.shape[1:]} and "
-                f"val images {val.images.shape[1:]} have differing shapes"
-            )
-        return Dataset(name, train, val, fingerprint(train, val))
+        pair = ((arrays["train"], None), (arrays["val"], None))
+        return handed_dataset(name, pair, config, shown(path))
     key = "images" if "images" in arrays else next(iter(arrays), None)
     if key is None or (len(arrays) > 1 and key != "images"):
         raise InputError(
             f"{shown(path)}: expected one array, or 'images', or 'train' and 'val'; found {_names(arrays)}"
         )
-    images = check_images(arrays[key], shown(path))
-    labels = _check_labels(arrays["labels"], f"{shown(path)}[labels]", len(images)) if "labels" in arrays else None
-    train, val = split_images(images, labels, val_fraction, shown(path))
-    return Dataset(name, train, val, fingerprint(train, val, sampled=sampled))
+    labels = None
+    if "labels" in arrays:
+        labels = _check_labels(arrays["labels"], f"{shown(path)}[labels]", len(arrays[key]))
+    return handed_dataset(name, ((arrays[key], labels),), config, shown(path), sampled=sampled)
+
+
+def handed_dataset(
+    name: str,
+    parts: Sequence[tuple[Array, Array | None]],
+    config: DataConfig,
+    where: str,
+    *,
+    sampled: bool = False,
+    columns: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    digest: str | None = None,
+) -> Dataset:
+    """A data set of arrays in any layout and of any scale.
+
+    Args:
+        parts: (records, labels) of training and validation, or of one part, a share of which is held out.
+        where: the source in words, for messages.
+        sampled: the fingerprint is taken from a sample.
+        columns: their names.
+        digest: what identifies the content, where it is known already.
+
+    Raises:
+        InputError: a layout, type or value that is not taken; says which and where.
+    """
+    places = [where] if len(parts) == 1 else [f"{where} ({side})" for side in ("train", "val")]
+    laid = [
+        laid_out(typed(array, config.layout, place), config.layout, place)
+        for (array, _), place in zip(parts, places, strict=True)
+    ]
+    if len(laid) == 2 and (laid[0].records.shape[1:], laid[0].shape) != (laid[1].records.shape[1:], laid[1].shape):
+        first, second = (list(array.shape[1:]) for array, _ in parts)
+        raise InputError(
+            f"{where}: training records of shape {first} and validation records of {second} differ in shape"
+        )
+    shape = laid[0].shape
+    ranges = [
+        value_range(each.records, place, config.missing == "mask", shape, columns)
+        for each, place in zip(laid, places, strict=True)
+    ]
+    low, high = min(each[0] for each in ranges), max(each[1] for each in ranges)
+    scale = resolved(config.scale, config.missing, laid[0].records.dtype, low, high, where)
+    records = [_as_stored(each.records) for each in laid]
+    if len(parts) == 2:
+        train, val = (Split(each, labels) for each, (_, labels) in zip(records, parts, strict=True))
+    else:
+        train, val = split_images(records[0], parts[0][1], config.val_fraction, where)
+    found = f"{digest} {config.val_fraction!r}" if digest is not None else fingerprint(train, val, sampled=sampled)
+    scaling = scaling_of(train, scale, config.missing == "mask")
+    return Dataset(
+        name,
+        train.with_scaling(scaling),
+        val.with_scaling(scaling),
+        found,
+        classes=tuple(classes),
+        shape=shape,
+        columns=tuple(columns),
+        scale="none" if scaling is None else scale,
+    )
+
+
+def _as_stored(records: Array) -> Array:
+    """Floats in memory become float32; a mapped array stays in its own type."""
+    if isinstance(records, np.memmap) or records.dtype.kind != "f":
+        return records
+    return records.astype(np.float32, copy=False)
+
+
+def typed(records: Array, layout: Layout, where: str) -> Array:
+    """Records as uint8, uint16 or floats; whole numbers of other types become float32 where they are no images.
+
+    Raises:
+        InputError: another type.
+    """
+    if records.dtype in (np.uint8, np.uint16) or records.dtype.kind == "f":
+        return records
+    if records.dtype.kind in "biu" and (records.ndim == 2 or layout in ("table", "signals", "volumes")):
+        return records.astype(np.float32)
+    raise InputError(f"{where}: expected uint8, uint16 or floats, got {records.dtype}")
+
+
+def value_range(
+    records: Array, where: str, missing: bool, shape: Sequence[int] | None, columns: Sequence[str]
+) -> tuple[float, float]:
+    """The smallest and the largest value of records [N, C, H, W].
+
+    Raises:
+        InputError: a value that is infinite, or NaN where nothing may be ``missing``; says where it stands.
+    """
+    if records.dtype.kind != "f":
+        return 0.0, 1.0
+    low, high, seen = np.inf, -np.inf, False
+    size = max(1, CHUNK_BYTES // (records.nbytes // len(records)))
+    for start in range(0, len(records), size):
+        part = np.asarray(records[start : start + size])
+        bad = np.isinf(part) if missing else ~np.isfinite(part)
+        if bad.any():
+            first = tuple(int(i) for i in np.argwhere(bad)[0])
+            place = _place(start + first[0], first[1:], shape, columns)
+            way_out = ""
+            if np.isnan(part[first]):
+                way_out = "; data.missing mask takes what is missing out of the loss and fills it in"
+            raise InputError(f"{where}: value {part[first]} at {place}; numbers must be finite{way_out}")
+        present = part[np.isfinite(part)] if missing else part
+        if present.size:
+            low, high, seen = min(low, float(present.min())), max(high, float(present.max())), True
+    if not seen:
+        raise InputError(f"{where}: every entry is missing")
+    return low, high
+
+
+def _place(row: int, index: Sequence[int], shape: Sequence[int] | None, columns: Sequence[str]) -> str:
+    """Where a value stands, in the terms of its source."""
+    if shape is not None and len(shape) == 1:
+        column = f"column {columns[index[0]]!r}" if columns else f"column {index[0]}"
+        return f"row {row + 1 if columns else row}, {column}"
+    return f"{'image' if shape is None else 'record'} {row}, index {tuple(index)}"
 
 
 def split_images(images: Array, labels: Array | None, val_fraction: float, where: str) -> tuple[Split, Split]:
@@ -133,34 +243,3 @@ def as_array(images: Any) -> Array:
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
     return np.asarray(images)
-
-
-def check_images(images: Array, where: str, low: float = 0.0, high: float = 1.0) -> Array:
-    """Images as [N, C, H, W], uint8 or floats on [0, 1]; every value is checked to lie on [low, high].
-
-    A memory-mapped array stays one, in its own layout and type. Other floats become float32.
-    """
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and images.shape[-1] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
-        images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or 0 in images.shape:
-        raise InputError(
-            f"{where}: expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with at least one, "
-            f"got shape {images.shape}"
-        )
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise InputError(f"{where}: expected uint8, or floats on [0, 1], got {images.dtype}")
-    size = max(1, CHUNK_BYTES // (images.nbytes // len(images)))
-    for start in range(0, len(images), size):
-        part = np.asarray(images[start : start + size])
-        bad = ~((part >= low) & (part <= high))  # a NaN fails both comparisons
-        if bad.any():
-            first = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise InputError(
-                f"{where}: value {part[first]} at image {start + first[0]}, index {first[1:]}; "
-                "expected floats on [0, 1] (divide by 255?)"
-            )
-    return images if isinstance(images, np.memmap) else images.astype(np.float32, copy=False)

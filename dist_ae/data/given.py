@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.arrays import NOISY_RANGE, as_array, read_images
+from dist_ae.data.arrays import NOISY_RANGE, as_array, read_array, typed, value_range
 from dist_ae.data.decode import decoded
+from dist_ae.data.layout import Layout, fitted, named
+from dist_ae.data.memory import frame_values
 from dist_ae.data.pack import refuse_unreadable
 from dist_ae.data.packed import open_packed, packed_names, packed_sets, read_manifest
 from dist_ae.data.pictures import (
@@ -35,27 +37,44 @@ from dist_ae.data.pictures import (
 from dist_ae.data.reader import SHARE_OF_MEMORY, free_memory
 from dist_ae.data.records import Array, Shards, Split, at_once, span
 from dist_ae.data.sources import with_prefix
+from dist_ae.data.tables import Table, is_packed_table, open_packed_table
 from dist_ae.terminal import say
 
 Shape = tuple[int, int, int]
 
 
+class Units(NamedTuple):
+    """Numbers come in units of their own, as a model of standardized records takes them."""
+
+    missing: bool  # NaN stands for a missing entry
+
+
+class Shapes(NamedTuple):
+    """What a model takes."""
+
+    image: Shape  # channels, height, width
+    outside: tuple[int, ...] | None = None  # of a record that is no image: (D,), (C, L) or (C, D, H, W)
+    units: Units | None = None  # None: images on [0, 1]
+
+
 class Given(NamedTuple):
-    """Images of a model's shape, their names where they come from files, and the names of their labels."""
+    """Records of a model's shape, their names where they come from files, and the names of their labels."""
 
     split: Split
     names: list[str] | None = None
     classes: tuple[str, ...] = ()
+    units: Units | None = None
 
 
-def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
-    """A user's images for a model of ``image_shape``.
+def given(images: Any, config: DataConfig, shapes: Shapes) -> Given:
+    """A user's records for a model.
 
     Args:
-        images: a path (a picture, a folder, .npy, .npz, a packed set; also ``folder:``, ``tar:``, ``hf:``, ``array:``,
-            ``packed:``), a PIL image, an array or tensor ([N, C, H, W], [N, H, W, C], [N, H, W] for grey, or one
-            image), or a list of such.
-        config: the run's own settings, which bring pictures to the model's size. Arrays are taken as they are.
+        images: a path (a picture, a folder, .npy, .npz, .csv, .parquet, a packed set; also ``folder:``, ``tar:``,
+            ``hf:``, ``array:``, ``table:``, ``packed:``), a PIL image, an array or tensor (in the layout of the
+            training data, or one record), a data frame, or a list of such.
+        config: the run's own settings, which bring pictures to the model's size and choose the columns of tables.
+            Arrays are taken as they are.
 
     Raises:
         InputError: naming what is not there, not readable, or not of the model's shape.
@@ -63,25 +82,40 @@ def given(images: Any, config: DataConfig, image_shape: Shape) -> Given:
     if isinstance(images, Given):
         return images
     if isinstance(images, str | os.PathLike):
-        found = _from_path(os.fspath(images), config, image_shape)
+        found = _from_path(os.fspath(images), config, shapes)
     elif isinstance(images, Image.Image):
-        found = Given(Split(_decode(images, "the picture", _form(config, image_shape))[None]))
+        found = Given(Split(_decode(images, "the picture", _form(config, shapes))[None]))
     elif isinstance(images, np.ndarray | Tensor):
-        found = Given(Split(arranged(as_array(images), image_shape)))
+        found = Given(Split(arranged(as_array(images), shapes)))
+    elif hasattr(images, "columns") and hasattr(images, "to_numpy"):
+        found = Given(Split(arranged(_frame(images, config), shapes)))
     elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
-        found = _from_list(list(images), config, image_shape)
+        found = _from_list(list(images), config, shapes)
     else:
         raise InputError(
-            f"expected images as a path, a picture, an array, a tensor or a list of these, got {type(images).__name__}"
+            "expected records as a path, a picture, an array, a tensor, a data frame or a list of these, got "
+            f"{type(images).__name__}"
         )
-    if found.split.images.shape[1:] != image_shape:
+    if found.split.images.shape[1:] != shapes.image:
         where = shown(os.fspath(images)) if isinstance(images, str | os.PathLike) else "images"
-        raise InputError(f"{where}: {_expected(image_shape)}, got {list(found.split.images.shape)}")
-    return found
+        raise InputError(f"{where}: {_expected(shapes)}, got {list(found.split.images.shape)}")
+    return found._replace(units=shapes.units)
 
 
-def _expected(image_shape: Shape) -> str:
-    return f"the run's model takes images of shape [N, {', '.join(map(str, image_shape))}]"
+def _frame(frame: Any, config: DataConfig) -> Array:
+    """The columns of a data frame that the run was trained on, in that order."""
+    names = [str(name) for name in frame.columns]
+    if config.columns is not None:
+        if lacking := [name for name in config.columns if name not in names]:
+            raise InputError(f"the data frame has no column {lacking[0]!r}, which the run was trained on")
+        frame = frame[[frame.columns[names.index(name)] for name in config.columns]]
+    return frame_values(frame, "the data frame")[0]
+
+
+def _expected(shapes: Shapes) -> str:
+    if shapes.outside is not None:
+        return f"the run's model takes {named(shapes.outside)}, [N, {', '.join(map(str, shapes.outside))}]"
+    return f"the run's model takes images of shape [N, {', '.join(map(str, shapes.image))}]"
 
 
 def picked(one: Given, index: Array) -> Given:
@@ -89,7 +123,7 @@ def picked(one: Given, index: Array) -> Given:
     rows = index if one.split.rows is None else one.split.rows[index]
     labels = None if one.split.labels is None else one.split.labels[index]
     names = None if one.names is None else [one.names[i] for i in index]
-    return Given(Split(one.split.images, labels, rows), names, one.classes)
+    return Given(Split(one.split.images, labels, rows), names, one.classes, one.units)
 
 
 def blocks(one: Given, size: int = 1000) -> list[range]:
@@ -99,54 +133,53 @@ def blocks(one: Given, size: int = 1000) -> list[range]:
 
 
 def floats(one: Given, rows: range) -> Tensor:
-    """Images ``rows`` as float32 [len(rows), C, H, W].
+    """Records ``rows`` as float32 [len(rows), C, H, W]: images on [0, 1], other records in their own units.
 
     Raises:
-        InputError: floats far outside [0, 1].
+        InputError: floats of images far outside [0, 1], or numbers of records that are not finite.
     """
     images = span(one.split, rows)
-    if images.dtype == np.uint8:
-        return torch.from_numpy(np.require(images, np.uint8, ["C", "W"])).float().div_(255)
     result = torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
-    if result.numel() and not bool(((result >= NOISY_RANGE[0]) & (result <= NOISY_RANGE[1])).all()):
-        # Noisy images may leave the range a little; values far outside were never scaled.
-        low, high = float(result.min()), float(result.max())
-        raise InputError(
-            f"expected floats on [0, 1] (noise may leave it a little), got values from {low} to {high}; divide by 255?"
-        )
+    if one.units is not None:
+        bad = result.isinf() if one.units.missing else ~result.isfinite()
+        if bool(bad.any()):
+            row, *index = bad.nonzero()[0].tolist()
+            what, place = float(result[(row, *index)]), f"record {rows.start + row}, index {tuple(index)}"
+            raise InputError(f"{what} at {place}, and numbers must be finite")
+        return result
+    if images.dtype in (np.uint8, np.uint16):
+        return result.div_(np.iinfo(images.dtype).max)
+    if result.numel():
+        _refuse_unscaled(float(result.min()), float(result.max()), "")
     return result
 
 
-def arranged(images: Array, image_shape: Shape) -> Array:
+def _refuse_unscaled(low: float, high: float, where: str) -> None:
+    """Raises InputError for values far outside [0, 1], which were never scaled; noise leaves it a little."""
+    if not (low >= NOISY_RANGE[0] and high <= NOISY_RANGE[1]):
+        hint = "; divide by 255?" if NOISY_RANGE[1] < high <= 255 and low >= 0 else ""
+        raise InputError(
+            f"{where}expected floats on [0, 1] (noise may leave it a little), got values from {low} to {high}{hint}"
+        )
+
+
+def arranged(images: Array, shapes: Shapes) -> Array:
     """An array in any usual layout as [N, C, H, W] of the model's shape.
 
     Raises:
-        InputError: another shape, or values that are no pixels.
+        InputError: another shape, or values that are no numbers of such records.
     """
-    channels, height, width = image_shape
-    last = (height, width, channels)
-    shape = images.shape
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise InputError(f"expected images as uint8 or floats on [0, 1], got {images.dtype}")
-    if len(shape) == 4 and shape[0] and shape[1:] == image_shape:
-        return images
-    if len(shape) == 4 and shape[0] and shape[1:] == last:
-        return images.transpose(0, 3, 1, 2)
-    if len(shape) == 3 and shape[0] and channels == 1 and shape[1:] == (height, width):
-        return images[:, None]
-    if shape == image_shape:
-        return images[None]
-    if shape == last:
-        return images.transpose(2, 0, 1)[None]
-    if channels == 1 and shape == (height, width):
-        return images[None, None]
-    raise InputError(f"images: {_expected(image_shape)}, got {list(shape)}")
+    layout: Layout = "table" if shapes.units is not None else "auto"  # whose whole numbers are numbers, too
+    found = fitted(typed(images, layout, "images"), shapes.image, shapes.outside)
+    if found is None:
+        raise InputError(f"images: {_expected(shapes)}, got {list(images.shape)}")
+    return found
 
 
-def _form(config: DataConfig, image_shape: Shape) -> Form:
-    channels, height, width = image_shape
-    if channels not in (1, 3):
-        raise InputError(f"pictures are grey or in colour, and {_expected(image_shape)}; give an array")
+def _form(config: DataConfig, shapes: Shapes) -> Form:
+    channels, height, width = shapes.image
+    if channels not in (1, 3) or shapes.outside is not None:
+        raise InputError(f"pictures are grey or in colour, and {_expected(shapes)}; give an array")
     return form_of(config, "grey" if channels == 1 else "rgb", (height, width))
 
 
@@ -161,22 +194,22 @@ def _is_picture(name: str) -> bool:
     return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
-def _from_list(items: Sequence[Any], config: DataConfig, image_shape: Shape) -> Given:
+def _from_list(items: Sequence[Any], config: DataConfig, shapes: Shapes) -> Given:
     if not items:
-        raise InputError(f"images: {_expected(image_shape)}, got an empty list")
+        raise InputError(f"images: {_expected(shapes)}, got an empty list")
     if all(isinstance(item, str | os.PathLike) for item in items):
         names = [os.fspath(item) for item in items]
         for name in names:
             if not os.path.isfile(expand(name)) or not _is_picture(name):
                 raise InputError(f"{shown(name)}: {'not a picture' if os.path.exists(name) else 'no such file'}")
         pictures = [Picture(name, os.fspath(expand(name))) for name in names]
-        return _decode_pictures(pictures, len(names), "the list", config, image_shape)
+        return _decode_pictures(pictures, len(names), "the list", config, shapes)
     images = []
     for number, item in enumerate(items):
         if isinstance(item, Image.Image):
-            images.append(_decode(item, f"picture {number}", _form(config, image_shape)))
+            images.append(_decode(item, f"picture {number}", _form(config, shapes)))
         elif isinstance(item, np.ndarray | Tensor):
-            one = arranged(as_array(item), image_shape)
+            one = arranged(as_array(item), shapes)
             if len(one) != 1:
                 raise InputError(
                     f"a list holds single images, and item {number} is {len(one)} of them; join them to one array"
@@ -191,51 +224,74 @@ def _from_list(items: Sequence[Any], config: DataConfig, image_shape: Shape) -> 
     return Given(Split(np.stack(images)))
 
 
-def _from_path(name: str, config: DataConfig, image_shape: Shape) -> Given:
+def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
     name = with_prefix(name)
+    if name.startswith("table:"):
+        return _from_table(name.removeprefix("table:"), config)
     if name.startswith("packed:"):
         folders = packed_sets(name.removeprefix("packed:"))
+        if len(folders) == 1 and is_packed_table(folders[0]):
+            manifest, records, labels = open_packed_table(folders[0])
+            return Given(Split(records[:, :, None, None], labels), classes=tuple(manifest["classes"]))
         manifests = [read_manifest(folder) for folder in folders]
-        if (other := next((m.image_shape for m in manifests if m.image_shape != image_shape), None)) is not None:
-            raise InputError(f"{shown(name)}: {_expected(image_shape)}, got {list(other)}")
+        if (other := next((m.image_shape for m in manifests if m.image_shape != shapes.image), None)) is not None:
+            raise InputError(f"{shown(name)}: {_expected(shapes)}, got {list(other)}")
         parts = [part for pair in zip(folders, manifests, strict=True) for part in open_packed(*pair)]
         names = [name for pair in zip(folders, manifests, strict=True) for name in packed_names(*pair)]
         return Given(Split(Shards(parts)), names)
     if name.startswith(PREFIXES):
         source = open_source(name)
-        return _decode_pictures(source.pictures(), source.count, shown(name), config, image_shape)
+        return _decode_pictures(source.pictures(), source.count, shown(name), config, shapes)
     path = expand(name.removeprefix("array:"))
     if _is_picture(path.name):
         if not os.path.isfile(path):
             raise InputError(f"{shown(path)}: {not_there(path)}; expected a picture, a folder of pictures, or an array")
-        image = _decode(os.fspath(path), shown(path), _form(config, image_shape))
+        image = _decode(os.fspath(path), shown(path), _form(config, shapes))
         return Given(Split(image[None]), [path.name])
-    images = read_images(path)
-    return Given(Split(images if images.shape[1:] == image_shape else _own_layout(images, image_shape)))
-
-
-def _own_layout(images: Array, image_shape: Shape) -> Array:
-    """Undoes reading [N, H, W, C] as [N, C, H, W], which happens where the height could be a number of channels."""
+    array = read_array(path)
     try:
-        return arranged(images, image_shape)
+        records = arranged(array, shapes)
+    except InputError as error:
+        raise InputError(f"{shown(path)}: {str(error).removeprefix('images: ')}") from None
+    missing = shapes.units is not None and shapes.units.missing
+    low, high = value_range(records, shown(path), missing, shapes.outside, config.columns or ())
+    if shapes.units is None:
+        _refuse_unscaled(low, high, f"{shown(path)}: ")
+    return Given(Split(records))
+
+
+def _from_table(pattern: str, config: DataConfig) -> Given:
+    """The columns of a table that the run was trained on, and its labels where it has that column."""
+    try:
+        table = Table(pattern, config)
     except InputError:
-        return images
+        if config.label is None:
+            raise
+        table = Table(pattern, config.model_copy(update={"label": None}))  # a table whose classes are not known
+    parts = list(table.batches())
+    records = np.concatenate([values for values, _ in parts]).astype(np.float32)[:, :, None, None]
+    if table.label is None:
+        return Given(Split(records))
+    texts = [text for _, labels in parts if labels is not None for text in labels]
+    classes: dict[str, int] = {}
+    numbers = [-1 if text is None else classes.setdefault(str(text), len(classes)) for text in texts]
+    return Given(Split(records, np.array(numbers, np.int64)), classes=tuple(classes))
 
 
 def _decode_pictures(
-    pictures: Iterable[Picture], count: int | None, what: str, config: DataConfig, image_shape: Shape
+    pictures: Iterable[Picture], count: int | None, what: str, config: DataConfig, shapes: Shapes
 ) -> Given:
     room = SHARE_OF_MEMORY * free_memory()
 
     def refuse_above_room(num_images: int) -> None:
-        if num_images * math.prod(image_shape) > room:
+        if num_images * math.prod(shapes.image) > room:
             raise InputError(f"{what}: too many images for the memory; pack them with `dist-ae pack` first")
 
     refuse_above_room(count or 0)
     images: list[Array] = []
     names: list[str] = []
     bad: list[tuple[str, str]] = []
-    for picture, result in decoded(iter(pictures), _form(config, image_shape), count):
+    for picture, result in decoded(iter(pictures), _form(config, shapes), count):
         if isinstance(result, np.ndarray):
             images.append(result)
             names.append(picture.name)

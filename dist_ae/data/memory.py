@@ -9,25 +9,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dist_ae.config import InputError
-from dist_ae.data.arrays import as_array, check_images, split_images
-from dist_ae.data.records import Array, Dataset, Split, fingerprint
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.arrays import as_array, handed_dataset
+from dist_ae.data.layout import SHAPES
+from dist_ae.data.records import Array, Dataset
 
 Images = Array | Tensor | torch.utils.data.Dataset[Any]
 Handed = Images | tuple[Images, Images]
 NAME = "memory"  # what config.data.name says of such a run
-KINDS = (
-    "a numpy array or torch tensor of images [N, H, W], [N, C, H, W] or [N, H, W, C], uint8 or floats on [0, 1]; a "
-    "torch Dataset of such images; or a pair (train, val) of these"
-)
+KINDS = f"a numpy array or torch tensor, {SHAPES}; a torch Dataset of such records; or a pair (train, val) of these"
 
 
-def memory_dataset(data: Handed, val_fraction: float) -> Dataset:
+def memory_dataset(data: Handed, config: DataConfig) -> Dataset:
     """A data set of images in memory; without a validation part, a fixed share of it is held out.
 
     Raises:
         InputError: not images, or values out of range; names what was given.
     """
+    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        values, columns = frame_values(data, "data")
+        return handed_dataset(NAME, [(values, None)], config, "data", columns=columns)
     if isinstance(data, tuple):
         if len(data) != 2:
             raise InputError(f"data: a tuple is a pair (training images, validation images), got {len(data)} parts")
@@ -37,19 +38,29 @@ def memory_dataset(data: Handed, val_fraction: float) -> Dataset:
                 "data: a pair is (training images, validation images), and its second part has one dimension, as "
                 "labels have; leave labels out, or give a torch Dataset of (image, label)"
             )
-        train, val = (
-            Split(check_images(images, f"data ({part})"), labels)
-            for part, (images, labels) in zip(("train", "val"), map(_array, data), strict=True)
-        )
-        if train.images.shape[1:] != val.images.shape[1:]:
+        return handed_dataset(NAME, [_array(part) for part in data], config, "data")
+    return handed_dataset(NAME, [_array(data)], config, "data")
+
+
+def frame_values(frame: Any, where: str) -> tuple[Array, tuple[str, ...]]:
+    """The numbers of a pandas DataFrame (or polars', or another with ``columns``) as float64 [N, D], and their names.
+
+    Raises:
+        InputError: columns of the same name, or that are no numbers; names the first.
+    """
+    names = tuple(str(name) for name in frame.columns)
+    if len(set(names)) < len(names):
+        raise InputError(f"{where}: two columns are called {max(names, key=names.count)!r}; rename one")
+    columns = [np.asarray(frame[name]) for name in frame.columns]
+    for name, column in zip(names, columns, strict=True):
+        if column.ndim != 1 or column.dtype.kind not in "biuf":
             raise InputError(
-                f"data: training images {train.images.shape[1:]} and "
-                f"validation images {val.images.shape[1:]} differ in shape"
+                f"{where}: column {name!r} holds {column.dtype}, and an autoencoder takes numbers; leave it out, or "
+                "encode it first"
             )
-        return Dataset(NAME, train, val, fingerprint(train, val))
-    images, labels = _array(data)
-    train, val = split_images(check_images(images, "data"), labels, val_fraction, "data")
-    return Dataset(NAME, train, val, fingerprint(train, val))
+    if not columns:
+        raise InputError(f"{where}: has no columns")
+    return np.stack([column.astype(np.float64) for column in columns], 1), names
 
 
 def _array(data: Any) -> tuple[Array, Array | None]:

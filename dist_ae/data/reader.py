@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -26,43 +27,48 @@ _held: dict[torch.device, int] = {}  # bytes that this process's readers hold
 
 
 class Reader:
-    """Images of a split on a device, as floats on [0, 1]. The same values wherever they are read from.
+    """Images of a split on a device, as floats on [0, 1], or standardized. The same values wherever they are read from.
 
     A split that fits lives on the device in its stored type and is indexed there. A larger one is read batch by batch
     from the file that it is mapped from; a thread can gather the next batch in the meantime (``then`` of ``take``).
 
-    ``resident`` is the split on the device, or None; ``held`` says in words what was chosen.
+    ``resident`` is the split on the device, or None; ``held`` says in words what was chosen. ``standardized`` and
+    ``missing`` are those of the split's scaling.
     """
 
     def __init__(self, split: Split, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.split, self.device, self.dtype = split, device, dtype
+        self.standardized = split.scaling is not None and split.scaling.standardized
+        self.missing = split.scaling is not None and split.scaling.missing
+        self._units: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # offset and scale, by the type of what they are for
         self.resident: Tensor | None = None
         self._rows: Tensor | None = None  # of the images in `resident`, where it holds more than this split
         axes = stored_order(split.images) if isinstance(split.images, np.ndarray) else (0, 1, 2, 3)
         self._axes = axes if axes[0] == 0 else (0, 1, 2, 3)  # images that are not each in one piece are copied
         self._ahead: tuple[Array, Future[Tensor]] | None = None
         self._thread: ThreadPoolExecutor | None = None
-        stored_type = np.uint8 if split.images.dtype == np.uint8 else np.float32
+        stored_type = _stored_type(split.images.dtype)
         num_bytes = len(split) * int(np.prod(split.images.shape[1:])) * np.dtype(stored_type).itemsize
         whole = split.images
         if device.type == "cpu" and isinstance(whole, np.ndarray) and not is_mapped(whole) and axes[0] == 0:
             # In memory already: no second copy, also where another split has the rest of its rows.
-            self.resident = torch.from_numpy(np.ascontiguousarray(whole.transpose(self._axes), stored_type))
+            self.resident = _tensor(whole, self._axes)
             self._rows = None if split.rows is None else torch.from_numpy(split.rows)
         elif num_bytes <= _room(device):
-            self.resident = self._copy(stored_type)
+            self.resident = self._copy()
             _held[device] = _held.get(device, 0) + num_bytes
             weakref.finalize(self, _give_back, device, num_bytes)
         # A number on the device: a division by one on the host is a product with 1 / 255 in CUDA's kernel, whose last
         # bits are others.
-        self._levels = torch.full((), 255.0, dtype=dtype, device=device)
+        largest = 1.0 if stored_type is np.float32 else float(np.iinfo(stored_type).max)
+        self._levels = torch.full((), largest, dtype=dtype, device=device)
         where = "in memory" if device.type == "cpu" else f"on {device.type}"
         if self.resident is None:
             where = "memory-mapped" if is_mapped(split.images) else "in the memory of the host"
         self.held = f"{size_of(num_bytes)} {where}"
 
-    def _copy(self, stored_type: type) -> Tensor:
-        kind = torch.uint8 if stored_type is np.uint8 else torch.float32
+    def _copy(self) -> Tensor:
+        kind = _tensor(self.split.images[:0], self._axes).dtype
         shape = [self.split.images.shape[axis] for axis in self._axes[1:]]
         result = torch.empty(len(self.split), *shape, dtype=kind, device=self.device)
         for rows in chunks(self.split):
@@ -99,14 +105,25 @@ class Reader:
         Raises:
             OSError, IndexError: whatever gathering raised, also in the thread.
         """
-        images = self.raw(rows, then)
-        floats = images.to(self.dtype, memory_format=torch.contiguous_format)
-        return floats.div_(self._levels) if images.dtype == torch.uint8 else floats.contiguous()
+        return self.scaled(self.raw(rows, then), self.dtype)
 
     def each(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
         """``take`` of one piece of rows after the other, where a thread reads the next one in the meantime."""
         for rows, then in zip_longest(pieces, pieces[1:]):
             yield self.take(rows, None if self.resident is not None else then)
+
+    def scaled(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Images [B, C, H, W] as they are stored → floats of ``dtype`` on the model's scale."""
+        if stored.dtype == torch.int16:  # holds the bits of uint16, for which torch has few operations
+            stored = stored.to(torch.int32).bitwise_and_(0xFFFF)
+        floats = stored.to(dtype, memory_format=torch.contiguous_format)
+        if self.split.scaling is None:
+            return floats.contiguous() if stored.is_floating_point() else floats.div_(self._levels.to(dtype))
+        if dtype not in self._units:
+            offset, scale = (torch.from_numpy(each).to(dtype).to(stored.device) for each in self.split.scaling[:2])
+            self._units[dtype] = offset, scale
+        offset, scale = self._units[dtype]
+        return floats.sub(offset).div_(scale).contiguous()  # a new tensor: the stored records are kept
 
     def _start(self, index: Array) -> None:
         if self._thread is None:
@@ -129,9 +146,14 @@ def _collect(split: Split, index: Array, axes: tuple[int, ...], pin: bool) -> Te
     return images.pin_memory() if pin else images
 
 
+def _stored_type(dtype: np.dtype[Any]) -> type:
+    """The type that images are held in: bytes and 16 bits as they are, else float32."""
+    return {np.dtype(np.uint8): np.uint8, np.dtype(np.uint16): np.uint16}.get(dtype, np.float32)
+
+
 def _tensor(images: Array, axes: tuple[int, ...]) -> Tensor:
-    stored_type = np.uint8 if images.dtype == np.uint8 else np.float32  # also of floats that torch has no type for
-    return torch.from_numpy(np.require(images.transpose(axes), stored_type, ["C", "W"]))
+    stored = np.require(images.transpose(axes), _stored_type(images.dtype), ["C", "W"])
+    return torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
 
 
 def _room(device: torch.device) -> int:

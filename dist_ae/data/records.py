@@ -7,7 +7,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -37,24 +37,38 @@ class Shards:
 Images = Array | Shards
 
 
+class Scaling(NamedTuple):
+    """How the numbers of a source become those that a model sees: (value - offset) / scale, channel by channel."""
+
+    offset: Array  # [C, 1, 1], float64
+    scale: Array  # [C, 1, 1], float64, greater than 0
+    standardized: bool  # mean 0 and deviation 1; else on [0, 1]
+    missing: bool  # NaN stands for a missing entry, which is 0 to the model and counts nothing
+
+
 class Split(NamedTuple):
-    """One split: images [N, C, H, W], uint8 or floats on [0, 1].
+    """One split: records [N, C, H, W]; images are uint8, uint16 or floats on [0, 1].
 
     ``labels`` are int64 [N] where the source has them, -1 for none. ``rows`` picks images without copying them; None
-    means all of them, in order.
+    means all of them, in order. ``scaling`` says how stored numbers become the model's; None: bytes and 16 bits are
+    divided by their largest value, and floats are taken as they are.
     """
 
     images: Images
     labels: Array | None = None
     rows: Array | None = None
+    scaling: Scaling | None = None
 
     def __len__(self) -> int:
         return len(self.images if self.rows is None else self.rows)
 
+    def with_scaling(self, scaling: Scaling | None) -> Split:
+        return Split(self.images, self.labels, self.rows, scaling)
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation images of one source. ``fingerprint`` identifies their content."""
+    """Training and validation records of one source. ``fingerprint`` identifies their content."""
 
     name: str
     train: Split
@@ -62,6 +76,9 @@ class Dataset:
     fingerprint: str
     shards: tuple[int, ...] | None = None  # training images of each shard, in order, where the data comes in shards
     classes: tuple[str, ...] = ()  # names of the labels
+    shape: tuple[int, ...] | None = None  # of one record outside, where it is no image: (D,), (C, L) or (C, D, H, W)
+    columns: tuple[str, ...] = ()  # names of the columns of a table
+    scale: Literal["auto", "none", "standard", "range"] = "none"  # never auto: what that stood for
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -151,7 +168,9 @@ def fingerprint(*splits: Split, sampled: bool = False) -> str:
     """
     digest = hashlib.sha256()
     for split in splits:
-        dtype: np.dtype[Any] = split.images.dtype if sampled or split.images.dtype == np.uint8 else np.dtype(np.float32)
+        dtype: np.dtype[Any] = split.images.dtype
+        if not sampled and dtype not in (np.uint8, np.uint16):
+            dtype = np.dtype(np.float32)
         digest.update(f"{dtype}{split.images.shape[1:]}{len(split)}".encode())
         if sampled:
             rows = np.linspace(0, len(split) - 1, min(1024, len(split))).astype(np.int64)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import named
-from dist_ae.data.arrays import array_dataset
+from dist_ae.data.arrays import array_dataset, handed_dataset
 from dist_ae.data.memory import NAME
 from dist_ae.data.pack import cached
 from dist_ae.data.packed import MANIFEST, packed_dataset, packed_sets
 from dist_ae.data.pictures import PREFIXES, expand, open_source, shown
 from dist_ae.data.records import Dataset, Split, fingerprint
+from dist_ae.data.scaling import scaling_of
+from dist_ae.data.tables import SUFFIXES, Table, is_packed_table, open_packed_table, pack_table
+from dist_ae.files import plain_name
 
 NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
     "digits": named.digits,
@@ -22,7 +26,7 @@ NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
     "cifar10": named.cifar10,
     **dict.fromkeys(named.IDX, named.idx_dataset),
 }
-IN_A_PATH = (*PREFIXES, "packed:", "array:")  # what says itself where it lies
+IN_A_PATH = (*PREFIXES, "packed:", "array:", "table:")  # what says itself where it lies
 
 
 def load(config: DataConfig) -> Dataset:
@@ -41,20 +45,27 @@ def load(config: DataConfig) -> Dataset:
             "it lies; leave it out, and where the images have moved, put their new place into data.name"
         )
     if name.startswith(PREFIXES):
-        packed = cached(name, open_source(name), config, expand(config.cache) if config.cache else named.cache_folder())
-        return packed_dataset(shown(name), [packed], config, config.val_fraction)
+        packed = cached(name, open_source(name), config, _cache(config))
+        return _scaled(packed_dataset(shown(name), [packed], config, config.val_fraction), config)
     if name.startswith("packed:"):
         sets = packed_sets(name.removeprefix("packed:"))
-        return packed_dataset(shown(name), sets, config, config.val_fraction)
+        if len(sets) == 1 and is_packed_table(sets[0]):
+            return packed_table_dataset(shown(name), sets[0], config)
+        return _scaled(packed_dataset(shown(name), sets, config, config.val_fraction), config)
     _refuse_settings(config, but=("image_size", "channels") if name == "photos" else ())
+    if name.startswith("table:"):
+        table = Table(name.removeprefix("table:"), config)
+        out = _cache(config) / "tables" / f"{plain_name(shown(name))[:40] or 'table'}-{table.identity[:16]}"
+        pack_table(table, out)
+        return packed_table_dataset(shown(name), out, config)
     if name.startswith("array:"):
-        return array_dataset(expand(name.removeprefix("array:")), config.val_fraction)
+        return array_dataset(expand(name.removeprefix("array:")), config)
     if name not in NAMED:
         near = difflib.get_close_matches(name, NAMED, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(
             f"unknown dataset {shown(name)!r}: {hint}expected {', '.join(NAMED)}, folder:PATH, tar:PATTERN, hf:NAME, "
-            "packed:PATH, array:PATH, or the path of a folder, array file or packed set"
+            "table:PATH, packed:PATH, array:PATH, or the path of a folder, array file, table or packed set"
         )
     if config.root is not None and not config.root.is_dir():
         raise InputError(f"data root {shown(config.root)} does not exist or is not a folder")
@@ -64,7 +75,29 @@ def load(config: DataConfig) -> Dataset:
             f"{name}: training images {train.images.shape[1:]} and "
             f"test images {val.images.shape[1:]} have differing shapes"
         )
-    return Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ()))
+    return _scaled(Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ())), config)
+
+
+def _cache(config: DataConfig) -> Path:
+    return expand(config.cache) if config.cache else named.cache_folder()
+
+
+def packed_table_dataset(name: str, folder: Path, config: DataConfig) -> Dataset:
+    """The rows of a packed table, memory-mapped; a share of them is held out."""
+    manifest, records, labels = open_packed_table(folder)
+    columns, classes = manifest["columns"], manifest["classes"]
+    return handed_dataset(
+        name, ((records, labels),), config, name, columns=columns, classes=classes, digest=manifest["sha256"]
+    )
+
+
+def _scaled(dataset: Dataset, config: DataConfig) -> Dataset:
+    """Pictures with the scale that is asked for; they need none."""
+    scaling = scaling_of(dataset.train, config.scale, missing=False)
+    if scaling is None:
+        return dataset
+    train, val = (split.with_scaling(scaling) for split in (dataset.train, dataset.val))
+    return replace(dataset, train=train, val=val, scale="standard" if scaling.standardized else "range")
 
 
 def located(config: Config, root: Path | None) -> Config:
@@ -92,7 +125,9 @@ def with_prefix(name: str) -> str:
         return name
     path = expand(name)
     if os.path.isdir(path):
-        return f"{'packed' if (path / MANIFEST).is_file() else 'folder'}:{name}"
+        return f"{'packed' if (path / MANIFEST).is_file() or is_packed_table(path) else 'folder'}:{name}"
+    if os.path.exists(path) and path.suffix.lower() in SUFFIXES:
+        return f"table:{name}"
     if os.path.exists(path):
         return f"{'tar' if name.endswith(('.tar', '.tar.gz', '.tgz')) else 'array'}:{name}"
     return name
@@ -102,7 +137,7 @@ def absolute(name: str) -> str:
     """A name that means the same in any working folder: paths are made absolute, other names stay as they are."""
     name = with_prefix(name)
     prefix, _, path = name.partition(":")
-    is_path = prefix in ("folder", "tar", "packed", "array") or (prefix == "hf" and expand(path).is_dir())
+    is_path = prefix in ("folder", "tar", "packed", "array", "table") or (prefix == "hf" and expand(path).is_dir())
     return f"{prefix}:{os.path.abspath(expand(path))}" if path and is_path else name
 
 

@@ -47,7 +47,15 @@ Builder = Callable[[tuple[int, ...]], Autoencoder]  # a model of the user's own,
 def blank(config: Config, image_shape: Sequence[int]) -> Autoencoder:
     """The model of a configuration without weights, on torch's meta device: its shapes at no cost."""
     with torch.device("meta"):
-        return ARCHITECTURES[config.model.architecture](config, image_shape)
+        model = ARCHITECTURES[config.model.architecture](config, image_shape)
+        _take_units(model, config)
+    return model
+
+
+def _take_units(model: Autoencoder, config: Config) -> None:
+    model.record_shape = config.model.record_shape
+    if config.data.scale in ("standard", "range"):
+        model.take_units(config.data.scale == "standard", config.data.missing == "mask")
 
 
 def build(config: Config, image_shape: Sequence[int], own: Builder | None = None) -> Autoencoder:
@@ -65,7 +73,9 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
             "train(config, model=build) from Python, or load(run_dir, model=build)"
         )
     if own is None:
-        return initialize(blank(config, image_shape), config.seed)
+        model = initialize(blank(config, image_shape), config.seed)
+        _take_units(model, config)  # which have no weights to begin with
+        return model
     if isinstance(own, nn.Module):
         raise InputError("model: give a function that builds it from the shape of an image, not the model itself")
     with torch.random.fork_rng():
@@ -76,6 +86,7 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
                 f"model: expected a dist_ae.Autoencoder, got {type(model).__name__}; see examples/own_model.py"
             )
         _check_own(model, tuple(image_shape))
+        _take_units(model, config)
     fits = {
         "model.variational": (model.variational, config.model.variational),
         "objective.likelihood bernoulli": (model.bernoulli, config.objective.likelihood == "bernoulli"),

@@ -26,16 +26,18 @@ START_LOG_SIGMA = math.log(0.25)  # of a learned σ: about the error of the mean
 class Output(NamedTuple):
     """What a forward pass gives for B images. ``None`` means that this model has no such thing."""
 
-    raw: Tensor  # [B, C, H, W]: logits of a Bernoulli model, pixels on [-1, 1] of a Gaussian one
+    raw: Tensor  # [B, C, H, W]: logits of a Bernoulli model, else pixels on [-1, 1] or standardized numbers
     mean: Tensor  # [B, *code_shape], the code
     logvar: Tensor | None  # [B, *code_shape], of a variational model
     log_sigma: Tensor | None  # [], of a Gaussian model that learns its σ
     bernoulli: bool
+    standardized: bool = False  # records of mean 0 and deviation 1, in place of pixels
+    missing: bool = False  # NaN in the records stands for a missing entry
 
     @property
     def reconstruction(self) -> Tensor:
-        """[B, C, H, W] on [0, 1]; a Gaussian model may leave that range."""
-        return pixels(self.raw, self.bernoulli)
+        """[B, C, H, W], on the scale of the images: [0, 1], which a Gaussian model may leave, or standardized."""
+        return self.raw if self.standardized else pixels(self.raw, self.bernoulli)
 
 
 class LinearCode(NamedTuple):
@@ -47,12 +49,13 @@ class LinearCode(NamedTuple):
 
 
 class Components(NamedTuple):
-    """Principal components of images or patches on [-1, 1], float64."""
+    """Principal components of images or patches, float64, on the scale inside a model: [-1, 1], or standardized."""
 
     mean: Tensor  # [D]
     variances: Tensor  # [k], largest first
     basis: Tensor  # [k, D], orthonormal rows
     total_variance: float  # over all D directions
+    standardized: bool = False
 
 
 def pixels(raw: Tensor, bernoulli: bool) -> Tensor:
@@ -83,6 +86,11 @@ class Autoencoder(nn.Module):
     mask_shapes: tuple[tuple[int, ...], ...] = ()  # of one image's dropout masks, the encoder's first
     encoder_masks: int = 0  # how many of them are the encoder's
     zeros: tuple[str, ...] = ()  # names of the layers that start at zero
+    units_offset: Tensor | None  # [C, 1, 1]: a record in its own units is offset + scale · what the model sees
+    units_scale: Tensor | None  # [C, 1, 1]; both None where records come on [0, 1]
+    record_shape: tuple[int, ...] | None = None  # of a record outside, where it is no image
+    standardized = False  # what the model sees has mean 0 and deviation 1; else it is on [0, 1]
+    missing = False  # NaN stands for a missing entry
 
     def __init__(
         self,
@@ -103,6 +111,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.image_shape, self.code_shape = tuple(image_shape), tuple(code_shape)
         self.variational, self.bernoulli = variational, bernoulli
+        self.register_buffer("units_offset", None)
+        self.register_buffer("units_scale", None)
         self.log_sigma = nn.Parameter(torch.tensor(START_LOG_SIGMA)) if learned_sigma else None
 
     def encode_raw(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
@@ -132,8 +142,40 @@ class Autoencoder(nn.Module):
         """The shapes of the random draws of one image."""
         return DrawShapes(self.image_shape, self.mask_shapes, self.code_shape if self.variational else None)
 
+    def take_units(self, standardized: bool, missing: bool) -> None:
+        """Gives the model a scale of its own for each channel, kept beside its weights: ``to_units``, ``from_units``.
+
+        Args:
+            standardized: what the model sees has mean 0 and deviation 1; else it is on [0, 1].
+            missing: NaN stands for a missing entry, whose place the mean takes.
+        """
+        self.units_offset = torch.zeros(self.image_shape[0], 1, 1)
+        self.units_scale = torch.ones(self.image_shape[0], 1, 1)
+        self.standardized, self.missing = standardized, missing
+
+    def to_units(self, records: Tensor) -> Tensor:
+        """Records [B, C, H, W] in their own units → what the model takes: on [0, 1], or standardized."""
+        if self.units_offset is None or self.units_scale is None:
+            return records
+        return (records - self.units_offset) / self.units_scale
+
+    def from_units(self, images: Tensor) -> Tensor:
+        """What the model gives [B, C, H, W] → records in their own units, or images clamped to [0, 1]."""
+        if self.units_offset is None or self.units_scale is None:
+            return images.clamp(0, 1)
+        return images * self.units_scale + self.units_offset
+
+    def outside(self, images: Tensor) -> Tensor:
+        """What the model gives [B, C, H, W] in the units and the shape that records have outside."""
+        records = self.from_units(images)
+        return records if self.record_shape is None else records.reshape(-1, *self.record_shape)
+
+    def unit(self, raw: Tensor) -> Tensor:
+        """The decoder's output [B, C, H, W] on the scale of the images that come in."""
+        return raw if self.standardized else pixels(raw, self.bernoulli)
+
     def encode(self, images: Tensor, masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor | None]:
-        """images [B, C, H, W] on [0, 1] → mean and log-variance of the code, each [B, *code_shape].
+        """images [B, C, H, W] on [0, 1], or standardized → mean and log-variance of the code, each [B, *code_shape].
 
         The log-variance is None unless the model is variational.
 
@@ -143,18 +185,23 @@ class Autoencoder(nn.Module):
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images of shape [B, {expected}], got {list(images.shape)}")
-        raw = self.encode_raw(centred(images), masks)
+        if self.missing:
+            images = torch.where(images.isnan(), 0.0, images)  # the mean
+        raw = self.encode_raw(images if self.standardized else centred(images), masks)
         if not self.variational:
             return raw, None
         mean, logvar = raw.chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, code: Tensor) -> Tensor:
-        """codes [B, *code_shape] → reconstructions [B, C, H, W] on [0, 1]."""
-        return pixels(self.decode_raw(code), self.bernoulli)
+        """codes [B, *code_shape] → reconstructions [B, C, H, W], on the scale of the images that come in."""
+        return self.unit(self.decode_raw(code))
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> Output:
-        """Reconstructs images [B, C, H, W] on [0, 1]. ``draws=None`` is the deterministic model, with the mean code."""
+        """Reconstructs images [B, C, H, W] on [0, 1], or standardized.
+
+        ``draws=None`` is the deterministic model, with the mean code.
+        """
         draws = draws or Draws()
         corrupted = images if draws.noise is None else images + draws.noise
         mean, logvar = self.encode(corrupted, draws.masks[: self.encoder_masks])
@@ -163,4 +210,4 @@ class Autoencoder(nn.Module):
             # z = μ + σ·ε ~ N(μ, σ²) (Kingma & Welling 2014, eq. 10)
             code = mean + torch.exp(0.5 * logvar) * draws.epsilon
         raw = self.decode_raw(code, draws.masks[self.encoder_masks :])
-        return Output(raw, mean, logvar, self.log_sigma, self.bernoulli)
+        return Output(raw, mean, logvar, self.log_sigma, self.bernoulli, self.standardized, self.missing)

@@ -37,11 +37,12 @@ def probabilistic(components: Components, objective: ObjectiveConfig) -> tuple[T
     z = W⁺ (x - m) with W = U (Λ - σ²)^½: posterior mean (Λ - σ²)^½ Λ⁻¹ Uᵀ (x - m), variance σ² Λ⁻¹ (Tipping & Bishop
     1999, sections 3.2 and 3.3). σ on [-1, 1], where the model works, is twice that on [0, 1].
     """
-    mean, values, basis, total = components
+    mean, values, basis, total, standardized = components
+    unit = 1.0 if standardized else 2.0  # how much larger a deviation is inside the model
     discarded = (total - float(values.sum())) / max(1, len(mean) - len(values))
     learned = objective.sigma == "learned"
-    variance = max(discarded, 1e-6) if learned else (2 * float(objective.sigma)) ** 2
+    variance = max(discarded, 1e-6) if learned else (unit * float(objective.sigma)) ** 2
     scale = (values - variance).clamp(min=0).sqrt()
     safe = values.clamp(min=1e-12)
     logvar = torch.where(scale > 0, (variance / safe).log(), torch.zeros(())).clamp(*LOGVAR_RANGE)
-    return basis * (scale / safe)[:, None], basis.T * scale, logvar, 0.5 * math.log(variance) - math.log(2)
+    return basis * (scale / safe)[:, None], basis.T * scale, logvar, 0.5 * math.log(variance) - math.log(unit)

@@ -141,7 +141,11 @@ class Runtime(Alone):
                     # static_graph does not go with no_sync, which accumulation needs. On a CPU the backward pass keeps
                     # the cores busy and nothing overlaps, so there is one bucket and one exchange a step.
                     DistributedDataParallelKwargs(
-                        gradient_as_bucket_view=True, static_graph=not accumulates, bucket_cap_mb=100 if on_cpu else 25
+                        # A model's own numbers (the scale of its records) never change, so nothing hands them on.
+                        broadcast_buffers=False,
+                        gradient_as_bucket_view=True,
+                        static_graph=not accumulates,
+                        bucket_cap_mb=100 if on_cpu else 25,
                     ),
                 ],
             )

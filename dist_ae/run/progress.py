@@ -79,10 +79,16 @@ class Display:
 
     def evaluated(self, step: int, line: Timeline, metrics: Mapping[str, float], images_per_second: float) -> None:
         """Prints one line per evaluation."""
-        shown = {"mse": f"{metrics['mse']:.5f}", "psnr": f"{metrics['psnr']:.2f} dB"}
+        shown = {"mse": f"{metrics['mse']:.5f}"}
+        if "r2" in metrics:
+            shown["r2"] = f"{metrics['r2']:.4f}"
+        else:
+            shown["psnr"] = f"{metrics['psnr']:.2f} dB"
         if "neg_elbo" in metrics:
             shown["-ELBO"] = f"{metrics['neg_elbo']:.2f} nats"
-        if self._denoises:
+        if self._denoises and "r2" in metrics:
+            shown["denoised mse"] = f"{metrics['denoised_mse']:.5f}"
+        elif self._denoises:
             shown["denoised"] = f"{metrics['denoised_psnr']:.2f} dB"
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
         where = f"epoch {line.epochs_done(step):<5g} step {step}/{line.total_steps}"

@@ -40,6 +40,7 @@ from dist_ae.use.write import (
 NORMAL, ANOMALOUS = "normal", "anomalous"
 MVTEC_NORMAL = "good"  # MVTec AD's name for its folder of pictures without a defect
 EXTREMES, ROC = "-extremes.png", "-roc.png"  # endings of the pictures beside the scores
+ODD_COLUMNS = 3  # of a table that the scores name for each row
 SATURATED = 0.01  # share of images whose map may exceed the one scale of all maps
 
 
@@ -106,7 +107,8 @@ def pca_scores(trained: TrainedModel, dataset: Dataset, one: Given) -> Tensor | 
     alone = Alone(torch.device("cpu"))
     components = pca.of_model(trained.model, Reader(dataset.train, alone.device), alone)
     assert components is not None
-    return torch.cat([pca.errors(components, code.patch, floats(one, rows)) for rows in blocks(one)])
+    seen = (trained.model.to_units(floats(one, rows).to(trained.device)).cpu() for rows in blocks(one))
+    return torch.cat([pca.errors(components, code.patch, images) for images in seen])
 
 
 def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
@@ -198,6 +200,8 @@ def score_run(
         raise InputError(f"--threshold: expected a score, got {threshold}")
     reads = reads_of(run_dir, trained, images)
     out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=(EXTREMES, ROC))
+    if maps is not None and trained.config.model.record_shape is not None:
+        raise InputError("--maps: heat maps are of images; the table of scores names the columns that are odd")
     if maps is not None:
         maps = destination(reads, run_dir, maps, "", ("",), "--maps")
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
@@ -213,11 +217,14 @@ def score_run(
     truth = truth_of(one.names, what)
     scores = trained.score(one, score=name)
 
-    columns: dict[str, Tensor] = {"score": scores, "flagged": scores > limit}
+    columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit}
+    shape = trained.config.model.record_shape
+    if shape is not None and len(shape) == 1 and name != "mahalanobis" and out.suffix != ".npy":
+        columns |= _odd_columns(trained, one)
     if truth is not None:
         columns["anomalous"] = torch.from_numpy(truth)
     path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, one, columns)
-    pictures = [_draw_extremes(out, one, scores, name, limit, basis)]
+    pictures = [] if shape is not None else [_draw_extremes(out, one, scores, name, limit, basis)]
     figures: dict[str, float] = {}
     if truth is not None:
         figures, picture, more = _judge(trained, one, truth, scores, name, out)
@@ -227,6 +234,14 @@ def score_run(
         pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of, reads))
     names = None if one.names is None else [shown(each) for each in one.names]
     return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
+
+
+def _odd_columns(trained: TrainedModel, one: Given) -> dict[str, list[str]]:
+    """The columns that contribute most to the error of each row, largest first: ``odd_1`` to ``odd_3``."""
+    names = trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
+    most = min(ODD_COLUMNS, len(names))
+    places = torch.cat([trained.contributions(floats(one, rows)).topk(most, 1).indices for rows in blocks(one)])
+    return {f"odd_{rank + 1}": [names[place] for place in places[:, rank].tolist()] for rank in range(most)}
 
 
 def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:

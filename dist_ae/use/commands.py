@@ -7,6 +7,7 @@ for images that are missing, unreadable or do not fit the model; and for a place
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from dist_ae.evaluate import fixed_noise
 from dist_ae.saved import Which
 from dist_ae.use import export, hub
 from dist_ae.use.explore import explore_page, plane
+from dist_ae.use.explore_records import records_page
 from dist_ae.use.trained import TrainedModel, images_of, load
 from dist_ae.use.write import (
     SHOWN,
@@ -35,6 +37,7 @@ from dist_ae.use.write import (
     write_whole,
 )
 
+TABLES = (".csv", ".parquet")
 TILES = 100  # most rows or columns of a picture: more images are too many to look at, and take megabytes
 SAMPLE_COLUMNS = 8
 
@@ -49,12 +52,13 @@ def reconstruct_run(
     """Writes reconstructions.
 
     ``out`` is .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
-    folder, a .png for each image.
+    folder, a .png for each image. Records that are no images go to .npy, and rows of tables also to .csv or .parquet,
+    in their own units.
     """
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, "reconstructions.npy", (".npy", ".png", ""))
+    out = destination(reads, run_dir, out, *_forms(trained, "reconstructions"))
     one = images_of(trained, images)
     return _write_reconstructions(trained, one, out, reads, "original", "reconstruction")
 
@@ -70,19 +74,33 @@ def denoise_run(
     """Writes noisy images denoised, in the forms of ``reconstruct_run``.
 
     Args:
-        noise_std: noise to add first, on [0, 1] pixels. None adds none to ``images``, and to validation images as much
-            as an evaluation does.
+        noise_std: noise to add first, on [0, 1] pixels or in standard deviations. None adds none to ``images``, and to
+            validation images as much as an evaluation does.
     """
-    if noise_std is not None and not 0 <= noise_std <= 1:
-        raise InputError(f"--noise-std: expected a standard deviation on [0, 1] pixels, got {noise_std}")
     trained = load(run_dir, which)
+    most = 1 if trained.model.units_scale is None else 100
+    if noise_std is not None and not 0 <= noise_std <= most:
+        raise InputError(f"--noise-std: expected a standard deviation from 0 to {most}, got {noise_std}")
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, "denoised.npy", (".npy", ".png", ""))
+    out = destination(reads, run_dir, out, *_forms(trained, "denoised"))
     one = images_of(trained, images)
     if noise_std is None and images is None:
         noise_std = trained.config.evaluation.noise_std
     return _write_reconstructions(trained, one, out, reads, "noisy", "denoised", noise_std or 0.0)
+
+
+def _forms(trained: TrainedModel, name: str) -> tuple[str, tuple[str, ...]]:
+    """Where reconstructions go by default, and the endings of all forms that they can have."""
+    shape = trained.config.model.record_shape
+    if shape is None:
+        return f"{name}.npy", (".npy", ".png", "")
+    return (f"{name}.csv", (*TABLES, ".npy")) if len(shape) == 1 else (f"{name}.npy", (".npy",))
+
+
+def _columns(trained: TrainedModel) -> Sequence[str]:
+    """The names of a table's columns, or their numbers."""
+    return trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
 
 
 def _write_reconstructions(
@@ -90,7 +108,10 @@ def _write_reconstructions(
 ) -> Path:
     def inputs(rows: range) -> Tensor:
         clean = floats(one, rows)
-        return clean + fixed_noise(noise_std, rows, clean.shape[1:], clean.device) if noise_std else clean
+        if not noise_std:
+            return clean
+        scale = 1.0 if trained.model.units_scale is None else trained.model.units_scale.cpu()
+        return clean + scale * fixed_noise(noise_std, rows, clean.shape[1:], clean.device)
 
     def outputs(rows: range) -> Tensor:
         return trained.reconstruct(inputs(rows))
@@ -110,6 +131,9 @@ def _write_reconstructions(
     cut = blocks(one)
     if out.suffix == ".npy":
         return write_array(out, torch.cat([outputs(rows) for rows in cut]))
+    if out.suffix in TABLES:
+        found = torch.cat([outputs(rows) for rows in cut])
+        return write_table(out, one, dict(zip(_columns(trained), found.unbind(1), strict=True)))
     names = file_names(one)
     pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
     return write_folder(out, pairs, reads)
@@ -121,7 +145,9 @@ def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = N
     ``out`` is .png, eight in a row, or .npy, float32 [num, C, H, W] on [0, 1].
     """
     trained = load(run_dir, which)
-    out = destination(reads_of(run_dir, trained), run_dir, out, "samples.png", (".png", ".npy"))
+    pictures = trained.config.model.record_shape is None
+    forms = ("samples.png", (".png", ".npy")) if pictures else ("samples.npy", (".npy",))
+    out = destination(reads_of(run_dir, trained), run_dir, out, *forms)
     if out.suffix == ".png" and num > TILES * SAMPLE_COLUMNS:
         raise InputError(
             f"a picture holds at most {TILES * SAMPLE_COLUMNS} samples, not {num}; "
@@ -145,7 +171,9 @@ def interpolate_run(
     """
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
-    out = destination(reads_of(run_dir, trained, images), run_dir, out, "interpolation.png", (".png", ".npy"))
+    pictures = trained.config.model.record_shape is None
+    forms = ("interpolation.png", (".png", ".npy")) if pictures else ("interpolation.npy", (".npy",))
+    out = destination(reads_of(run_dir, trained, images), run_dir, out, *forms)
     one = images_of(trained, images)
     count = len(one.split)
     if not 1 <= pairs <= count // 2:
@@ -187,9 +215,12 @@ def embed_run(
     if out.suffix == ".npy":
         return write_array(out, codes)
     codes = codes.flatten(1)
-    columns: dict[str, Tensor] = {}
-    if one.split.labels is not None:
-        columns["label"] = torch.from_numpy(one.split.labels)
+    columns: dict[str, Tensor | list[str]] = {}
+    labels = one.split.labels
+    if labels is not None and one.units is not None and one.classes:  # as the table has them
+        columns["label"] = [one.classes[label] if label >= 0 else "" for label in labels.tolist()]
+    elif labels is not None:
+        columns["label"] = torch.from_numpy(labels)
     columns |= dict(zip("xy", plane(codes).unbind(1), strict=True))
     columns |= {f"code_{number}": codes[:, number] for number in range(codes.shape[1])}
     return write_table(out, one, columns)
@@ -256,5 +287,11 @@ def explore_run(
         facts.append(f"images of {shown(images)}")
     if count > num:
         facts.append(f"{num:,} of {count:,} images, evenly spaced")
-    page = explore_page(trained, one, Path(run_dir).resolve().name, facts, runtime)
+    name = Path(run_dir).resolve().name
+    if config.model.record_shape is None:
+        page = explore_page(trained, one, name, facts, runtime)
+    elif runtime is not None:
+        raise InputError("--runtime is for the decoder of images, and the run's records are none")
+    else:
+        page = records_page(trained, one, name, facts)
     return write_whole(out, lambda path: path.write_text(page, encoding="utf-8"))

@@ -36,6 +36,7 @@ class Evaluated:
     metrics: dict[str, float]  # by split: "val.mse"
     denoising: dict[float, dict[str, float]]  # PSNR in dB by noise and method
     code: dict[str, list[float]]  # of a variational model, number by number
+    columns: dict[str, dict[str, float]]  # of a table: r2 and PCA's, by the name of the column
     remarks: list[str]  # in words: what was computed from how many images, what is missing, what is wrong
     written: list[Path]
 
@@ -130,10 +131,17 @@ def _assess(
         found |= probed
         if not probed:
             remarks.append("no linear probe: the data has no labels of two classes, or the code is too long for one")
-    denoised = quality.denoising(model, reader, levels, subset, config, runtime)
-    remarks.append(f"denoising: of {min(count, quality.denoised_images(subset, model)):,} evenly spaced images")
-    if not quality.has_non_local_means():
-        remarks.append("no non-local means: it needs scikit-image, pip install 'dist-ae[evaluate]'")
+    denoised: dict[float, dict[str, float]] = {}
+    columns: dict[str, dict[str, float]] = {}
+    if model.record_shape is None:
+        denoised = quality.denoising(model, reader, levels, subset, config, runtime)
+        remarks.append(f"denoising: of {min(count, quality.denoised_images(subset, model)):,} evenly spaced images")
+        if not quality.has_non_local_means():
+            remarks.append("no non-local means: it needs scikit-image, pip install 'dist-ae[evaluate]'")
+    elif model.standardized:
+        scores = quality.by_channel(model, components, reader, batch, runtime)
+        names = config.data.columns or [f"channel {number}" for number in range(model.image_shape[0])]
+        columns = {name: {key: each[i] for key, each in scores.items()} for i, name in enumerate(names)}
     code: dict[str, list[float]] = {}
     if model.variational:
         posterior = quality.posterior(model, reader, batch, runtime)
@@ -160,11 +168,14 @@ def _assess(
             "variance_of_means": posterior.variance_of_means.tolist(),
         }
         remarks += _of_posterior(posterior, found)
-    if network is None:
+    if model.record_shape is not None:
+        if network is not None:
+            raise InputError("--features: FID and KID are of images, and the run's records are none")
+    elif network is None:
         remarks.append("no FID, no KID: they need a feature network, --features FILE (TorchScript, uint8 RGB in)")
     else:
         found |= quality.feature_distances(model, reader, network, batch, runtime)
-    return _Assessed(found, denoised, code, remarks, [], each)
+    return _Assessed(found, denoised, code, columns, remarks, [], each)
 
 
 def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> list[str]:
@@ -198,6 +209,7 @@ def _write_evaluation(found: _Assessed, run: str, split: str, target: Path, leni
         "metrics": metrics,
         "denoising": {str(level): values for level, values in found.denoising.items()},
         "code": found.code,
+        "columns": found.columns,
         "remarks": found.remarks,
     }
 
@@ -205,7 +217,7 @@ def _write_evaluation(found: _Assessed, run: str, split: str, target: Path, leni
         from dist_ae.figures import evaluation
 
         each = found.per_image
-        evaluation(run, each.error, each.pca_error, found.denoising, found.code, path)
+        evaluation(run, each.error, each.pca_error, found.denoising, found.code, found.columns, path)
 
     written, remarks = [], list(found.remarks)
     try:

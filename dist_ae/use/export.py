@@ -38,7 +38,8 @@ class Exported(nn.Module):
     """The deterministic model, or one half of it, with tensors in and out.
 
     ``whole``: images [N, C, H, W] on [0, 1] → reconstructions, clamped to [0, 1], and (mean) codes [N, *code_shape].
-    ``encoder``: images → codes. ``decoder``: codes → images.
+    ``encoder``: images → codes. ``decoder``: codes → images. Records that are no images go in and come out in their own
+    shape and units.
     """
 
     def __init__(self, model: Autoencoder, part: Part) -> None:
@@ -46,25 +47,36 @@ class Exported(nn.Module):
         self.model, self.part = model, part
 
     def forward(self, given: Tensor) -> Any:
-        if self.part == "encoder":
-            return self.model.encode(given)[0]
+        model = self.model
         if self.part == "decoder":
-            return self.model.decode(given).clamp(0, 1)
-        output = self.model(given, None)
-        return output.reconstruction.clamp(0, 1), output.mean
+            return model.outside(model.decode(given))
+        images = model.to_units(given if model.record_shape is None else given.reshape(-1, *model.image_shape))
+        if self.part == "encoder":
+            return model.encode(images)[0]
+        output = model(images, None)
+        return model.outside(output.reconstruction), output.mean
 
     @property
     def names(self) -> tuple[str, list[str]]:
         """The names of what goes in and of what comes out."""
-        outputs = {"whole": ["images", "code"], "encoder": ["code"], "decoder": ["images"]}
-        return {"whole": "pictures", "encoder": "pictures", "decoder": "code"}[self.part], outputs[self.part]
+        one = "images" if self.model.record_shape is None else "reconstructions"
+        given = "pictures" if self.model.record_shape is None else "records"
+        outputs = {"whole": [one, "code"], "encoder": ["code"], "decoder": [one]}
+        return "code" if self.part == "decoder" else given, outputs[self.part]
+
+    def example(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """What could go in, [count, …]: noise on the scale of the training data."""
+        model = self.model
+        if self.part == "decoder":
+            return torch.rand(count, *model.code_shape, generator=generator)
+        images = torch.rand(count, *model.image_shape, generator=generator)
+        return model.outside(images.to(next(model.parameters()).device)).cpu()
 
 
 def program(trained: TrainedModel, part: Part = "whole") -> torch.export.ExportedProgram:
     """``Exported`` as one program for any number of images. It needs torch and nothing from this package."""
     module = Exported(trained.model, part).eval()
-    shape = trained.model.code_shape if part == "decoder" else trained.model.image_shape
-    example = torch.zeros(2, *shape, device=trained.device)
+    example = module.example(2).to(trained.device)
     found = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     found.example_inputs = None  # torch.export.save would pickle them
     return found
@@ -91,11 +103,10 @@ def onnx_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
         raise InputError(f"--format onnx needs {error.name}: pip install 'dist-ae[onnx]'") from None
     module = Exported(copy.deepcopy(trained.model), part).cpu().eval()  # the caller's stays where it is
     given, results = module.names
-    shape = trained.model.code_shape if part == "decoder" else trained.model.image_shape
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        example = torch.rand(3, *shape, generator=generator)
+        example = module.example(3, generator)
         torch.onnx.export(
             module,
             (example,),
@@ -109,12 +120,12 @@ def onnx_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
         content = path.read_bytes()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     for count in (1, 5):  # neither is the number it was traced with
-        images = torch.rand(count, *shape, generator=generator)
+        images = module.example(count, generator)
         with torch.no_grad():
             wanted = module(images)
         found = session.run(None, {given: images.numpy()})
         for name, ours, theirs in zip(results, wanted if part == "whole" else [wanted], found, strict=True):
-            scale = 1.0 if name == "images" else max(1.0, float(ours.abs().max()))
+            scale = 1.0 if name == "images" else max(1.0, float(ours.abs().max()))  # of [0, 1], else of what comes out
             if (worst := float(np.abs(ours.numpy() - theirs).max())) > ONNX_TOLERANCE * scale:
                 raise Fault(f"onnxruntime's {name} differ from torch's by {worst:.2g}; nothing was written")
     return content

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
-from dist_ae.data.given import Given, blocks, floats, given
+from dist_ae.data.given import Given, Shapes, Units, blocks, floats, given
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reader import SHARE_OF_MEMORY, Reader, free_memory
-from dist_ae.data.records import Dataset, Split, at_once
+from dist_ae.data.records import Dataset, Scaling, Split, at_once
 from dist_ae.draws import Step, normal
 from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, blank, build
@@ -36,8 +36,9 @@ class TrainedModel:
 
     Images go in as a path (a picture, a folder, an array file, a packed set), a PIL image, a list of paths or of PIL
     images, or an array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or
-    one image. Pictures get the model's size by the run's own data settings; arrays must have it. Results are float32
-    tensors on the CPU, with one row per image.
+    one image. Pictures get the model's size by the run's own data settings; arrays must have it. A model of tables,
+    signals or volumes takes such, also as data frames, in the units that it was trained on. Results are float32
+    tensors on the CPU, with one row per record.
     """
 
     def __init__(
@@ -55,9 +56,33 @@ class TrainedModel:
         self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.device = torch.device(device)
 
+    @property
+    def shapes(self) -> Shapes:
+        """What the model takes: the shape of a record inside and outside, and whether it has units of its own."""
+        channels, height, width = self.model.image_shape
+        units = None if self.model.units_scale is None else Units(self.model.missing)
+        return Shapes((channels, height, width), self.config.model.record_shape, units)
+
     def reconstruct(self, images: Images, batch_size: int = 1000) -> Tensor:
-        """Reconstructions from the mean code, [N, C, H, W] on [0, 1]. Noisy images come out denoised."""
-        return self._map(lambda x, rows: self.model(x, None).reconstruction.clamp(0, 1), images, batch_size)
+        """Reconstructions from the mean code: images [N, C, H, W] on [0, 1], other records in their units and shape.
+
+        Noisy images come out denoised, and missing entries filled in.
+        """
+        return self._map(lambda x, rows: self.model.outside(self.model(x, None).reconstruction), images, batch_size)
+
+    def contributions(self, images: Images, batch_size: int = 1000) -> Tensor:
+        """The squared error of every entry, on the scale of the model, in the shape that records have outside.
+
+        The ``error`` score is the mean of it. Missing entries contribute 0.
+        """
+
+        def squared(x: Tensor, rows: range) -> Tensor:
+            error = (self.model(x, None).reconstruction - x).square()
+            return torch.where(x.isnan(), 0.0, error) if self.model.missing else error
+
+        found = self._map(squared, images, batch_size)
+        shape = self.config.model.record_shape
+        return found if shape is None else found.reshape(-1, *shape)
 
     def embed(self, images: Images, batch_size: int = 1000) -> Tensor:
         """Codes [N, *code_shape]; of a variational model, their means."""
@@ -67,10 +92,10 @@ class TrainedModel:
         """How little the model expects each image, [N].
 
         Args:
-            score: ``error``, the squared error per pixel on [0, 1] of the reconstruction; ``neg_elbo``, the negative
-                ELBO in nats of a variational model (one ε keyed by the image's place in the call); or ``mahalanobis``,
-                the distance of the code from those of training images. None stands for ``neg_elbo`` where the model is
-                variational, else for ``error``.
+            score: ``error``, the squared error per entry of the reconstruction, on [0, 1] or standardized;
+                ``neg_elbo``, the negative ELBO in nats of a variational model (one ε keyed by the record's place in the
+                call); or ``mahalanobis``, the distance of the code from those of training records. None stands for
+                ``neg_elbo`` where the model is variational, else for ``error``.
 
         Raises:
             InputError: there is no such score, not for this model, or ``mahalanobis`` lacks its ``calibration()``.
@@ -153,11 +178,20 @@ class TrainedModel:
         for split in (train, normal):
             if split.images.shape[1:] != shape:
                 raise InputError(f"the run's model takes images of shape {list(shape)}, got {split.images.shape[1:]}")
-        readers = [Reader(split, self.device) for split in (train, normal)]
+        scaling = self._scaling()
+        readers = [Reader(split.with_scaling(scaling), self.device) for split in (train, normal)]
         self._calibration = calibrate(self.model, readers[0], readers[1], self.config, Alone(self.device))
 
+    def _scaling(self) -> Scaling | None:
+        """The model's own scale, as readers of records take it."""
+        model = self.model
+        if model.units_offset is None or model.units_scale is None:
+            return None
+        offset, scale = (each.double().cpu().numpy() for each in (model.units_offset, model.units_scale))
+        return Scaling(offset, scale, model.standardized, model.missing)
+
     def sample(self, num: int, seed: int = 0) -> Tensor:
-        """New images [num, C, H, W] on [0, 1], decoded from z ~ N(0, I). The same seed gives the same images.
+        """New records as ``reconstruct`` gives them, decoded from z ~ N(0, I). The same seed gives the same ones.
 
         Raises:
             InputError: the model is not variational, so its codes have no distribution to draw from.
@@ -179,7 +213,7 @@ class TrainedModel:
             raise InputError(f"{num:,} images are too many for the memory; take {way_out}")
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:
-        """Decoded codes on straight lines from each first image's code to its second's, [N, steps, C, H, W] on [0, 1].
+        """Decoded codes on straight lines from each first image's code to its second's, [N, steps, C, H, W].
 
         The lines begin and end in the reconstructions of the two images.
 
@@ -199,7 +233,8 @@ class TrainedModel:
         start, end = (self.embed(images)[:, None] for images in (first, second))  # [N, 1, *code_shape]
         weight = torch.linspace(0, 1, steps).view(-1, *(1 for _ in self.model.code_shape))
         codes = torch.lerp(start, end, weight)  # [N, steps, *code_shape]
-        return self.decode(codes.flatten(0, 1)).view(-1, steps, *self.model.image_shape)
+        decoded = self.decode(codes.flatten(0, 1))
+        return decoded.view(-1, steps, *decoded.shape[1:])
 
     def given(self, images: Images) -> Given:
         """Images as the model takes them, and their names where they have some.
@@ -207,8 +242,7 @@ class TrainedModel:
         Raises:
             InputError: images that are not there, not readable, or not of the model's shape.
         """
-        channels, height, width = self.model.image_shape
-        return given(images, self.config.data, (channels, height, width))
+        return given(images, self.config.data, self.shapes)
 
     def export(self) -> torch.export.ExportedProgram:
         """The deterministic model as one program that needs torch alone.
@@ -222,9 +256,11 @@ class TrainedModel:
 
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
-        """codes [N, *code_shape] → images [N, C, H, W] on [0, 1]."""
+        """codes [N, *code_shape] → records as ``reconstruct`` gives them."""
         parts = torch.split(code, at_once(1000, self.model.image_shape))
-        return torch.cat([self.model.decode(part.to(self.device, torch.float32)).clamp(0, 1).cpu() for part in parts])
+        return torch.cat(
+            [self.model.outside(self.model.decode(part.to(self.device, torch.float32))).cpu() for part in parts]
+        )
 
     @torch.no_grad()
     def _map(self, function: Callable[[Tensor, range], Tensor], images: Images, batch_size: int) -> Tensor:
@@ -232,7 +268,8 @@ class TrainedModel:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         found = self.given(images)
         cut = blocks(found, batch_size)
-        return torch.cat([function(floats(found, rows).to(self.device), rows).float().cpu() for rows in cut])
+        batches = ((self.model.to_units(floats(found, rows).to(self.device)), rows) for rows in cut)
+        return torch.cat([function(batch, rows).float().cpu() for batch, rows in batches])
 
 
 def load(
@@ -276,4 +313,4 @@ def images_of(trained: TrainedModel, images: Path | str | None) -> Given:
             f"validation images of {shown(trained.config.data.name)}: the run's model takes images of shape "
             f"{list(trained.model.image_shape)}, got {list(validation.images.shape[1:])}"
         )
-    return Given(validation, classes=dataset.classes)
+    return Given(validation, classes=dataset.classes, units=trained.shapes.units)

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -158,9 +158,15 @@ def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]], reads: Reads)
     return write_into(out, fill, reads)
 
 
-def write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:
-    """Writes figures of images to .csv or .parquet, with the images' paths, or their numbers where they have none."""
+def write_table(out: Path, one: Given, columns: Mapping[str, Tensor | Sequence[str]]) -> Path:
+    """Writes figures of records to .csv or .parquet, with the images' paths, or the numbers of rows without names.
+
+    Args:
+        columns: numbers, or text, by the name of the column.
+    """
     paths = [str(row) for row in range(len(one.split))] if one.names is None else one.names
+    first = "row" if one.units is not None else "path"
+    values = {name: each.tolist() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
     if out.suffix == ".parquet":
         try:
             import pyarrow
@@ -169,14 +175,16 @@ def write_table(out: Path, one: Given, columns: dict[str, Tensor]) -> Path:
             raise InputError(
                 f"--out {shown(out)} needs pyarrow: pip install 'dist-ae[parquet]', or write .csv"
             ) from None
-        named = {"path": [shown(path) for path in paths], **{name: values.numpy() for name, values in columns.items()}}
+        plain = {name: each.numpy() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
+        keys = list(range(len(paths))) if one.names is None else [shown(path) for path in paths]
+        named = {first: keys if first == "row" else list(map(str, keys)), **plain}
         return write_whole(out, lambda path: pyarrow.parquet.write_table(pyarrow.table(named), path))
 
     def fill(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
-            table.writerow(["path", *columns])
-            rows = zip(map(_harmless, paths), *(values.tolist() for values in columns.values()), strict=True)
+            table.writerow([first, *map(_harmless, columns)])
+            rows = zip(map(_harmless, paths), *values.values(), strict=True)
             table.writerows(rows)
 
     return write_whole(out, fill)

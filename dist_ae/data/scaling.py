@@ -1,0 +1,77 @@
+"""The scale of records that are not pictures: mean and deviation, or range, of each column or channel."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from dist_ae.config import InputError
+from dist_ae.data.records import Array, Scaling, Split, chunks, span
+
+Scale = Literal["auto", "none", "standard", "range"]
+
+
+def resolved(scale: Scale, missing: str, dtype: np.dtype[Any], low: float, high: float, where: str) -> Scale:
+    """The scale that ``auto`` stands for: none for bytes, 16 bits and floats on [0, 1], else standard.
+
+    Args:
+        low, high: the smallest and the largest value.
+
+    Raises:
+        InputError: values that the scale does not admit.
+    """
+    unit = dtype in (np.uint8, np.uint16) or (low >= 0 and high <= 1)
+    if scale == "auto":
+        return "none" if unit and missing == "refuse" else "standard"
+    if missing == "mask" and scale != "standard":
+        raise InputError(
+            f"data.missing mask puts the mean in the place of what is missing, which data.scale standard knows, and "
+            f"data.scale is {scale}"
+        )
+    if scale == "none" and not unit:
+        raise InputError(
+            f"{where}: values from {low:g} to {high:g}, and data.scale none takes floats on [0, 1]; leave data.scale "
+            "out, or divide by the largest value"
+        )
+    return scale
+
+
+def scaling_of(split: Split, scale: Scale, missing: bool) -> Scaling | None:
+    """The scale of each channel over the training records, in float64; None for values that are on [0, 1] already.
+
+    Every process computes it from all records in one order, so it is the same on any number of them. A channel that
+    does not vary is only shifted, and so carried as a constant.
+    """
+    if scale not in ("standard", "range"):
+        return None
+    shape = (1, split.images.shape[1], 1, 1)
+    if scale == "range":
+        low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
+        for rows in chunks(split):
+            values = span(split, rows)
+            low = np.minimum(low, values.min((0, 2, 3), keepdims=True))
+            high = np.maximum(high, values.max((0, 2, 3), keepdims=True))
+        return Scaling(low[0], _usable(high - low)[0], False, False)
+    # Two passes: of values far from 0 that vary little, one pass of squares would lose the variance.
+    count, total = np.zeros(shape), np.zeros(shape)
+    for values in _parts(split):
+        present = np.isfinite(values)
+        count += present.sum((0, 2, 3), keepdims=True)
+        total += np.where(present, values, 0).sum((0, 2, 3), keepdims=True)
+    mean = total / np.maximum(count, 1)
+    squares = np.zeros(shape)
+    for values in _parts(split):
+        squares += np.where(np.isfinite(values), values - mean, 0).__pow__(2).sum((0, 2, 3), keepdims=True)
+    deviation = np.sqrt(squares / np.maximum(count, 1))
+    # What is left of a constant after rounding is no deviation.
+    deviation[deviation <= 1e-7 * np.abs(mean)] = 0
+    return Scaling(mean[0], _usable(deviation)[0], True, missing)
+
+
+def _parts(split: Split) -> Any:
+    return (span(split, rows).astype(np.float64) for rows in chunks(split))
+
+
+def _usable(spread: Array) -> Array:
+    return np.where(spread > 0, spread, 1.0)

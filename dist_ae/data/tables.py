@@ -1,0 +1,412 @@
+"""Tables: CSV and Parquet files, read in batches, packed once as float32 records [N, D] that training maps into memory.
+
+A packed table is a folder of ``records.npy`` (float32 [N, D], NaN where an entry is missing), ``labels.npy`` (int64
+[N], where a column of labels was named) and ``records.json``.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.pictures import braces, expand, shown
+from dist_ae.data.records import Array
+from dist_ae.files import Damaged, read_json, sync, write_new
+from dist_ae.terminal import first_line, say
+
+FORMAT = 1
+MANIFEST, RECORDS, LABELS = "records.json", "records.npy", "labels.npy"
+MOST_COLUMNS = 20_000  # their names are kept in each run's config.json
+BATCH_VALUES = 2**22  # numbers read at once: 32 MB as pyarrow holds them
+SUFFIXES = (".csv", ".tsv", ".txt", ".parquet", ".pq")
+
+
+class Table:
+    """The numeric columns of one or several files of one kind, in the order of their names."""
+
+    def __init__(self, pattern: str, config: DataConfig) -> None:
+        """Args:
+        pattern: a file, a folder of such, or a pattern with braces and globs.
+        config: ``columns`` to take, ``exclude`` to leave out, ``label``.
+
+        Raises:
+            InputError: no such file, columns that are no numbers, or other columns than asked for; names file and
+                column, and the way out.
+        """
+        self._pattern = pattern
+        self.paths = _paths(pattern)
+        self.label = config.label
+        types = _column_types(self.paths[0])
+        self.columns = self._choose(types, config)
+        for path in self.paths[1:]:
+            if lacking := [name for name in (*self.columns, *_some(self.label)) if name not in _column_types(path)]:
+                raise InputError(f"{shown(path)}: has no column {lacking[0]!r}, which {shown(self.paths[0])} has")
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        chosen = json.dumps([FORMAT, stats, self.columns, self.label])
+        self.identity = hashlib.sha256(chosen.encode(errors="surrogateescape")).hexdigest()
+
+    def _choose(self, types: dict[str, str], config: DataConfig) -> list[str]:
+        where = shown(self.paths[0])
+        for option, names in (
+            ("columns", config.columns or ()),
+            ("exclude", config.exclude),
+            ("label", _some(config.label)),
+        ):
+            if unknown := [name for name in names if name not in types]:
+                some = ", ".join(map(repr, itertools.islice(types, 8)))
+                raise InputError(f"{where}: data.{option} names {unknown[0]!r}, and its columns are {some}, …")
+        left = [name for name in config.columns or types if name not in (*config.exclude, *_some(config.label))]
+        text = [name for name in left if types[name] != "number"]
+        if len(text) == len(left):
+            raise InputError(
+                f"{where}: has no numeric column{f' but those left out: {len(types)}' if not left else ''}"
+            )
+        if text:
+            more = f" (and {len(text) - 1} more)" if len(text) > 1 else ""
+            hint = _decimal_comma(self.paths[0], text[0])
+            exclude = " ".join(json.dumps(name) for name in text[:20])
+            raise InputError(
+                f"{where}: column {text[0]!r}{more} holds {hint or types[text[0]]}, and an autoencoder takes numbers. "
+                f"Leave it out with --data.exclude {exclude}, take it as the label with --data.label, or encode it"
+            )
+        if len(left) > MOST_COLUMNS:
+            raise InputError(
+                f"{where}: {len(left):,} columns are more than {MOST_COLUMNS:,}; save the numbers as a .npy, which "
+                "array:PATH takes without names, or choose some with --data.columns"
+            )
+        return left
+
+    def batches(self) -> Iterator[tuple[Array, Array | None]]:
+        """The rows as float64 [n, D] with NaN for what is missing, and the labels as objects, batch by batch.
+
+        Raises:
+            InputError: a row that cannot be read; names file, row and column.
+        """
+        wanted = [*self.columns, *_some(self.label)]
+        for path in self.paths:
+            done = 0
+            try:
+                for batch in _read(path, wanted, self.label):
+                    columns = [batch.column(i).to_numpy(zero_copy_only=False) for i in range(len(self.columns))]
+                    values = np.stack([np.asarray(column, np.float64) for column in columns], 1)
+                    labels = (
+                        None if self.label is None else np.array(batch.column(len(self.columns)).to_pylist(), object)
+                    )
+                    infinite = np.isinf(values)
+                    if infinite.any():
+                        row, column = (int(i) for i in np.argwhere(infinite)[0])
+                        raise InputError(
+                            f"{shown(path)}: {values[row, column]} in column {self.columns[column]!r} of row "
+                            f"{done + row + 1}; numbers must be finite. Mend the row, or leave the entry empty"
+                        )
+                    done += len(values)
+                    yield values, labels
+            except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+                raise InputError(_explained(path, error, wanted, self.label)) from None
+
+
+def _some(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)
+
+
+def _paths(pattern: str) -> list[Path]:
+    whole = expand(pattern)
+    if whole.is_dir():
+        found = sorted(path for path in whole.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    elif os.path.lexists(whole):
+        found = [whole]
+    else:
+        found = sorted({Path(path) for part in braces(os.fspath(whole)) for path in glob.glob(part)})
+    if not found:
+        raise InputError(f"table:{shown(pattern)}: no such file, or no {', '.join(SUFFIXES)} in the folder")
+    for path in found:
+        if not path.is_file():
+            raise InputError(f"{shown(path)}: not a file")
+        if path.suffix.lower() not in SUFFIXES:
+            raise InputError(f"{shown(path)}: expected {', '.join(SUFFIXES)}; pandas and polars convert other formats")
+    if len({_is_parquet(path) for path in found}) > 1:
+        raise InputError(f"table:{shown(pattern)}: holds both CSV and Parquet; name one kind with a pattern")
+    return found
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.csv
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("tables need pyarrow: pip install 'dist-ae[table]'") from None
+    return pyarrow
+
+
+def _delimiter(path: Path) -> str:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = file.readline(1 << 20)
+    counts = {each: header.count(each) for each in (",", ";", "\t", "|")}
+    return max(counts, key=lambda each: counts[each]) if any(counts.values()) else ","
+
+
+def _column_types(path: Path) -> dict[str, str]:
+    """What each column of a file holds: ``number``, or in words what else."""
+    pa = _pyarrow()
+    try:
+        if _is_parquet(path):
+            schema = pa.parquet.read_schema(path)
+        else:
+            parse = pa.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
+            # The first megabytes tell the types; a later row of another type is found when it is read.
+            with pa.csv.open_csv(path, pa.csv.ReadOptions(use_threads=False), parse) as reader:
+                schema = reader.schema
+    except (OSError, ValueError) as error:
+        raise InputError(_explained(path, error, [], None)) from None
+    twice = (
+        next((name for name in schema.names if schema.names.count(name) > 1), None)
+        if len(set(schema.names)) < len(schema.names)
+        else None
+    )
+    if twice is not None:
+        raise InputError(f"{shown(path)}: two columns are called {twice!r}; rename one")
+
+    def kind(field: Any) -> str:
+        t = pa.types
+        if (
+            t.is_integer(field.type)
+            or t.is_floating(field.type)
+            or t.is_boolean(field.type)
+            or t.is_decimal(field.type)
+        ):
+            return "number"
+        if t.is_null(field.type):
+            return "number"  # nothing but missing entries in the first rows
+        if t.is_temporal(field.type):
+            return "dates or times"
+        return "text" if t.is_string(field.type) or t.is_large_string(field.type) else f"values of type {field.type}"
+
+    return {field.name: kind(field) for field in schema}
+
+
+def _read(path: Path, wanted: list[str], label: str | None) -> Iterator[Any]:
+    pa = _pyarrow()
+    rows = max(1, BATCH_VALUES // max(1, len(wanted)))
+    numbers = [name for name in wanted if name != label]
+    if _is_parquet(path):
+        with pa.parquet.ParquetFile(path, memory_map=False) as file:
+            for batch in file.iter_batches(rows, columns=wanted):
+                yield batch.select(wanted)
+        return
+    options = pa.csv.ConvertOptions(
+        column_types={name: pa.float64() for name in numbers} | ({label: pa.string()} if label else {}),
+        include_columns=wanted,
+        strings_can_be_null=True,
+    )
+    parse = pa.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
+    with pa.csv.open_csv(path, pa.csv.ReadOptions(use_threads=False, block_size=1 << 23), parse, options) as reader:
+        yield from reader
+
+
+def _decimal_comma(path: Path, column: str) -> str:
+    """What a column of text holds, where it is numbers with decimal commas."""
+    if _is_parquet(path):
+        return ""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.DictReader(file, delimiter=_delimiter(path))
+        values = [str(row.get(column) or "").strip() for row in itertools.islice(rows, 100)]
+    if values and all(re.fullmatch(r"[-+]?\d*,\d+|[-+]?\d+|", value) for value in values):
+        return f"decimal commas ({next((value for value in values if ',' in value), values[0])!r} in row 1)"
+    return ""
+
+
+def _explained(path: Path, error: Exception, wanted: list[str], label: str | None) -> str:
+    """One sentence about a table that cannot be read: file, row and column, where a second reading finds them."""
+    if not _is_parquet(path):
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = csv.reader(file, delimiter=_delimiter(path))
+                header = next(rows, None)
+                if not header:
+                    return f"{shown(path)}: empty"
+                for number, row in enumerate(rows, 1):
+                    if row and len(row) != len(header):
+                        return (
+                            f"{shown(path)}: row {number} has {len(row)} entries, and the header has {len(header)}; "
+                            "mend that row"
+                        )
+                    for name, value in zip(header, row, strict=False):
+                        if name in wanted and name != label and not _is_number(value):
+                            return (
+                                f"{shown(path)}: {value[:40]!r} in column {name!r} of row {number} is no number; mend "
+                                "the entry, leave it empty, or leave the column out with --data.exclude"
+                            )
+        except UnicodeDecodeError as bad:
+            return f"{shown(path)}: not UTF-8 ({bad.reason} at byte {bad.start}); save it as UTF-8"
+        except (OSError, csv.Error) as other:
+            return f"{shown(path)}: cannot be read ({other})"
+    return f"{shown(path)}: cannot be read ({ascii(first_line(error))[1:-1][:200]})"
+
+
+def _is_number(text: str) -> bool:
+    # pyarrow's own words for what is missing.
+    if text.strip() in ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "#N/A", "n/a", "-NaN", "-nan", "#NA", "1.#IND"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack_table(table: Table, out: Path) -> dict[str, Any]:
+    """Packs a table into the folder ``out``, whole or not at all, unless that is done already.
+
+    Raises:
+        InputError: rows that cannot be read, no room, or a folder that holds something else.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(out.with_name(f".{out.name}.lock")):  # several processes may want the same table
+            kept = read_packed_table(out) if (out / MANIFEST).is_file() else None
+            if kept is not None and kept.get("identity") == table.identity:
+                return kept
+            if out.exists() and (kept is not None or not out.is_dir() or any(out.iterdir())):
+                raise InputError(f"{shown(out)} exists and holds something else: remove it, or give another name")
+            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+            try:
+                _write(table, temporary)
+                if out.is_dir():
+                    out.rmdir()
+                os.rename(temporary, out)
+                sync(out.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"{shown(out)}: cannot be written ({error.strerror or error}); give another place: --data.cache DIR"
+        ) from None
+    return read_packed_table(out)
+
+
+def _header(shape: tuple[int, int]) -> bytes:
+    """The head of a .npy of float32: 128 bytes, whatever the number of rows."""
+    import io
+
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    assert content.tell() == 128
+    return content.getvalue()
+
+
+def _write(table: Table, folder: Path) -> None:
+    say(f"packing {', '.join(path.name for path in table.paths[:3])}{', …' if len(table.paths) > 3 else ''}")
+    rows, missing, digest = 0, np.zeros(len(table.columns), np.int64), hashlib.sha256()
+    low, high = np.full(len(table.columns), np.inf), np.full(len(table.columns), -np.inf)
+    classes: dict[str, int] = {}
+    numbers: list[Array] = []
+    with (folder / RECORDS).open("wb") as file:
+        file.write(_header((2**62, len(table.columns)))[:128])
+        for values, labels in table.batches():
+            absent = np.isnan(values)
+            missing += absent.sum(0)
+            low, high = np.fmin(low, np.fmin.reduce(values, 0)), np.fmax(high, np.fmax.reduce(values, 0))
+            with np.errstate(over="ignore"):  # named below
+                records = np.ascontiguousarray(values, np.float32)
+            if np.isinf(records).any():
+                row, column = (int(i) for i in np.argwhere(np.isinf(records))[0])
+                raise InputError(
+                    f"row {rows + row + 1}: {values[row, column]:g} in column {table.columns[column]!r} is beyond "
+                    "float32, in which records are kept; divide the column"
+                )
+            digest.update(records.data)
+            file.write(records.data)
+            if labels is not None:
+                known = [-1 if each is None else classes.setdefault(str(each), len(classes)) for each in labels]
+                numbers.append(np.array(known, np.int64))
+            rows += len(records)
+        file.seek(0)
+        file.write(_header((rows, len(table.columns))))
+        file.flush()
+        os.fsync(file.fileno())
+    if rows < 2:
+        raise InputError(f"{shown(table.paths[0])}: {rows} row{'s' if rows != 1 else ''}; at least 2 are needed")
+    if numbers:
+        np.save(folder / LABELS, np.concatenate(numbers), allow_pickle=False)
+    manifest = {
+        "format": FORMAT,
+        "identity": table.identity,
+        "rows": rows,
+        "columns": table.columns,
+        "missing": missing.tolist(),
+        "low": [None if np.isinf(each) else float(each) for each in low],
+        "high": [None if np.isinf(each) else float(each) for each in high],
+        "classes": list(classes),
+        "label": table.label,
+        "sha256": digest.hexdigest(),
+    }
+    write_new(folder / MANIFEST, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+    sync(folder)
+
+
+def is_packed_table(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and not (folder / "config.json").exists()
+
+
+def read_packed_table(folder: Path) -> dict[str, Any]:
+    """The manifest of a packed table.
+
+    Raises:
+        InputError: none there, or none that was written here.
+    """
+    path = folder / MANIFEST
+    try:
+        found = read_json(path)
+        rows, columns = found["rows"], found["columns"]
+        whole = found["format"] == FORMAT and isinstance(rows, int) and rows > 1 and isinstance(found["sha256"], str)
+        whole &= isinstance(columns, list) and len(columns) > 0 and all(isinstance(name, str) for name in columns)
+        whole &= all(
+            isinstance(found[key], list) and len(found[key]) == len(columns) for key in ("missing", "low", "high")
+        )
+        whole &= isinstance(found["classes"], list)
+    except (Damaged, KeyError, TypeError) as error:
+        raise InputError(f"{shown(path)} is damaged ({error}); pack the table again") from None
+    if not whole:
+        raise InputError(f"{shown(path)} is damaged; pack the table again")
+    return found
+
+
+def open_packed_table(folder: Path) -> tuple[dict[str, Any], Array, Array | None]:
+    """The manifest, the records [N, D], memory-mapped, and the labels [N] of a packed table.
+
+    Raises:
+        InputError: files that are not what the manifest says.
+    """
+    manifest = read_packed_table(folder)
+    shape = (manifest["rows"], len(manifest["columns"]))
+    try:
+        records = np.load(folder / RECORDS, mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / LABELS, allow_pickle=False) if manifest["label"] is not None else None
+    except Exception as error:  # numpy raises several for a damaged file
+        raise InputError(f"{shown(folder)}: damaged ({error}); pack the table again") from None
+    if records.dtype != np.float32 or records.shape != shape:
+        raise InputError(f"{shown(folder)}: {RECORDS} holds {records.dtype} {records.shape}, not {shape}; pack again")
+    if labels is not None and (labels.dtype != np.int64 or labels.shape != shape[:1]):
+        raise InputError(f"{shown(folder)}: {LABELS} is damaged; pack again")
+    return manifest, records, labels

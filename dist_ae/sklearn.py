@@ -1,0 +1,371 @@
+"""Estimators for scikit-learn: a dimension reduction that starts as PCA, and a detector of outliers.
+
+They take arrays and data frames, work in pipelines and searches, and keep no files unless asked. A fit evaluates its
+start, PCA, on rows that are held out, and keeps the best weights: it is never worse there than PCA of the same size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from dist_ae.config import Config, InputError
+from dist_ae.data.records import Array
+from dist_ae.files import Damaged, read_json, to_json
+from dist_ae.objectives import present, squared_error
+from dist_ae.presets import PRESETS
+from dist_ae.trainer import train
+from dist_ae.use.export import write_folder
+from dist_ae.use.trained import load
+
+PARAMETERS = "estimator.json"
+ROWS_AT_ONCE = 4096
+
+
+class _Fitted(BaseEstimator):  # type: ignore[misc]
+    """What both estimators share: parameters, fitting, saving."""
+
+    def __init__(
+        self,
+        n_components: int = 2,
+        *,
+        hidden: tuple[int, ...] = (256, 128),
+        variational: bool = False,
+        noise: float = 0.0,
+        dropout: float = 0.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        batch_size: int = 64,
+        max_steps: int = 2000,
+        patience: int | None = 8,
+        validation_fraction: float = 0.1,
+        missing: str = "refuse",
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        device: str = "cpu",
+        run_dir: str | os.PathLike[str] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.n_components, self.hidden, self.variational = n_components, hidden, variational
+        self.noise, self.dropout = noise, dropout
+        self.learning_rate, self.weight_decay, self.batch_size = learning_rate, weight_decay, batch_size
+        self.max_steps, self.patience, self.validation_fraction = max_steps, patience, validation_fraction
+        self.missing, self.random_state, self.n_jobs, self.device = missing, random_state, n_jobs, device
+        self.run_dir, self.verbose = run_dir, verbose
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = self.missing == "mask"
+        return tags
+
+    # -- fitting
+
+    def _config(self, rows: int, columns: int, seed: int, run_dir: Path) -> Config:
+        held_out = max(1, round(rows * self.validation_fraction))
+        steps_an_epoch = -(-(rows - held_out) // self.batch_size)
+        return PRESETS["table"].override(
+            {
+                "name": "table",
+                "model.latent_dim": min(int(self.n_components), columns),
+                "model.hidden_dims": tuple(self.hidden),
+                "model.variational": bool(self.variational),
+                "model.dropout": float(self.dropout),
+                "objective.noise_std": float(self.noise),
+                "optim.lr": float(self.learning_rate),
+                "optim.weight_decay": float(self.weight_decay),
+                "data.scale": "standard",
+                "data.missing": self.missing,
+                "data.val_fraction": float(self.validation_fraction),
+                "train.batch_size": max(1, min(int(self.batch_size), rows - held_out)),
+                "train.steps": int(self.max_steps),
+                "train.eval_every": max(50, min(steps_an_epoch, int(self.max_steps))),
+                "train.patience": self.patience,
+                "train.log_every": max(50, int(self.max_steps) // 10),
+                "tracking.wandb": "off",
+                "tracking.pictures": self.run_dir is not None,
+                "seed": seed,
+                "run_dir": run_dir,
+            }
+        )
+
+    def _fit(self, X: Any) -> Array:
+        X = validate_data(
+            self,
+            X,
+            dtype=[np.float64, np.float32],
+            ensure_min_samples=2,
+            ensure_all_finite="allow-nan" if self.missing == "mask" else True,
+        )
+        if self.n_components < 1:
+            raise ValueError(f"n_components must be at least 1, got {self.n_components}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        kept = None if self.run_dir is None else Path(self.run_dir)
+        scratch = Path(tempfile.mkdtemp(prefix="dist-ae-")) if kept is None else None
+        try:
+            run_dir = kept if kept is not None else (scratch or Path()) / "run"
+            with _errors(), _quiet(self.verbose):
+                config = self._config(X.shape[0], X.shape[1], seed, run_dir)
+                metrics, best = self._train(config, X)
+                self._model = load(run_dir, device=self.device)
+            self._model.source = None if kept is None else self._model.source
+        finally:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        self.n_components_ = config.model.latent_dim
+        self._n_features_out = self.n_components_
+        self.r2_, self.mse_ = metrics["val.r2"], metrics["val.mse"]
+        self.pca_mse_ = metrics.get("val.pca_mse")
+        self.n_steps_ = best
+        return np.asarray(X)
+
+    def _train(self, config: Config, X: Array) -> tuple[dict[str, float], int]:
+        """The metrics of the last evaluation and the step of the best one."""
+        jobs = (os.cpu_count() or 1) if self.n_jobs == -1 else self.n_jobs or 1
+        if jobs == 1:
+            result = train(config, data=X)
+            return result.metrics, result.best_step
+        # Processes of one group, started as on the command line, from files: nothing is pickled.
+        with tempfile.TemporaryDirectory(prefix="dist-ae-") as folder:
+            np.save(Path(folder) / "data.npy", X, allow_pickle=False)
+            config = config.override({"data.name": f"array:{folder}/data.npy", "data.layout": "table"})
+            (Path(folder) / "config.json").write_bytes(to_json({"config": config.model_dump(mode="json")}))
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={jobs}"]
+            command += ["-m", "dist_ae", "train", "--config", f"{folder}/config.json"]
+            environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **os.environ}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            raise InputError(said[0].removeprefix("error: ") if said else done.stderr[-500:])
+        kept = read_json(config.directory() / "result.json")
+        return kept["metrics"], kept["best_step"]
+
+    # -- using
+
+    def _given(self, X: Any) -> Array:
+        check_is_fitted(self, "_model")
+        nan = "allow-nan" if self.missing == "mask" else True
+        given: Array = validate_data(self, X, dtype=[np.float64, np.float32], reset=False, ensure_all_finite=nan)
+        return given
+
+    @torch.no_grad()
+    def _coded(self, X: Array) -> tuple[Array, Array]:
+        """Codes [N, n_components] and the mean squared error [N] of rows, in standard deviations.
+
+        In float64, where the result for a row does not depend on the rows beside it.
+        """
+        model = copy.deepcopy(self._model.model).to("cpu", torch.float64)
+        codes, errors = [], []
+        for rows in torch.from_numpy(np.asarray(X, np.float64)).split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+            unit = model.to_units(rows[:, :, None, None])
+            code = model.encode(unit)[0]
+            squared = squared_error(unit, model.decode(code), model.missing)
+            codes.append(code.flatten(1))
+            errors.append(squared / torch.as_tensor(present(unit, model.missing)).clamp(min=1))
+        return torch.cat(codes).numpy(), torch.cat(errors).numpy()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the fitted estimator to a folder: safetensors and JSON, no pickle. ``load`` brings it back."""
+        check_is_fitted(self, "_model")
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        write_folder(self._model, out, out)
+        fitted: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if name.endswith("_") and isinstance(value, (int, float))
+        }
+        if hasattr(self, "feature_names_in_"):
+            fitted["feature_names_in_"] = [str(name) for name in self.feature_names_in_]
+        parameters = {name: value for name, value in self.get_params().items() if not callable(value)}
+        parameters["run_dir"] = None if self.run_dir is None else str(self.run_dir)
+        if not isinstance(self.random_state, int):
+            parameters["random_state"] = None
+        (out / PARAMETERS).write_bytes(to_json({"parameters": parameters, "fitted": fitted}))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Any:
+        """The estimator that ``save`` wrote to a folder.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        try:
+            kept = read_json(Path(folder) / PARAMETERS)
+            parameters = {**kept["parameters"], "hidden": tuple(kept["parameters"]["hidden"])}
+            made = cls(**parameters)
+            for name, value in kept["fitted"].items():
+                setattr(made, name, np.array(value, object) if name == "feature_names_in_" else value)
+            made._n_features_out = made.n_components_
+        except (Damaged, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: no estimator that save() wrote ({error})") from None
+        made._model = load(Path(folder), device=made.device)
+        return made
+
+
+class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Fitted):  # type: ignore[misc]
+    """An autoencoder as a dimension reduction: it starts as PCA and is trained as long as held-out rows say it helps.
+
+    Args:
+        n_components: numbers of the code.
+        hidden: widths of the hidden layers of the encoder; the decoder mirrors them.
+        variational: a variational autoencoder; ``transform`` gives the means of its codes.
+        noise: standard deviation, in those of each column, of noise on the input that it learns to remove.
+        dropout: probability that a hidden unit is dropped.
+        max_steps: optimizer steps of ``batch_size`` rows each, at most.
+        patience: evaluations in a row without a better one after which training ends.
+        validation_fraction: share of the rows that are held out to choose the best weights.
+        missing: "refuse" NaN, or "mask": such entries are the mean at the input, count nothing, and are filled in.
+        n_jobs: processes that train together, with the same result to rounding; -1 is one for each core.
+        device: where the fitted model computes.
+        run_dir: where to keep the run with its checkpoints and metrics; None keeps nothing.
+        verbose: print what a run prints.
+
+    Attributes:
+        n_components_: numbers of the code.
+        mse_, r2_: of held-out rows: the share of variance left unexplained at the last evaluation, and r2.
+        pca_mse_: the same share for PCA with as many numbers.
+        n_steps_: the step of the weights that are used; 0 means that PCA is all there is to have.
+    """
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def fit(self, X: Any, y: Any = None) -> Autoencoder:
+        """Trains on rows [N, D] of numbers."""
+        self._fit(X)
+        return self
+
+    def transform(self, X: Any) -> Array:
+        """Rows [N, D] → codes [N, n_components], in the type of X."""
+        given = self._given(X)
+        return self._coded(given)[0].astype(given.dtype)
+
+    def inverse_transform(self, X: Any) -> Array:
+        """Codes [N, n_components] → rows [N, D], in the units of the training data."""
+        check_is_fitted(self, "_model")
+        codes = np.asarray(X)
+        if codes.ndim != 2 or codes.shape[1] != self.n_components_:
+            raise ValueError(f"expected codes [N, {self.n_components_}], got {list(codes.shape)}")
+        decoded = self._model.decode(torch.from_numpy(codes.astype(np.float32))).flatten(1).numpy()
+        return decoded.astype(codes.dtype if codes.dtype.kind == "f" else np.float64)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """r2 of the reconstruction, over all columns: larger is better, 0 is no better than the training mean."""
+        given = self._given(X)
+        unit = self._model.model.to_units(torch.from_numpy(np.asarray(given, np.float64))[:, :, None, None])
+        squares = float(unit.nan_to_num(0.0).square().sum())
+        entries = np.isfinite(given).sum(1)
+        return 1 - float((self._coded(given)[1] * entries).sum()) / squares if squares else 0.0
+
+    def score_samples(self, X: Any) -> Array:
+        """How well each row is reconstructed, [N]: minus its mean squared error, in standard deviations."""
+        return -self._coded(self._given(X))[1]
+
+
+class AutoencoderDetector(OutlierMixin, _Fitted):  # type: ignore[misc]
+    """An outlier detector: rows that the autoencoder reconstructs badly.
+
+    Args:
+        contamination: share of the training rows that count as outliers, which sets the threshold.
+
+    The other arguments are those of ``Autoencoder``.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 2,
+        *,
+        contamination: float = 0.1,
+        hidden: tuple[int, ...] = (256, 128),
+        variational: bool = False,
+        noise: float = 0.0,
+        dropout: float = 0.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        batch_size: int = 64,
+        max_steps: int = 2000,
+        patience: int | None = 8,
+        validation_fraction: float = 0.1,
+        missing: str = "refuse",
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        device: str = "cpu",
+        run_dir: str | os.PathLike[str] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(
+            n_components,
+            hidden=hidden,
+            variational=variational,
+            noise=noise,
+            dropout=dropout,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            max_steps=max_steps,
+            patience=patience,
+            validation_fraction=validation_fraction,
+            missing=missing,
+            random_state=random_state,
+            n_jobs=n_jobs,
+            device=device,
+            run_dir=run_dir,
+            verbose=verbose,
+        )
+        self.contamination = contamination
+
+    def fit(self, X: Any, y: Any = None) -> AutoencoderDetector:
+        """Trains on rows [N, D] of numbers, most of them normal."""
+        if not 0 < self.contamination <= 0.5:
+            raise ValueError(f"contamination must be in (0, 0.5], got {self.contamination}")
+        X = self._fit(X)
+        self.offset_ = float(np.percentile(-self._coded(X)[1], 100 * self.contamination))
+        return self
+
+    def score_samples(self, X: Any) -> Array:
+        """How normal each row is, [N]: minus its mean squared error, in standard deviations."""
+        return -self._coded(self._given(X))[1]
+
+    def decision_function(self, X: Any) -> Array:
+        """``score_samples`` minus the threshold: below 0 is an outlier."""
+        scores: Array = self.score_samples(X) - self.offset_
+        return scores
+
+    def predict(self, X: Any) -> Array:
+        """1 for each inlier, -1 for each outlier."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """The trainer's errors of input as scikit-learn's."""
+    try:
+        yield
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    if verbose:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
