@@ -73,8 +73,10 @@ def train(arguments: list[str]) -> None:
 
     if rank() == 0:
         say(f"{config.name} on {config.data.name}: loading …")
+    from dist_ae.processes.stop import Signals
     from dist_ae.trainer import train
 
+    Signals.ends_process = True
     result = train(config)
     if rank() == 0:
         speed = round(result.images_per_second)

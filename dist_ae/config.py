@@ -241,7 +241,10 @@ class TrainConfig(Section):
     epochs: int = free(20, "passes over the training images", gt=0, le=LONGEST)
     steps: int | None = free(None, "optimizer steps; overrides epochs", gt=0, le=LONGEST)
     ema_decay: float | None = trajectory(
-        None, "keep an exponential moving average of the weights and evaluate that", gt=0, lt=1
+        None,
+        "keep an exponential moving average of the weights and evaluate that; its decay begins low and rises to this",
+        gt=0,
+        lt=1,
     )
     gradient_type: Literal["exact", "bf16"] = trajectory(
         "exact", "how gradients travel between processes; bf16 halves the bytes and rounds them"

@@ -19,7 +19,7 @@ from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
 from dist_ae.draws import Step, draw, drawn_on, has_draws
 from dist_ae.guard import Guard
-from dist_ae.models import Autoencoder
+from dist_ae.models import Autoencoder, Components
 from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, terms
 from dist_ae.optim import build as build_optimizers
@@ -56,6 +56,7 @@ class Learner:
         # What changes from step to step, in places that a captured graph can read.
         self._now = torch.zeros((), dtype=torch.int64, device=runtime.device)
         self._beta = torch.zeros((), dtype=torch.float32, device=runtime.device)
+        self._newest = torch.zeros((), dtype=runtime.dtype, device=runtime.device)  # its share of the moving average
         self._rows, self._mine, self._number = self._order, range(0), 0
         self._graph_rows = self._order
         self.graph: Graph | None = None
@@ -88,6 +89,8 @@ class Learner:
         self._number = step
         self._now.fill_(step)
         self._beta.fill_(timeline.beta(step, self.config.objective))
+        if self.config.train.ema_decay is not None:
+            self._newest.fill_(1 - timeline.ema_decay(step, self.config.train.ema_decay))
         set_learning_rate(self.optimizers, self.learning_rate(step), self.config.optim)
 
     def compute(self, batch_size: int, update: bool = True) -> None:
@@ -149,7 +152,8 @@ class Learner:
 
         # Moving average.
         if config.train.ema_decay is not None:
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - config.train.ema_decay)
+            weights = [p.detach() for p in self.parameters]
+            torch._foreach_lerp_(self.ema, weights, [self._newest] * len(weights))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step as a share of its peak."""
@@ -189,6 +193,13 @@ class Learner:
         return following[piece.start : piece.stop]
 
     # -- before the first step
+
+    @torch.no_grad()
+    def start_from(self, components: Components) -> None:
+        """Begins the weights, and their moving average, as the linear code of these components."""
+        self.raw_model.start_from(components, self.config.objective)
+        for average, parameter in zip(self.ema, self.parameters, strict=False):
+            average.copy_(parameter)
 
     def prepare(self) -> None:
         """Hands the model to Accelerate, gives rank 0's weights and optimizer state to all, and makes a dry run."""

@@ -157,6 +157,11 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def ema_decay(step: int, decay: float) -> float:
+    """The decay of the moving average at a step: short at first, so that the start weighs little for long."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 def beta(step: int, config: ObjectiveConfig) -> float:
     """The weight of the rate at a step: it rises linearly to β."""
     if step >= config.beta_warmup_steps:

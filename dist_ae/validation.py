@@ -32,7 +32,7 @@ class Validation:
         """Begins a new run's weights as PCA, where the model has such a start. Every process takes part."""
         self._components = pca.of_model(learner.raw_model, learner.images, self._runtime)
         if self._components is not None and self._runtime.is_main:
-            learner.raw_model.start_from(self._components, self._config.objective)
+            learner.start_from(self._components)
 
     def metrics(self, learner: Learner, pca_mse: float | None, stop: Stop) -> dict[str, float]:
         """The figures of ``evaluate`` on the held-out images, and two to compare them with.

@@ -126,7 +126,7 @@ ROOMS: dict[str, set[str]] = {
     "optim": DEVICES,
     "guard": {"devices"},
     "data": DEVICES | {"draws"},
-    "processes": DEVICES | {"timeline"},
+    "processes": DEVICES | {"outcome", "timeline"},
     "run": GROUND | {"timeline"},
     "pca": TOGETHER,
     "evaluate": TOGETHER,
@@ -145,7 +145,7 @@ ROOMS: dict[str, set[str]] = {
     "use": TOGETHER | {"presets", "run", "pca", "evaluate", "scores", "quality", "figures", "saved"},
     "sklearn": TOGETHER | {"presets", "trainer", "use"},
     "__init__": GROUND | {"presets", "models", "objectives", "outcome", "trainer", "use"},
-    "__main__": GROUND | {"presets", "data", "saved", "trainer", "use", "__init__"},
+    "__main__": GROUND | {"presets", "data", "processes", "saved", "trainer", "use", "__init__"},
 }
 NO_TORCH = {"terminal", "files", "config", "presets", "timeline", "__init__", "__main__"}
 NO_SERVICES = {"accelerate", "torch.distributed", "ray", "wandb"}  # the mathematics and the data know no processes

@@ -199,6 +199,24 @@ def test_fp16_whose_gradients_are_never_finite_ends_the_run(tmp_path: Path) -> N
                 running.refuse_non_finite(run)
 
 
+def test_ctrl_c_before_the_first_step_is_raised_in_a_process_that_is_not_the_runs_own(tmp_path: Path) -> None:
+    # A notebook's kernel must not be lost: it is raised like any other stop, and the interpreter goes on.
+    def work(rank: int) -> None:
+        real = begin.prepare
+
+        def prepare(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            return real(*arguments)
+
+        with mock.patch("dist_ae.trainer.prepare", prepare), pytest.raises(dist_ae.Stopped, match="nothing to save"):
+            dist_ae.train(config(tmp_path / "run"))
+        dist_ae.train(config(tmp_path / "run"))  # and trains, if it is asked again
+
+    assert forked(1, work, tmp_path / "log") == [0], (tmp_path / "log-0.log").read_text()
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 # -- environment
 
 

@@ -117,6 +117,15 @@ def test_a_moving_average_is_evaluated_kept_and_loaded(tmp_path: Path) -> None:
     assert float(dist_ae.load(ema.run_dir).score(images).mean()) == pytest.approx(ema.metrics["val.mse"], rel=1e-5)
 
 
+def test_a_slow_moving_average_begins_at_the_start_and_follows_the_weights(tmp_path: Path) -> None:
+    # With a decay of 0.9999, the random weights that PCA replaced would weigh 98 % after 240 steps.
+    plain, slow = (
+        dist_ae.train(small("ae", tmp_path / str(decay), **{"train.ema_decay": decay, "train.steps": 240}))
+        for decay in (None, 0.9999)
+    )
+    assert slow.metrics["val.mse"] < 1.05 * plain.metrics["val.mse"] < 0.05
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

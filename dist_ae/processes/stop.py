@@ -13,9 +13,13 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from dist_ae.outcome import Stopped
+from dist_ae.processes.environment import launched_world
 from dist_ae.processes.runtime import Runtime
 from dist_ae.terminal import EXIT_STOPPED, rank, say
 from dist_ae.timeline import Asked
+
+TOO_EARLY = "stopped before training began: there is nothing to save. The same command starts again"
 
 
 class StopRequested(Exception):
@@ -25,9 +29,12 @@ class StopRequested(Exception):
 class Signals:
     """SIGTERM and SIGINT as a request that is looked at between two steps.
 
-    Until there is something to save (``has_work``), a signal ends the process at once. A thread does that: Python's own
-    handlers only run once a blocking call into C++ returns, such as waiting for the other processes to join.
+    Until there is something to save (``has_work``), a signal stops the run at once. In a process that is the run's own
+    (a command, or one of several processes) a thread ends it: Python's own handlers only run once a blocking call into
+    C++ returns, such as waiting for the other processes to join. In somebody else's, such as a notebook, it is raised.
     """
+
+    ends_process = False  # a command says that the process is its own
 
     def __init__(self) -> None:
         self.requested = False
@@ -60,15 +67,19 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if not self.has_work and not self._ends():
+            raise Stopped(TOO_EARLY)
+
+    def _ends(self) -> bool:
+        return self.ends_process or launched_world()[1] > 1
 
     def _end_at_once(self, received: socket.socket) -> None:
         while numbers := received.recv(64):
             # A signal that something else handles meanwhile, such as packing, which has work to save, is left to it.
             ours = [n for n in (signal.SIGTERM, signal.SIGINT) if n in numbers and signal.getsignal(n) == self._handle]
-            if ours and not self.has_work:
+            if ours and not self.has_work and self._ends():
                 if rank() == 0:
-                    text = "stopped before training began: there is nothing to save. The same command starts again"
-                    say(text, sys.stderr)
+                    say(TOO_EARLY, sys.stderr)
                 os._exit(EXIT_STOPPED)
 
 
