@@ -22,6 +22,7 @@ from dist_ae.draws import VERSION as DRAWS
 from dist_ae.draws import has_draws
 from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, blank, build
+from dist_ae.presets import PRESETS
 from dist_ae.processes.environment import check_environment, launched_world
 from dist_ae.processes.runtime import check_device, usual_precision
 from dist_ae.run.directory import RunDirectory
@@ -72,6 +73,8 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
             f"objective.likelihood {config.objective.likelihood} is of pixels on [0, 1], and the records of "
             f"{dataset.name} are standardized; use gaussian, or data.scale range"
         )
+    config = _precise(config)
+    config = _fewer_at_once(config.override({"run_dir": config.directory()}), dataset)  # named by what was asked for
     if config.train.batch_size > len(dataset.train):
         raise InputError(
             f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has "
@@ -85,8 +88,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         "data.columns": dataset.columns or None,
         "evaluation.batch_size": evaluated,
     }
-    config = _precise(config)
-    config = config.override({**found, "run_dir": config.directory()})  # named by what was asked for
+    config = config.override(found)
     if config.model.architecture != "own":
         _check_memory(config, dataset.image_shape)
     model = build(config, dataset.image_shape, own)
@@ -135,6 +137,21 @@ def _precise(config: Config) -> Config:
                 if _begun_with(read_json(choice.directory() / "config.json")).get("precision") == choice.precision:
                     return choice
     return choices[0]
+
+
+def _fewer_at_once(config: Config, dataset: Dataset) -> Config:
+    """A preset's own batch, where it is larger than the data set, becomes a tenth of it. One that was typed is kept."""
+    preset = PRESETS.get(config.name)
+    batch = config.train.batch_size
+    if preset is None or batch <= len(dataset.train) or batch != preset.train.batch_size:
+        return config
+    fewer = max(1, len(dataset.train) // 10)
+    if launched_world()[0] == 0:
+        say(
+            f"note: {dataset.name} has {len(dataset.train)} training images, so a step sees {fewer} in place of the "
+            f"preset's {batch}; --train.batch-size says otherwise"
+        )
+    return config.override({"train.batch_size": fewer})
 
 
 def _begun(run_dir: Path) -> bool:

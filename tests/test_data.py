@@ -357,3 +357,18 @@ def test_an_epoch_takes_every_image_once_and_shares_cut_it_without_rest() -> Non
             parts = [list(share(range(size), rank, world)) for rank in range(world)]
             assert [row for part in parts for row in part] == list(range(size))
             assert max(map(len, parts)) - min(map(len, parts)) <= max(1, -(-size // world))
+
+
+def test_a_preset_trains_on_few_records_with_a_smaller_batch_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dist_ae
+
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8)).astype(np.uint8)
+    settings = {"train.steps": 3, "tracking.wandb": "off", "run_dir": tmp_path / "run"}
+    dist_ae.train(dist_ae.PRESETS["ae"].override(settings), data=images)
+    assert "has 27 training images, so a step sees 2 in place of the preset's 128" in capsys.readouterr().out
+    again = dist_ae.train(dist_ae.PRESETS["ae"].override(settings), data=images)  # the same command finds it finished
+    assert again.steps == 3
+    with pytest.raises(InputError, match=r"use --train\.batch-size 27 or less"):  # one that was typed is kept
+        dist_ae.train(dist_ae.PRESETS["ae"].override({**settings, "train.batch_size": 64}), data=images)

@@ -119,6 +119,16 @@ def test_the_page_s_largest_errors_and_map_are_those_of_the_images(trained: Path
     )
 
 
+def test_a_decoder_too_large_for_a_page_is_left_out_and_the_page_says_so(tmp_path: Path) -> None:
+    # The default MLP on pictures of 64 × 64 × 3: its decoder alone would be 17 MB.
+    images = np.random.default_rng(0).integers(0, 256, (12, 3, 64, 64)).astype(np.uint8)
+    settings = {"train.batch_size": 8, "train.steps": 1, "tracking.wandb": "off", "run_dir": tmp_path / "run"}
+    dist_ae.train(PRESETS["ae"].override({**settings, "model.start": "random"}), data=images)
+    np.save(tmp_path / "images.npy", images)
+    page = commands.explore_run(tmp_path / "run", str(tmp_path / "images.npy")).read_text()
+    assert len(page) < 2_000_000 and "no live decoder" in page
+
+
 def test_a_page_that_cannot_be_made_is_refused_in_one_sentence(trained: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ({"num": 2}, "at least 3 images"),

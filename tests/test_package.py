@@ -136,7 +136,7 @@ ROOMS: dict[str, set[str]] = {
     "figures": MATHEMATICS | {"data", "evaluate"},
     "capture": DEVICES,
     "step": TOGETHER | {"capture"},
-    "begin": TOGETHER | {"run", "pca", "saved"},
+    "begin": TOGETHER | {"presets", "run", "pca", "saved"},
     "outcome": GROUND,
     "sentences": MATHEMATICS,
     "validation": TOGETHER | {"pca", "evaluate", "scores", "figures", "step"},

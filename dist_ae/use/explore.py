@@ -28,6 +28,7 @@ from dist_ae.use.trained import TrainedModel
 
 TEMPLATE = Path(__file__).with_name("explore.html")
 LARGEST_PAGE = 15_000_000  # bytes of the whole page: what mail and chat programs still carry
+LARGEST_DECODER = 5_000_000  # bytes of it for the layers of an MLP, in base64
 LARGEST_SPRITES = 8_000_000  # bytes of it for thumbnails of images and reconstructions, in base64
 DIRECTIONS = 128  # principal directions of the code that the page keeps: all of them for most models
 STRIPS, FRAMES = 8, 9  # directions shown as film strips, and the frames of each, from -3 to 3 standard deviations
@@ -66,6 +67,10 @@ def explore_page(
     labels = images.split.labels
     worst_first = np.argsort(-errors, kind="stable")
     extremes = [*worst_first[::-1][:EXTREMES], *worst_first[:EXTREMES]]
+    decoder = _decoder(trained, mean, directions, runtime)
+    if "layers" in decoder and sum(len(part) for each in decoder["layers"] for part in each.values()) > LARGEST_DECODER:
+        decoder = {}
+        facts = [*facts, "no live decoder: its weights are too large for a page"]
     page: dict[str, Any] = {
         "title": title,
         "facts": [*facts, f"{count:,} images on the map"],
@@ -83,7 +88,7 @@ def explore_page(
         "samples": _samples(trained),
         "deviations": scales.tolist(),
         **_quantized(coordinates),
-        **_decoder(trained, mean, directions, runtime),
+        **decoder,
         **_sprites(originals, reconstructed),
     }
     # With "<", a picture's name could end the element that holds the data.
