@@ -15,6 +15,7 @@ from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.layout import named
 from dist_ae.data.memory import NAME, Handed, memory_dataset
+from dist_ae.data.names import absolute
 from dist_ae.data.reader import free_memory
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Dataset, at_once
@@ -51,7 +52,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     check_environment()
     check_device(config)
     # With its full path, a run finds its data from whatever folder it is used in.
-    config = config.override({"data.name": NAME if data is not None else sources.absolute(config.data.name)})
+    config = config.override({"data.name": NAME if data is not None else absolute(config.data.name)})
     if own is not None:
         config = config.override({"model.architecture": "own"})
     if data is None and launched_world()[0] == 0:

@@ -284,6 +284,10 @@ def test_a_table_goes_through_every_use_in_its_own_units_and_names(run: Path, tm
     assert int(scored.scores.argmax()) == 7 and found[7]["flagged"] == "True" and found[7]["odd_1"] == "mean area"
     page = commands.explore_run(run, None, tmp_path / "page.html").read_text()
     assert "mean area" in page and "http" not in page.replace("http-equiv", "")
+    with pytest.raises(InputError, match="would replace the images it is made of"):
+        commands.reconstruct_run(run, source, run.parent / "cancer.csv")
+    with pytest.raises(InputError, match="would replace the images it is made of"):  # also where they are not given
+        commands.embed_run(run, None, run.parent / "cancer.csv")
     for wrong, expected in (("pictures.png", "ends in .csv"), ("folder", "ends in .csv")):
         with pytest.raises(InputError, match=expected):
             commands.reconstruct_run(run, source, tmp_path / wrong)

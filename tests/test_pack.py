@@ -522,7 +522,7 @@ def test_a_pool_that_is_killed_is_told_in_one_sentence(
 
 
 def test_a_source_can_be_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dist_ae.data.sources import absolute
+    from dist_ae.data.names import absolute
 
     make_folder(tmp_path / "p", 2)
     np.save(tmp_path / "own.npy", np.zeros((3, 4, 4), np.uint8))

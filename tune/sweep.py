@@ -113,7 +113,7 @@ def _check_address(settings: Settings) -> None:
 
 def _absolute(overrides: Values) -> Values:
     """Overrides whose paths mean the same in every process, whatever folder it works in."""
-    from dist_ae.data.sources import absolute
+    from dist_ae.data.names import absolute
 
     made = dict(overrides)
     if "data.name" in made:

@@ -19,6 +19,7 @@ from dist_ae.data.arrays import NOISY_RANGE, as_array, read_array, typed, value_
 from dist_ae.data.decode import decoded
 from dist_ae.data.layout import Layout, fitted, named
 from dist_ae.data.memory import frame_values
+from dist_ae.data.names import with_prefix
 from dist_ae.data.pack import refuse_unreadable
 from dist_ae.data.packed import open_packed, packed_names, packed_sets, read_manifest
 from dist_ae.data.pictures import (
@@ -36,7 +37,6 @@ from dist_ae.data.pictures import (
 )
 from dist_ae.data.reader import SHARE_OF_MEMORY, free_memory
 from dist_ae.data.records import Array, Shards, Split, at_once, span
-from dist_ae.data.sources import with_prefix
 from dist_ae.data.tables import Table, is_packed_table, open_packed_table
 from dist_ae.terminal import say
 

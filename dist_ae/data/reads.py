@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.named import cache_folder
+from dist_ae.data.names import with_prefix
 from dist_ae.data.packed import packed_sets
 from dist_ae.data.pictures import PREFIXES, braces, expand, shown
-from dist_ae.data.sources import with_prefix
 
 
 def places(name: str) -> list[Path]:
@@ -21,7 +21,7 @@ def places(name: str) -> list[Path]:
         prefix, colon, path = name.partition(":")
         if prefix == "packed":
             return packed_sets(path)
-        if prefix == "tar":
+        if prefix == "tar" or (prefix == "table" and not expand(path).exists()):
             return [Path(found) for part in braces(os.fspath(expand(path))) for found in glob.glob(part)]
         return [expand(path)] if colon else []
     except InputError:  # whoever reads it says so
@@ -51,8 +51,9 @@ class Reads:
         own = [] if config is None else places(config.name)
         if config is not None:
             own += [] if config.root is None else [config.root]
-            if config.name.startswith(PREFIXES):
-                own.append((expand(config.cache) if config.cache else cache_folder()) / "packed")
+            cache = expand(config.cache) if config.cache else cache_folder()
+            if config.name.startswith((*PREFIXES, "table:")):
+                own.append(cache / ("tables" if config.name.startswith("table:") else "packed"))
         self._own = [_real(path) for path in own]
         self._records = [_real(path) for path in (*records, *(path for path in also if path is not None))]
         files = [path for path in (*self._given, *self._own, *self._records) if path.is_file()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,13 @@ from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import named
 from dist_ae.data.arrays import array_dataset, handed_dataset
 from dist_ae.data.memory import NAME
+from dist_ae.data.names import IN_A_PATH, absolute, with_prefix
 from dist_ae.data.pack import cached
-from dist_ae.data.packed import MANIFEST, packed_dataset, packed_sets
+from dist_ae.data.packed import packed_dataset, packed_sets
 from dist_ae.data.pictures import PREFIXES, expand, open_source, shown
 from dist_ae.data.records import Dataset, Split, fingerprint
 from dist_ae.data.scaling import scaling_of
-from dist_ae.data.tables import SUFFIXES, Table, is_packed_table, open_packed_table, pack_table
+from dist_ae.data.tables import Table, is_packed_table, open_packed_table, pack_table
 from dist_ae.files import plain_name
 
 NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
@@ -26,7 +26,6 @@ NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
     "cifar10": named.cifar10,
     **dict.fromkeys(named.IDX, named.idx_dataset),
 }
-IN_A_PATH = (*PREFIXES, "packed:", "array:", "table:")  # what says itself where it lies
 
 
 def load(config: DataConfig) -> Dataset:
@@ -115,30 +114,6 @@ def located(config: Config, root: Path | None) -> Config:
     if not name.startswith(IN_A_PATH) and f"{before}:" in IN_A_PATH:
         name = f"{before}:{name}"
     return config.override({"data.name": absolute(name), "data.root": None})
-
-
-def with_prefix(name: str) -> str:
-    """A bare path with its kind in front: folder, packed, array or tar. Any other name is returned as it is."""
-    if name in ("", *IN_A_PATH):
-        raise InputError(f"{name!r} names no images; is a variable of the shell empty?")
-    if name in NAMED or name.startswith(IN_A_PATH):
-        return name
-    path = expand(name)
-    if os.path.isdir(path):
-        return f"{'packed' if (path / MANIFEST).is_file() or is_packed_table(path) else 'folder'}:{name}"
-    if os.path.exists(path) and path.suffix.lower() in SUFFIXES:
-        return f"table:{name}"
-    if os.path.exists(path):
-        return f"{'tar' if name.endswith(('.tar', '.tar.gz', '.tgz')) else 'array'}:{name}"
-    return name
-
-
-def absolute(name: str) -> str:
-    """A name that means the same in any working folder: paths are made absolute, other names stay as they are."""
-    name = with_prefix(name)
-    prefix, _, path = name.partition(":")
-    is_path = prefix in ("folder", "tar", "packed", "array", "table") or (prefix == "hf" and expand(path).is_dir())
-    return f"{prefix}:{os.path.abspath(expand(path))}" if path and is_path else name
 
 
 def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
