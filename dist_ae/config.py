@@ -125,7 +125,9 @@ class DataConfig(Section):
         "refuse", "what to do about NaN: mask puts the mean at the input, and the entry counts nothing in the loss"
     )
     columns: tuple[str, ...] | None = trajectory(None, "columns of a table to take; left out, all that are numbers")
-    exclude: tuple[str, ...] = trajectory((), "columns of a table to leave out")
+    exclude: tuple[str, ...] = trajectory(
+        (), "columns of a table to leave out, or patterns of the names of a folder's pictures, such as 'masks/*'"
+    )
     label: str | None = trajectory(None, "column of a table that is no input: the classes of its rows")
     corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
     cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")

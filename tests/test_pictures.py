@@ -7,6 +7,7 @@ import os
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,49 @@ def test_a_folder_of_many_files_is_only_listed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Image, "open", opened)
     cut(77, 24, 24).save(root / "new.png")
     assert load(config).fingerprint != first.fingerprint and len(scan(str(root))[0]) == 31
+
+
+def layout(root: Path, names: Iterable[str]) -> Path:
+    """Small pictures under these names, each of its own."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(root / name)
+    return root
+
+
+def test_defects_of_mvtecs_layout_are_left_to_score_and_good_pictures_are_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"train/good/{i:03}.png" for i in range(60)] + [f"test/good/{i:03}.png" for i in range(10)]
+    names += [f"test/broken/{i:03}.png" for i in range(20)] + [
+        f"ground_truth/broken/{i:03}_mask.png" for i in range(20)
+    ]
+    root = layout(tmp_path / "bottle", names)
+    dataset = load(DataConfig(name=f"folder:{root}", cache=tmp_path / "cache"))
+    assert len(dataset.train) + len(dataset.val) == 60 and dataset.classes == ("good",)
+    assert "50 pictures beside the good ones of train/, left to `dist-ae score`" in capsys.readouterr().err
+    for name in ("bottle", "cable"):
+        layout(tmp_path / "all" / name, names)
+    with pytest.raises(InputError, match=r"holds 2 objects of MVTec's layout.*folder:.*/all/bottle"):
+        load(DataConfig(name=f"folder:{tmp_path / 'all'}", cache=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("masks", "pattern"),
+    [
+        (["masks/a.png", "masks/b.png"], "masks/*"),
+        (["images/a.mask.png", "images/b.mask.png"], "*.mask.*"),
+    ],
+)
+def test_masks_beside_pictures_are_named_and_can_be_left_out(
+    masks: list[str], pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = layout(tmp_path / "set", [*(f"images/{name}.png" for name in "abcd"), *masks])
+    config = DataConfig(name=f"folder:{root}", cache=tmp_path / "cache")
+    load(config)
+    said = capsys.readouterr().err
+    assert "2 of 6 pictures look like masks" in said and f"--data.exclude '{pattern}'" in said
+    dataset = load(config.model_copy(update={"exclude": (pattern,)}))
+    assert len(dataset.train) + len(dataset.val) == 4
+    assert "look like masks" not in capsys.readouterr().err

@@ -467,5 +467,11 @@ def cached(name: str, source: Source, config: DataConfig, cache: Path) -> Path:
     """
     key = hashlib.sha256(json.dumps([FORMAT, source.identity, settings_of(config)]).encode()).hexdigest()[:16]
     out = cache / "packed" / f"{plain_name(shown(name))[:40] or 'data'}-{key}"
-    pack(source, out, config, shown(name))
+    manifest = pack(source, out, config, shown(name))
+    left_out = [f"{count:,} {what}" for what, count in manifest.ignored.items()]
+    left_out += [f"{manifest.unreadable:,} that cannot be read"] if manifest.unreadable else []
+    if left_out:
+        _say(f"note: left out of {shown(name)}: {'; '.join(left_out)}")
+    for note in source.notes:
+        _say(f"note: {note}")
     return out

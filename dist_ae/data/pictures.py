@@ -5,6 +5,7 @@ Imports no torch: the processes that decode pictures start without it.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import io
@@ -14,7 +15,7 @@ import re
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,6 +63,7 @@ class Source:
     count: int | None = None
     classes: tuple[str, ...] = ()  # names of labels that are integers
     ignored: Mapping[str, int] = field(default_factory=dict)  # what is there beside the pictures, and how often
+    notes: tuple[str, ...] = ()  # what looks odd, in words
 
 
 def not_there(path: Path) -> str:
@@ -75,17 +77,24 @@ def shown(name: str | Path) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, exclude: Sequence[str] = ()) -> Source:
     """The source behind ``folder:PATH``, ``tar:PATTERN``, ``hf:NAME`` or the path of a folder.
+
+    Args:
+        exclude: patterns of the names of a folder's pictures that are left out, such as ``masks/*``.
 
     Raises:
         InputError: nothing of that name, no pictures in it, or it cannot be read.
     """
-    for prefix, make in (("folder:", folder), ("tar:", tars), ("hf:", hugging_face)):
+    if name.startswith("folder:") or os.path.isdir(expand(name)):
+        return folder(name.removeprefix("folder:"), exclude)
+    if exclude:
+        raise InputError(
+            f"data.exclude leaves out pictures of a folder or columns of a table, and {shown(name)} is none"
+        )
+    for prefix, make in (("tar:", tars), ("hf:", hugging_face)):
         if name.startswith(prefix):
             return make(name.removeprefix(prefix))
-    if os.path.isdir(expand(name)):
-        return folder(name)
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         return tars(name)
     raise InputError(f"{shown(name)}: expected folder:PATH, tar:PATTERN, hf:NAME, or the path of a folder of pictures")
@@ -108,13 +117,18 @@ def expand(path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def folder(path: str) -> Source:
+def folder(path: str, exclude: Sequence[str] = ()) -> Source:
     """Pictures of a folder and its sub-folders, whose first level names the classes.
 
-    Where there are ``train/`` and ``val/`` or ``test/``, they are the splits, and the level below names the classes.
+    Where there are ``train/`` and ``val/`` or ``test/``, they are the splits, and the level below names the classes. In
+    MVTec AD's layout ``train/`` has only good pictures and ``test/`` has the defects: these are left to `dist-ae
+    score`, since weights and thresholds that are chosen on defects find none.
     """
     root = os.fspath(expand(path))
-    entries, ignored = scan(root)
+    everything, ignored = scan(root)
+    entries = [each for each in everything if not any(fnmatch.fnmatchcase(each[0], pattern) for pattern in exclude)]
+    if len(entries) < len(everything):
+        ignored["excluded"] += len(everything) - len(entries)
     if not entries:
         beside = ", ".join(f"{count:,} {what}" for what, count in ignored.items())
         raise InputError(
@@ -122,10 +136,21 @@ def folder(path: str) -> Source:
             f"{', '.join('.' + name for name in sorted(EXTENSIONS))}"
         )
     tops = {name.partition("/")[0] for name, _, _ in entries if "/" in name}
+    inner = {tuple(name.split("/")[:2]) for name, _, _ in entries}
+    if objects := {top for top in tops if {(top, "train"), (top, "ground_truth")} <= inner}:
+        raise InputError(
+            f"{shown(root)}: holds {len(objects):,} objects of MVTec's layout, each with its own train/ and its masks; "
+            f"name one, such as folder:{shown(root)}/{shown(min(objects))}"
+        )
     val = next((name for name in VALIDATION if name in tops), None) if "train" in tops else None
+    defects = val == "test" and _only_good(name for name, _, _ in entries)
+    if defects:
+        val = None
     kept: list[str] = []
     for name, _, _ in entries:
-        if val is not None and name.partition("/")[0] not in ("train", val):
+        if defects and not name.startswith("train/"):
+            ignored["pictures beside the good ones of train/, left to `dist-ae score`"] += 1
+        elif val is not None and name.partition("/")[0] not in ("train", val):
             ignored["pictures beside the splits"] += 1
         else:
             kept.append(name)
@@ -136,10 +161,44 @@ def folder(path: str) -> Source:
             split: Literal["train", "val"] | None = None
             if val is not None:
                 split = "train" if parts[0] == "train" else "val"
-            label = parts[1 if val is not None or tops == {"train"} else 0] if len(parts) > 1 else None
+            label = parts[1 if val is not None or defects or tops == {"train"} else 0] if len(parts) > 1 else None
             yield Picture(name, os.path.join(root, name), None if label == parts[-1] else label, split)
 
-    return Source(identity_of(entries), pictures, lambda: identity_of(scan(root)[0]), len(kept), ignored=dict(ignored))
+    def identify() -> str:
+        return identity_of(each for each in scan(root)[0] if not any(fnmatch.fnmatchcase(each[0], p) for p in exclude))
+
+    notes = _of_masks(kept)
+    return Source(identity_of(entries), pictures, identify, len(kept), ignored=dict(ignored), notes=notes)
+
+
+def _only_good(names: Iterable[str]) -> bool:
+    """Whether pictures lie as in MVTec AD: good ones alone in ``train/``, others beside them in ``test/``."""
+    parts = [name.split("/") for name in names]
+    kinds = {side: {each[1] for each in parts if len(each) > 2 and each[0] == side} for side in ("train", "test")}
+    return kinds["train"] == {"good"} and bool(kinds["test"] - {"good"})
+
+
+MASK_FOLDERS = {"mask", "masks", "ground_truth", "annotations", "segmentation", "segmentations", "labels"}
+
+
+def _of_masks(names: Sequence[str]) -> tuple[str, ...]:
+    """A note where some of the pictures look like masks of the others."""
+    masks = [
+        name
+        for name in names
+        if MASK_FOLDERS & {part.lower() for part in name.split("/")[:-1]}
+        or re.search(r"[._-](mask|label|seg)$", name.rpartition("/")[2].rpartition(".")[0].lower())
+    ]
+    if not masks or len(masks) == len(names):
+        return ()
+    folder_name, _, file_name = masks[0].rpartition("/")
+    pattern = f"{folder_name}/*" if folder_name and MASK_FOLDERS & {p.lower() for p in folder_name.split("/")} else ""
+    ending = re.search(r"[._-](?:mask|label|seg)(?=\.)", file_name.lower())
+    way_out = pattern or (f"*{ending[0]}.*" if ending else masks[0])
+    return (
+        f"{len(masks):,} of {len(names):,} pictures look like masks, such as {shown(masks[0])}, and are trained on "
+        f"like the others; --data.exclude '{shown(way_out)}' leaves them out",
+    )
 
 
 Entry = tuple[str, int, int]  # relative name, bytes, nanoseconds of the last change
@@ -179,7 +238,7 @@ def scan(root: str) -> tuple[list[Entry], Counter[str]]:
     return found, ignored
 
 
-def identity_of(entries: Sequence[Entry]) -> str:
+def identity_of(entries: Iterable[Entry]) -> str:
     """A hash of names, sizes and times."""
     digest = hashlib.sha256()
     for name, size, changed in entries:

@@ -44,7 +44,7 @@ def load(config: DataConfig) -> Dataset:
             "it lies; leave it out, and where the images have moved, put their new place into data.name"
         )
     if name.startswith(PREFIXES):
-        packed = cached(name, open_source(name), config, _cache(config))
+        packed = cached(name, open_source(name, config.exclude), config, _cache(config))
         return _scaled(packed_dataset(shown(name), [packed], config, config.val_fraction), config)
     if name.startswith("packed:"):
         sets = packed_sets(name.removeprefix("packed:"))
