@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from sklearn.datasets import load_breast_cancer, load_wine
 import dist_ae
 from dist_ae import PRESETS, InputError
 from dist_ae.config import DataConfig
+from dist_ae.data import reader, records
 from dist_ae.data.layout import fitted, laid_out
+from dist_ae.data.records import Split
+from dist_ae.data.scaling import scaling_of
 from dist_ae.data.sources import load
+from dist_ae.data.tables import open_packed_table
 from dist_ae.use import commands
 
 SMALL = {"model.hidden_dims": (32, 16), "model.latent_dim": 3, "train.steps": 60, "train.batch_size": 32}
@@ -380,3 +386,47 @@ def test_a_killed_table_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert Forked(1, lambda rank: train(rank, "killed", None), tmp_path / "c").wait() == [0]
     plain, killed = weights(tmp_path / "plain"), weights(tmp_path / "killed")
     assert all(torch.equal(plain[name], killed[name]) for name in plain) and "units_scale" in plain
+
+
+# -- larger than memory
+
+
+def test_packing_a_parquet_holds_a_small_part_of_it_in_memory(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {f"c{i}": np.random.default_rng(i).random(600_000, np.float32) for i in range(20)}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "large.parquet", row_group_size=25_000)
+    script = (
+        "import sys, pyarrow; from dist_ae.config import DataConfig; from dist_ae.data.tables import *; "
+        "pack_table(Table(sys.argv[1], DataConfig()), Path(sys.argv[2])); "
+        "print(pyarrow.default_memory_pool().max_memory())"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "large.parquet"), str(tmp_path / "out")]
+    most = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert most < (tmp_path / "large.parquet").stat().st_size / 2  # pyarrow's own reading ahead takes all of it
+    _, packed, _ = open_packed_table(tmp_path / "out")
+    np.testing.assert_array_equal(packed, np.stack(list(columns.values()), 1))
+
+
+def test_a_large_table_stays_mapped_and_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, found = f"table:{table(tmp_path / 'cancer.csv', missing=0.02)}", []
+    for most in (reader.MOST_COPIED, 0):
+        monkeypatch.setattr(reader, "MOST_COPIED", most)
+        own = {"data.name": name, "data.label": "kind", "data.missing": "mask", "data.cache": tmp_path / "cache"}
+        config = PRESETS["table"].override({**SMALL, **own, "precision": "fp64", "run_dir": tmp_path / str(most)})
+        dataset = load(config.data)
+        held = reader.Reader(dataset.train, torch.device("cpu")).held
+        assert held.endswith("memory-mapped") == (most == 0)
+        found.append(dist_ae.train(config).metrics)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.1])
+def test_the_scale_of_numbers_far_from_0_keeps_every_digit(missing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = 1e6 + np.random.default_rng(0).standard_normal((1000, 3))
+    values[np.random.default_rng(1).random(values.shape) < missing] = np.nan
+    monkeypatch.setattr(records, "CHUNK_BYTES", 500)  # many chunks
+    found = scaling_of(Split(values[:, :, None, None]), "standard", missing > 0)
+    assert found is not None
+    np.testing.assert_allclose(found.offset.ravel(), np.nanmean(values, 0), rtol=1e-14)
+    np.testing.assert_allclose(found.scale.ravel(), np.nanstd(values, 0), rtol=1e-9)

@@ -97,6 +97,7 @@ def handed_dataset(
     columns: Sequence[str] = (),
     classes: Sequence[str] = (),
     digest: str | None = None,
+    known: tuple[float, float] | None = None,
 ) -> Dataset:
     """A data set of arrays in any layout and of any scale.
 
@@ -106,6 +107,8 @@ def handed_dataset(
         sampled: the fingerprint is taken from a sample.
         columns: their names.
         digest: what identifies the content, where it is known already.
+        known: the smallest and the largest value, where they are: no pass over the records looks for them, or for what
+            is not finite.
 
     Raises:
         InputError: a layout, type or value that is not taken; says which and where.
@@ -122,7 +125,7 @@ def handed_dataset(
         )
     shape = laid[0].shape
     ranges = [
-        value_range(each.records, place, config.missing == "mask", shape, columns)
+        known or value_range(each.records, place, config.missing == "mask", shape, columns)
         for each, place in zip(laid, places, strict=True)
     ]
     low, high = min(each[0] for each in ranges), max(each[1] for each in ranges)

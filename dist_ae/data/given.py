@@ -269,10 +269,10 @@ def _from_table(pattern: str, config: DataConfig) -> Given:
             raise
         table = Table(pattern, config.model_copy(update={"label": None}))  # a table whose classes are not known
     parts = list(table.batches())
-    records = np.concatenate([values for values, _ in parts]).astype(np.float32)[:, :, None, None]
+    records = np.concatenate([part.values for part in parts]).astype(np.float32)[:, :, None, None]
     if table.label is None:
         return Given(Split(records))
-    texts = [text for _, labels in parts if labels is not None for text in labels]
+    texts = [text for part in parts if part.labels is not None for text in part.labels]
     classes: dict[str, int] = {}
     numbers = [-1 if text is None else classes.setdefault(str(text), len(classes)) for text in texts]
     return Given(Split(records, np.array(numbers, np.int64)), classes=tuple(classes))

@@ -23,6 +23,7 @@ from dist_ae.terminal import size_of
 
 # Of what is free, for all images that a process holds. The rest is for weights, activations and other programs.
 SHARE_OF_MEMORY = 0.5
+MOST_COPIED = 2**28  # bytes of mapped floats that are copied into a process's own memory
 _held: dict[torch.device, int] = {}  # bytes that this process's readers hold
 
 
@@ -54,7 +55,7 @@ class Reader:
             # In memory already: no second copy, also where another split has the rest of its rows.
             self.resident = _tensor(whole, self._axes)
             self._rows = None if split.rows is None else torch.from_numpy(split.rows)
-        elif num_bytes <= _room(device):
+        elif num_bytes <= (min(_room(device), MOST_COPIED) if _is_warm(split, device) else _room(device)):
             self.resident = self._copy()
             _held[device] = _held.get(device, 0) + num_bytes
             weakref.finalize(self, _give_back, device, num_bytes)
@@ -154,6 +155,14 @@ def _stored_type(dtype: np.dtype[Any]) -> type:
 def _tensor(images: Array, axes: tuple[int, ...]) -> Tensor:
     stored = np.require(images.transpose(axes), _stored_type(images.dtype), ["C", "W"])
     return torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
+
+
+def _is_warm(split: Split, device: torch.device) -> bool:
+    """Whether records lie in the system's cache as well as they would in this process: their scale was just looked for.
+
+    All processes share that cache, and it gives way where memory is short.
+    """
+    return device.type == "cpu" and is_mapped(split.images) and split.scaling is not None
 
 
 def _room(device: torch.device) -> int:

@@ -53,24 +53,29 @@ def scaling_of(split: Split, scale: Scale, missing: bool) -> Scaling | None:
             low = np.minimum(low, values.min((0, 2, 3), keepdims=True))
             high = np.maximum(high, values.max((0, 2, 3), keepdims=True))
         return Scaling(low[0], _usable(high - low)[0], False, False)
-    # Two passes: of values far from 0 that vary little, one pass of squares would lose the variance.
-    count, total = np.zeros(shape), np.zeros(shape)
-    for values in _parts(split):
-        present = np.isfinite(values)
-        count += present.sum((0, 2, 3), keepdims=True)
-        total += np.where(present, values, 0).sum((0, 2, 3), keepdims=True)
-    mean = total / np.maximum(count, 1)
-    squares = np.zeros(shape)
-    for values in _parts(split):
-        squares += np.where(np.isfinite(values), values - mean, 0).__pow__(2).sum((0, 2, 3), keepdims=True)
+    # The mean and the squares around it, chunk by chunk and put together as Chan, Golub and LeVeque did (1979): one
+    # pass, and unlike with a sum of squares, no variance is lost of values far from 0 that vary little.
+    count, mean, squares = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for rows in chunks(split):
+        values = span(split, rows).astype(np.float64)
+        if missing:
+            present = np.isfinite(values)
+            own = present.sum((0, 2, 3), keepdims=True)
+            centre = np.where(present, values, 0).sum((0, 2, 3), keepdims=True) / np.maximum(own, 1)
+            values = np.where(present, values - centre, 0)
+        else:
+            own = np.full(shape, float(values[:, 0].size))
+            centre = values.mean((0, 2, 3), keepdims=True)
+            values -= centre
+        own_squares = np.einsum("nchw,nchw->c", values, values).reshape(shape)
+        total, shift = np.maximum(count + own, 1), centre - mean
+        squares += own_squares + shift**2 * (count * own / total)
+        mean += shift * (own / total)
+        count += own
     deviation = np.sqrt(squares / np.maximum(count, 1))
     # What is left of a constant after rounding is no deviation.
     deviation[deviation <= 1e-7 * np.abs(mean)] = 0
     return Scaling(mean[0], _usable(deviation)[0], True, missing)
-
-
-def _parts(split: Split) -> Any:
-    return (span(split, rows).astype(np.float64) for rows in chunks(split))
 
 
 def _usable(spread: Array) -> Array:

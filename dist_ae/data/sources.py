@@ -84,9 +84,20 @@ def _cache(config: DataConfig) -> Path:
 def packed_table_dataset(name: str, folder: Path, config: DataConfig) -> Dataset:
     """The rows of a packed table, memory-mapped; a share of them is held out."""
     manifest, records, labels = open_packed_table(folder)
-    columns, classes = manifest["columns"], manifest["classes"]
+    # Looked at when it was packed. What is missing and may not be has its place named by the pass that this spares.
+    present = [each for each in (*manifest["low"], *manifest["high"]) if isinstance(each, float | int)]
+    known = (
+        (min(present), max(present)) if present and (config.missing == "mask" or not any(manifest["missing"])) else None
+    )
     return handed_dataset(
-        name, ((records, labels),), config, name, columns=columns, classes=classes, digest=manifest["sha256"]
+        name,
+        ((records, labels),),
+        config,
+        name,
+        columns=manifest["columns"],
+        classes=manifest["classes"],
+        digest=manifest["sha256"],
+        known=known,
     )
 
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -31,8 +31,19 @@ from dist_ae.terminal import first_line, say
 FORMAT = 1
 MANIFEST, RECORDS, LABELS = "records.json", "records.npy", "labels.npy"
 MOST_COLUMNS = 20_000  # their names are kept in each run's config.json
-BATCH_VALUES = 2**22  # numbers read at once: 32 MB as pyarrow holds them
+BATCH_VALUES = 2**20  # numbers read at once: they fit in a processor's cache, where rows are made of columns
+LARGEST = float(np.finfo(np.float32).max)
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet", ".pq")
+
+
+class Rows(NamedTuple):
+    """Some rows of a table, and what is known of them."""
+
+    values: Array  # [n, D] float32 where all columns are that in the file, else float64; NaN for what is missing
+    labels: Array | None  # [n] of objects
+    missing: Array  # [D], how many
+    low: Array  # [D], of what is not missing; NaN where all is
+    high: Array
 
 
 class Table:
@@ -90,8 +101,8 @@ class Table:
             )
         return left
 
-    def batches(self) -> Iterator[tuple[Array, Array | None]]:
-        """The rows as float64 [n, D] with NaN for what is missing, and the labels as objects, batch by batch.
+    def batches(self) -> Iterator[Rows]:
+        """The rows, batch by batch.
 
         Raises:
             InputError: a row that cannot be read; names file, row and column.
@@ -102,19 +113,25 @@ class Table:
             try:
                 for batch in _read(path, wanted, self.label):
                     columns = [batch.column(i).to_numpy(zero_copy_only=False) for i in range(len(self.columns))]
-                    values = np.stack([np.asarray(column, np.float64) for column in columns], 1)
+                    single = all(column.dtype in (np.float32, np.float16) for column in columns)
+                    values = np.stack(columns, 1, dtype=np.float32 if single else np.float64, casting="unsafe")
                     labels = (
                         None if self.label is None else np.array(batch.column(len(self.columns)).to_pylist(), object)
                     )
-                    infinite = np.isinf(values)
-                    if infinite.any():
-                        row, column = (int(i) for i in np.argwhere(infinite)[0])
+                    # NaN goes through minimum and maximum, and an infinity is one of them: one pass for all of it.
+                    low, high = values.min(0, initial=np.inf), values.max(0, initial=-np.inf)
+                    missing = np.zeros(len(low), np.int64)
+                    if np.isnan(low).any():
+                        missing = np.isnan(values).sum(0)
+                        low, high = np.fmin.reduce(values, 0), np.fmax.reduce(values, 0)
+                    if len(values) and (np.isinf(low).any() or np.isinf(high).any()):
+                        row, column = (int(i) for i in np.argwhere(np.isinf(values))[0])
                         raise InputError(
                             f"{shown(path)}: {values[row, column]} in column {self.columns[column]!r} of row "
                             f"{done + row + 1}; numbers must be finite. Mend the row, or leave the entry empty"
                         )
                     done += len(values)
-                    yield values, labels
+                    yield Rows(values, labels, missing, low, high)
             except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
                 raise InputError(_explained(path, error, wanted, self.label)) from None
 
@@ -207,7 +224,8 @@ def _read(path: Path, wanted: list[str], label: str | None) -> Iterator[Any]:
     rows = max(1, BATCH_VALUES // max(1, len(wanted)))
     numbers = [name for name in wanted if name != label]
     if _is_parquet(path):
-        with pa.parquet.ParquetFile(path, memory_map=False) as file:
+        # Read ahead, pyarrow would hold the whole file.
+        with pa.parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=2**20) as file:
             for batch in file.iter_batches(rows, columns=wanted):
                 yield batch.select(wanted)
         return
@@ -323,13 +341,11 @@ def _write(table: Table, folder: Path) -> None:
     numbers: list[Array] = []
     with (folder / RECORDS).open("wb") as file:
         file.write(_header((2**62, len(table.columns)))[:128])
-        for values, labels in table.batches():
-            absent = np.isnan(values)
-            missing += absent.sum(0)
-            low, high = np.fmin(low, np.fmin.reduce(values, 0)), np.fmax(high, np.fmax.reduce(values, 0))
+        for values, labels, absent, lowest, highest in table.batches():
+            missing, low, high = missing + absent, np.fmin(low, lowest), np.fmax(high, highest)
             with np.errstate(over="ignore"):  # named below
                 records = np.ascontiguousarray(values, np.float32)
-            if np.isinf(records).any():
+            if np.fmax.reduce(np.abs([lowest, highest]), None) > LARGEST and np.isinf(records).any():
                 row, column = (int(i) for i in np.argwhere(np.isinf(records))[0])
                 raise InputError(
                     f"row {rows + row + 1}: {values[row, column]:g} in column {table.columns[column]!r} is beyond "
