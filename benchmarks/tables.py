@@ -146,12 +146,11 @@ def plain(train: Array, test: Array, numbers: int, seed: int) -> Array:
 def pyod(train: Array, test: Array, numbers: int, seed: int) -> Array:
     """pyod's AutoEncoder with its defaults, and the same widths as ours."""
     made = pyod_autoencoder([*HIDDEN, numbers], seed).fit(train)
-    rows = (test - made.X_mean) / made.X_std if made.preprocessing else test
+    mean, spread = made.X_mean, np.where(made.X_std > 0, made.X_std, 1.0)  # it standardizes, whatever comes in
     made.model.eval()
     with torch.no_grad():
-        found = made.model(torch.from_numpy(np.asarray(rows)).float())
-    result = np.asarray(found, np.float64)
-    return np.asarray(result * made.X_std + made.X_mean if made.preprocessing else result)
+        found = made.model(torch.from_numpy((test - mean) / spread).float())
+    return np.asarray(found, np.float64) * spread + mean
 
 
 def pyod_autoencoder(hidden: list[int], seed: int, **more: Any) -> Any:
