@@ -25,12 +25,12 @@ from filelock import FileLock
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.pictures import braces, expand, shown
 from dist_ae.data.records import Array
-from dist_ae.files import Damaged, read_json, sync, write_new
+from dist_ae.files import MAX_JSON, Damaged, open_plainly, read_json, sync, write_new
 from dist_ae.terminal import first_line, say
 
 FORMAT = 1
 MANIFEST, RECORDS, LABELS = "records.json", "records.npy", "labels.npy"
-MOST_COLUMNS = 20_000  # their names are kept in each run's config.json
+MOST_COLUMNS = 10_000  # their names are kept in each run's config.json
 BATCH_VALUES = 2**20  # numbers read at once: they fit in a processor's cache, where rows are made of columns
 LARGEST = float(np.finfo(np.float32).max)
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet", ".pq")
@@ -377,7 +377,10 @@ def _write(table: Table, folder: Path) -> None:
         "label": table.label,
         "sha256": digest.hexdigest(),
     }
-    write_new(folder / MANIFEST, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+    content = (json.dumps(manifest, allow_nan=False) + "\n").encode()
+    if len(content) > MAX_JSON:
+        raise InputError(f"{shown(table.paths[0])}: the names of its columns and classes are too long; shorten them")
+    write_new(folder / MANIFEST, content)
     sync(folder)
 
 
@@ -417,6 +420,8 @@ def open_packed_table(folder: Path) -> tuple[dict[str, Any], Array, Array | None
     manifest = read_packed_table(folder)
     shape = (manifest["rows"], len(manifest["columns"]))
     try:
+        for name in (RECORDS, LABELS) if manifest["label"] is not None else (RECORDS,):
+            os.close(open_plainly(folder / name))  # no link, no pipe
         records = np.load(folder / RECORDS, mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / LABELS, allow_pickle=False) if manifest["label"] is not None else None
     except Exception as error:  # numpy raises several for a damaged file
