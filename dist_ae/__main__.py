@@ -361,23 +361,36 @@ def pack(
     channels: Literal["auto", "grey", "rgb"] = "auto",
     background: str = "white",
     corrupt: Literal["refuse", "skip"] = "refuse",
+    label: str | None = None,
+    exclude: tuple[str, ...] = (),
+    each: Literal["record", "records"] | None = None,
 ) -> None:
-    """Packs pictures into a folder that `train --data.name packed:OUT` reads, here or on another machine.
+    """Packs pictures, a table or arrays into a folder that `train --data.name packed:OUT` reads, here or elsewhere.
 
-    The same command resumes.
+    The same command resumes, for pictures.
 
     Args:
-        source: folder:PATH, tar:PATTERN, hf:NAME, or the path of a folder.
+        source: folder:PATH, tar:PATTERN, hf:NAME, table:PATH, array:PATH, or the path of a folder, table or .npy.
         out: the folder to make.
         image_size: height and width that pictures get; left out, they must all have one size.
         fit: how a picture becomes square: crop its middle, pad its shorter side, or stretch it.
         channels: colour; auto: grey where all pictures are, else rgb.
         background: colour behind transparent and padded pictures, by name or #rrggbb.
         corrupt: what to do about pictures that cannot be read.
+        label: column of a table that is no input: the classes of its rows.
+        exclude: columns of a table to leave out.
+        each: what each .npy of a folder is: one record, or an array of records.
     """
     from dist_ae.config import DataConfig
+    from dist_ae.data.array_files import pack_numbers
     from dist_ae.data.pack import pack_source
 
+    numbers = pack_numbers(source, out, DataConfig(label=label, exclude=exclude), each)
+    if numbers is not None:
+        of = "×".join(map(str, numbers["shape"]))
+        say(f"{numbers['rows']:,} records of {of}, {sum(numbers['missing']):,} entries missing")
+        say(f"train from it: dist-ae train table --data.name {shlex.quote(f'packed:{out}')}")
+        return
     config = DataConfig(image_size=image_size, fit=fit, channels=channels, background=background, corrupt=corrupt)
     manifest = pack_source(source, out, config)
     sizes = [record.bytes for shard in manifest.shards for record in shard.files.values()]
@@ -412,6 +425,10 @@ def doctor(
 
     if is_packed(run_dir):
         _examined(examine_packed(run_dir))
+    from dist_ae.data.tables import examine_packed_table, is_packed_table
+
+    if is_packed_table(run_dir):
+        _examined(examine_packed_table(run_dir))
     from dist_ae.use import doctor
 
     if replay:

@@ -19,6 +19,7 @@ import dist_ae
 from dist_ae import PRESETS, InputError
 from dist_ae.config import DataConfig
 from dist_ae.data import reader, records
+from dist_ae.data.array_files import pack_arrays
 from dist_ae.data.layout import fitted, laid_out
 from dist_ae.data.records import Split
 from dist_ae.data.scaling import scaling_of
@@ -451,3 +452,57 @@ def test_a_packed_table_of_a_stranger_is_one_sentence(harm: str, tmp_path: Path)
         np.save(records, np.zeros((20, 30)))
     with pytest.raises(InputError, match=r"damaged|holds float64|symbolic link|not a regular file"):
         load(DataConfig(name=f"packed:{folder}"))
+
+
+# -- packed by hand
+
+
+def test_tables_and_arrays_are_packed_verified_and_trained_from(tmp_path: Path) -> None:
+    data = load_breast_cancer().data.astype(np.float32)
+    np.save(tmp_path / "own.npy", data)
+    (tmp_path / "many").mkdir()
+    for number, part in enumerate(np.array_split(data, 3)):
+        np.save(tmp_path / "many" / f"{number}.npy", part)
+    (tmp_path / "single").mkdir()
+    for number, row in enumerate(data):
+        np.save(tmp_path / "single" / f"{number:03}.npy", row)
+    sources = {
+        "csv": (f"table:{table(tmp_path / 'cancer.csv')}", "--label", "kind"),
+        "npy": (str(tmp_path / "own.npy"),),
+        "many": (str(tmp_path / "many"), "--each", "records"),
+        "single": (str(tmp_path / "single"), "--each", "record"),
+    }
+    found = {}
+    for name, (source, *options) in sources.items():
+        out = tmp_path / "packed" / name
+        assert "569 records of 30" in cli("pack", source, str(out), *options).stdout
+        assert cli("doctor", str(out)).stdout.count("ok") >= 2
+        own = {**SMALL, "data.name": f"packed:{out}", "run_dir": tmp_path / "runs" / name}
+        found[name] = dist_ae.train(PRESETS["table"].override(own)).metrics
+        assert dist_ae.load(tmp_path / "runs" / name).embed(f"packed:{out}").shape == (569, 3)
+    assert found["csv"] == found["npy"] == found["many"] == found["single"]
+    whole = bytearray((out / "records.npy").read_bytes())
+    whole[-1] ^= 1
+    (out / "records.npy").write_bytes(whole)
+    damaged = cli("doctor", str(out))
+    assert damaged.returncode == 1 and "records.npy is not what was written" in damaged.stdout
+    refused = cli("train", "ae", "--data.name", f"folder:{tmp_path / 'many'}")
+    assert refused.returncode == 2 and "dist-ae pack" in refused.stderr
+    refused = cli("pack", str(tmp_path / "many"), str(tmp_path / "packed" / "which"))
+    assert refused.returncode == 2 and "--each record" in refused.stderr
+    assert not (tmp_path / "packed" / "which").exists()
+
+
+def test_arrays_keep_their_type_and_shape_when_packed(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for kind in (np.uint8, np.uint16):
+        images = draw.integers(0, np.iinfo(kind).max, (40, 2, 6, 5)).astype(kind)
+        np.save(tmp_path / "own.npy", images)
+        pack_arrays([tmp_path / "own.npy"], tmp_path / kind.__name__, None)
+        dataset = load(DataConfig(name=f"packed:{tmp_path / kind.__name__}"))
+        assert dataset.train.images.dtype == kind and dataset.scale == "none"
+        np.testing.assert_array_equal(dataset.train.images, images)
+    np.save(tmp_path / "own.npy", np.full((3, 2), 1e300))
+    with pytest.raises(InputError, match=r"own.npy: the value 1e\+300 is beyond float32"):
+        pack_arrays([tmp_path / "own.npy"], tmp_path / "beyond", None)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["uint16", "uint8"]

@@ -232,7 +232,7 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
         folders = packed_sets(name.removeprefix("packed:"))
         if len(folders) == 1 and is_packed_table(folders[0]):
             manifest, records, labels = open_packed_table(folders[0])
-            return Given(Split(records[:, :, None, None], labels), classes=tuple(manifest["classes"]))
+            return Given(Split(arranged(records, shapes), labels), classes=tuple(manifest["classes"]))
         manifests = [read_manifest(folder) for folder in folders]
         if (other := next((m.image_shape for m in manifests if m.image_shape != shapes.image), None)) is not None:
             raise InputError(f"{shown(name)}: {_expected(shapes)}, got {list(other)}")

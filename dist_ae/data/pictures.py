@@ -131,6 +131,11 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Source:
         ignored["excluded"] += len(everything) - len(entries)
     if not entries:
         beside = ", ".join(f"{count:,} {what}" for what, count in ignored.items())
+        if any(each.endswith(".npy") for each in os.listdir(root)):
+            raise InputError(
+                f"{shown(root)}: arrays and no pictures; `dist-ae pack {shown(root)} OUT --each record` (or records) "
+                "makes one set of them, for --data.name packed:OUT"
+            )
         raise InputError(
             f"{shown(root)}: no pictures in it{f' (ignored: {beside})' if beside else ''}; expected files that end in "
             f"{', '.join('.' + name for name in sorted(EXTENSIONS))}"

@@ -1,7 +1,8 @@
 """Tables: CSV and Parquet files, read in batches, packed once as float32 records [N, D] that training maps into memory.
 
 A packed table is a folder of ``records.npy`` (float32 [N, D], NaN where an entry is missing), ``labels.npy`` (int64
-[N], where a column of labels was named) and ``records.json``.
+[N], where a column of labels was named) and ``records.json``. Arrays are packed alike (``array_files.py``): their
+records have any shape, are uint8, uint16 or float32, and ``columns`` is empty.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,17 +301,26 @@ def pack_table(table: Table, out: Path) -> dict[str, Any]:
     Raises:
         InputError: rows that cannot be read, no room, or a folder that holds something else.
     """
+    return packed_whole(table.identity, out, partial(_write, table))
+
+
+def packed_whole(identity: str, out: Path, write: Callable[[Path], None]) -> dict[str, Any]:
+    """The manifest of ``out`` after ``write`` has filled it, whole or not at all; what is there already is kept.
+
+    Raises:
+        InputError: no room, or a folder that holds something else.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(f".{out.name}.lock")):  # several processes may want the same table
             kept = read_packed_table(out) if (out / MANIFEST).is_file() else None
-            if kept is not None and kept.get("identity") == table.identity:
+            if kept is not None and kept.get("identity") == identity:
                 return kept
             if out.exists() and (kept is not None or not out.is_dir() or any(out.iterdir())):
                 raise InputError(f"{shown(out)} exists and holds something else: remove it, or give another name")
             temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
             try:
-                _write(table, temporary)
+                write(temporary)
                 if out.is_dir():
                     out.rmdir()
                 os.rename(temporary, out)
@@ -323,12 +334,14 @@ def pack_table(table: Table, out: Path) -> dict[str, Any]:
     return read_packed_table(out)
 
 
-def _header(shape: tuple[int, int]) -> bytes:
-    """The head of a .npy of float32: 128 bytes, whatever the number of rows."""
+def npy_header(shape: tuple[int, ...], dtype: Any = np.float32) -> bytes:
+    """The head of a .npy: 128 bytes, whatever the number of rows."""
     import io
 
     content = io.BytesIO()
-    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        content, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    )
     assert content.tell() == 128
     return content.getvalue()
 
@@ -340,7 +353,7 @@ def _write(table: Table, folder: Path) -> None:
     classes: dict[str, int] = {}
     numbers: list[Array] = []
     with (folder / RECORDS).open("wb") as file:
-        file.write(_header((2**62, len(table.columns)))[:128])
+        file.write(npy_header((2**62, len(table.columns))))
         for values, labels, absent, lowest, highest in table.batches():
             missing, low, high = missing + absent, np.fmin(low, lowest), np.fmax(high, highest)
             with np.errstate(over="ignore"):  # named below
@@ -358,7 +371,7 @@ def _write(table: Table, folder: Path) -> None:
                 numbers.append(np.array(known, np.int64))
             rows += len(records)
         file.seek(0)
-        file.write(_header((rows, len(table.columns))))
+        file.write(npy_header((rows, len(table.columns))))
         file.flush()
         os.fsync(file.fileno())
     if rows < 2:
@@ -399,9 +412,14 @@ def read_packed_table(folder: Path) -> dict[str, Any]:
         found = read_json(path)
         rows, columns = found["rows"], found["columns"]
         whole = found["format"] == FORMAT and isinstance(rows, int) and rows > 1 and isinstance(found["sha256"], str)
-        whole &= isinstance(columns, list) and len(columns) > 0 and all(isinstance(name, str) for name in columns)
+        shape = found.setdefault("shape", [len(columns)])
+        whole &= isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+        whole &= isinstance(shape, list) and all(isinstance(side, int) and 0 < side < 2**40 for side in shape)
+        whole &= found.setdefault("dtype", "float32") in ("uint8", "uint16", "float32")
+        whole &= not columns or shape == [len(columns)]
         whole &= all(
-            isinstance(found[key], list) and len(found[key]) == len(columns) for key in ("missing", "low", "high")
+            isinstance(found[key], list) and len(found[key]) == (len(columns) or 1)
+            for key in ("missing", "low", "high")
         )
         whole &= isinstance(found["classes"], list)
     except (Damaged, KeyError, TypeError) as error:
@@ -412,13 +430,13 @@ def read_packed_table(folder: Path) -> dict[str, Any]:
 
 
 def open_packed_table(folder: Path) -> tuple[dict[str, Any], Array, Array | None]:
-    """The manifest, the records [N, D], memory-mapped, and the labels [N] of a packed table.
+    """The manifest, the records [N, D] or [N, …], memory-mapped, and the labels [N] of a packed table.
 
     Raises:
         InputError: files that are not what the manifest says.
     """
     manifest = read_packed_table(folder)
-    shape = (manifest["rows"], len(manifest["columns"]))
+    shape = (manifest["rows"], *manifest["shape"])
     try:
         for name in (RECORDS, LABELS) if manifest["label"] is not None else (RECORDS,):
             os.close(open_plainly(folder / name))  # no link, no pipe
@@ -426,8 +444,28 @@ def open_packed_table(folder: Path) -> tuple[dict[str, Any], Array, Array | None
         labels = np.load(folder / LABELS, allow_pickle=False) if manifest["label"] is not None else None
     except Exception as error:  # numpy raises several for a damaged file
         raise InputError(f"{shown(folder)}: damaged ({error}); pack the table again") from None
-    if records.dtype != np.float32 or records.shape != shape:
+    if records.dtype != manifest["dtype"] or records.shape != shape:
         raise InputError(f"{shown(folder)}: {RECORDS} holds {records.dtype} {records.shape}, not {shape}; pack again")
     if labels is not None and (labels.dtype != np.int64 or labels.shape != shape[:1]):
         raise InputError(f"{shown(folder)}: {LABELS} is damaged; pack again")
     return manifest, records, labels
+
+
+def examine_packed_table(folder: Path) -> Iterator[tuple[bool, str]]:
+    """(whole, what) for a packed table or array: every byte is read and compared with the manifest."""
+    try:
+        manifest, records, labels = open_packed_table(folder)
+    except InputError as error:
+        yield False, str(error)
+        return
+    what = f"{len(manifest['columns']):,} columns" if manifest["columns"] else f"shape {manifest['shape']}"
+    yield True, f"{MANIFEST}: {manifest['rows']:,} records of {what}"
+    digest = hashlib.sha256()
+    step = max(1, 2**22 // max(1, records[0].nbytes))
+    for start in range(0, len(records), step):
+        digest.update(np.ascontiguousarray(records[start : start + step]).data)
+    whole = digest.hexdigest() == manifest["sha256"]
+    yield whole, RECORDS if whole else f"{RECORDS} is not what was written: its SHA-256 differs"
+    if labels is not None:
+        whole = bool(((labels >= -1) & (labels < len(manifest["classes"]))).all())
+        yield whole, LABELS if whole else f"{LABELS} holds numbers of classes that {MANIFEST} does not name"

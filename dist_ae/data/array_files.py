@@ -1,0 +1,134 @@
+"""Arrays in .npy files, packed once as records that training maps into memory, as tables are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.arrays import read_array, typed, value_range
+from dist_ae.data.names import with_prefix
+from dist_ae.data.pictures import expand, shown
+from dist_ae.data.reads import Reads
+from dist_ae.data.records import CHUNK_BYTES, Array
+from dist_ae.data.tables import FORMAT, MANIFEST, RECORDS, Table, npy_header, pack_table, packed_whole
+from dist_ae.files import sync, write_new
+from dist_ae.terminal import say
+
+Each = Literal["record", "records"]
+
+
+def pack_numbers(name: str, out: Path, config: DataConfig, each: Each | None) -> dict[str, Any] | None:
+    """``dist-ae pack`` of a table, a .npy or a folder of .npy: its manifest. None where the source is of pictures."""
+    out, name = Path(os.path.abspath(expand(out))), with_prefix(name)
+    kind, _, path = name.partition(":")
+    files = array_files(expand(path)) if kind in ("array", "folder") else []
+    if kind != "table" and not files:
+        return None
+    Reads(name).refuse(out, "OUT", folder=True)
+    return pack_table(Table(path, config), out) if kind == "table" else pack_arrays(files, out, each)
+
+
+def array_files(path: Path) -> list[Path]:
+    """The .npy that a path names: itself, or those of a folder in the order of their names; none of other paths."""
+    if path.is_dir():
+        return sorted(each for each in path.iterdir() if each.suffix == ".npy" and each.is_file())
+    return [path] if path.suffix in (".npy", ".npz") and path.is_file() else []
+
+
+def pack_arrays(paths: list[Path], out: Path, each: Each | None) -> dict[str, Any]:
+    """Packs .npy files into the folder ``out``, whole or not at all, unless that is done already.
+
+    Args:
+        each: of several files, whether each is one record, or an array of records [n, …].
+
+    Raises:
+        InputError: files of differing shapes or types, or numbers that cannot be packed; names the file.
+    """
+    if len(paths) > 1 and each is None:
+        raise InputError(
+            f"{shown(paths[0].parent)}: {len(paths):,} arrays; say what each of them is: --each record (one "
+            "record), or --each records (an array of them)"
+        )
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    identity = hashlib.sha256(json.dumps([FORMAT, "arrays", each, stats]).encode(errors="surrogateescape")).hexdigest()
+    return packed_whole(identity, out, partial(_write, paths, each, identity))
+
+
+def _write(paths: list[Path], each: Each | None, identity: str, folder: Path) -> None:
+    say(f"packing {', '.join(path.name for path in paths[:3])}{', …' if len(paths) > 3 else ''}")
+    rows, missing, low, high = 0, 0, np.inf, -np.inf
+    form: tuple[tuple[int, ...], np.dtype[Any]] | None = None
+    digest = hashlib.sha256()
+    with (folder / RECORDS).open("wb") as file:
+        file.write(bytes(128))
+        for path in paths:
+            given = read_array(expand(path))
+            given = given[None] if each == "record" else given
+            if given.ndim < 2 or 0 in given.shape:
+                raise InputError(f"{shown(path)}: shape {list(given.shape)}, and an array of records is [N, …]")
+            for start in range(0, len(given), step := max(1, CHUNK_BYTES // given[0].nbytes)):
+                part = _stored(np.asarray(given[start : start + step]), path)
+                if form is None:
+                    form = part.shape[1:], part.dtype
+                if form != (part.shape[1:], part.dtype):
+                    raise InputError(
+                        f"{shown(path)}: records of {part.dtype} {list(part.shape[1:])}, and {shown(paths[0])} has "
+                        f"{form[1]} {list(form[0])}; bring them to one shape and type first"
+                    )
+                if part.dtype.kind == "f":
+                    missing += int(np.isnan(part).sum())
+                    if np.isfinite(part).any():
+                        least, most = value_range(part, shown(path), True, None, ())
+                        low, high = min(low, least), max(high, most)
+                digest.update(part.data)
+                file.write(part.data)
+            rows += len(given)
+        assert form is not None
+        file.seek(0)
+        file.write(npy_header((rows, *form[0]), form[1]))
+        file.flush()
+        os.fsync(file.fileno())
+    if rows < 2:
+        raise InputError(f"{shown(paths[0])}: {rows} record; at least 2 are needed")
+    if form[1].kind != "f":
+        low, high = 0.0, 1.0
+    manifest = {
+        "format": FORMAT,
+        "identity": identity,
+        "rows": rows,
+        "shape": list(form[0]),
+        "dtype": str(form[1]),
+        "columns": [],
+        "missing": [missing],
+        "low": [low if np.isfinite(low) else None],
+        "high": [high if np.isfinite(high) else None],
+        "classes": [],
+        "label": None,
+        "sha256": digest.hexdigest(),
+    }
+    write_new(folder / MANIFEST, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+    sync(folder)
+
+
+def _stored(part: Array, path: Path) -> Array:
+    """Records as they are kept: bytes, 16 bits, or float32.
+
+    Raises:
+        InputError: another type, infinities, or numbers beyond float32.
+    """
+    part = typed(part, "auto", shown(path))
+    if part.dtype.kind != "f":
+        return np.ascontiguousarray(part)
+    with np.errstate(over="ignore"):  # named below
+        single = np.ascontiguousarray(part, np.float32)
+    if np.isinf(single).any():
+        value = part[np.isinf(single)][0]
+        raise InputError(f"{shown(path)}: the value {value:g} is beyond float32, in which records are kept")
+    return single
