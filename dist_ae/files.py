@@ -214,21 +214,24 @@ def verify_file(path: Path, size: object, sha256: object) -> int:
     return found
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object_pairs_hook. Raises Damaged where a key stands twice, of which json would drop the first silently."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise Damaged("a key stands in it twice")
+    return made
+
+
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         Damaged: anything else, also an object that is nested too deeply to parse or has a key twice.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            raise Damaged(f"{name}: a key stands in it twice")
-        return keys
-
     try:
-        value = json.loads(data, object_pairs_hook=once)
+        value = json.loads(data, object_pairs_hook=unique_keys)
+    except Damaged as error:
+        raise Damaged(f"{name}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name}: not JSON ({type(error).__name__})") from None
     if not isinstance(value, dict):

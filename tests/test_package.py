@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+import dist_ae
+
 SOURCES = sorted((REPOSITORY / "dist_ae").rglob("*.py"))
 
 
@@ -144,10 +146,11 @@ ROOMS: dict[str, set[str]] = {
     "trainer": TOGETHER | {"run", "evaluate", "begin", "outcome", "sentences", "running"},
     "use": TOGETHER | {"presets", "run", "pca", "evaluate", "scores", "quality", "figures", "saved"},
     "sklearn": TOGETHER | {"presets", "trainer", "use"},
+    "sweeping": TOGETHER | {"run", "pca", "evaluate", "quality", "saved", "outcome", "use"},
     "__init__": GROUND | {"presets", "models", "objectives", "outcome", "trainer", "use"},
     "__main__": GROUND | {"presets", "data", "processes", "saved", "trainer", "use", "__init__"},
 }
-NO_TORCH = {"terminal", "files", "config", "presets", "timeline", "__init__", "__main__"}
+NO_TORCH = {"terminal", "files", "config", "presets", "timeline", "sweeping", "__init__", "__main__"}
 NO_SERVICES = {"accelerate", "torch.distributed", "ray", "wandb"}  # the mathematics and the data know no processes
 
 
@@ -174,6 +177,14 @@ def test_the_library_never_imports_the_sweeps() -> None:
         for name in imports(path)
         if name.split(".")[0] in ("tune", "ray", "launch")
     ]
+
+
+def test_sweeps_use_the_public_names_and_one_module() -> None:
+    public = {f"dist_ae.{name}" for name in dist_ae.__all__}
+    for path in (REPOSITORY / "tune").glob("*.py"):
+        ours = {name for name in imports(path) if name.split(".")[0] == "dist_ae"}
+        seam = {name for name in ours if name == "dist_ae" or name.startswith("dist_ae.sweeping")}
+        assert ours <= public | seam, f"{path.name} imports {sorted(ours - public - seam)}"
 
 
 def test_prose_is_at_most_120_columns_wide() -> None:

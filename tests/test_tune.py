@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -23,6 +23,7 @@ import hypothesis.strategies as st
 import numpy as np
 import PIL.Image
 import pytest
+import tyro
 from conftest import REPOSITORY, SMALL, digits_file
 
 import dist_ae
@@ -30,7 +31,7 @@ import tune
 from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import sources
 from dist_ae.presets import PRESETS
-from tune.__main__ import main, spelled_as_set
+from tune.__main__ import Training, flat, main
 from tune.plan import (
     Settings,
     Sweep,
@@ -326,7 +327,11 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: path.write_text("a = 0x" + "f" * 5000),
         "not a readable TOML file",
     ),
-    "key given twice": ("s.json", lambda path: path.write_text('{"presets": {"ae": {}, "ae": {}}}'), "stands twice"),
+    "key given twice": (
+        "s.json",
+        lambda path: path.write_text('{"presets": {"ae": {}, "ae": {}}}'),
+        "in it twice",
+    ),
     "date": ("s.toml", lambda path: path.write_text("presets = 2020-01-01"), "valid dictionary, got '2020-01-01'"),
 }
 
@@ -387,25 +392,19 @@ def test_a_pipe_in_place_of_data_is_refused_without_waiting_for_it(tmp_path: Pat
 
 
 def test_options_of_training_are_spelled_as_in_dist_ae_train() -> None:
-    given = ["ae", "--train.batch-size", "64", "--model.hidden_dims", "64", "32", "--model.variational", "--seed", "3"]
-    given += [
-        "--data.root=/data",
-        "--train.no-compile",
-        "--precision",
-        "fp64",
-        "--train.steps",
-        "None",
-        "--set",
-        "seed=4",
-    ]
-    made = spelled_as_set(given)
-    assert made[:1] == ["ae"] and made[7:9] == ["--seed", "3"]
-    values = parse_overrides([word for before, word in itertools.pairwise(made) if before == "--set"])
+    given = ["--train.batch-size", "64", "--model.hidden_dims", "64", "32", "--model.variational", "--data.root=/data"]
+    given += ["--train.no-compile", "--precision", "fp64", "--train.steps", "None"]
+    values = flat(tyro.cli(Training, args=given))
     assert values == {
-        "train.batch_size": 64, "model.hidden_dims": ["64", "32"], "model.variational": True, "data.root": "/data",
-        "train.compile": False, "precision": "fp64", "train.steps": None, "seed": 4,
+        "train.batch_size": 64, "model.hidden_dims": [64, 32], "model.variational": True, "data.root": "/data",
+        "train.compile": False, "precision": "fp64", "train.steps": None,
     }  # fmt: skip
     assert PRESETS["ae"].override(values).model.hidden_dims == (64, 32)
+    every = {key for key, _ in Config().flat()} - {"name", "seed", "run_dir"}  # a sweep has its own of these
+    shown = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(shown):
+        tyro.cli(Training, args=["--help"])
+    assert {key for key in every if f"--{key.replace('_', '-')}" in shown.getvalue()} == every
 
 
 @pytest.mark.parametrize("stem", ["mein Raum!", ".hidden", "-dash", "räume", "x" * 200, "***"])
@@ -485,8 +484,8 @@ REFUSED = {
     ),
     "seeds without end": (["ae", "--retrain", "1000000000"], "0 to 1000"),
     "nested value": (["ae", "--set", "train.epochs=" + "[" * 100_000], "train.epochs"),
-    "dotted option without a value": (["ae", "--train.epochs"], "expected a value"),
-    "dotted option unknown": (["ae", "--model.latent", "3"], "model.latent_dim"),
+    "dotted option without a value": (["ae", "--train.epochs"], "Missing value for argument '--train.epochs'"),
+    "dotted option unknown": (["ae", "--model.latent", "3"], "--model.latent-dim"),
     "nothing to search": (["ae", "--model.latent-dim", "3", "--optim.lr", "1e-3"], "nothing is left to search"),
     "empty name": (["ae", "--name", ""], "--name"),
 }
@@ -570,6 +569,7 @@ def test_a_resumed_sweep_refuses_what_it_decided_when_it_began(
         ["--metric", "val.mse"],
         ["--name", "t"],
         ["--set", "train.epochs=3"],
+        ["--train.epochs", "3"],
         ["--workers-per-trial", "2"],
     ):
         said = refused(capsys, "--resume", "s", "--storage", str(tmp_path), *given)
@@ -857,7 +857,7 @@ def test_a_run_starts_from_another_runs_checkpoint_with_its_weights_and_optimize
 def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) -> None:
     from sklearn.linear_model import RidgeClassifier
 
-    from tune.trial import probe_accuracy
+    from dist_ae.sweeping import probe_accuracy
 
     result = dist_ae.train(PRESETS["ae"].override({**SMALL, "train.epochs": 5, "run_dir": tmp_path / "run"}))
     dataset, model = sources.load(DataConfig(name="digits")), dist_ae.load(result.run_dir)

@@ -5,7 +5,6 @@ From Python, it is ``search``. The wheel holds this package as ``dist_ae_tune``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) 
     from .plan import Settings
     from .spaces import SPACES
 
-    fixed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     is_file = isinstance(space, Path) or (space not in SPACES and Path(space).is_file())
     named = {"space": Path(space)} if is_file else {"which": space}
     given = {key: options.pop(key) for key in Settings.model_fields if key in options}
     run = Settings(**{key: value for key, value in given.items() if value is not None})
-    return sweep(**named, settings=run, set=fixed, **options)
+    return sweep(**named, settings=run, training=settings, **options)

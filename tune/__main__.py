@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import sys
 import time
-from collections.abc import Sequence
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
-from dist_ae.config import Config, Fault, InputError
-from dist_ae.terminal import EXIT_STOPPED, say
+from dist_ae import Config, InputError
+from dist_ae.sweeping import EXIT_STOPPED, Fault, say
 
 from .plan import Settings
 from .results import parse_selection
-from .spaces import OWN, Metric, load_space, parse_overrides
+from .spaces import OWN, Metric, Values, load_space, parse_overrides
 from .sweep import checked, start
 from .sweep import resume as go_on
 
 DEFAULT = Settings()
+
+
+def training_options(section: type[BaseModel], but: Collection[str] = ()) -> Any:
+    """The options of ``dist-ae train`` as a type of which every key may be left out."""
+    kinds = typing.get_type_hints(section)
+    options: Any = {}
+    for key, field in section.model_fields.items():
+        kind = kinds[key]
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            options[key] = training_options(kind)
+        elif key not in but:
+            options[key] = Annotated[kind, tyro.conf.arg(help=field.description)]
+    make: Any = typing.TypedDict  # whose keys mypy wants to know
+    return make(section.__name__, options, total=False)
+
+
+if TYPE_CHECKING:
+    Training = Mapping[str, Any]
+else:
+    Training = training_options(Config, but=OWN)
 
 
 def sweep(
@@ -35,6 +57,7 @@ def sweep(
     retrain: int = 0,
     storage: Path = Path("runs/sweeps"),
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
+    training: Annotated[Training, tyro.conf.arg(name="")] = {},  # noqa: B006
 ) -> Path:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
@@ -53,6 +76,7 @@ def sweep(
         retrain: train the winner with this many further seeds and report mean and standard deviation.
         storage: folder of sweeps; on a cluster, one that all nodes share.
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
+        training: options of dist-ae train that hold for every trial.
     """
     for needed in ("ray", "optuna", "jinja2"):
         if importlib.util.find_spec(needed) is None:
@@ -60,29 +84,36 @@ def sweep(
     selection = parse_selection(select)
     if not 0 <= retrain <= 1000:
         raise InputError(f"--retrain {retrain}: 0 to 1000 seeds")
+    overrides = flat(training) | parse_overrides(set)
     if resume is not None:
-        refuse_on_resume(which, space, settings, metric, name, set)
-        found = go_on(storage.resolve() / resume, settings, selection, retrain)
+        refuse_on_resume(which, space, settings, metric, name, set, flat(training))
+        made = go_on(storage.resolve() / resume, settings, selection, retrain)
     else:
         chosen = load_space(which, space)
         name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
-        found = checked(chosen, parse_overrides(set), metric, settings, name, storage)
-        start(found, selection, retrain)
+        made = checked(chosen, overrides, metric, settings, name, storage)
+        start(made, selection, retrain)
 
     from .report import write_report
 
-    if not write_report(found, selection):
+    if not write_report(made, selection):
         raise Fault("no trial finished; the reasons stand in trials.csv and in trials/*/error.txt")
-    return found.path
+    return made.path
 
 
 def refuse_on_resume(
-    which: str | None, space: Path | None, settings: Settings, metric: str | None, name: str | None, set: list[str]
+    which: str | None,
+    space: Path | None,
+    settings: Settings,
+    metric: str | None,
+    name: str | None,
+    set: list[str],
+    training: Values,
 ) -> None:
     """Raises InputError for what a sweep decided when it began; only an address and a limit may change."""
     given = {"SPACE": which, "--space": space, "--metric": metric, "--name": name, "--set": set}
     changed = settings.model_dump(exclude={"address", "max_concurrent"}, exclude_defaults=True)
-    given |= {f"--{key.replace('_', '-')}": value for key, value in changed.items()}
+    given |= {f"--{key.replace('_', '-')}": value or "0" for key, value in (changed | training).items()}
     wrong = [option for option, value in given.items() if value]
     if wrong:
         raise InputError(
@@ -91,38 +122,19 @@ def refuse_on_resume(
         )
 
 
-def spelled_as_set(arguments: Sequence[str]) -> list[str]:
-    """``--train.epochs 5``, as ``dist-ae train`` spells it, becomes ``--set train.epochs=5``.
-
-    Raises:
-        InputError: no value follows.
-    """
-    fields, made, rest = dict(Config().flat()), list[str](), list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        option, given, value = argument.partition("=")
-        key = option.removeprefix("--").replace("-", "_")
-        known = key in fields or ("." in key and key.partition(".")[0] in Config.model_fields)
-        if not option.startswith("--") or not known or key in OWN:
-            made.append(argument)
-            continue
-        flag = key.replace(".no_", ".")
-        if not given and isinstance(fields.get(flag), bool):
-            key, value = flag, str(key == flag).lower()
-        elif not given:
-            most = len(rest) if isinstance(fields.get(key), tuple) else 1
-            values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:most]))
-            if not values:
-                raise InputError(f"{option}: expected a value")
-            value, rest = ",".join(values), rest[len(values) :]
-        made += ["--set", f"{key}={'null' if value == 'None' else value}"]
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Values:
+    """Values by dotted key, JSON-ready."""
+    made: Values = {}
+    for key, value in nested.items():
+        dotted = f"{prefix}{key}"
+        made |= flat(value, f"{dotted}.") if isinstance(value, dict) else {dotted: to_jsonable_python(value)}
     return made
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tune") -> None:
     """Entry point of ``python -m tune`` and ``dist-ae sweep``."""
     try:
-        tyro.cli(sweep, prog=prog, args=spelled_as_set(sys.argv[1:] if arguments is None else arguments))
+        tyro.cli(sweep, prog=prog, args=arguments)
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
     except Exception as error:

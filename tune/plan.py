@@ -24,9 +24,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from dist_ae.config import Config, InputError
-from dist_ae.files import to_json, write_atomically
-from dist_ae.presets import PRESETS
+from dist_ae import PRESETS, Config, InputError
+from dist_ae.sweeping import to_json, write_atomically
 
 from .spaces import MAX_TRIALS, METRICS, Metric, Space, Values, explained, shown
 
@@ -179,8 +178,8 @@ class Sweep:
     def outcome(self, trial: Trial) -> Outcome:
         """What has become of a trial, read from its folder alone."""
         reports = tuple(read_reports(self.trial_dir(trial.id)))
-        said = read_json(self.trial_dir(trial.id) / "outcome.json") or {}
-        if read_json(self.run_dir(trial) / "result.json") is not None:
+        said = read_object(self.trial_dir(trial.id) / "outcome.json") or {}
+        if read_object(self.run_dir(trial) / "result.json") is not None:
             # A linear probe comes after the result. Without its figure, the trial is not done.
             done = reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100
             status = "finished" if done else "unfinished"
@@ -209,7 +208,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         InputError: there is none, or its sweep.json cannot be read.
     """
-    data = read_json(path / "sweep.json")
+    data = read_object(path / "sweep.json")
     if data is None or data.get("format") != FORMAT:
         others = ", ".join(sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))) or "none"
         raise InputError(f"no sweep in {path}; the sweeps in {path.parent} are: {others}")
@@ -277,7 +276,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, to_json(value))
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is none that can be read."""
     try:
         data = json.loads(path.read_text())
@@ -294,11 +293,11 @@ def append_report(trial_dir: Path, report: Mapping[str, Any]) -> None:
 
 def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
     """What a trial reported, by rising step. After a retry or a clone from an earlier step, its reports count."""
-    kept: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     try:
         lines = (trial_dir / "reports.jsonl").read_text().splitlines()
     except OSError:
-        return kept
+        return reports
     for line in lines:
         try:
             report = json.loads(line)
@@ -306,7 +305,7 @@ def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
             report = {key: math.nan if value is None else value for key, value in report.items()}
         except (ValueError, KeyError, TypeError):
             continue  # an empty line, or one torn by a kill
-        while kept and kept[-1]["step"] >= step:
-            kept.pop()
-        kept.append(report)
-    return kept
+        while reports and reports[-1]["step"] >= step:
+            reports.pop()
+        reports.append(report)
+    return reports

@@ -16,15 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from dist_ae.presets import PRESETS
-from dist_ae.terminal import say
+from dist_ae import PRESETS, sweeping
+from dist_ae.sweeping import say
 
 from .plan import Sweep
 from .results import Row, Selection, front, number, results, select, spread, table, write_best, write_table
 from .spaces import METRICS
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
-CHUNK = 4096  # images at once
 EXACT = 1e-12  # a squared error per pixel up to here is nothing but rounding
 COLORS = {  # by a preset's first word
     "ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c", "conv": "#b08900",
@@ -94,53 +93,22 @@ def errors(sweep: Sweep, rows: Sequence[Row]) -> dict[str, float]:
     """
     found = {}
     for row in rows:
-        value = row.outcome.metric("val.denoised_psnr" if _about_noise(sweep) else "val.mse")
+        value = row.outcome.metric("val.denoised_psnr" if _denoises(sweep) else "val.mse")
         if row.outcome.status == "finished" and value is not None and math.isfinite(value):
-            found[row.trial.id] = 10 ** (-value / 10) if _about_noise(sweep) else value
+            found[row.trial.id] = 10 ** (-value / 10) if _denoises(sweep) else value
     return found
 
 
-def _about_noise(sweep: Sweep) -> bool:
+def _denoises(sweep: Sweep) -> bool:
     return sweep.metric == "val.denoised_psnr"
 
 
 def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
     """The same error of the best linear code, by code size: that of PCA, or for a grid code that of PCA of patches."""
-    import torch
-
-    from dist_ae import pca
-    from dist_ae.data import sources
-    from dist_ae.data.reader import Reader
-    from dist_ae.evaluate import fixed_noise
-    from dist_ae.models import blank
-    from dist_ae.processes.runtime import Alone
-
     if not rows:
         return {}
-    config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
-    dataset, cpu = sources.load(config.data), torch.device("cpu")
-    train, val = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
-    pixels = math.prod(dataset.image_shape)
-    sizes: dict[int | None, dict[int, int]] = {}  # numbers of a code by its size, by the side of its patches
-    for row in (row for row in rows if row.outcome.reports):
-        code = blank(sweep.answer(row.trial), dataset.image_shape).linear_code()
-        if code is not None:
-            sizes.setdefault(code.patch, {})[row.size] = code.values
-    found: dict[int, float] = {}
-    for side, codes in sizes.items():
-        most = pixels if side is None else dataset.image_shape[0] * side**2
-        components = pca.principal_components(train, min(max(codes.values()), most), side, Alone(cpu))
-        squared = dict.fromkeys(codes, 0.0)
-        for start in range(0, len(val.split), CHUNK):
-            span = range(start, min(start + CHUNK, len(val.split)))
-            images = val.span(span)
-            noise = fixed_noise(config.evaluation.noise_std, span, images.shape[1:], cpu) if _about_noise(sweep) else 0
-            for size, values in codes.items():
-                leading = components._replace(basis=components.basis[:values])
-                decoded = pca.coded(leading, side, images + noise)[1]
-                squared[size] += float((decoded - images).double().square().sum()) / (len(val.split) * pixels)
-        found |= {size: min(value, found.get(size, math.inf)) for size, value in squared.items()}
-    return found
+    base = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
+    return sweeping.pca_errors(base, [sweep.answer(row.trial) for row in rows if row.outcome.reports], _denoises(sweep))
 
 
 # -- page
@@ -225,7 +193,7 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     _legend(figure)
     compared = [row for row in best if row.size in pca]
     below = [row for row in compared if error[row.trial.id] < pca[row.size]]
-    note = f"Error of the {'denoised images' if _about_noise(sweep) else 'reconstructions'}, pixels on [0, 1]. "
+    note = f"Error of the {'denoised images' if _denoises(sweep) else 'reconstructions'}, pixels on [0, 1]. "
     note += "A larger code reconstructs better, all else equal: compare trials of one size. The ring is the answer. "
     if any(row.outcome.status == "stopped" for row in rows):
         note += "Trials that were stopped early are not shown. "

@@ -11,10 +11,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from dist_ae.config import Config, InputError
-from dist_ae.files import write_atomically
+from dist_ae import Config, InputError
+from dist_ae.sweeping import code_size, write_atomically
 
-from .plan import Outcome, Sweep, Trial, read_json, write_json
+from .plan import Outcome, Sweep, Trial, read_object, write_json
 from .spaces import shown
 
 ORDER = ("finished", "stopped", "unfinished", "pending", "failed")
@@ -49,19 +49,9 @@ def results(sweep: Sweep) -> list[Row]:
 
 
 def _code_size(sweep: Sweep, trial: Trial, config: Config) -> int:
-    """How many numbers a trial's code has.
-
-    A trial that never began has not told the shape of its images, so latent_dim stands in.
-    """
-    if config.model.architecture == "mlp" or config.model.code == "vector":
-        return config.model.latent_dim
-    kept = (read_json(sweep.run_dir(trial) / "config.json") or {}).get("config", {})
-    shape = kept.get("model", {}).get("image_shape")
-    if shape is None:
-        return config.model.latent_dim
-    from dist_ae.models import blank
-
-    return math.prod(blank(config, shape).code_shape)
+    """How many numbers a trial's code has. Its run directory knows the shape of the images, once it began."""
+    complete = (read_object(sweep.run_dir(trial) / "config.json") or {}).get("config", {})
+    return code_size(config, complete.get("model", {}).get("image_shape"))
 
 
 def number(value: Any) -> str:

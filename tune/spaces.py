@@ -20,9 +20,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from dist_ae.config import Config, InputError
-from dist_ae.files import Damaged, read_bounded
-from dist_ae.presets import PRESETS
+from dist_ae import PRESETS, Config, InputError
+from dist_ae.sweeping import Damaged, read_bounded, unique_keys
 
 Values = dict[str, Any]  # dotted configuration key → value
 
@@ -292,19 +291,11 @@ def _read(file: Path) -> Any:
         text = read_bounded(Path(os.path.realpath(file)), MAX_BYTES).decode("utf-8-sig")
         if kind == "TOML":  # by way of JSON: dates become text, numbers too long to print are refused
             text = json.dumps(tomllib.loads(text), default=str)
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise InputError(f"--space {file}: nested too deep; a space needs five levels") from None
     except (Damaged, ValueError) as error:
         raise InputError(f"--space {file}: not a readable {kind} file ({error})") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, unless a key stands in it twice: the first of the two would be lost without a word."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a key stands twice in one table")
-    return made
 
 
 def parse_overrides(pairs: list[str]) -> Values:

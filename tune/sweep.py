@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_ae.config import Config, InputError
-from dist_ae.presets import PRESETS
-from dist_ae.terminal import EXIT_STOPPED, first_line, say
+from dist_ae import PRESETS, Config, InputError, sweeping
+from dist_ae.sweeping import EXIT_STOPPED, first_line, say
 
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from .results import Selection, results, retrained, select
@@ -113,11 +112,9 @@ def _check_address(settings: Settings) -> None:
 
 def _absolute(overrides: Values) -> Values:
     """Overrides whose paths mean the same in every process, whatever folder it works in."""
-    from dist_ae.data.names import absolute
-
     made = dict(overrides)
     if "data.name" in made:
-        made["data.name"] = absolute(str(made["data.name"]))
+        made["data.name"] = sweeping.absolute(str(made["data.name"]))
     for key in ("data.root", "data.cache"):
         if made.get(key) is not None:
             made[key] = str(Path(made[key]).expanduser().resolve())
@@ -131,23 +128,14 @@ def check_data(sweep: Sweep) -> None:
         InputError: the data is not there; a batch or code is too large for it; this machine or the data does not allow
             a configuration; or there are too few evaluations for the scheduler.
     """
-    from dist_ae import pca
-    from dist_ae.data import sources
-    from dist_ae.models import blank
-    from dist_ae.processes.runtime import check_device
-    from dist_ae.saved import run_config
-
     settings, space = sweep.settings, sweep.space
     if not settings.gpus_per_worker:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     for preset, part in space.parts.items():
         where = f"preset {preset}: "
         config = override(PRESETS[preset], sweep.overrides, where)
-        dataset = sources.load(config.data)
-        if config.init_from is not None:
-            run_config(config.init_from)
-        shape, count = dataset.image_shape, len(dataset.train)
-        if sweep.metric == "val.probe_accuracy" and (dataset.train.labels is None or dataset.val.labels is None):
+        shape, count, labelled = sweeping.images_of(config)
+        if sweep.metric == "val.probe_accuracy" and not labelled:
             reason = f"needs labels, and {config.data.name} has none"
             raise InputError(f"--metric val.probe_accuracy {reason}; use another metric")
         if config.model.image_shape not in (None, shape):
@@ -164,8 +152,7 @@ def check_data(sweep: Sweep) -> None:
                     f"--train.batch-size {count} or less"
                 )
             try:
-                check_device(changed)
-                pca.check(changed, blank(changed, shape))
+                sweeping.check(changed, shape)
             except InputError as error:
                 raise InputError(f"{where}with {shown(values)}: {error}") from None
             _check_evaluations(sweep, changed, count)
@@ -258,10 +245,8 @@ def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
 
 def _tracking(sweep: Sweep) -> Values:
     """Decides on W&B once, here. Workers elsewhere may not know the key, and the trials belong in one place."""
-    from dist_ae.run.tracking import wandb_mode
-
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
-    return {"tracking.wandb": wandb_mode(config.tracking)[0]}
+    return {"tracking.wandb": sweeping.wandb_mode(config)}
 
 
 def unfinished(sweep: Sweep) -> list[Trial]:

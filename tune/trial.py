@@ -10,22 +10,20 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 
-from .plan import Sweep, Trial, append_report, read_json, read_reports, read_sweep, write_json
+import dist_ae
+from dist_ae.sweeping import can_retry, probe_accuracy, tell_resources
 
-if TYPE_CHECKING:
-    from dist_ae.data.reader import Reader
-    from dist_ae.data.records import Dataset
+from .plan import Sweep, Trial, append_report, read_object, read_reports, read_sweep, write_json
 
 RETRIES = 5  # how often a trial goes on after losing its process, before it is left for --resume
 LOCK_SECONDS = 120  # how long the process that a retry replaces may still hold the run directory
@@ -110,7 +108,7 @@ def free_workers(trial_dir: Path) -> None:
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    held = read_json(trial_dir / WORKERS)
+    held = read_object(trial_dir / WORKERS)
     if held is not None:
         remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(held["placement_group"])))
         (trial_dir / WORKERS).unlink(missing_ok=True)
@@ -123,19 +121,9 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     that a retry can mend (memory, storage, a lost peer) is raised.
     """
     folder = sweep.trial_dir(trial.id)
-    if (read_json(folder / "outcome.json") or {}).get("status") == "failed":
+    if (read_object(folder / "outcome.json") or {}).get("status") == "failed":
         return  # another worker noted the failure, and this one was only waiting for that worker
-    import torch
-
-    import dist_ae
-    from dist_ae.devices import SHARED_BY
-
-    settings = sweep.settings
-    if not settings.gpus_per_worker:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # not every version of Ray hides the GPUs from an actor without any
-    else:
-        os.environ[SHARED_BY] = str(min(1.0, settings.gpus_per_worker))  # trials that share a GPU share its memory
-    torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+    tell_resources(sweep.settings.cpus_per_worker, sweep.settings.gpus_per_worker)
     rank = int(os.environ.get("RANK", 0))
     main = rank == 0
     run_dir, started = sweep.run_dir(trial), time.monotonic()
@@ -164,7 +152,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
         result = dist_ae.train(sweep.config(trial), report=on_evaluation, start_from=start)
         announce(result.steps, 100.0, result.metrics)
     except Exception as error:
-        if _can_be_mended(error) and not (isinstance(error, dist_ae.OutOfMemory) and _seen_before(folder, rank)):
+        if can_retry(error) and not (isinstance(error, dist_ae.OutOfMemory) and _seen_before(folder, rank)):
             raise
         # All workers raise these two at once.
         if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):
@@ -173,18 +161,6 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
             (folder / "error.txt").write_text(traceback.format_exc())
         send({**last, sweep.metric: math.nan, "failed": True})
-
-
-def _can_be_mended(error: Exception) -> bool:
-    """Whether the same call could succeed on another try: the process ran out of memory or storage, or lost a peer."""
-    import torch
-
-    from dist_ae.outcome import OutOfMemory
-    from dist_ae.processes.watch import LostProcess
-
-    kinds = (MemoryError, OSError, LostProcess, OutOfMemory, torch.distributed.DistError)
-    said = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and said is not None)
 
 
 def _seen_before(folder: Path, rank: int) -> bool:
@@ -210,7 +186,7 @@ def _wait_for_lock(run_dir: Path) -> None:
 
 def _fix_tracking_id(run_dir: Path, trial_id: str) -> None:
     """Makes W&B know the trial by its id, in every generation and after every retry."""
-    if read_json(run_dir / "tracking.json") is None:
+    if read_object(run_dir / "tracking.json") is None:
         write_json(run_dir / "tracking.json", {"wandb_id": trial_id})
 
 
@@ -236,35 +212,6 @@ def adopt(sweep: Sweep, trial: Trial, assignment: dict[str, Any], checkpoint: Pa
     shutil.copytree(checkpoint, start / f"{step:08d}", ignore=shutil.ignore_patterns(".*"))
     sweep.write_trial(clone)
     return clone
-
-
-def probe_accuracy(run_dir: Path) -> float:
-    """The ``probe_accuracy`` of ``dist-ae evaluate``; NaN where the data has too few labels for one."""
-    import dist_ae
-    from dist_ae.processes.runtime import Alone
-    from dist_ae.quality import probe
-
-    trained = dist_ae.load(run_dir)
-    cpu = trained.device
-    train, val = _readers(trained.config.data.model_dump_json(), trained.dataset)
-    found = probe(trained.model, None, train, val, trained.config.evaluation.batch_size, Alone(cpu))
-    return found.get("probe_accuracy", math.nan)
-
-
-_READERS: dict[str, tuple[Reader, Reader]] = {}
-
-
-def _readers(data: str, load: Callable[[], Dataset]) -> tuple[Reader, Reader]:
-    """Training and validation images, kept for the next report: loading them hashes all of them."""
-    import torch
-
-    from dist_ae.data.reader import Reader
-
-    if data not in _READERS:
-        _READERS.clear()  # of one data set at a time
-        found, cpu = load(), torch.device("cpu")
-        _READERS[data] = Reader(found.train, cpu), Reader(found.val, cpu)
-    return _READERS[data]
 
 
 def sees(path: str) -> bool:
