@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.filesize import decimal
 
 from dist_ae import pca, timeline
 from dist_ae.config import Config, InputError
@@ -28,7 +29,7 @@ from dist_ae.processes.environment import check_environment, launched_world
 from dist_ae.processes.runtime import check_device, usual_precision
 from dist_ae.run.directory import RunDirectory
 from dist_ae.saved import image_shape, is_exported, run_config, saved_weights
-from dist_ae.terminal import say, size_of
+from dist_ae.terminal import say
 from dist_ae.timeline import Timeline
 
 
@@ -117,7 +118,7 @@ def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
     needed = 4 * sum(parameter.numel() for parameter in blank(config, image_shape).parameters())
     if needed > (free := free_memory()):
         raise InputError(
-            f"the weights of this model take {size_of(needed)}, and {size_of(free)} of memory are free; lower "
+            f"the weights of this model take {decimal(needed)}, and {decimal(free)} of memory are free; lower "
             "model.latent_dim, model.hidden_dims or model.widths"
         )
 

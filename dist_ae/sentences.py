@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from dist_ae.models import LinearCode
-from dist_ae.terminal import size_of
 from dist_ae.timeline import Best, State
 
 EXACT = 1e-9  # a squared error of PCA below which it loses nothing: its code is as long as the images need
@@ -38,7 +39,7 @@ def headline(
     """
     return (
         f"{what}: {records} ({held}), code of {numbers:,} numbers, {parameters:,} parameters, "
-        f"{operations / 1e6:,.1f} MFLOP an image, {size_of(memory)} to train, {where}; {how}"
+        f"{operations / 1e6:,.1f} MFLOP an image, {decimal(memory)} to train, {where}; {how}"
     )
 
 

@@ -39,14 +39,6 @@ def say(text: str, stream: TextIO | None = None) -> None:
         silence(stream)
 
 
-def size_of(num_bytes: int) -> str:
-    """Bytes in the unit that suits a person."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes / 1024:.1f} KiB"
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's name where it has no message."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

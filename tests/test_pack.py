@@ -346,7 +346,7 @@ def test_rows_are_the_same_held_or_mapped_with_right_wrong_and_no_hints(
     monkeypatch.setattr(reader, "SHARE_OF_MEMORY", 0)
     mapped = Reader(split, CPU)
     assert held.resident is not None and mapped.resident is None
-    assert held.held.endswith("MiB in memory") and mapped.held.endswith("MiB memory-mapped")
+    assert held.held.endswith("MB in memory") and mapped.held.endswith("MB memory-mapped")
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(len(split), (size,), generator=generator) for size in (1, 5, 128, 0, 37, 37, 200)]
     for number, rows in enumerate(batches):

@@ -41,20 +41,13 @@ def test_a_disk_holds_all_that_is_asked_and_nothing_is_left_on_it(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mounted", "failing"),
-    [("ro", ["a new folder: Read-only file system"]), ("size=20m", ["speed: No space left on device"])],
-)
-def test_a_disk_that_takes_nothing_or_too_little_is_named_with_status_1(
-    mounted: str, failing: list[str], tmp_path: Path
-) -> None:
+def test_a_disk_that_takes_nothing_is_named_with_status_1(tmp_path: Path) -> None:
     tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"this machine forbids mount namespaces: {tried.stderr.strip()}")
-    status, lines, error = doctor("--storage", str(tmp_path), mounted=mounted)
-    bad = [line for line in lines if not line.startswith("ok ")]
-    assert status == 1 and error == "" and len(bad) == len(failing)
-    assert all(line.startswith(f"FAILS   {what}") for line, what in zip(bad, failing, strict=True))
+    status, lines, error = doctor("--storage", str(tmp_path), mounted="ro")
+    (bad,) = [line for line in lines if not line.startswith("ok ")]
+    assert status == 1 and error == "" and bad.startswith("FAILS   a new folder: Read-only file system")
 
 
 def test_what_a_mounted_bucket_does_otherwise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

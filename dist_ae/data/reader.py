@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from dist_ae import devices
 from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
-from dist_ae.terminal import size_of
 
 # Of what is free, for all images that a process holds. The rest is for weights, activations and other programs.
 SHARE_OF_MEMORY = 0.5
@@ -66,7 +66,7 @@ class Reader:
         where = "in memory" if device.type == "cpu" else f"on {device.type}"
         if self.resident is None:
             where = "memory-mapped" if is_mapped(split.images) else "in the memory of the host"
-        self.held = f"{size_of(num_bytes)} {where}"
+        self.held = f"{decimal(num_bytes)} {where}"
 
     def _copy(self) -> Tensor:
         kind = _tensor(self.split.images[:0], self._axes).dtype

@@ -183,34 +183,16 @@ class Tracking:
             self._mode = "offline"
         for mode in {"online": ("online", "offline"), "off": ()}.get(self._mode, ("offline",)):
             try:
-                trackers.append(self._start_wandb(mode))
+                trackers.append(
+                    start_wandb(
+                        self._config, self._run_dir, self._name, self._id, self._description, mode, tags=self._tags
+                    )
+                )
                 break
             except Exception as error:
                 what = "Weights & Biases offline" if mode == "offline" else "Weights & Biases; going on offline"
                 self._give_up(what, error)
         return trackers
-
-    def _start_wandb(self, mode: str) -> Any:
-        import wandb
-        from accelerate.tracking import WandBTracker
-
-        tracker = WandBTracker(
-            run_name=self._config.project,
-            id=self._id,
-            name=self._name,
-            tags=list(self._tags),
-            group=self._config.group,
-            dir=self._run_dir,
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            # It must not redirect the terminal, print, or wait long: this is a side channel.
-            settings=wandb.Settings(
-                silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 5
-            ),
-        )
-        tracker.start()
-        tracker.store_init_configuration(dict(self._description))
-        return tracker
 
     def _log_image(self, tracker: Any, name: str, content: bytes, step: int) -> None:
         picture = Image.open(io.BytesIO(content)).convert("RGB")
@@ -224,6 +206,42 @@ class Tracking:
     def _give_up(self, what: str, error: BaseException) -> None:
         say(f"warning: {what}: {type(error).__name__}: {first_line(error)}; training goes on", sys.stderr)
         self._lost = True
+
+
+def start_wandb(
+    config: TrackingConfig,
+    run_dir: Path,
+    name: str,
+    run_id: str | None,
+    description: Mapping[str, Any],
+    mode: str,
+    tags: Sequence[str] = (),
+) -> Any:
+    """Starts W&B as Accelerate's tracker. As a side channel, it neither redirects the terminal, prints nor waits long.
+
+    Args:
+        run_id: the run's own, also after a resume; None makes a new one.
+        mode: online or offline.
+    """
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    tracker = WandBTracker(
+        run_name=config.project,
+        id=run_id,
+        name=name,
+        tags=list(tags),
+        group=config.group,
+        dir=run_dir,
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(
+            silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 5
+        ),
+    )
+    tracker.start()
+    tracker.store_init_configuration(dict(description))
+    return tracker
 
 
 def _as_text(description: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from dist_ae.objectives import objective
 from dist_ae.run import calibration
 from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
+from dist_ae.run.tracking import start_wandb
 from dist_ae.saved import image_shape, is_exported, run_config
 
 MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one batch
@@ -187,34 +188,23 @@ def rebuild_wandb(run_dir: Path) -> Path:
     Raises:
         InputError: there is nothing to rebuild from, or the run directory is in use or cannot be written.
     """
-    import wandb
-
     config = run_config(run_dir)
     try:
         lines = [_metrics(raw) for raw in read_bounded(run_dir / "metrics.jsonl", MAX_LINES).splitlines()]
     except (Damaged, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run_dir}/metrics.jsonl cannot be read: {error}") from None
     folder = RunDirectory(run_dir)
-    kept = folder.read("tracking.json") or {}
+    tracking = folder.read("tracking.json") or {}
     folder.close()
-    settings = wandb.Settings(silent=True, console="off")
-    run = wandb.init(
-        project=config.tracking.project,
-        group=config.tracking.group,
-        name=config.label(),
-        id=kept.get("wandb_id"),
-        dir=run_dir,
-        mode="offline",
-        settings=settings,
-        config={"config": config.model_dump(mode="json")},
-    )
+    description = {"config": config.model_dump(mode="json")}
+    tracker = start_wandb(config.tracking, run_dir, config.label(), tracking.get("wandb_id"), description, "offline")
     by_step: dict[int, dict[str, Any]] = {}
     for step, split, figures in lines:
         by_step.setdefault(step, {}).update({f"{split}/{key}": value for key, value in figures.items()})
     for step, values in sorted(by_step.items()):
-        run.log(values, step=step)
+        tracker.log(values, step=step)
     for picture in files_inside(run_dir, "figures", r".*\.png"):
-        run.log({picture.stem: wandb.Image(str(picture))})
-    path = Path(run.dir).parent
-    run.finish()
+        tracker.log_images({picture.stem: [str(picture)]})
+    path = Path(tracker.tracker.dir).parent
+    tracker.finish()
     return path

@@ -1,11 +1,9 @@
-"""Tries out what run directories and sweeps need of a file system: ``dist-ae doctor --storage DIR``."""
+"""Tries what run directories need from a file system, append, rename and lock: ``dist-ae doctor --storage DIR``."""
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import secrets
 import shutil
 import signal
 import statistics
@@ -22,7 +20,6 @@ from filelock import FileLock, Timeout
 from dist_ae.config import InputError
 from dist_ae.files import sync, write_atomically, write_new
 
-SIZE = 64 << 20  # bytes of the file that speed is measured with
 SECONDS = 60.0  # how long another process may take for what it is asked to do
 REPLACING = 0.5  # seconds for which a file is replaced again and again while another process reads it
 READ = """
@@ -77,18 +74,6 @@ def examine_storage(folder: Path) -> Iterator[tuple[bool, str]]:
 
 class Fails(Exception):
     """A file system does what it should not do."""
-
-
-def _free(folder: Path) -> str:
-    usage = shutil.disk_usage(folder)
-    return f"{usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB"
-
-
-def _exclusive(folder: Path) -> None:
-    write_new(folder / "exclusive", b"first")
-    with contextlib.suppress(FileExistsError):
-        write_new(folder / "exclusive", b"second")
-        raise Fails("a file that exists is created again")
 
 
 def _append(folder: Path) -> None:
@@ -169,46 +154,11 @@ def _lock(folder: Path) -> None:
         holder.communicate()
 
 
-def _visible(folder: Path) -> None:
-    told = secrets.token_hex(16)
-    command = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
-    path = folder / "told"
-    list(folder.iterdir())  # a network file system's client may remember this listing
-    subprocess.run([sys.executable, "-c", command, str(path), told], check=True, timeout=SECONDS, capture_output=True)
-    if path not in list(folder.iterdir()) or path.read_text() != told:
-        raise Fails("what another process wrote is not there")
-
-
-def _map(folder: Path) -> None:
-    data = secrets.token_bytes(1 << 20)
-    write_new(folder / "mapped", data)
-    with open(folder / "mapped", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if mapped[:] != data:
-            raise Fails("a mapped file has other bytes")
-
-
-def _speed(folder: Path) -> str:
-    data, path = secrets.token_bytes(SIZE), folder / "large"
-    since = time.perf_counter()
-    write_new(path, data)
-    written, since = time.perf_counter() - since, time.perf_counter()
-    if path.read_bytes() != data:
-        raise Fails(f"{SIZE >> 20} MiB come back different")
-    read = time.perf_counter() - since
-    rates = SIZE / 1e6 / written, SIZE / 1e6 / read
-    return f"{rates[0]:,.0f} MB/s written and synced, {rates[1]:,.0f} MB/s read back (maybe from memory)"
-
-
 # What is needed, what becomes of a run without it, and how it is tried.
 CHECKS: list[tuple[str, str, Callable[[Path], str | None]]] = [
-    ("free space", "A checkpoint that does not fit is lost", _free),
-    ("a file is created only once", "Two jobs could write one run", _exclusive),
     ("a file is added to at its end", "metrics.jsonl cannot be kept here", _append),
     ("a file and a folder are synced", "A power cut can cost checkpoints that were reported as saved", _sync),
     ("a file is replaced at once", "A crash can leave half a file, and a reader can meet one", _replace),
     ("a folder is renamed", "Checkpoints cannot be published here", _rename_folder),
     ("a lock holds, and ends with its process", "Two jobs could write one run, or none after a crash", _lock),
-    ("what another process writes is seen", "A sweep would miss what its trials report", _visible),
-    ("a file is mapped into memory", "Data larger than memory cannot be read from here", _map),
-    ("speed", "A checkpoint that does not fit is lost", _speed),
 ]
