@@ -10,13 +10,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dist_ae.config import Config, InputError, load_config
-from dist_ae.presets import PRESETS
+from dist_ae.errors import InputError
 
 if TYPE_CHECKING:
     from dist_ae import objectives
+    from dist_ae.config import Config, load_config
     from dist_ae.models import Autoencoder
     from dist_ae.outcome import NonFinite, OutOfMemory, Report, Result, Stopped
+    from dist_ae.presets import PRESETS
     from dist_ae.trainer import train
     from dist_ae.use.trained import TrainedModel, load
 
@@ -44,9 +45,12 @@ __all__ = [
     "train",
 ]
 
-# Imported at first use: torch and Accelerate take 3 s, which help and error messages need not wait for.
+# Imported at first use: torch and Accelerate take 3 s, which help and error messages need not wait for, and the
+# mathematics needs no pydantic.
 _HOMES = {
+    "PRESETS": "presets",
     "Autoencoder": "models",
+    "Config": "config",
     "NonFinite": "outcome",
     "OutOfMemory": "outcome",
     "Report": "outcome",
@@ -54,6 +58,7 @@ _HOMES = {
     "Stopped": "outcome",
     "TrainedModel": "use.trained",
     "load": "use.trained",
+    "load_config": "config",
     "train": "trainer",
 }
 

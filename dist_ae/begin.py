@@ -21,7 +21,6 @@ from dist_ae.data.reader import free_memory
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Dataset, at_once
 from dist_ae.draws import VERSION as DRAWS
-from dist_ae.draws import has_draws
 from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, blank, build
 from dist_ae.presets import PRESETS
@@ -217,7 +216,7 @@ def _claim(folder: RunDirectory, prepared: Prepared) -> None:
     """
     config, fingerprint = prepared.config, prepared.dataset.fingerprint
     kept = folder.read("config.json")
-    if kept is not None and has_draws(config) and kept.get("draws", 1) != DRAWS:
+    if kept is not None and config.has_draws() and kept.get("draws", 1) != DRAWS:
         raise InputError(
             f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and this "
             f"is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as "

@@ -19,22 +19,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dist_ae.errors import Fault, InputError
 from dist_ae.files import Damaged, plain_name, read_json
 
-
-class InputError(Exception):
-    """A mistake of the user's. The message says what is wrong, where, and the way out. Exit status 2.
-
-    It is not a ValueError, which tyro and pydantic would catch and wrap in words of their own.
-    """
-
-    exit_status = 2
-
-
-class Fault(Exception):
-    """A fault that ends a run and is not the user's mistake, explained for a person. Exit status 1."""
-
-    exit_status = 1
+__all__ = [
+    "Config", "DataConfig", "EvaluationConfig", "Fault", "InputError", "ModelConfig", "ObjectiveConfig", "OptimConfig",
+    "Section", "TrackingConfig", "TrainConfig", "load_config", "parse",
+]  # fmt: skip
 
 
 def trajectory(default: Any, description: str, **bounds: Any) -> Any:
@@ -387,6 +378,10 @@ class Config(Section):
         decisive = {key for key, _, on_resume in _walk(self, "") if on_resume == "trajectory"}
         tree = self.model_dump(mode="json")
         return {key: _at(tree, key) for key in sorted(decisive)}
+
+    def has_draws(self) -> bool:
+        """Whether training draws anything at random besides its order and its first weights."""
+        return bool(self.objective.noise_std or self.model.dropout or self.model.variational)
 
     def label(self) -> str:
         """Preset, data and a fingerprint of what differs from the defaults: the same name for the same command."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dist_ae.config import InputError
+from dist_ae.errors import InputError
 
 SHARED_BY = "DIST_AE_GPU_SHARE"
 # Instruction sets that oneDNN can be limited to and that multiply bfloat16 only by converting it to float32.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_ae.config import Config, ObjectiveConfig
 from dist_ae.draws import Draws
 from dist_ae.models import Output, centred, pixels
+
+if TYPE_CHECKING:
+    from dist_ae.config import ObjectiveConfig
 
 Model = Callable[[Tensor, Draws | None], Output]  # the prepared module: always called, never reached into
 
@@ -128,13 +130,6 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
         return Terms(distortion, distortion, torch.zeros_like(distortion))
     rate = gaussian_kl(output.mean, output.logvar)
     return Terms(distortion + (config.beta if beta is None else beta) * rate, distortion, rate)
-
-
-def objective(
-    model: Model, images: Tensor, draws: Draws | None, config: Config, beta: float | Tensor | None = None
-) -> Terms:
-    """Runs the prepared model on images [B, C, H, W] on [0, 1] and returns the per-example terms, [B] each."""
-    return terms(model(images, draws), images, config.objective, beta)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:

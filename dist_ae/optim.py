@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from inspect import unwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_ae import devices
-from dist_ae.config import OptimConfig
+
+if TYPE_CHECKING:
+    from dist_ae.config import OptimConfig
 
 # Norm of a matrix's update below which Muon scales it up no further. From a PCA start the gradients of all layers but
 # the last are rounding at first, since what PCA leaves is orthogonal to what it keeps. Orthogonalized as they are

@@ -17,7 +17,7 @@ from dist_ae.config import Config, InputError
 from dist_ae.data.order import epoch_order, share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
-from dist_ae.draws import Step, draw, drawn_on, has_draws
+from dist_ae.draws import Step, draw, drawn_on
 from dist_ae.guard import Guard
 from dist_ae.models import Autoencoder, Components
 from dist_ae.models.weights import weights_sha256
@@ -122,7 +122,10 @@ class Learner:
             since = time.perf_counter()
             images = self.images.take(rows, self._next_rows(self._rows[end:], part))
             runtime.clock.count("data", since)
-            draws = draw(self._shapes, config, now, piece, runtime.device, runtime.dtype)
+            draws = draw(
+                self._shapes, now, piece, runtime.device, runtime.dtype,
+                seed=config.seed, std=config.objective.noise_std, keep=1 - config.model.dropout,
+            )  # fmt: skip
             last = part == self.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 losses = terms(self.model(images, draws), images, config.objective, self._beta)
@@ -275,7 +278,7 @@ class Learner:
             and config.train.gradient_type != "exact",
             "float64 keeps its learning rate on the host": config.precision == "fp64",
             "the images do not fit on the device": self.images.resident is None,
-            "its random draws need Triton": has_draws(config) and not drawn_on(device),
+            "its random draws need Triton": config.has_draws() and not drawn_on(device),
         }
         reason = next((reason for reason, holds in obstacles.items() if holds), None)
         if config.train.cuda_graph == "on" and reason is not None:

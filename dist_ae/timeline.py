@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dist_ae.config import ObjectiveConfig, OptimConfig, TrainConfig
+if TYPE_CHECKING:
+    from dist_ae.config import ObjectiveConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from dist_ae.objectives import (
     discretized_distortion,
     gaussian_distortion,
     gaussian_kl,
-    objective,
     terms,
 )
 from dist_ae.presets import PRESETS
@@ -113,7 +112,7 @@ def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
     )
     model = build(config, (1, 4, 4)).double()
     images, epsilon = torch.rand(16, 1, 4, 4, generator=G, dtype=torch.float64), randn(16, 3)
-    loss = objective(model, images, Draws(epsilon=epsilon), config).loss
+    loss = terms(model(images, Draws(epsilon=epsilon)), images, config.objective).loss
 
     mean, logvar = model.encode(images)
     assert logvar is not None

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, environment
 
 import dist_ae
 
@@ -111,14 +111,15 @@ def test_without_ray_a_sweep_is_refused_with_the_way_to_get_it(tmp_path: Path) -
 
 
 # What each room may import of the package, so that imports run downward. A new room needs a row.
-GROUND = {"config", "files", "terminal"}
+GROUND = {"errors", "config", "files", "terminal"}
 DEVICES = GROUND | {"devices"}
 MATHEMATICS = DEVICES | {"timeline", "draws", "models", "objectives", "optim", "guard"}
 TOGETHER = MATHEMATICS | {"data", "processes"}
 ROOMS: dict[str, set[str]] = {
     "terminal": set(),
     "files": set(),
-    "config": {"files"},
+    "errors": set(),
+    "config": {"errors", "files"},
     "devices": GROUND,
     "presets": GROUND,
     "timeline": GROUND,
@@ -150,7 +151,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": GROUND | {"presets", "models", "objectives", "outcome", "trainer", "use"},
     "__main__": GROUND | {"presets", "data", "processes", "saved", "trainer", "use", "__init__"},
 }
-NO_TORCH = {"terminal", "files", "config", "presets", "timeline", "sweeping", "__init__", "__main__"}
+NO_TORCH = {"errors", "terminal", "files", "config", "presets", "timeline", "sweeping", "__init__", "__main__"}
 NO_SERVICES = {"accelerate", "torch.distributed", "ray", "wandb"}  # the mathematics and the data know no processes
 
 
@@ -168,6 +169,13 @@ def test_imports_run_downward() -> None:
             assert "torch" not in {name.split(".")[0] for name in top}, path
         if room in MATHEMATICS | {"data"}:
             assert not {n for n in found for bad in NO_SERVICES if n == bad or n.startswith(f"{bad}.")}, path
+
+
+def test_the_mathematics_needs_no_pydantic() -> None:
+    names = ", ".join(f"dist_ae.{name}" for name in ("draws", "models", "objectives", "optim", "guard"))
+    program = f"import sys, {names}; print([name for name in sys.modules if name.partition('.')[0] == 'pydantic'])"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_the_library_never_imports_the_sweeps() -> None:

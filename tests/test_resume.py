@@ -379,8 +379,8 @@ def test_a_non_finite_loss_on_one_process_stops_all_before_the_update(victim: in
     def poisoned(rank: int) -> None:
         real = step.draw
 
-        def draw(shapes: Any, config: Config, at: Any, rows: range, *rest: Any) -> Any:
-            draws: Any = real(shapes, config, at, rows, *rest)
+        def draw(shapes: Any, at: Any, rows: range, *rest: Any, **settings: Any) -> Any:
+            draws: Any = real(shapes, at, rows, *rest, **settings)
             if rank == victim and at.number == 13 and len(rows):
                 draws.noise[0, 0, 0, 0] = torch.inf
             return draws

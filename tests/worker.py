@@ -15,7 +15,6 @@ import torch
 
 import dist_ae
 from dist_ae import draws, step
-from dist_ae.config import Config
 from dist_ae.data import order
 from dist_ae.draws import Draws
 from dist_ae.processes import host_memory
@@ -25,12 +24,12 @@ def mutated(name: str) -> Any:
     """The trainer with one error in it."""
     draw, share, compute = draws.draw, order.share, step.Learner.compute
 
-    def draw_globally(*arguments: Any) -> Draws:
+    def draw_globally(*arguments: Any, **settings: Any) -> Draws:
         torch.rand(1)
-        return draw(*arguments)
+        return draw(*arguments, **settings)
 
-    def draw_alike(shapes: Any, config: Config, at: Any, rows: range, *rest: Any) -> Draws:
-        return draw(shapes, config, at, range(len(rows)), *rest)
+    def draw_alike(shapes: Any, at: Any, rows: range, *rest: Any, **settings: Any) -> Draws:
+        return draw(shapes, at, range(len(rows)), *rest, **settings)
 
     def average_per_process(self: Any, batch_size: int, update: bool = True) -> None:
         compute(self, max(1, len(self._mine) * self.runtime.world), update)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dist_ae import devices
-from dist_ae.config import Config
 from dist_ae.draws import philox
 from dist_ae.terminal import first_line, say
 
@@ -135,17 +134,23 @@ def mask(
 
 def draw(
     shapes: DrawShapes,
-    config: Config,
     step: Step,
     rows: range,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    seed: int,
+    std: float = 0.0,
+    keep: float = 1.0,
 ) -> Draws:
     """The draws of one training step for rows ``rows`` of its global batch, in one call per stream.
 
     They are always drawn in float32, so that fp64 repeats the fp32 experiment.
+
+    Args:
+        std: standard deviation of the noise; 0 for none.
+        keep: probability that dropout keeps a unit; 1 for no dropout.
     """
-    seed, std, keep = config.seed, config.objective.noise_std, 1 - config.model.dropout
     noise = normal(seed, "noise", step, rows, shapes.noise, device, std).to(dtype) if std else None
     masks: tuple[Tensor, ...] = ()
     if keep < 1:
@@ -153,8 +158,3 @@ def draw(
         masks = tuple(mask(seed, stream, step, rows, shape, device, keep).to(dtype) for stream, shape in named)
     epsilon = None if shapes.epsilon is None else normal(seed, "epsilon", step, rows, shapes.epsilon, device).to(dtype)
     return Draws(noise, masks, epsilon)
-
-
-def has_draws(config: Config) -> bool:
-    """Whether training draws anything at random besides its order and its first weights."""
-    return bool(config.objective.noise_std or config.model.dropout or config.model.variational)

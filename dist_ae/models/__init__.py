@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dist_ae.config import Config, InputError
+from dist_ae.errors import InputError
 from dist_ae.models.conv import Conv
 from dist_ae.models.interface import (
     LOGVAR_RANGE,
@@ -22,6 +23,9 @@ from dist_ae.models.interface import (
 )
 from dist_ae.models.mlp import MLP
 from dist_ae.models.weights import initialize
+
+if TYPE_CHECKING:
+    from dist_ae.config import Config
 
 __all__ = [
     "LOGVAR_RANGE",

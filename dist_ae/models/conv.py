@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_ae import devices
-from dist_ae.config import Config, ObjectiveConfig
 from dist_ae.models.interface import ACTIVATIONS, Autoencoder, Components, LinearCode, pad_to_multiple
 from dist_ae.models.starts import leading, probabilistic, whitened
+
+if TYPE_CHECKING:
+    from dist_ae.config import Config, ObjectiveConfig
 
 
 class Convolution(nn.Module):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ae.config import ObjectiveConfig
 from dist_ae.draws import Draws, DrawShapes
+
+if TYPE_CHECKING:
+    from dist_ae.config import ObjectiveConfig
 
 # exp(logvar) and exp(-logvar) stay finite and normal in half precision (largest 65,504, smallest normal 6.1e-5).
 LOGVAR_RANGE = (-9.0, 11.0)

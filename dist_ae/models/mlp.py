@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dist_ae.config import Config, ObjectiveConfig
 from dist_ae.models.interface import ACTIVATIONS, Autoencoder, Components, LinearCode
 from dist_ae.models.starts import leading, probabilistic
+
+if TYPE_CHECKING:
+    from dist_ae.config import Config, ObjectiveConfig
 
 
 class MLP(Autoencoder):

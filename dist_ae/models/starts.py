@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dist_ae.config import ObjectiveConfig
 from dist_ae.models.interface import LOGVAR_RANGE, Components
+
+if TYPE_CHECKING:
+    from dist_ae.config import ObjectiveConfig
 
 NO_VARIANCE = 1e-12  # on [-1, 1]: below it, directions are rounding. A byte that differs once in 65,536 has 1e-9
 LEAST_SCALE = 1e-3  # of the largest standard deviation, so that 1 / scale stays far below the largest fp16 number

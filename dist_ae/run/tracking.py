@@ -183,16 +183,22 @@ class Tracking:
             self._mode = "offline"
         for mode in {"online": ("online", "offline"), "off": ()}.get(self._mode, ("offline",)):
             try:
-                trackers.append(
-                    start_wandb(
-                        self._config, self._run_dir, self._name, self._id, self._description, mode, tags=self._tags
-                    )
-                )
+                trackers.append(self._start_wandb(mode))
                 break
             except Exception as error:
                 what = "Weights & Biases offline" if mode == "offline" else "Weights & Biases; going on offline"
                 self._give_up(what, error)
         return trackers
+
+    def _start_wandb(self, mode: str) -> Any:
+        from accelerate.tracking import WandBTracker
+
+        options = wandb_options(self._config, self._run_dir, self._name, self._id, mode, FINISH_SECONDS - 5)
+        resume = "allow" if mode == "online" else None
+        tracker = WandBTracker(run_name=self._config.project, tags=list(self._tags), resume=resume, **options)
+        tracker.start()
+        tracker.store_init_configuration(dict(self._description))
+        return tracker
 
     def _log_image(self, tracker: Any, name: str, content: bytes, step: int) -> None:
         picture = Image.open(io.BytesIO(content)).convert("RGB")
@@ -208,40 +214,20 @@ class Tracking:
         self._lost = True
 
 
-def start_wandb(
-    config: TrackingConfig,
-    run_dir: Path,
-    name: str,
-    run_id: str | None,
-    description: Mapping[str, Any],
-    mode: str,
-    tags: Sequence[str] = (),
-) -> Any:
-    """Starts W&B as Accelerate's tracker. As a side channel, it neither redirects the terminal, prints nor waits long.
+def wandb_options(
+    config: TrackingConfig, run_dir: Path, name: str, run_id: str | None, mode: str, patience: float = 600
+) -> dict[str, Any]:
+    """What W&B is started with, beside the project: so that it neither redirects the terminal nor prints.
 
     Args:
         run_id: the run's own, also after a resume; None makes a new one.
         mode: online or offline.
+        patience: seconds that its end waits for what is still to be written or sent.
     """
     import wandb
-    from accelerate.tracking import WandBTracker
 
-    tracker = WandBTracker(
-        run_name=config.project,
-        id=run_id,
-        name=name,
-        tags=list(tags),
-        group=config.group,
-        dir=run_dir,
-        mode=mode,
-        resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(
-            silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS - 5
-        ),
-    )
-    tracker.start()
-    tracker.store_init_configuration(dict(description))
-    return tracker
+    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=patience)
+    return {"id": run_id, "name": name, "group": config.group, "dir": run_dir, "mode": mode, "settings": settings}
 
 
 def _as_text(description: Mapping[str, Any]) -> str:

@@ -19,11 +19,11 @@ from dist_ae.data.reader import Reader
 from dist_ae.draws import Step, draw
 from dist_ae.files import MAX_JSON, MAX_LINES, Damaged, files_inside, open_plainly, parse_json, read_bounded, read_json
 from dist_ae.models import blank
-from dist_ae.objectives import objective
+from dist_ae.objectives import terms
 from dist_ae.run import calibration
 from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
-from dist_ae.run.tracking import start_wandb
+from dist_ae.run.tracking import wandb_options
 from dist_ae.saved import image_shape, is_exported, run_config
 
 MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one batch
@@ -147,13 +147,16 @@ def replay(run_dir: Path) -> list[str]:
         raise InputError(f"{run_dir}/nonfinite.json names images that {dataset.name} does not have")
     model.load_state_dict(weights, assign=True)
     images = Reader(dataset.train, torch.device("cpu"), dtype).take(rows)
-    draws = draw(model.draw_shapes(), config, Step(step), range(len(rows)), torch.device("cpu"), dtype)
+    draws = draw(
+        model.draw_shapes(), Step(step), range(len(rows)), torch.device("cpu"), dtype,
+        seed=config.seed, std=config.objective.noise_std, keep=1 - config.model.dropout,
+    )  # fmt: skip
     reduced = config.precision in ("bf16", "fp16")
     with torch.autocast("cpu", torch.bfloat16) if reduced else contextlib.nullcontext():
         output = model(images, draws)
-    terms = objective(lambda *_: output, images, draws, config, timeline.beta(step, config.objective))
-    terms.loss.mean().backward()  # type: ignore[no-untyped-call]
-    named = {**output._asdict(), **terms._asdict()}
+    losses = terms(output, images, config.objective, timeline.beta(step, config.objective))
+    losses.loss.mean().backward()  # type: ignore[no-untyped-call]
+    named = {**output._asdict(), **losses._asdict()}
     found = [
         f"{name} of image {_first(values, rows)}"
         for name, values in named.items()
@@ -188,6 +191,8 @@ def rebuild_wandb(run_dir: Path) -> Path:
     Raises:
         InputError: there is nothing to rebuild from, or the run directory is in use or cannot be written.
     """
+    import wandb
+
     config = run_config(run_dir)
     try:
         lines = [_metrics(raw) for raw in read_bounded(run_dir / "metrics.jsonl", MAX_LINES).splitlines()]
@@ -196,15 +201,15 @@ def rebuild_wandb(run_dir: Path) -> Path:
     folder = RunDirectory(run_dir)
     tracking = folder.read("tracking.json") or {}
     folder.close()
-    description = {"config": config.model_dump(mode="json")}
-    tracker = start_wandb(config.tracking, run_dir, config.label(), tracking.get("wandb_id"), description, "offline")
+    options = wandb_options(config.tracking, run_dir, config.label(), tracking.get("wandb_id"), "offline")
+    run = wandb.init(project=config.tracking.project, config={"config": config.model_dump(mode="json")}, **options)
     by_step: dict[int, dict[str, Any]] = {}
     for step, split, figures in lines:
         by_step.setdefault(step, {}).update({f"{split}/{key}": value for key, value in figures.items()})
     for step, values in sorted(by_step.items()):
-        tracker.log(values, step=step)
+        run.log(values, step=step)
     for picture in files_inside(run_dir, "figures", r".*\.png"):
-        tracker.log_images({picture.stem: [str(picture)]})
-    path = Path(tracker.tracker.dir).parent
-    tracker.finish()
+        run.log({picture.stem: wandb.Image(str(picture))})
+    path = Path(run.dir).parent
+    run.finish()
     return path
