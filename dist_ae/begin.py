@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.filesize import decimal
 
-from dist_ae import pca, timeline
+from dist_ae import devices, pca, timeline
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.layout import named
@@ -169,7 +169,7 @@ def _init_from(model: Autoencoder, source: Path) -> None:
     other = run_config(source)
     shape = image_shape(other, source)
     twin = model if other.model.architecture == "own" else blank(other, shape)
-    twin = twin.to(torch.float64 if other.precision == "fp64" else torch.float32)
+    twin = twin.to(devices.weight_type(other.precision))
     weights = saved_weights(source, twin).weights
     own = model.state_dict()
     differing = [

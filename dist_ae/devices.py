@@ -60,6 +60,16 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def exact_type(device: torch.device) -> torch.dtype:
+    """The type of sums over many images."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def weight_type(precision: str) -> torch.dtype:
+    """The type of weights and images; lower precisions are autocast's."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
 def rate_type(device: torch.device, weights: torch.dtype) -> torch.dtype | None:
     """The type of a learning rate that the optimizer's kernels read on the device. None: it stays on the host.
 

@@ -14,7 +14,7 @@ from dist_ae.data.order import share
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.objectives import Model, present, squared_error, terms
-from dist_ae.processes.runtime import Alone
+from dist_ae.processes.runtime import Processes
 from dist_ae.processes.stop import StopRequested
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
@@ -30,7 +30,7 @@ def never() -> bool:
     return False
 
 
-def batches(reader: Reader, batch_size: int, runtime: Alone, stop: Stop) -> Iterator[tuple[range, bool, Tensor]]:
+def batches(reader: Reader, batch_size: int, runtime: Processes, stop: Stop) -> Iterator[tuple[range, bool, Tensor]]:
     """This process's part of each batch of a split: rows, whether they count, and their images.
 
     A thread reads the next ones in the meantime. A process without rows, in a last batch of fewer images than
@@ -51,7 +51,7 @@ def batches(reader: Reader, batch_size: int, runtime: Alone, stop: Stop) -> Iter
 
 
 @torch.no_grad()
-def mean_squared_error(model: Model, reader: Reader, batch_size: int, runtime: Alone, stop: Stop = never) -> float:
+def mean_squared_error(model: Model, reader: Reader, batch_size: int, runtime: Processes, stop: Stop = never) -> float:
     """The squared error per entry of the clean images' reconstructions from the mean code.
 
     Raises:
@@ -74,7 +74,7 @@ def evaluate(
     reader: Reader,
     objective: ObjectiveConfig,
     evaluation: EvaluationConfig,
-    runtime: Alone,
+    runtime: Processes,
     stop: Stop = never,
 ) -> dict[str, float]:
     """Deterministic metrics of a split. Each image counts once, whatever the number of processes.
@@ -172,7 +172,7 @@ def comparable(best: Mapping[str, Any], metric: str, noise_std: float) -> bool:
 
 
 @torch.no_grad()
-def mean_image_error(reader: Reader, batch_size: int, runtime: Alone) -> float | None:
+def mean_image_error(reader: Reader, batch_size: int, runtime: Processes) -> float | None:
     """The squared error per pixel of the best constant image: what a model has to be below to have learned anything.
 
     The mean is that of these very images, so their number, less one, divides. None of fewer than two images, and
@@ -206,7 +206,7 @@ def fixed_epsilon(rows: range, code_shape: Sequence[int], device: torch.device) 
 
 
 def _sums(
-    model: Model, images: Tensor, rows: range, objective: ObjectiveConfig, noise_std: float, runtime: Alone
+    model: Model, images: Tensor, rows: range, objective: ObjectiveConfig, noise_std: float, runtime: Processes
 ) -> tuple[Tensor, Tensor | None]:
     """Sums over the images of ``rows``, float64 where the device has it.
 

@@ -20,7 +20,7 @@ class Guard:
     def __init__(self, optimizers: list[Optimizer], device: torch.device) -> None:
         self.optimizers = optimizers
         self.poisoned = torch.zeros((), device=device)
-        kind = torch.float64 if devices.has_float64(device) else torch.float32
+        kind = devices.exact_type(device)
         self.first_bad_step = torch.full((), -1.0, device=device, dtype=kind)
         self._one = torch.ones((), device=device)
 

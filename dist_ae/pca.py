@@ -17,7 +17,7 @@ from dist_ae.config import Config, InputError
 from dist_ae.data.order import evenly_spaced, share
 from dist_ae.data.reader import Reader
 from dist_ae.models import Autoencoder, Components, pad_to_multiple
-from dist_ae.processes.runtime import Alone
+from dist_ae.processes.runtime import Processes
 from dist_ae.processes.stop import StopRequested
 
 SAMPLE_IMAGES = 65_536  # most images looked at: all of 60,000, a fixed sample of a million
@@ -52,7 +52,7 @@ def patches(images: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def principal_components(
-    reader: Reader, num: int, patch: int | None, runtime: Alone, stop: Callable[[], bool] = lambda: False
+    reader: Reader, num: int, patch: int | None, runtime: Processes, stop: Callable[[], bool] = lambda: False
 ) -> Components:
     """The ``num`` leading principal components of images, or of their patches, on [-1, 1].
 
@@ -83,7 +83,7 @@ def principal_components(
 class _Vectors:
     """The sample's images or patches as rows of a matrix that is never held whole in floating point."""
 
-    def __init__(self, reader: Reader, patch: int | None, runtime: Alone, stop: Callable[[], bool]) -> None:
+    def __init__(self, reader: Reader, patch: int | None, runtime: Processes, stop: Callable[[], bool]) -> None:
         self._patch, self._runtime, self._stop = patch, runtime, stop
         shape = reader.split.images.shape[1:]
         rows = sample_rows(len(reader.split), math.prod(shape))
@@ -168,7 +168,7 @@ class _Vectors:
 
 
 def of_model(
-    model: Autoencoder, reader: Reader, runtime: Alone, stop: Callable[[], bool] = lambda: False
+    model: Autoencoder, reader: Reader, runtime: Processes, stop: Callable[[], bool] = lambda: False
 ) -> Components | None:
     """The components that a model's start and baseline need; None without a linear code, or one of too many numbers."""
     code = model.linear_code()
@@ -209,7 +209,11 @@ def check(config: Config, model: Autoencoder) -> None:
 
 @torch.no_grad()
 def baseline(
-    model: Autoencoder, components: Components, val: Reader, runtime: Alone, stop: Callable[[], bool] = lambda: False
+    model: Autoencoder,
+    components: Components,
+    val: Reader,
+    runtime: Processes,
+    stop: Callable[[], bool] = lambda: False,
 ) -> float:
     """The squared error per pixel on [0, 1] of PCA, or of patch PCA, with as many code values as the model has.
 

@@ -25,7 +25,7 @@ from dist_ae.draws import Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise, psnr
 from dist_ae.models import Autoencoder, Components, Output
 from dist_ae.objectives import present, squared_error, terms
-from dist_ae.processes.runtime import Alone
+from dist_ae.processes.runtime import Processes
 from dist_ae.scores import SAMPLE, in_batches
 from dist_ae.terminal import first_line
 
@@ -86,7 +86,7 @@ def structural_similarity(images: Tensor, reconstructions: Tensor) -> tuple[Tens
 
 @torch.no_grad()
 def by_channel(
-    model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Alone
+    model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Processes
 ) -> dict[str, list[float]]:
     """r2 of each channel (a column of a table, a sensor) of standardized records: ``r2``, and PCA's as ``pca_r2``.
 
@@ -111,7 +111,7 @@ def by_channel(
 
 @torch.no_grad()
 def per_image(
-    model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Alone
+    model: Autoencoder, components: Components | None, reader: Reader, batch_size: int, runtime: Processes
 ) -> PerImage:
     """Error and SSIM of the reconstructions of at most 10,000 evenly spaced images, and those of PCA."""
     rows = evenly_spaced(len(reader.split), SAMPLE)
@@ -141,7 +141,7 @@ def per_image(
 
 @torch.no_grad()
 def denoising(
-    model: Autoencoder, reader: Reader, levels: Sequence[float], subset: int, config: Config, runtime: Alone
+    model: Autoencoder, reader: Reader, levels: Sequence[float], subset: int, config: Config, runtime: Processes
 ) -> dict[float, dict[str, float]]:
     """PSNR in dB of noisy images and of what becomes of them, by the standard deviation of the noise on [0, 1].
 
@@ -206,7 +206,7 @@ def _non_local_means(images: Array, std: float, strength: float) -> Array:
 
 @torch.no_grad()
 def probe(
-    model: Autoencoder, components: Components | None, train: Reader, val: Reader, batch_size: int, runtime: Alone
+    model: Autoencoder, components: Components | None, train: Reader, val: Reader, batch_size: int, runtime: Processes
 ) -> dict[str, float]:
     """Share of labels that a linear map of the code tells, and a linear map of PCA's code, fitted on training images.
 
@@ -245,7 +245,7 @@ def _labels(reader: Reader) -> Array:
 
 
 def _codes(
-    model: Autoencoder, components: Components | None, reader: Reader, rows: Tensor, batch_size: int, runtime: Alone
+    model: Autoencoder, components: Components | None, reader: Reader, rows: Tensor, batch_size: int, runtime: Processes
 ) -> tuple[Tensor, Tensor | None]:
     """Codes of ``rows``, and those of PCA, on every process: [n, L] each."""
     code = model.linear_code()
@@ -266,7 +266,7 @@ def _codes(
 
 
 @torch.no_grad()
-def posterior(model: Autoencoder, reader: Reader, batch_size: int, runtime: Alone) -> Posterior:
+def posterior(model: Autoencoder, reader: Reader, batch_size: int, runtime: Processes) -> Posterior:
     """What each number of a variational code carries, and where its aggregate posterior lies, over all images."""
     size, count = math.prod(model.code_shape), len(reader.split)
     sums = torch.zeros(4, size, dtype=runtime.exact, device=runtime.device)
@@ -290,7 +290,7 @@ def _variational(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def importance_bound(
-    model: Autoencoder, reader: Reader, samples: int, subset: int, config: Config, runtime: Alone
+    model: Autoencoder, reader: Reader, samples: int, subset: int, config: Config, runtime: Processes
 ) -> ImportanceBound:
     """The importance-weighted bound (Burda, Grosse and Salakhutdinov 2016) of at most ``subset`` evenly spaced images.
 
@@ -360,7 +360,7 @@ def feature_network(path: Path) -> nn.Module:
 
 @torch.no_grad()
 def feature_distances(
-    model: Autoencoder, reader: Reader, network: nn.Module, batch_size: int, runtime: Alone
+    model: Autoencoder, reader: Reader, network: nn.Module, batch_size: int, runtime: Processes
 ) -> dict[str, float]:
     """``fid`` and ``kid`` of reconstructions against their images; of a variational model also of as many samples.
 

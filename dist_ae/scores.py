@@ -22,7 +22,7 @@ from dist_ae.data.reader import Reader
 from dist_ae.evaluate import fixed_epsilon
 from dist_ae.models import Autoencoder, Output
 from dist_ae.objectives import present, squared_error, terms
-from dist_ae.processes.runtime import Alone
+from dist_ae.processes.runtime import Processes
 from dist_ae.processes.stop import StopRequested
 
 SCORES = ("error", "neg_elbo", "mahalanobis")
@@ -139,7 +139,7 @@ def score_images(
 
 
 def in_batches(
-    reader: Reader, rows: Tensor, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
+    reader: Reader, rows: Tensor, batch_size: int, runtime: Processes, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[range, Tensor]]:
     """This process's pieces of ``rows``: their places in ``rows``, and the images [B, C, H, W]. Some may be empty.
 
@@ -159,7 +159,7 @@ def in_batches(
 
 @torch.no_grad()
 def code_moments(
-    model: Autoencoder, train: Reader, batch_size: int, runtime: Alone, stop: Callable[[], bool] = lambda: False
+    model: Autoencoder, train: Reader, batch_size: int, runtime: Processes, stop: Callable[[], bool] = lambda: False
 ) -> CodeMoments:
     """Mean and covariance of the codes of at most 10,000 evenly spaced training images, summed over processes.
 
@@ -204,7 +204,7 @@ def calibrate(
     train: Reader,
     normal: Reader,
     config: Config,
-    runtime: Alone,
+    runtime: Processes,
     stop: Callable[[], bool] = lambda: False,
 ) -> Calibration:
     """The moments of the training images' codes, and every score of at most 10,000 evenly spaced held-out images.

@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -77,22 +77,33 @@ def usual_precision() -> Literal["bf16", "fp32"]:
     return "bf16" if devices.multiplies_bf16(device or torch.device("cpu")) else "fp32"
 
 
-class Alone:
-    """One process that belongs to no group: what work that can also be shared needs to know."""
+class Processes(Protocol):
+    """What work that processes share needs to know of them."""
 
-    world, rank, is_main = 1, 0, True
-
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.device, self.dtype = device, dtype
-        self.exact = torch.float64 if devices.has_float64(device) else torch.float32  # type of sums over many images
+    world: int
+    rank: int
+    device: torch.device
+    exact: torch.dtype  # of sums over many images
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
+        ...
+
+
+class Alone:
+    """A single process: rank 0 of 1."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.world, self.rank = 1, 0
+        self.device, self.exact = device, devices.exact_type(device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
         return values
 
 
-class Runtime(Alone):
-    """What a training run needs to know of the processes it is made of."""
+class Runtime:
+    """A process of a training run: its rank, its device, and sums over all processes."""
 
     def __init__(self, config: Config) -> None:
         """Starts (or joins) the process group.
@@ -149,7 +160,8 @@ class Runtime(Alone):
                     ),
                 ],
             )
-        super().__init__(self.accelerator.device, torch.float64 if config.precision == "fp64" else torch.float32)
+        self.device: torch.device = self.accelerator.device
+        self.dtype, self.exact = devices.weight_type(config.precision), devices.exact_type(self.device)
         self.lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)  # autocast's type
         emulates = config.precision == "bf16" and not devices.multiplies_bf16(self.device)
         self.emulates = bool(self.largest(emulates)[0])  # on one process at least, for which the others wait

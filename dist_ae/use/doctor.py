@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_ae import timeline
+from dist_ae import devices, timeline
 from dist_ae.config import InputError, parse
 from dist_ae.data import sources
 from dist_ae.data.reader import Reader
@@ -133,7 +133,7 @@ def replay(run_dir: Path) -> list[str]:
         config = parse(bundle["config"], "nonfinite.json")
         if config.model.architecture == "own":
             raise InputError(f"{run_dir}: its model was made in Python, so --replay cannot make it again")
-        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        dtype = devices.weight_type(config.precision)
         model = blank(config, image_shape(config, run_dir)).to(dtype)
         template = template_of(model.state_dict())
         size = 8 * sum(math.prod(shape) for shape, _ in template.values()) + MAX_HEADER

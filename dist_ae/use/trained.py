@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_ae import devices
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.given import Given, Shapes, Units, blocks, floats, given
@@ -290,7 +291,7 @@ def load(
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")
     run_dir = hub.pull(run_dir) if isinstance(run_dir, str) and run_dir.startswith(hub.PREFIX) else expand(run_dir)
     config = run_config(run_dir)
-    shape, dtype = image_shape(config, run_dir), torch.float64 if config.precision == "fp64" else torch.float32
+    shape, dtype = image_shape(config, run_dir), devices.weight_type(config.precision)
     if config.model.architecture == "own" or model is not None:
         built = build(config, shape, model).to(dtype)
         saved = saved_weights(run_dir, built, which)
