@@ -10,34 +10,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
 from dist_ae.config import Config, InputError, load_config
 from dist_ae.presets import DESCRIPTIONS, PRESETS
 from dist_ae.terminal import EXIT_STOPPED, prepare_streams, rank, say, silence
+from dist_ae.use import commands
+
+if TYPE_CHECKING:
+    from dist_ae.use.anomalies import Scored
+    from dist_ae.use.evaluation import Evaluated
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
-
-PICTURES = "pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's "
-TRUTH = (
-    "Where they lie in normal/ and anomalous/, or in MVTec's folders, "
-    "AUROC, average precision and the ROC are found, too, beside PCA's."
-)
-RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="the run.")]
-Images = Annotated[str | None, tyro.conf.arg(help=f"{PICTURES}validation images.")]
-Which = Annotated[
-    Literal["best", "last"],
-    tyro.conf.arg(help="the best weights by validation, or those of the newest checkpoint."),
-]
-Root = Annotated[
-    Path | None,
-    tyro.conf.arg(
-        name="data.root",  # as `train` spells it
-        help="where the run's data lies here, if elsewhere than where it was trained.",
-    ),
-]
 
 
 def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -96,43 +82,10 @@ def sweep(arguments: list[str]) -> None:
     raise InputError('dist-ae sweep: the sweeps are not installed; pip install "dist-ae[tune]"')
 
 
-def evaluate(
-    run_dir: RunDir,
-    split: Literal["val", "train"] = "val",
-    which: Which = "best",
-    noise_std: float | None = None,
-    batch_size: int | None = None,
-    data_root: Root = None,
-    out: Path | None = None,
-    subset: int = 200,
-    samples: int = 50,
-    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5),
-    features: Path | None = None,
-) -> None:
-    """Says how good a trained run is, beside PCA and classical filters: a table, JSON and one picture.
-
-    It runs on any number of processes.
-
-    Args:
-        split: the images to evaluate on.
-        noise_std: noise of the fixed noisy copy; left out, the run's own setting.
-        batch_size: images at once over all processes; changes no figure.
-        out: .json, with the picture beside it; left out, RUN_DIR/evaluation.json.
-        subset: evenly spaced images for what is slow: denoising, and a variational run's importance-weighted bound.
-        samples: draws K of that bound.
-        noise_levels: noise, on [0, 1] pixels, at which the model denoises beside a median filter and non-local means.
-        features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
-            program: use one that you trust.
-    """
-    from dist_ae.use.evaluation import evaluate_run
-
-    found = evaluate_run(
-        run_dir, split, which, noise_std, batch_size, data_root,
-        out=out, subset=subset, samples=samples, noise_levels=noise_levels, features=features,
-    )  # fmt: skip
+def _show_evaluation(found: Evaluated) -> None:
     if rank() != 0:
         return
-    show(dict(found.metrics))
+    show(found.metrics)
     methods = list(next(iter(found.denoising.values()), {}))
     if methods:
         say("denoising, dB".ljust(16) + "".join(name.rjust(18) for name in methods))
@@ -142,132 +95,17 @@ def evaluate(
         worst = sorted(found.columns, key=lambda name: found.columns[name]["r2"])[:10]
         say("columns with the lowest r2".ljust(34) + "model".rjust(10) + "PCA".rjust(10))
         for name in worst:
-            say(
-                f"  {name[:30]}".ljust(34) + "".join(f"{value:.4f}".rjust(10) for value in found.columns[name].values())
-            )
+            figures = "".join(f"{value:.4f}".rjust(10) for value in found.columns[name].values())
+            say(f"  {name[:30]}".ljust(34) + figures)
     for remark in found.remarks:
         say(remark)
     for path in found.written:
         _written(path)
 
 
-def reconstruct(
-    run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
-) -> None:
-    """Writes what the model makes of images; noisy images come out denoised.
-
-    Args:
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder,
-            a .png for each image; left out, RUN_DIR/reconstructions.npy.
-    """
-    from dist_ae.use import commands
-
-    _written(commands.reconstruct_run(run_dir, images, out, which, data_root))
-
-
-def denoise(
-    run_dir: RunDir,
-    images: Annotated[str | None, tyro.conf.arg(help=f"noisy {PICTURES}validation images with noise added.")] = None,
-    out: Path | None = None,
-    noise_std: float | None = None,
-    which: Which = "best",
-    data_root: Root = None,
-) -> None:
-    """Writes noisy images without their noise: what `reconstruct` makes of them.
-
-    Args:
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png for
-            each image; left out, RUN_DIR/denoised.npy.
-        noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
-            images the run's evaluation.noise_std.
-    """
-    from dist_ae.use import commands
-
-    _written(commands.denoise_run(run_dir, images, out, which, data_root, noise_std))
-
-
-def sample(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> None:
-    """Writes new images from a variational run, decoded from z ~ N(0, I).
-
-    Args:
-        num: how many.
-        seed: the same seed gives the same images.
-        out: .png, or .npy, float32 [num, C, H, W] on [0, 1]; left out, RUN_DIR/samples.png.
-    """
-    from dist_ae.use import commands
-
-    _written(commands.sample_run(run_dir, num, seed, out, which))
-
-
-def interpolate(
-    run_dir: RunDir,
-    pairs: int = 8,
-    steps: int = 10,
-    images: Images = None,
-    out: Path | None = None,
-    which: Which = "best",
-    data_root: Root = None,
-) -> None:
-    """Writes what lies between images: straight lines between the codes of images 0 and 1, 2 and 3, …, decoded.
-
-    Args:
-        pairs: how many pairs of images.
-        steps: images from one reconstruction to the other, both included.
-        out: .png, a row for each pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
-            RUN_DIR/interpolation.png.
-    """
-    from dist_ae.use import commands
-
-    _written(commands.interpolate_run(run_dir, pairs, steps, images, out, which, data_root))
-
-
-def embed(
-    run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
-) -> None:
-    """Writes the codes of images; of a variational run, their means.
-
-    Args:
-        out: .npy, float32 [N, *code shape]; or .csv or .parquet, with the path and label of each image, and x and y,
-            the first two principal components of the codes; left out, RUN_DIR/codes.npy.
-    """
-    from dist_ae.use import commands
-
-    _written(commands.embed_run(run_dir, images, out, which, data_root))
-
-
-def score(
-    run_dir: RunDir,
-    images: Annotated[str | None, tyro.conf.arg(help=f"{PICTURES}validation images. {TRUTH}")] = None,
-    out: Path | None = None,
-    which: Which = "best",
-    data_root: Root = None,
-    score: Literal["error", "neg_elbo", "mahalanobis"] | None = None,
-    quantile: float = 0.99,
-    threshold: float | None = None,
-    maps: Path | None = None,
-    map: Literal["error", "ssim"] = "error",
-) -> None:
-    """Writes how little the model expects each image, and flags what it expects less than its validation images.
-
-    Args:
-        out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv.
-        score: error: squared error per pixel; neg_elbo: nats, of a variational run; mahalanobis: distance of the code
-            from those of training images; left out, neg_elbo of a variational run, else error.
-        quantile: flag above this quantile of the validation images' scores.
-        threshold: flag above this score instead.
-        maps: a folder for heat maps, a .png for each image, all on one scale.
-        map: what they show: the squared error, smoothed, or 1 - SSIM.
-    """
-    import numpy as np
-
-    from dist_ae.use.anomalies import score_run
-
-    found = score_run(
-        run_dir, images, out, which, data_root,
-        score=score, quantile=quantile, threshold=threshold, maps=maps, map_of=map,
-    )  # fmt: skip
+def _show_scores(found: Scored) -> None:
     values = found.scores
-    spread = {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max())}
+    spread = {"min": float(values.min()), "median": float(values.double().quantile(0.5)), "max": float(values.max())}
     show({**{f"{name}.{found.score}": value for name, value in spread.items()}, **found.figures})
     flagged = int(found.flagged.sum())
     say(f"flagged {flagged:,} of {len(values):,}: {found.score} above {found.threshold:.6g}, {found.basis}")
@@ -283,70 +121,11 @@ def score(
     _written(found.path)
 
 
-def export(
-    run_dir: RunDir,
-    out: Path | None = None,
-    which: Which = "best",
-    format: Literal["torch", "onnx", "safetensors"] = "torch",
-    part: Literal["whole", "encoder", "decoder"] = "whole",
-    license: str = "other",
-    push_to_hub: str | None = None,
-) -> None:
-    """Writes the deterministic model for other programs: images on [0, 1] to reconstruction and code.
-
-    Args:
-        out: where to write; left out, model.pt2, model.onnx or the folder export/ in RUN_DIR.
-        format: torch, a .pt2 that needs torch and nothing else; onnx, compared with torch by onnxruntime first;
-            safetensors, a folder with a model card that dist_ae.load takes.
-        part: the whole model, or one half of it.
-        license: licence in the model card, by the Hugging Face Hub's identifiers.
-        push_to_hub: OWNER/NAME to upload the safetensors folder to; dist_ae.load("hf:OWNER/NAME") brings it back.
-    """
-    from dist_ae.saved import run_config
-    from dist_ae.use import commands
-
-    path, address = commands.export_run(run_dir, out, which, format, part, license, push_to_hub)
-    _written(path)
-    shape = run_config(run_dir).model.record_shape
-    given, entry = ("images", "pictures") if shape is None else ("records", "records")
-    results = {"whole": "reconstruction, code", "encoder": "code", "decoder": given}[part]
-    own = "[N, C, H, W] on [0, 1]" if shape is None else f"[N, {', '.join(map(str, shape))}] in their own units"
-    what = "float32 codes" if part == "decoder" else f"float32 {own}"
-    given, entry = ("code", "code") if part == "decoder" else (given, entry)
-    name = str(path)
-    how = {
-        "torch": f"{results} = torch.export.load({name!r}).module()({given})  # {what}, any N",
-        "onnx": f"onnxruntime.InferenceSession({name!r}).run(None, {{{entry!r}: {given}}})  # {what}, any N",
-        "safetensors": f"model = dist_ae.load({name!r})",
-    }[format]
-    say(f"load it: {how}")
-    if address is not None:
-        say(f"uploaded: {address}")
-
-
-def explore(
-    run_dir: RunDir,
-    images: Images = None,
-    out: Path | None = None,
-    num: int = 10_000,
-    runtime: Path | None = None,
-    which: Which = "best",
-    data_root: Root = None,
-) -> None:
-    """Writes one page about a run, which needs no network.
-
-    It shows a map of images by their codes, neighbours, best and worst reconstructions, directions of the code, and
-    lines between images.
-
-    Args:
-        out: .html; left out, RUN_DIR/explore.html.
-        num: most images on the map.
-        runtime: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the decoder of
-            a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
-    """
-    from dist_ae.use import commands
-
-    _written(commands.explore_run(run_dir, images, out, num, runtime, which, data_root))
+def _show_export(made: commands.ExportedTo) -> None:
+    _written(made.path)
+    say(f"load it: {made.how}")
+    if made.address is not None:
+        say(f"uploaded: {made.address}")
 
 
 def _written(path: Path) -> None:
@@ -470,10 +249,20 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
         say(f"picture: {path}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "evaluate": evaluate, "reconstruct": reconstruct, "denoise": denoise, "sample": sample, "interpolate": interpolate,
-    "embed": embed, "score": score, "export": export, "explore": explore, "pack": pack, "doctor": doctor,
-}  # fmt: skip
+# Each command's function, and what shows its result.
+COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], None]]] = {
+    "evaluate": (commands.evaluate_run, _show_evaluation),
+    "reconstruct": (commands.reconstruct_run, _written),
+    "denoise": (commands.denoise_run, _written),
+    "sample": (commands.sample_run, _written),
+    "interpolate": (commands.interpolate_run, _written),
+    "embed": (commands.embed_run, _written),
+    "score": (commands.score_run, _show_scores),
+    "export": (commands.export_run, _show_export),
+    "explore": (commands.explore_run, _written),
+    "pack": (pack, lambda _: None),
+    "doctor": (doctor, lambda _: None),
+}
 
 
 def main() -> None:
@@ -489,14 +278,19 @@ def main() -> None:
         elif arguments and arguments[0] in COMMANDS:
             if rank() != 0 and arguments[0] != "evaluate":
                 return  # a launcher started several, and one is enough
-            tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"dist-ae {arguments[0]}")
+            command, show_result = COMMANDS[arguments[0]]
+            show_result(tyro.cli(command, args=arguments[1:], prog=f"dist-ae {arguments[0]}"))
         elif arguments == ["--version"]:
             from dist_ae import __version__
 
             say(__version__)
         else:
             tyro.extras.subcommand_cli_from_dict(
-                {"train": _train_help, "sweep": _sweep_help, **COMMANDS},
+                {
+                    "train": _train_help,
+                    "sweep": _sweep_help,
+                    **{name: command for name, (command, _) in COMMANDS.items()},
+                },
                 args=arguments,
                 prog="dist-ae",
                 description="Trains and uses autoencoders.",

@@ -153,7 +153,7 @@ def test_onnxruntime_gives_the_model_s_results_for_any_number_of_images(
     wanted = {"whole": [model.reconstruct(IMAGES[:7]), codes], "encoder": [codes], "decoder": [model.decode(codes)]}
     part: Any
     for part, expected in wanted.items():
-        path, _ = commands.export_run(trained / name, tmp_path / f"{part}.onnx", format="onnx", part=part)
+        path, *_ = commands.export_run(trained / name, tmp_path / f"{part}.onnx", format="onnx", part=part)
         given = codes.numpy() if part == "decoder" else images
         session = onnxruntime.InferenceSession(path)
         for ours, theirs in zip(expected, session.run(None, {session.get_inputs()[0].name: given}), strict=True):
@@ -163,7 +163,7 @@ def test_onnxruntime_gives_the_model_s_results_for_any_number_of_images(
 def test_an_exported_folder_loads_as_its_run_and_its_card_holds_the_run_s_figures(
     trained: Path, tmp_path: Path
 ) -> None:
-    folder, _ = commands.export_run(trained / "vae", tmp_path / "out", format="safetensors", license="cc-by-4.0")
+    folder, *_ = commands.export_run(trained / "vae", tmp_path / "out", format="safetensors", license="cc-by-4.0")
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "reconstructions.png"
     }  # fmt: skip
@@ -184,7 +184,7 @@ def test_a_card_s_figures_are_those_of_the_exported_weights(tmp_path: Path) -> N
     values = {**SMALL, "train.steps": 40, "train.eval_every": 5, "optim.lr": 0.5, "optim.schedule": "constant"}
     result = dist_ae.train(PRESETS["ae"].override({**values, "run_dir": str(tmp_path / "run")}))
     assert result.best_step < 40
-    folder, _ = commands.export_run(tmp_path / "run", tmp_path / "out", format="safetensors")
+    folder, *_ = commands.export_run(tmp_path / "run", tmp_path / "out", format="safetensors")
     found = re.search(r"\| `val.mse` \| (.*) \|", (folder / "README.md").read_text())
     assert found and float(found[1]) == pytest.approx(float(dist_ae.load(folder).score(IMAGES).mean()), rel=1e-4)
 
@@ -193,7 +193,7 @@ def test_a_run_whose_result_cannot_be_read_is_exported_as_unfinished(trained: Pa
     run_dir = tmp_path / "run"
     shutil.copytree(trained / "ae", run_dir)
     (run_dir / "result.json").write_text("{")
-    folder, _ = commands.export_run(run_dir, tmp_path / "out", format="safetensors")
+    folder, *_ = commands.export_run(run_dir, tmp_path / "out", format="safetensors")
     assert "| steps | unfinished |" in (folder / "README.md").read_text()
 
 
@@ -213,7 +213,7 @@ def test_an_uploaded_model_comes_back_from_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hub / name))
-    _, address = commands.export_run(
+    *_, address = commands.export_run(
         trained / "ae", tmp_path / "out", format="safetensors", push_to_hub="someone/digits"
     )
     assert address == "https://huggingface.co/someone/digits"

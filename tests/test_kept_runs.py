@@ -14,8 +14,8 @@ from conftest import HERE, relative_difference, run, weights
 import dist_ae
 from dist_ae.config import Config, InputError
 from dist_ae.presets import PRESETS
+from dist_ae.use.commands import evaluate_run
 from dist_ae.use.doctor import examine
-from dist_ae.use.evaluation import evaluate_run
 
 KEPT = HERE / "kept"
 

@@ -281,7 +281,7 @@ def test_a_table_goes_through_every_use_in_its_own_units_and_names(run: Path, tm
     seen = rows(commands.reconstruct_run(run, source, tmp_path / "seen.csv"))
     own = dist_ae.load(run).reconstruct(data.data)
     assert float(seen[5]["mean area"]) == pytest.approx(float(own[5, 3]), rel=1e-5)
-    from dist_ae.use.anomalies import score_run
+    from dist_ae.use.commands import score_run
 
     odd = data.data[:50].copy()
     odd[7, 3] = 1e5  # an area that no cell has
@@ -321,13 +321,13 @@ def test_an_exported_table_takes_and_gives_its_own_units(run: Path, tmp_path: Pa
     import onnxruntime
 
     data = load_breast_cancer().data[:9].astype(np.float32)
-    path, _ = commands.export_run(run, tmp_path / "model.onnx", format="onnx")
+    path, *_ = commands.export_run(run, tmp_path / "model.onnx", format="onnx")
     seen, code = onnxruntime.InferenceSession(path).run(None, {"records": data})
     model = dist_ae.load(run)
     scale = load_breast_cancer().data.std(0)
     assert np.abs((seen - model.reconstruct(data).numpy()) / scale).max() < 1e-3
     assert np.abs(code - model.embed(data).numpy()).max() < 1e-3
-    folder, _ = commands.export_run(run, tmp_path / "folder", format="safetensors")
+    folder, *_ = commands.export_run(run, tmp_path / "folder", format="safetensors")
     assert torch.equal(dist_ae.load(folder).reconstruct(data), model.reconstruct(data))
 
 

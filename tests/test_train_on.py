@@ -75,7 +75,7 @@ def test_weights_of_another_likelihood_fit_and_those_of_another_shape_are_refuse
 def test_an_exported_folder_serves_as_a_start(source: Path, tmp_path: Path) -> None:
     from dist_ae.use.commands import export_run
 
-    folder, _ = export_run(source, tmp_path / "out", format="safetensors")
+    folder, *_ = export_run(source, tmp_path / "out", format="safetensors")
     trained(tmp_path / "run", init_from=folder, optim__lr=1e-30, train__steps=1)
     best, found = dist_ae.load(source).model.state_dict(), weights(tmp_path / "run")
     assert all(torch.equal(found[name], best[name]) for name in best)

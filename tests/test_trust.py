@@ -40,8 +40,7 @@ from dist_ae.presets import PRESETS
 from dist_ae.run.checkpoint import parse_tensors
 from dist_ae.scores import Calibration
 from dist_ae.use import commands, doctor
-from dist_ae.use.anomalies import score_run
-from dist_ae.use.evaluation import evaluate_run
+from dist_ae.use.commands import evaluate_run, score_run
 
 TRAINED: dict[str, Any] = {}
 IMAGES = np.zeros((3, 1, 8, 8), np.uint8)

@@ -20,7 +20,7 @@ import dist_ae
 from dist_ae import InputError
 from dist_ae.data import sources
 from dist_ae.presets import PRESETS
-from dist_ae.use import anomalies, evaluation
+from dist_ae.use import commands
 from dist_ae.use.doctor import examine
 
 pytestmark = pytest.mark.slow
@@ -113,7 +113,7 @@ def test_the_kept_thresholds_are_the_same_on_any_number_of_processes(tmp_path: P
 def test_a_run_that_kept_no_threshold_finds_it_in_its_data_or_says_what_to_do(runs: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(HERE / "kept" / "first-stage-ae", tmp_path / "old"))
     scores = dist_ae.load(old).score(VAL)
-    found = anomalies.score_run(old)
+    found = commands.score_run(old)
     assert found.threshold == pytest.approx(float(np.quantile(scores, 0.99, method="inverted_cdf")), rel=1e-5)
     assert len(list((old / "calibration").iterdir())) == 1 and "297 validation images" in found.basis
 
@@ -122,8 +122,8 @@ def test_a_run_that_kept_no_threshold_finds_it_in_its_data_or_says_what_to_do(ru
     np.save(tmp_path / "val.npy", VAL)
     for score in (None, "mahalanobis"):
         with pytest.raises(InputError, match=r"no threshold was kept.*handed over from Python.*--threshold"):
-            anomalies.score_run(bare, tmp_path / "val.npy", tmp_path / "s.csv", score=score)
-    found = anomalies.score_run(bare, tmp_path / "val.npy", tmp_path / "s.csv", threshold=0.02)
+            commands.score_run(bare, tmp_path / "val.npy", tmp_path / "s.csv", score=score)
+    found = commands.score_run(bare, tmp_path / "val.npy", tmp_path / "s.csv", threshold=0.02)
     assert found.threshold == 0.02 and found.basis == "as given"
     model = dist_ae.load(bare)
     model.calibrate(*NORMAL)
@@ -197,7 +197,7 @@ def test_score_writes_paths_scores_and_flags_and_a_picture(runs: Path, folders: 
     assert f"flagged {sum(flagged)} of {len(scores)}: neg_elbo above" in out and "auroc" not in out
     assert (tmp_path / "s-extremes.png").stat().st_size > 5000 and not (tmp_path / "s-roc.png").exists()
     parquet = pytest.importorskip("pyarrow.parquet")
-    anomalies.score_run(runs / "vae", normal, tmp_path / "s.parquet", score="error", quantile=0.5)
+    commands.score_run(runs / "vae", normal, tmp_path / "s.parquet", score="error", quantile=0.5)
     half = parquet.read_table(tmp_path / "s.parquet").to_pydict()
     assert set(half["flagged"]) == {True, False}
 
@@ -208,7 +208,7 @@ def test_folders_with_the_truth_give_auroc_and_average_precision_beside_pca(
     runs: Path, folders: Path, tmp_path: Path, layout: str
 ) -> None:
     spoilt = runs / "spoilt"  # its data can be loaded again, so PCA can stand beside
-    found = anomalies.score_run(spoilt, folders / layout, tmp_path / "s.csv", which="best")
+    found = commands.score_run(spoilt, folders / layout, tmp_path / "s.csv", which="best")
     written = table(tmp_path / "s.csv")
     truth = [int(value) for value in written["anomalous"]]
     scores = [float(value) for value in written["score"]]
@@ -224,7 +224,7 @@ def test_folders_with_the_truth_give_auroc_and_average_precision_beside_pca(
     assert found.figures["pca.auroc"] == pytest.approx(roc_auc_score(LABELS == ODD, linear), abs=1e-3)
     assert (tmp_path / "s-roc.png").stat().st_size > 5000 and not found.remarks
     # A run whose data is not there says that PCA is missing, and why.
-    memory = anomalies.score_run(runs / "ae", folders / layout, tmp_path / "m.csv")
+    memory = commands.score_run(runs / "ae", folders / layout, tmp_path / "m.csv")
     assert "pca.auroc" not in memory.figures and memory.figures["auroc"] > 0.7
     assert "no PCA beside" in memory.remarks[0]
 
@@ -240,7 +240,7 @@ def test_heat_maps_are_on_one_scale_and_show_where_an_image_differs(
         if index == 5:
             image[5:, 5:] = 255 - image[5:, 5:]
         Image.fromarray(image).save(folder / f"{index}.png")
-    anomalies.score_run(runs / "ae", folder, tmp_path / "s.csv", maps=tmp_path / "maps", map_of=kind)
+    commands.score_run(runs / "ae", folder, tmp_path / "s.csv", maps=tmp_path / "maps", map=kind)
     pictures = [np.asarray(Image.open(tmp_path / "maps" / f"{index}.png")).astype(int) for index in range(6)]
     bars = [picture[:214, 600:] for picture in pictures]  # colour bar and its numbers, right of three panels
     assert all(np.array_equal(bar, bars[0]) for bar in bars) and bars[0].std() > 10
@@ -272,7 +272,7 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence(runs: Path, folders: P
         (tmp_path / "half", {"threshold": float("nan")}, "--threshold"),
     ):
         with pytest.raises(InputError, match=expected):
-            anomalies.score_run(runs / "spoilt", images, tmp_path / "s.csv", **more)
+            commands.score_run(runs / "spoilt", images, tmp_path / "s.csv", **more)
     status, out, err = command("score", runs / "spoilt", "--images", tmp_path / "half", "--out", tmp_path / "s.csv")
     assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and not out, err
     assert sorted(tmp_path.rglob("*")) == before
@@ -314,7 +314,7 @@ def test_evaluate_says_what_a_direct_computation_says(runs: Path, tmp_path: Path
     from dist_ae.evaluate import fixed_noise
     from dist_ae.quality import structural_similarity
 
-    found = evaluation.evaluate_run(runs / "spoilt", which="best", out=tmp_path / "e.json", noise_levels=(0.3,))
+    found = commands.evaluate_run(runs / "spoilt", which="best", out=tmp_path / "e.json", noise_levels=(0.3,))
     model = dist_ae.load(runs / "spoilt", "best")
     clean = torch.from_numpy(VAL).float() / 255
     restored = model.model(clean).reconstruction
@@ -367,7 +367,7 @@ def test_the_importance_weighted_bound_is_exact_where_the_posterior_is(tmp_path:
     linear = {"objective.likelihood": "gaussian", "objective.sigma": "learned", "model.start": "pca"}
     settings = {**SMALL, **linear, "model.hidden_dims": (), "model.latent_dim": 5, "train.steps": 1, "optim.lr": 1e-9}
     dist_ae.train(PRESETS["vae"].override({**settings, "run_dir": tmp_path / "run"}))
-    found = evaluation.evaluate_run(tmp_path / "run", subset=1000, samples=3, noise_levels=(0.3,)).metrics
+    found = commands.evaluate_run(tmp_path / "run", subset=1000, samples=3, noise_levels=(0.3,)).metrics
     model: Any = dist_ae.load(tmp_path / "run").model
     weight, bias = model.to_pixels.weight.double(), model.to_pixels.bias.double()  # on [-1, 1]
     sigma = 2 * float(model.log_sigma.exp())
@@ -382,14 +382,14 @@ def test_the_importance_weighted_bound_is_exact_where_the_posterior_is(tmp_path:
 def test_more_samples_tighten_the_bound_and_collapse_is_named(runs: Path, tmp_path: Path) -> None:
     collapsed = {"objective.beta": 1000.0, "train.steps": 60, "run_dir": tmp_path / "run"}
     dist_ae.train(PRESETS["vae"].override({**SMALL, **collapsed}))
-    found = evaluation.evaluate_run(tmp_path / "run", samples=2)
+    found = commands.evaluate_run(tmp_path / "run", samples=2)
     assert any("posterior collapse" in remark for remark in found.remarks)
     assert found.metrics["val.neg_iw_bound"] == pytest.approx(found.metrics["val.subset_neg_elbo"], rel=0.01)
 
     settings = {**SMALL, "train.steps": 150, "optim.lr": 0.01, "objective.likelihood": "discretized"}
     settings |= {"objective.sigma": "learned", "run_dir": tmp_path / "bits"}
     dist_ae.train(PRESETS["vae"].override(settings))
-    bounds = [evaluation.evaluate_run(tmp_path / "bits", samples=samples).metrics for samples in (1, 50)]
+    bounds = [commands.evaluate_run(tmp_path / "bits", samples=samples).metrics for samples in (1, 50)]
     assert bounds[0]["val.neg_iw_bound"] == pytest.approx(bounds[0]["val.subset_neg_elbo"])
     assert bounds[1]["val.neg_iw_bound"] < bounds[1]["val.subset_neg_elbo"] - 0.1
     bits = bounds[1]["val.neg_iw_bound"] / 64 / np.log(2)
@@ -409,7 +409,7 @@ def test_fid_is_that_of_the_given_network_s_features(runs: Path, tmp_path: Path)
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and what the files of such networks are written with
         torch.jit.trace(Network(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).save(tmp_path / "network.pt")
     model = dist_ae.load(runs / "spoilt", "best")
-    found = evaluation.evaluate_run(
+    found = commands.evaluate_run(
         runs / "spoilt", which="best", out=tmp_path / "e.json", features=tmp_path / "network.pt"
     ).metrics
     restored = (model.reconstruct(VAL) * 255).round() / 255
@@ -422,14 +422,14 @@ def test_fid_is_that_of_the_given_network_s_features(runs: Path, tmp_path: Path)
     (tmp_path / "text.pt").write_text("no network")
     for path, expected_words in ((tmp_path / "none.pt", "no such file"), (tmp_path / "text.pt", "not a TorchScript")):
         with pytest.raises(InputError, match=expected_words):
-            evaluation.evaluate_run(runs / "spoilt", features=path)
+            commands.evaluate_run(runs / "spoilt", features=path)
 
 
 def test_evaluate_says_plainly_what_is_missing_and_refuses_what_is_wrong(runs: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "wide.npz", train=np.zeros((40, 1, 9), np.uint8) + 7, val=np.zeros((40, 1, 9), np.uint8))
     settings = {"data.name": f"array:{tmp_path / 'wide.npz'}", "train.batch_size": 8, "train.steps": 3}
     dist_ae.train(PRESETS["ae"].override({**SMALL, **settings, "model.start": "random", "run_dir": tmp_path / "wide"}))
-    found = evaluation.evaluate_run(tmp_path / "wide")
+    found = commands.evaluate_run(tmp_path / "wide")
     said = " ".join(found.remarks)
     assert "no linear probe" in said and "no FID" in said and "val.ssim" not in found.metrics  # one pixel high
     for more, expected in (
@@ -437,6 +437,6 @@ def test_evaluate_says_plainly_what_is_missing_and_refuses_what_is_wrong(runs: P
         ({"out": tmp_path / "e.txt"}, "ends in .json"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=expected):
-            evaluation.evaluate_run(runs / "spoilt", **more)
+            commands.evaluate_run(runs / "spoilt", **more)
     with pytest.raises(InputError, match="handed over from Python"):
-        evaluation.evaluate_run(runs / "ae")
+        commands.evaluate_run(runs / "ae")

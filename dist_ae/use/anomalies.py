@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +14,17 @@ from torch import Tensor
 
 from dist_ae import pca
 from dist_ae.config import InputError
-from dist_ae.data import sources
 from dist_ae.data.given import Given, blocks, file_names, floats, picked
-from dist_ae.data.pictures import shown
 from dist_ae.data.reader import Reader
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Array, Dataset
 from dist_ae.processes.runtime import Alone
 from dist_ae.quality import structural_similarity
-from dist_ae.saved import Which
-from dist_ae.scores import check_score
-from dist_ae.use.trained import TrainedModel, images_of, load
+from dist_ae.use.trained import TrainedModel
 from dist_ae.use.write import (
     SHOWN,
-    destination,
-    reads_of,
     with_ending,
-    write_array,
     write_into,
-    write_table,
     write_whole,
 )
 
@@ -167,76 +158,7 @@ class Scored:
         return self.scores > self.threshold
 
 
-def score_run(
-    run_dir: Path,
-    images: Path | str | None = None,
-    out: Path | None = None,
-    which: Which = "best",
-    data_root: Path | None = None,
-    *,
-    score: str | None = None,
-    quantile: float = 0.99,
-    threshold: float | None = None,
-    maps: Path | None = None,
-    map_of: Literal["error", "ssim"] = "error",
-) -> Scored:
-    """Writes scores, which are high where the model expects an image little.
-
-    They go to .csv or .parquet with path, score and whether the image is flagged, or to .npy, float32 [N]. A picture of
-    the highest and the lowest stands beside it. Where the images lie in ``normal/`` and ``anomalous/``, or in MVTec's
-    folders, it also finds AUROC and average precision, those of PCA, and draws the ROC.
-
-    Args:
-        score: as in ``TrainedModel.score``.
-        quantile: of the scores of the run's validation images. An image that scores above it is flagged.
-        threshold: flag above this score instead.
-        maps: a folder for heat maps, a .png for each image.
-        map_of: what the heat maps show.
-    """
-    trained = load(run_dir, which)
-    trained.config = sources.located(trained.config, data_root)
-    name = check_score(trained.model, score)
-    if threshold is not None and not math.isfinite(threshold):
-        raise InputError(f"--threshold: expected a score, got {threshold}")
-    reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=(EXTREMES, ROC))
-    if maps is not None and trained.config.model.record_shape is not None:
-        raise InputError("--maps: heat maps are of images; the table of scores names the columns that are odd")
-    if maps is not None:
-        maps = destination(reads, run_dir, maps, "", ("",), "--maps")
-    what = shown(os.fspath(images)) if images is not None else "the run's validation images"
-    limit = trained.threshold(quantile, name) if threshold is None else threshold
-    basis = "as given"
-    remarks: list[str] = []
-    if threshold is None:
-        count = len(trained.calibration().scores[name])
-        basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
-        if count * (1 - quantile) < 1:
-            remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
-    one = images_of(trained, images)
-    truth = truth_of(one.names, what)
-    scores = trained.score(one, score=name)
-
-    columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit}
-    shape = trained.config.model.record_shape
-    if shape is not None and len(shape) == 1 and name != "mahalanobis" and out.suffix != ".npy":
-        columns |= _odd_columns(trained, one)
-    if truth is not None:
-        columns["anomalous"] = torch.from_numpy(truth)
-    path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, one, columns)
-    pictures = [] if shape is not None else [_draw_extremes(out, one, scores, name, limit, basis)]
-    figures: dict[str, float] = {}
-    if truth is not None:
-        figures, picture, more = _judge(trained, one, truth, scores, name, out)
-        pictures.append(picture)
-        remarks += more
-    if maps is not None:
-        pictures.append(_write_maps(trained, one, scores, name, limit, maps, map_of, reads))
-    names = None if one.names is None else [shown(each) for each in one.names]
-    return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
-
-
-def _odd_columns(trained: TrainedModel, one: Given) -> dict[str, list[str]]:
+def odd_columns(trained: TrainedModel, one: Given) -> dict[str, list[str]]:
     """The columns that contribute most to the error of each row, largest first: ``odd_1`` to ``odd_3``."""
     names = trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
     most = min(ODD_COLUMNS, len(names))
@@ -244,7 +166,7 @@ def _odd_columns(trained: TrainedModel, one: Given) -> dict[str, list[str]]:
     return {f"odd_{rank + 1}": [names[place] for place in places[:, rank].tolist()] for rank in range(most)}
 
 
-def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
+def draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
     order = scores.argsort(descending=True, stable=True)
     count = min(SHOWN, len(order))
     places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
@@ -262,7 +184,7 @@ def _draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: floa
     return write_whole(with_ending(out, EXTREMES), draw)
 
 
-def _judge(
+def judge(
     trained: TrainedModel, one: Given, truth: Array, scores: Tensor, name: str, out: Path
 ) -> tuple[dict[str, float], Path, list[str]]:
     """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and remarks on them."""
@@ -296,7 +218,7 @@ def _judge(
     return figures, write_whole(with_ending(out, ROC), draw), remarks
 
 
-def _write_maps(
+def write_maps(
     trained: TrainedModel,
     one: Given,
     scores: Tensor,

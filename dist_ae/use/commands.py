@@ -1,149 +1,209 @@
-"""The commands that apply a trained run to images, or to its own validation images.
+"""What can be done with a trained run: the functions behind the commands, as tyro and Python call them.
 
-Each loads a run, applies its model, writes, and returns the path. All raise InputError for a run that does not exist;
-for images that are missing, unreadable or do not fit the model; and for a place that cannot be written.
+Each loads a run, applies its model, writes, and returns what it wrote. All raise InputError for a run that does not
+exist; for images that are missing, unreadable or do not fit the model; and for a place that cannot be written. What
+needs torch is imported inside, so that help comes at once.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
+import tyro
 
-from dist_ae.config import InputError
-from dist_ae.data import sources
-from dist_ae.data.given import Given, blocks, file_names, floats, picked
-from dist_ae.data.pictures import expand, shown
-from dist_ae.data.reads import Reads
-from dist_ae.evaluate import fixed_noise
-from dist_ae.saved import Which
-from dist_ae.use import export, hub
-from dist_ae.use.explore import explore_page, plane
-from dist_ae.use.explore_records import records_page
-from dist_ae.use.trained import TrainedModel, images_of, load
-from dist_ae.use.write import (
-    SHOWN,
-    destination,
-    reads_of,
-    write_array,
-    write_folder,
-    write_images,
-    write_into,
-    write_table,
-    write_whole,
-)
+from dist_ae.errors import InputError
 
-TABLES = (".csv", ".parquet")
+if TYPE_CHECKING:
+    from dist_ae.use.anomalies import Scored
+    from dist_ae.use.evaluation import Evaluated
+
 TILES = 100  # most rows or columns of a picture: more images are too many to look at, and take megabytes
 SAMPLE_COLUMNS = 8
 
+PICTURES = "pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's "
+TRUTH = (
+    "If the images lie in normal/ and anomalous/ (or in MVTec's folders), "
+    "AUROC, average precision and the ROC are reported, with PCA for comparison."
+)
+RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="the run.")]
+Images = Annotated[str | Path | None, tyro.conf.arg(metavar="IMAGES", help=f"{PICTURES}validation images.")]
+Noisy = Annotated[
+    str | Path | None,
+    tyro.conf.arg(metavar="IMAGES", help=f"noisy {PICTURES}validation images with noise added."),
+]
+Scorable = Annotated[str | Path | None, tyro.conf.arg(metavar="IMAGES", help=f"{PICTURES}validation images. {TRUTH}")]
+Which = Annotated[
+    Literal["best", "last"],
+    tyro.conf.arg(help="the best weights by validation, or those of the newest checkpoint."),
+]
+Root = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        name="data.root",  # as `train` spells it
+        help="where the run's data lies here, if elsewhere than where it was trained.",
+    ),
+]
+Format = Literal["torch", "onnx", "safetensors"]
+Part = Literal["whole", "encoder", "decoder"]
+
+
+def evaluate_run(
+    run_dir: RunDir,
+    split: Literal["val", "train"] = "val",
+    which: Which = "best",
+    noise_std: float | None = None,
+    batch_size: int | None = None,
+    data_root: Root = None,
+    out: Path | None = None,
+    subset: int = 200,
+    samples: int = 50,
+    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5),
+    features: Path | None = None,
+) -> Evaluated:
+    """Says how good a trained run is, beside PCA and classical filters: a table, JSON and one picture.
+
+    It runs on any number of processes.
+
+    Args:
+        split: the images to evaluate on.
+        noise_std: noise of the fixed noisy copy; left out, the run's own setting.
+        batch_size: images at once over all processes; changes no figure.
+        out: .json, with the picture beside it; left out, RUN_DIR/evaluation.json.
+        subset: evenly spaced images for what is slow: denoising, and a variational run's importance-weighted bound.
+        samples: draws K of that bound.
+        noise_levels: noise, on [0, 1] pixels, at which the model denoises beside a median filter and non-local means.
+        features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
+            program: use one that you trust.
+    """
+    from dataclasses import replace
+
+    from dist_ae import pca, quality
+    from dist_ae.data import sources
+    from dist_ae.data.pictures import expand
+    from dist_ae.data.reader import Reader
+    from dist_ae.data.records import at_once
+    from dist_ae.evaluate import evaluate
+    from dist_ae.processes.environment import launched_world, pinned_torch
+    from dist_ae.processes.runtime import Runtime, check_device
+    from dist_ae.saved import run_config
+    from dist_ae.use.evaluation import assess, write_evaluation
+    from dist_ae.use.trained import load
+    from dist_ae.use.write import destination, reads_of
+
+    config = sources.located(run_config(run_dir), data_root)
+    changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size}
+    # The run's batch plan and precision are about training; every figure is of the float32 (or float64) model.
+    precision = {"precision": "fp64" if config.precision == "fp64" else "fp32"}
+    config = config.override({**{key: value for key, value in changes.items() if value is not None}, **precision})
+    check_device(config)
+    for name, value in (("--subset", subset), ("--samples", samples)):
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    for level in noise_levels:
+        if not 0 < level <= 1:
+            raise InputError(f"--noise-levels: expected standard deviations on [0, 1] pixels above 0, got {level}")
+    network = None if features is None else quality.feature_network(expand(features))
+    trained = load(run_dir, which)
+    trained.config = config
+    reads = reads_of(run_dir, trained, None, features)
+    target = destination(reads, run_dir, out, "evaluation.json", (".json",), beside=(".png",))
+    dataset = trained.dataset()
+    batch = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
+    config = config.override({"evaluation.batch_size": batch})
+    with pinned_torch(config.precision):
+        runtime = Runtime(config)
+        try:
+            raw = trained.model.to(runtime.device, runtime.dtype)
+            model = runtime.accelerator.prepare_model(raw, evaluation_mode=True)
+            train, val = (Reader(part, runtime.device, runtime.dtype) for part in (dataset.train, dataset.val))
+            reader = train if split == "train" else val
+            metrics = evaluate(model, reader, config.objective, config.evaluation, runtime)
+            components = pca.of_model(raw, train, runtime)
+            if components is not None:
+                metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
+            levels = sorted({*noise_levels, *([config.evaluation.noise_std] if config.evaluation.noise_std else [])})
+            found = assess(raw, components, train, reader, metrics, levels, subset, samples, network, config, runtime)
+            if runtime.is_main:
+                run = f"{run_dir.name or run_dir}, {split}, step {trained.source[1] if trained.source else '?'}"
+                found = write_evaluation(found, run, split, target, lenient=out is None)
+            else:
+                found = replace(found, metrics={f"{split}.{name}": value for name, value in found.metrics.items()})
+            return found
+        finally:
+            runtime.close()
+
 
 def reconstruct_run(
-    run_dir: Path,
-    images: Path | str | None = None,
-    out: Path | None = None,
-    which: Which = "best",
-    data_root: Path | None = None,
+    run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
 ) -> Path:
-    """Writes reconstructions.
+    """Writes what the model makes of images; noisy images come out denoised.
 
-    ``out`` is .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a
-    folder, a .png for each image. Records that are no images go to .npy, and rows of tables also to .csv or .parquet,
-    in their own units.
+    Args:
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder,
+            a .png for each image; left out, RUN_DIR/reconstructions.npy.
     """
+    from dist_ae.data import sources
+    from dist_ae.use.reconstructions import forms, write_reconstructions
+    from dist_ae.use.trained import images_of, load
+    from dist_ae.use.write import destination, reads_of
+
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, *_forms(trained, "reconstructions"))
+    out = destination(reads, run_dir, out, *forms(trained, "reconstructions"))
     one = images_of(trained, images)
-    return _write_reconstructions(trained, one, out, reads, "original", "reconstruction")
+    return write_reconstructions(trained, one, out, reads, "original", "reconstruction")
 
 
 def denoise_run(
-    run_dir: Path,
-    images: Path | str | None = None,
+    run_dir: RunDir,
+    images: Noisy = None,
     out: Path | None = None,
-    which: Which = "best",
-    data_root: Path | None = None,
     noise_std: float | None = None,
+    which: Which = "best",
+    data_root: Root = None,
 ) -> Path:
-    """Writes noisy images denoised, in the forms of ``reconstruct_run``.
+    """Writes noisy images without their noise: what `reconstruct` makes of them.
 
     Args:
-        noise_std: noise to add first, on [0, 1] pixels or in standard deviations. None adds none to ``images``, and to
-            validation images as much as an evaluation does.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png for
+            each image; left out, RUN_DIR/denoised.npy.
+        noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
+            images the run's evaluation.noise_std.
     """
+    from dist_ae.data import sources
+    from dist_ae.use.reconstructions import forms, write_reconstructions
+    from dist_ae.use.trained import images_of, load
+    from dist_ae.use.write import destination, reads_of
+
     trained = load(run_dir, which)
     most = 1 if trained.model.units_scale is None else 100
     if noise_std is not None and not 0 <= noise_std <= most:
         raise InputError(f"--noise-std: expected a standard deviation from 0 to {most}, got {noise_std}")
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, *_forms(trained, "denoised"))
+    out = destination(reads, run_dir, out, *forms(trained, "denoised"))
     one = images_of(trained, images)
     if noise_std is None and images is None:
         noise_std = trained.config.evaluation.noise_std
-    return _write_reconstructions(trained, one, out, reads, "noisy", "denoised", noise_std or 0.0)
+    return write_reconstructions(trained, one, out, reads, "noisy", "denoised", noise_std or 0.0)
 
 
-def _forms(trained: TrainedModel, name: str) -> tuple[str, tuple[str, ...]]:
-    """Where reconstructions go by default, and the endings of all forms that they can have."""
-    shape = trained.config.model.record_shape
-    if shape is None:
-        return f"{name}.npy", (".npy", ".png", "")
-    return (f"{name}.csv", (*TABLES, ".npy")) if len(shape) == 1 else (f"{name}.npy", (".npy",))
+def sample_run(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> Path:
+    """Writes new images from a variational run, decoded from z ~ N(0, I).
 
-
-def _columns(trained: TrainedModel) -> Sequence[str]:
-    """The names of a table's columns, or their numbers."""
-    return trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
-
-
-def _write_reconstructions(
-    trained: TrainedModel, one: Given, out: Path, reads: Reads, before: str, after: str, noise_std: float = 0.0
-) -> Path:
-    def inputs(rows: range) -> Tensor:
-        clean = floats(one, rows)
-        if not noise_std:
-            return clean
-        scale = 1.0 if trained.model.units_scale is None else trained.model.units_scale.cpu()
-        return clean + scale * fixed_noise(noise_std, rows, clean.shape[1:], clean.device)
-
-    def outputs(rows: range) -> Tensor:
-        return trained.reconstruct(inputs(rows))
-
-    if out.suffix == ".png":
-        shown = range(min(SHOWN, len(one.split)))
-        rows = {before: inputs(shown), after: outputs(shown)}
-        if noise_std:
-            rows["clean"] = floats(one, shown)
-
-        def draw(path: Path) -> None:
-            from dist_ae.figures import image_rows  # here, since matplotlib takes a second to import
-
-            image_rows(rows, path)
-
-        return write_whole(out, draw)
-    cut = blocks(one)
-    if out.suffix == ".npy":
-        return write_array(out, torch.cat([outputs(rows) for rows in cut]))
-    if out.suffix in TABLES:
-        found = torch.cat([outputs(rows) for rows in cut])
-        return write_table(out, one, dict(zip(_columns(trained), found.unbind(1), strict=True)))
-    names = file_names(one)
-    pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
-    return write_folder(out, pairs, reads)
-
-
-def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> Path:
-    """Writes ``num`` new images of a variational run.
-
-    ``out`` is .png, eight in a row, or .npy, float32 [num, C, H, W] on [0, 1].
+    Args:
+        num: how many.
+        seed: the same seed gives the same images.
+        out: .png, or .npy, float32 [num, C, H, W] on [0, 1]; left out, RUN_DIR/samples.png.
     """
+    from dist_ae.use.trained import load
+    from dist_ae.use.write import destination, reads_of, write_images
+
     trained = load(run_dir, which)
     pictures = trained.config.model.record_shape is None
     forms = ("samples.png", (".png", ".npy")) if pictures else ("samples.npy", (".npy",))
@@ -157,18 +217,31 @@ def sample_run(run_dir: Path, num: int = 64, seed: int = 0, out: Path | None = N
 
 
 def interpolate_run(
-    run_dir: Path,
+    run_dir: RunDir,
     pairs: int = 8,
     steps: int = 10,
-    images: Path | str | None = None,
+    images: Images = None,
     out: Path | None = None,
     which: Which = "best",
-    data_root: Path | None = None,
+    data_root: Root = None,
 ) -> Path:
-    """Writes the lines between images 0 and 1, 2 and 3, …
+    """Writes what lies between images: straight lines between the codes of images 0 and 1, 2 and 3, …, decoded.
 
-    ``out`` is .png, a row for each pair between its two images, or .npy, float32 [pairs, steps, C, H, W] on [0, 1].
+    Args:
+        pairs: how many pairs of images.
+        steps: images from one reconstruction to the other, both included.
+        out: .png, a row for each pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
+            RUN_DIR/interpolation.png.
     """
+    import numpy as np
+    import torch
+
+    from dist_ae.data import sources
+    from dist_ae.data.given import floats, picked
+    from dist_ae.data.pictures import shown
+    from dist_ae.use.trained import images_of, load
+    from dist_ae.use.write import destination, reads_of, write_array, write_images
+
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     pictures = trained.config.model.record_shape is None
@@ -196,17 +269,22 @@ def interpolate_run(
 
 
 def embed_run(
-    run_dir: Path,
-    images: Path | str | None = None,
-    out: Path | None = None,
-    which: Which = "best",
-    data_root: Path | None = None,
+    run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
 ) -> Path:
-    """Writes codes; those of a variational model are the means.
+    """Writes the codes of images; of a variational run, their means.
 
-    ``out`` is .npy, float32 [N, *code_shape], or .csv or .parquet with the images' paths, their labels where they have
-    some, and x and y, the codes' first two principal components.
+    Args:
+        out: .npy, float32 [N, *code shape]; or .csv or .parquet, with the path and label of each image, and x and y,
+            the first two principal components of the codes; left out, RUN_DIR/codes.npy.
     """
+    import torch
+    from torch import Tensor
+
+    from dist_ae.data import sources
+    from dist_ae.use.explore import plane
+    from dist_ae.use.trained import images_of, load
+    from dist_ae.use.write import destination, reads_of, write_array, write_table
+
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     out = destination(reads_of(run_dir, trained, images), run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"))
@@ -226,20 +304,114 @@ def embed_run(
     return write_table(out, one, columns)
 
 
-def export_run(
-    run_dir: Path,
+def score_run(
+    run_dir: RunDir,
+    images: Scorable = None,
     out: Path | None = None,
     which: Which = "best",
-    format: export.Format = "torch",
-    part: export.Part = "whole",
+    data_root: Root = None,
+    score: Literal["error", "neg_elbo", "mahalanobis"] | None = None,
+    quantile: float = 0.99,
+    threshold: float | None = None,
+    maps: Path | None = None,
+    map: Literal["error", "ssim"] = "error",
+) -> Scored:
+    """Writes an anomaly score for each image and flags those above a quantile of the validation scores.
+
+    Args:
+        out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv.
+        score: error: squared error per pixel; neg_elbo: nats, of a variational run; mahalanobis: distance of the code
+            from those of training images; left out, neg_elbo of a variational run, else error.
+        quantile: flag above this quantile of the validation images' scores.
+        threshold: flag above this score instead.
+        maps: a folder for heat maps, a .png for each image, all on one scale.
+        map: what they show: the squared error, smoothed, or 1 - SSIM.
+    """
+    import torch
+    from torch import Tensor
+
+    from dist_ae.data import sources
+    from dist_ae.data.pictures import shown
+    from dist_ae.scores import check_score
+    from dist_ae.use.anomalies import EXTREMES, ROC, Scored, draw_extremes, judge, odd_columns, truth_of, write_maps
+    from dist_ae.use.trained import images_of, load
+    from dist_ae.use.write import destination, reads_of, write_array, write_table
+
+    trained = load(run_dir, which)
+    trained.config = sources.located(trained.config, data_root)
+    name = check_score(trained.model, score)
+    if threshold is not None and not math.isfinite(threshold):
+        raise InputError(f"--threshold: expected a score, got {threshold}")
+    reads = reads_of(run_dir, trained, images)
+    out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=(EXTREMES, ROC))
+    if maps is not None and trained.config.model.record_shape is not None:
+        raise InputError("--maps: heat maps are of images; the table of scores names the columns that are odd")
+    if maps is not None:
+        maps = destination(reads, run_dir, maps, "", ("",), "--maps")
+    what = shown(os.fspath(images)) if images is not None else "the run's validation images"
+    limit = trained.threshold(quantile, name) if threshold is None else threshold
+    basis = "as given"
+    remarks: list[str] = []
+    if threshold is None:
+        count = len(trained.calibration().scores[name])
+        basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
+        if count * (1 - quantile) < 1:
+            remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
+    one = images_of(trained, images)
+    truth = truth_of(one.names, what)
+    scores = trained.score(one, score=name)
+
+    columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit}
+    shape = trained.config.model.record_shape
+    if shape is not None and len(shape) == 1 and name != "mahalanobis" and out.suffix != ".npy":
+        columns |= odd_columns(trained, one)
+    if truth is not None:
+        columns["anomalous"] = torch.from_numpy(truth)
+    path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, one, columns)
+    pictures = [] if shape is not None else [draw_extremes(out, one, scores, name, limit, basis)]
+    figures: dict[str, float] = {}
+    if truth is not None:
+        figures, picture, more = judge(trained, one, truth, scores, name, out)
+        pictures.append(picture)
+        remarks += more
+    if maps is not None:
+        pictures.append(write_maps(trained, one, scores, name, limit, maps, map, reads))
+    names = None if one.names is None else [shown(each) for each in one.names]
+    return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
+
+
+class ExportedTo(NamedTuple):
+    """What ``export_run`` wrote, the line of Python that loads it, and where it was uploaded."""
+
+    path: Path
+    how: str
+    address: str | None = None
+
+
+def export_run(
+    run_dir: RunDir,
+    out: Path | None = None,
+    which: Which = "best",
+    format: Format = "torch",
+    part: Part = "whole",
     license: str = "other",
     push_to_hub: str | None = None,
-) -> tuple[Path, str | None]:
-    """Writes the model for other programs.
+) -> ExportedTo:
+    """Writes the deterministic model for other programs: images on [0, 1] to reconstruction and code.
 
-    ``out`` is .pt2 for ``torch.export.load``, .onnx, or a folder of safetensors with a model card, which ``load``
-    takes. Returns the path, and the address on the Hugging Face Hub where it was uploaded.
+    Args:
+        out: where to write; left out, model.pt2, model.onnx or the folder export/ in RUN_DIR.
+        format: torch, a .pt2 that needs torch and nothing else; onnx, compared with torch by onnxruntime first;
+            safetensors, a folder with a model card that dist_ae.load takes.
+        part: the whole model, or one half of it.
+        license: licence in the model card, by the Hugging Face Hub's identifiers.
+        push_to_hub: OWNER/NAME to upload the safetensors folder to; dist_ae.load("hf:OWNER/NAME") brings it back.
     """
+    from dist_ae.data.pictures import expand, shown
+    from dist_ae.use import export, hub
+    from dist_ae.use.trained import load
+    from dist_ae.use.write import destination, reads_of, write_into, write_whole
+
     if format != "safetensors" and push_to_hub is not None:
         raise InputError("--push-to-hub uploads a folder with a model card: add --format safetensors")
     if format == "safetensors" and part != "whole":
@@ -256,21 +428,60 @@ def export_run(
     out = destination(reads, run_dir, out, name, (suffix,))
     if format != "safetensors":
         content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
-        return write_whole(out, lambda path: path.write_bytes(content)), None
+        write_whole(out, lambda path: path.write_bytes(content))
+        return ExportedTo(out, _how_to_load(trained.config.model.record_shape, out, format, part))
     written = write_into(out, lambda folder: export.write_folder(trained, run_dir, folder, license), reads)
-    return written, None if push_to_hub is None else hub.push(written, push_to_hub, export.PUBLISHED)
+    address = None if push_to_hub is None else hub.push(written, push_to_hub, export.PUBLISHED)
+    return ExportedTo(written, _how_to_load(None, written, format, part), address)
+
+
+def _how_to_load(record_shape: tuple[int, ...] | None, path: Path, format: Format, part: Part) -> str:
+    """A line of Python that loads an exported model and says what goes in and comes out."""
+    records, entry = ("images", "pictures") if record_shape is None else ("records", "records")
+    own = "[N, C, H, W] on [0, 1]"
+    if record_shape is not None:
+        own = f"[N, {', '.join(map(str, record_shape))}] in their own units"
+    results = {"whole": "reconstruction, code", "encoder": "code", "decoder": records}[part]
+    given, entry, what = (records, entry, own) if part != "decoder" else ("code", "code", "codes")
+    name = repr(str(path))
+    return {
+        "torch": f"{results} = torch.export.load({name}).module()({given})  # float32 {what}, any N",
+        "onnx": f"onnxruntime.InferenceSession({name}).run(None, {{{entry!r}: {given}}})  # float32 {what}, any N",
+        "safetensors": f"model = dist_ae.load({name})",
+    }[format]
 
 
 def explore_run(
-    run_dir: Path,
-    images: Path | str | None = None,
+    run_dir: RunDir,
+    images: Images = None,
     out: Path | None = None,
     num: int = 10_000,
     runtime: Path | None = None,
     which: Which = "best",
-    data_root: Path | None = None,
+    data_root: Root = None,
 ) -> Path:
-    """Writes one self-contained .html page about a run. Of more than ``num`` images, it shows ``num`` evenly spaced."""
+    """Writes one page about a run, which needs no network.
+
+    It shows a map of images by their codes, neighbours, best and worst reconstructions, directions of the code, and
+    lines between images.
+
+    Args:
+        out: .html; left out, RUN_DIR/explore.html.
+        num: most images on the map.
+        runtime: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the decoder of
+            a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
+    """
+    import numpy as np
+    import torch
+
+    from dist_ae.data import sources
+    from dist_ae.data.given import picked
+    from dist_ae.data.pictures import shown
+    from dist_ae.use.explore import explore_page
+    from dist_ae.use.explore_records import records_page
+    from dist_ae.use.trained import images_of, load
+    from dist_ae.use.write import destination, reads_of, write_whole
+
     if num < 3:
         raise InputError(f"--num: a map needs at least 3 images, got {num}")
     trained = load(run_dir, which)

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from dist_ae import pca, quality
+from dist_ae import quality
 from dist_ae.config import Config, InputError
-from dist_ae.data import sources
-from dist_ae.data.pictures import expand
 from dist_ae.data.reader import Reader
-from dist_ae.data.records import at_once
-from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed, evaluate
+from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed
 from dist_ae.files import to_json
 from dist_ae.models import Autoencoder, Components
-from dist_ae.processes.environment import launched_world, pinned_torch
-from dist_ae.processes.runtime import Runtime, check_device
-from dist_ae.saved import Which, run_config
-from dist_ae.use.trained import load
-from dist_ae.use.write import destination, reads_of, write_whole
+from dist_ae.processes.runtime import Runtime
+from dist_ae.use.write import write_whole
 
-NOISE_LEVELS = (0.1, 0.3, 0.5)  # standard deviations on [0, 1] at which an evaluation denoises
 MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior; beyond them it is reported as off N(0, 1)
 
 
@@ -41,80 +32,17 @@ class Evaluated:
     written: list[Path]
 
 
-def evaluate_run(
-    run_dir: Path, split: Literal["val", "train"] = "val", which: Which = "best", noise_std: float | None = None,
-    batch_size: int | None = None, data_root: Path | None = None, *, out: Path | None = None, subset: int = 200,
-    samples: int = 50, noise_levels: Sequence[float] = NOISE_LEVELS, features: Path | None = None,
-) -> Evaluated:  # fmt: skip
-    """Finds how good a trained run is, on as many processes as the launcher started. Each image counts once.
-
-    It finds the metrics of training, SSIM and a linear probe beside those of PCA, denoising beside classical filters,
-    and what the code of a variational run carries. ``quality`` says how each is found. Writes JSON and one picture.
-
-    Args:
-        out: .json; None is RUN_DIR/evaluation.json. The picture stands beside it.
-        subset: evenly spaced images for what is slow: denoising and the importance-weighted bound.
-        samples: K of that bound.
-        noise_levels: standard deviations on [0, 1] at which the model denoises; the run's own is added.
-        features: a TorchScript feature network, for FID and KID.
-
-    Raises:
-        InputError: there is no such run, its data is not there, or a value is out of range.
-    """
-    config = sources.located(run_config(run_dir), data_root)
-    changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size}
-    # The run's batch plan and precision are about training; every figure is of the float32 (or float64) model.
-    precision = {"precision": "fp64" if config.precision == "fp64" else "fp32"}
-    config = config.override({**{key: value for key, value in changes.items() if value is not None}, **precision})
-    check_device(config)
-    for name, value in (("--subset", subset), ("--samples", samples)):
-        if value < 1:
-            raise InputError(f"{name}: expected at least 1, got {value}")
-    for level in noise_levels:
-        if not 0 < level <= 1:
-            raise InputError(f"--noise-levels: expected standard deviations on [0, 1] pixels above 0, got {level}")
-    network = None if features is None else quality.feature_network(expand(features))
-    trained = load(run_dir, which)
-    trained.config = config
-    reads = reads_of(run_dir, trained, None, features)
-    target = destination(reads, run_dir, out, "evaluation.json", (".json",), beside=(".png",))
-    dataset = trained.dataset()
-    batch = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
-    config = config.override({"evaluation.batch_size": batch})
-    with pinned_torch(config.precision):
-        runtime = Runtime(config)
-        try:
-            raw = trained.model.to(runtime.device, runtime.dtype)
-            model = runtime.accelerator.prepare_model(raw, evaluation_mode=True)
-            train, val = (Reader(part, runtime.device, runtime.dtype) for part in (dataset.train, dataset.val))
-            reader = train if split == "train" else val
-            metrics = evaluate(model, reader, config.objective, config.evaluation, runtime)
-            components = pca.of_model(raw, train, runtime)
-            if components is not None:
-                metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
-            levels = sorted({*noise_levels, *([config.evaluation.noise_std] if config.evaluation.noise_std else [])})
-            found = _assess(raw, components, train, reader, metrics, levels, subset, samples, network, config, runtime)
-            if runtime.is_main:
-                run = f"{run_dir.name or run_dir}, {split}, step {trained.source[1] if trained.source else '?'}"
-                found = _write_evaluation(found, run, split, target, lenient=out is None)
-            else:
-                found = replace(found, metrics={f"{split}.{name}": value for name, value in found.metrics.items()})
-            return found
-        finally:
-            runtime.close()
-
-
 @dataclass(frozen=True)
-class _Assessed(Evaluated):
+class Assessed(Evaluated):
     """``Evaluated``, with what only the picture shows."""
 
     per_image: quality.PerImage
 
 
-def _assess(
+def assess(
     model: Autoencoder, components: Components | None, train: Reader, reader: Reader, metrics: dict[str, float],
     levels: list[float], subset: int, samples: int, network: torch.nn.Module | None, config: Config, runtime: Runtime,
-) -> _Assessed:  # fmt: skip
+) -> Assessed:  # fmt: skip
     """What ``quality`` finds, beside the metrics of training, with remarks on it."""
     batch, count = config.evaluation.batch_size, len(reader.split)
     found, remarks = dict(metrics), []
@@ -175,7 +103,7 @@ def _assess(
         remarks.append("no FID, no KID: they need a feature network, --features FILE (TorchScript, uint8 RGB in)")
     else:
         found |= quality.feature_distances(model, reader, network, batch, runtime)
-    return _Assessed(found, denoised, code, columns, remarks, [], each)
+    return Assessed(found, denoised, code, columns, remarks, [], each)
 
 
 def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> list[str]:
@@ -198,7 +126,7 @@ def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> li
     return remarks
 
 
-def _write_evaluation(found: _Assessed, run: str, split: str, target: Path, lenient: bool) -> _Assessed:
+def write_evaluation(found: Assessed, run: str, split: str, target: Path, lenient: bool) -> Assessed:
     """Writes JSON and the picture.
 
     ``lenient``: where they cannot be written, as in a run that is read-only, a remark says so in place of an error.

@@ -10,82 +10,30 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor, nn
 
 from dist_ae.config import Config, Fault, InputError
 from dist_ae.data.pictures import expand, shown
 from dist_ae.files import MAX_LINES, Damaged, inside, parse_json, read_bounded, read_json, to_json
-from dist_ae.models import Autoencoder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.presets import PRESETS
 from dist_ae.saved import CONFIG, WEIGHTS
+from dist_ae.use.program import Exported, Part, program
 from dist_ae.use.trained import TrainedModel
 
-Format = Literal["torch", "onnx", "safetensors"]
-Part = Literal["whole", "encoder", "decoder"]
 ONNX_TOLERANCE = 1e-4  # largest difference between torch and onnxruntime, on [0, 1] pixels or in codes of about one
 CARD, PICTURE = "README.md", "reconstructions.png"
 MAX_PICTURE = 64 << 20  # bytes
 PUBLISHED = (WEIGHTS, CONFIG, CARD, PICTURE)  # all that an exported folder consists of
 
 
-class Exported(nn.Module):
-    """The deterministic model, or one half of it, with tensors in and out.
-
-    ``whole``: images [N, C, H, W] on [0, 1] → reconstructions, clamped to [0, 1], and (mean) codes [N, *code_shape].
-    ``encoder``: images → codes. ``decoder``: codes → images. Records that are no images go in and come out in their own
-    shape and units.
-    """
-
-    def __init__(self, model: Autoencoder, part: Part) -> None:
-        super().__init__()
-        self.model, self.part = model, part
-
-    def forward(self, given: Tensor) -> Any:
-        model = self.model
-        if self.part == "decoder":
-            return model.outside(model.decode(given))
-        images = model.to_units(given if model.record_shape is None else given.reshape(-1, *model.image_shape))
-        if self.part == "encoder":
-            return model.encode(images)[0]
-        output = model(images, None)
-        return model.outside(output.reconstruction), output.mean
-
-    @property
-    def names(self) -> tuple[str, list[str]]:
-        """The names of what goes in and of what comes out."""
-        one = "images" if self.model.record_shape is None else "reconstructions"
-        given = "pictures" if self.model.record_shape is None else "records"
-        outputs = {"whole": [one, "code"], "encoder": ["code"], "decoder": [one]}
-        return "code" if self.part == "decoder" else given, outputs[self.part]
-
-    def example(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """What could go in, [count, …]: noise on the scale of the training data."""
-        model = self.model
-        if self.part == "decoder":
-            return torch.rand(count, *model.code_shape, generator=generator)
-        images = torch.rand(count, *model.image_shape, generator=generator)
-        return model.outside(images.to(next(model.parameters()).device)).cpu()
-
-
-def program(trained: TrainedModel, part: Part = "whole") -> torch.export.ExportedProgram:
-    """``Exported`` as one program for any number of images. It needs torch and nothing from this package."""
-    module = Exported(trained.model, part).eval()
-    example = module.example(2).to(trained.device)
-    found = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    found.example_inputs = None  # torch.export.save would pickle them
-    return found
-
-
 def torch_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
     """A .pt2 for ``torch.export.load``."""
     file = io.BytesIO()
-    torch.export.save(program(trained, part), file)
+    torch.export.save(program(trained.model, part), file)
     return file.getvalue()
 
 

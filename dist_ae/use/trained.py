@@ -26,6 +26,7 @@ from dist_ae.run import calibration as kept_calibration
 from dist_ae.saved import CONFIG, Which, image_shape, run_config, saved_weights
 from dist_ae.scores import Calibration, calibrate, check_score, score_images
 from dist_ae.use import hub
+from dist_ae.use.program import program
 
 MOST_STEPS = 10_000  # of a line between two images
 
@@ -251,9 +252,7 @@ class TrainedModel:
         It takes floats [N, C, H, W] on [0, 1], for any N, to the reconstruction, clamped to [0, 1], and to the (mean)
         code [N, *code_shape].
         """
-        from dist_ae.use.export import program
-
-        return program(self)
+        return program(self.model)
 
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""Reconstructions as files: arrays, pictures, folders of pictures and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_ae.data.given import Given, blocks, file_names, floats
+from dist_ae.data.reads import Reads
+from dist_ae.evaluate import fixed_noise
+from dist_ae.use.trained import TrainedModel
+from dist_ae.use.write import SHOWN, write_array, write_folder, write_table, write_whole
+
+TABLES = (".csv", ".parquet")
+
+
+def forms(trained: TrainedModel, name: str) -> tuple[str, tuple[str, ...]]:
+    """Where reconstructions go by default, and the endings of all forms that they can have."""
+    shape = trained.config.model.record_shape
+    if shape is None:
+        return f"{name}.npy", (".npy", ".png", "")
+    return (f"{name}.csv", (*TABLES, ".npy")) if len(shape) == 1 else (f"{name}.npy", (".npy",))
+
+
+def columns_of(trained: TrainedModel) -> Sequence[str]:
+    """The names of a table's columns, or their numbers."""
+    return trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
+
+
+def write_reconstructions(
+    trained: TrainedModel, one: Given, out: Path, reads: Reads, before: str, after: str, noise_std: float = 0.0
+) -> Path:
+    def inputs(rows: range) -> Tensor:
+        clean = floats(one, rows)
+        if not noise_std:
+            return clean
+        scale = 1.0 if trained.model.units_scale is None else trained.model.units_scale.cpu()
+        return clean + scale * fixed_noise(noise_std, rows, clean.shape[1:], clean.device)
+
+    def outputs(rows: range) -> Tensor:
+        return trained.reconstruct(inputs(rows))
+
+    if out.suffix == ".png":
+        shown = range(min(SHOWN, len(one.split)))
+        rows = {before: inputs(shown), after: outputs(shown)}
+        if noise_std:
+            rows["clean"] = floats(one, shown)
+
+        def draw(path: Path) -> None:
+            from dist_ae.figures import image_rows  # here, since matplotlib takes a second to import
+
+            image_rows(rows, path)
+
+        return write_whole(out, draw)
+    cut = blocks(one)
+    if out.suffix == ".npy":
+        return write_array(out, torch.cat([outputs(rows) for rows in cut]))
+    if out.suffix in TABLES:
+        found = torch.cat([outputs(rows) for rows in cut])
+        return write_table(out, one, dict(zip(columns_of(trained), found.unbind(1), strict=True)))
+    names = file_names(one)
+    pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
+    return write_folder(out, pairs, reads)
