@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -18,10 +18,7 @@ from dist_ae.config import Config, InputError, load_config
 from dist_ae.presets import DESCRIPTIONS, PRESETS
 from dist_ae.terminal import EXIT_STOPPED, prepare_streams, rank, say, silence
 from dist_ae.use import commands
-
-if TYPE_CHECKING:
-    from dist_ae.use.anomalies import Scored
-    from dist_ae.use.evaluation import Evaluated
+from dist_ae.use.results import Evaluated, ExportedTo, Scored
 
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
 
@@ -121,7 +118,7 @@ def _show_scores(found: Scored) -> None:
     _written(found.path)
 
 
-def _show_export(made: commands.ExportedTo) -> None:
+def _show_export(made: ExportedTo) -> None:
     _written(made.path)
     say(f"load it: {made.how}")
     if made.address is not None:

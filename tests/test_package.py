@@ -171,6 +171,22 @@ def test_imports_run_downward() -> None:
             assert not {n for n in found for bad in NO_SERVICES if n == bad or n.startswith(f"{bad}.")}, path
 
 
+def test_no_module_imports_itself_by_way_of_others_not_even_later() -> None:
+    modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in SOURCES}
+    waiting = {name: imports(path) & modules.keys() - {name} for name, path in modules.items()}
+    while free := [name for name, needs in waiting.items() if not needs]:
+        for name in free:
+            del waiting[name]
+        waiting = {name: needs - set(free) for name, needs in waiting.items()}
+    assert not waiting, "these modules import each other in a circle"
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    program = "import sys, dist_ae.__main__; print([n for n in ('torch', 'accelerate', 'numpy') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
 def test_the_mathematics_needs_no_pydantic() -> None:
     names = ", ".join(f"dist_ae.{name}" for name in ("draws", "models", "objectives", "optim", "guard"))
     program = f"import sys, {names}; print([name for name in sys.modules if name.partition('.')[0] == 'pydantic'])"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -136,26 +135,6 @@ def scale_of(trained: TrainedModel, one: Given, kind: str) -> float:
 
 
 # -- the command
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What ``score_run`` found, and what it wrote."""
-
-    path: Path
-    score: str  # its name
-    scores: Tensor  # [N]
-    threshold: float
-    basis: str  # where the threshold comes from, in words
-    names: list[str] | None
-    figures: dict[str, float]  # AUROC and average precision, where folders say what is anomalous
-    pictures: list[Path]
-    remarks: list[str]
-
-    @property
-    def flagged(self) -> Tensor:
-        """Which images score above the threshold, [N]."""
-        return self.scores > self.threshold
 
 
 def odd_columns(trained: TrainedModel, one: Given) -> dict[str, list[str]]:

@@ -11,15 +11,12 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import tyro
 
 from dist_ae.errors import InputError
-
-if TYPE_CHECKING:
-    from dist_ae.use.anomalies import Scored
-    from dist_ae.use.evaluation import Evaluated
+from dist_ae.use.results import Evaluated, ExportedTo, Scored
 
 TILES = 100  # most rows or columns of a picture: more images are too many to look at, and take megabytes
 SAMPLE_COLUMNS = 8
@@ -333,7 +330,7 @@ def score_run(
     from dist_ae.data import sources
     from dist_ae.data.pictures import shown
     from dist_ae.scores import check_score
-    from dist_ae.use.anomalies import EXTREMES, ROC, Scored, draw_extremes, judge, odd_columns, truth_of, write_maps
+    from dist_ae.use.anomalies import EXTREMES, ROC, draw_extremes, judge, odd_columns, truth_of, write_maps
     from dist_ae.use.trained import images_of, load
     from dist_ae.use.write import destination, reads_of, write_array, write_table
 
@@ -378,14 +375,6 @@ def score_run(
         pictures.append(write_maps(trained, one, scores, name, limit, maps, map, reads))
     names = None if one.names is None else [shown(each) for each in one.names]
     return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
-
-
-class ExportedTo(NamedTuple):
-    """What ``export_run`` wrote, the line of Python that loads it, and where it was uploaded."""
-
-    path: Path
-    how: str
-    address: str | None = None
 
 
 def export_run(

@@ -15,21 +15,10 @@ from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed
 from dist_ae.files import to_json
 from dist_ae.models import Autoencoder, Components
 from dist_ae.processes.runtime import Runtime
+from dist_ae.use.results import Evaluated
 from dist_ae.use.write import write_whole
 
 MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior; beyond them it is reported as off N(0, 1)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What ``evaluate_run`` found, on every process, and what rank 0 wrote."""
-
-    metrics: dict[str, float]  # by split: "val.mse"
-    denoising: dict[float, dict[str, float]]  # PSNR in dB by noise and method
-    code: dict[str, list[float]]  # of a variational model, number by number
-    columns: dict[str, dict[str, float]]  # of a table: r2 and PCA's, by the name of the column
-    remarks: list[str]  # in words: what was computed from how many images, what is missing, what is wrong
-    written: list[Path]
 
 
 @dataclass(frozen=True)
