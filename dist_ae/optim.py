@@ -45,7 +45,7 @@ class SGD(Uncompiled, torch.optim.SGD):
     step = torch.no_grad()(unwrap(torch.optim.SGD.step))
 
 
-def build(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, matrices: list[nn.Parameter], config: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model: one, or for muon two (Muon takes the matrices, Adam the rest).
 
     Learning rates are set before each step by ``set_learning_rate``. They are tensors on the weights' device, so that a

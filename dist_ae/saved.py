@@ -15,7 +15,7 @@ from dist_ae.run import checkpoint as checkpoints
 from dist_ae.run.checkpoint import EMA, MAX_HEADER, Checkpoint, parse_tensors, read_checkpoint, step_of, template_of
 
 Which = Literal["best", "last"]
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+CONFIG, EXPORTED_WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
 LISTINGS = 10  # how often a run that changes while it is read is looked at
 
 
@@ -32,7 +32,7 @@ def run_config(run_dir: Path) -> Config:
 
 def is_exported(run_dir: Path) -> bool:
     """Whether a folder is a model that ``dist-ae export`` wrote, and no run."""
-    return os.path.lexists(run_dir / WEIGHTS) and not (run_dir / "checkpoints").exists()
+    return os.path.lexists(run_dir / EXPORTED_WEIGHTS) and not (run_dir / "checkpoints").exists()
 
 
 def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
@@ -67,7 +67,10 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> S
     if is_exported(run_dir):
         template, room = template_of(model.state_dict()), sum(t.nbytes for t in model.state_dict().values())
         try:
-            return Saved(parse_tensors(read_bounded(run_dir / WEIGHTS, room + MAX_HEADER), WEIGHTS, template), None)
+            return Saved(
+                parse_tensors(read_bounded(run_dir / EXPORTED_WEIGHTS, room + MAX_HEADER), EXPORTED_WEIGHTS, template),
+                None,
+            )
         except Damaged as error:
             raise InputError(f"{run_dir}: {error}") from None
     reasons: list[str] = []

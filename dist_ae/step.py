@@ -22,8 +22,7 @@ from dist_ae.guard import Guard
 from dist_ae.models import Autoencoder, Components
 from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, terms
-from dist_ae.optim import build as build_optimizers
-from dist_ae.optim import capturable, set_learning_rate, state_tensors
+from dist_ae.optim import build_optimizers, capturable, set_learning_rate, state_tensors
 from dist_ae.processes.clock import PARTS, shares
 from dist_ae.processes.gradients import add_up, sum_gradients
 from dist_ae.processes.runtime import Runtime, accumulation_steps, largest_piece

@@ -16,7 +16,7 @@ from dist_ae.evaluate import better, collapsed, not_finite, selection
 from dist_ae.models import Builder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.outcome import NonFinite, OutOfMemory, Report, Reporter, Result, Stopped
-from dist_ae.processes.environment import meeting, pinned_torch
+from dist_ae.processes.environment import explained_rendezvous, pinned_torch
 from dist_ae.processes.runtime import Runtime, largest_piece
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
@@ -68,7 +68,7 @@ def train(
 def _together(config: Config) -> Iterator[tuple[Runtime, Watch]]:
     """Joins the other processes. Where a process is lost, says which."""
     runtime = Runtime(config)
-    with meeting(config.train.timeout):
+    with explained_rendezvous(config.train.timeout):
         watch = Watch(runtime, config.train.timeout)
     try:
         yield runtime, watch

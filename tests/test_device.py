@@ -24,7 +24,7 @@ from dist_ae.evaluate import batches
 from dist_ae.models import build
 from dist_ae.models.conv import normalized
 from dist_ae.presets import PRESETS
-from dist_ae.processes.environment import check_environment, meeting, pinned_torch
+from dist_ae.processes.environment import check_environment, explained_rendezvous, pinned_torch
 from dist_ae.processes.runtime import Alone, Runtime, check_device
 from dist_ae.scores import in_batches
 from dist_ae.step import Learner
@@ -295,7 +295,7 @@ def test_a_device_that_fails_at_the_start_is_not_taken_for_a_missing_process(mon
     ):
         with (
             pytest.raises(Fault, match=r"the device of rank 0 on host .* could not be used: CUDA") as found,
-            meeting(5),
+            explained_rendezvous(5),
         ):
             raise error
         assert "did not meet" not in str(found.value)

@@ -75,7 +75,7 @@ def test_a_model_that_cannot_be_decoded_in_the_browser_shows_the_nearest_images_
 ) -> None:
     page = commands.explore_run(trained / "conv", out=tmp_path / "page.html", num=50)
     document = opened(page, 1400, "#3,7")
-    assert '<body data-ready="yes">' in document and "--runtime" in element(document, "lineNote")
+    assert '<body data-ready="yes">' in document and "--onnxruntime-web" in element(document, "lineNote")
     assert element(document, "line").count("<canvas") == 9 and 'id="liveSection" hidden' in document
 
 
@@ -85,7 +85,7 @@ def test_a_convolution_is_decoded_in_the_browser_by_onnxruntime(trained: Path, t
         pytest.skip("needs npm, to get onnxruntime-web")
     subprocess.run(["npm", "install", "--silent", "onnxruntime-web"], cwd=tmp_path, check=True, timeout=240)
     runtime = tmp_path / "node_modules/onnxruntime-web"
-    page = commands.explore_run(trained / "conv", out=tmp_path / "page.html", runtime=runtime)
+    page = commands.explore_run(trained / "conv", out=tmp_path / "page.html", onnxruntime_web=runtime)
     document = opened(page, 1400, "#3,7")
     assert '<body data-ready="yes">' in document and "decoded" in element(document, "lineNote")
 

@@ -21,7 +21,7 @@ from dist_ae.config import Config, OptimConfig
 from dist_ae.data import sources
 from dist_ae.guard import Guard
 from dist_ae.models import build as build_model
-from dist_ae.optim import Muon, build
+from dist_ae.optim import Muon, build_optimizers
 from dist_ae.presets import PRESETS
 from dist_ae.processes.runtime import Runtime, accumulation_steps
 from dist_ae.step import Learner
@@ -197,7 +197,7 @@ def test_the_optimizers_are_torchs_to_the_bit(name: str) -> None:
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, generator=generator)
-        (optimizer,) = build(model, [], config) if ours else [torchs[name](model.parameters())]
+        (optimizer,) = build_optimizers(model, [], config) if ours else [torchs[name](model.parameters())]
         for _ in range(5):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -289,7 +289,7 @@ def test_no_global_generator_is_touched_by_a_whole_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adam", "muon", "sgd"])
 def test_a_poisoned_gradient_changes_no_weight_from_then_on(name: str) -> None:
     model = torch.nn.Linear(4, 3)
-    optimizers = build(model, [model.weight], OptimConfig(name=name, lr=0.1))  # type: ignore[arg-type, list-item]
+    optimizers = build_optimizers(model, [model.weight], OptimConfig(name=name, lr=0.1))  # type: ignore[arg-type, list-item]
     guard = Guard(optimizers, torch.device("cpu"))
 
     def step(number: int, value: float) -> list[torch.Tensor]:

@@ -118,30 +118,30 @@ def _expected(shapes: Shapes) -> str:
     return f"the run's model takes images of shape [N, {', '.join(map(str, shapes.image))}]"
 
 
-def picked(one: Given, index: Array) -> Given:
+def picked(records: Given, index: Array) -> Given:
     """The images at positions ``index``."""
-    rows = index if one.split.rows is None else one.split.rows[index]
-    labels = None if one.split.labels is None else one.split.labels[index]
-    names = None if one.names is None else [one.names[i] for i in index]
-    return Given(Split(one.split.images, labels, rows), names, one.classes, one.units)
+    rows = index if records.split.rows is None else records.split.rows[index]
+    labels = None if records.split.labels is None else records.split.labels[index]
+    names = None if records.names is None else [records.names[i] for i in index]
+    return Given(Split(records.split.images, labels, rows), names, records.classes, records.units)
 
 
-def blocks(one: Given, size: int = 1000) -> list[range]:
+def blocks(records: Given, size: int = 1000) -> list[range]:
     """The rows of the images in blocks of at most ``size``, smaller where images are large."""
-    count, size = len(one.split), at_once(size, one.split.images.shape[1:])
+    count, size = len(records.split), at_once(size, records.split.images.shape[1:])
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def floats(one: Given, rows: range) -> Tensor:
+def floats(records: Given, rows: range) -> Tensor:
     """Records ``rows`` as float32 [len(rows), C, H, W]: images on [0, 1], other records in their own units.
 
     Raises:
         InputError: floats of images far outside [0, 1], or numbers of records that are not finite.
     """
-    images = span(one.split, rows)
+    images = span(records.split, rows)
     result = torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
-    if one.units is not None:
-        bad = result.isinf() if one.units.missing else ~result.isfinite()
+    if records.units is not None:
+        bad = result.isinf() if records.units.missing else ~result.isfinite()
         if bool(bad.any()):
             row, *index = bad.nonzero()[0].tolist()
             what, place = float(result[(row, *index)]), f"record {rows.start + row}, index {tuple(index)}"

@@ -233,8 +233,8 @@ def interface_to_main(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def meeting(seconds: float) -> Iterator[None]:
-    """Says in one sentence, on every host, what fails while the processes join.
+def explained_rendezvous(seconds: float) -> Iterator[None]:
+    """Turns errors of the rendezvous into one sentence on every host.
 
     Raises:
         Fault: the process group could not be formed within the time-out, or another process left before it was.

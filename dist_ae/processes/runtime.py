@@ -20,9 +20,9 @@ from dist_ae.config import Config, Fault, InputError
 from dist_ae.processes.clock import Clock
 from dist_ae.processes.environment import (
     HOW_TO_START,
+    explained_rendezvous,
     interface_to_main,
     launched_world,
-    meeting,
     use_cpu,
     whole_number,
     without_accelerates_variables,
@@ -125,7 +125,7 @@ class Runtime:
         accumulates = accumulation_steps(config.train.batch_size, launched, config.train.max_per_process) > 1
         on_cpu, timeout = use_cpu(), timedelta(seconds=config.train.timeout)
         joins = launched > 1 and self._owns_group
-        with meeting(config.train.timeout), interface_to_main(joins), without_accelerates_variables():
+        with explained_rendezvous(config.train.timeout), interface_to_main(joins), without_accelerates_variables():
             state = PartialState(on_cpu, timeout=timeout)
             if state.device.type == "cuda":  # also one that was named by hand, for which Accelerate does not
                 torch.cuda.set_device(state.device)

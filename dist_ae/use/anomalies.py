@@ -86,7 +86,7 @@ def separation(truth: Array, scores: Tensor) -> Separation:
     return Separation(auroc, precision, false_positives, true_positives)
 
 
-def pca_scores(trained: TrainedModel, dataset: Dataset, one: Given) -> Tensor | None:
+def pca_scores(trained: TrainedModel, dataset: Dataset, records: Given) -> Tensor | None:
     """The squared error per pixel of the training images' PCA (or PCA of patches), with as many numbers as the code.
 
     None for a model that has no linear counterpart.
@@ -97,7 +97,7 @@ def pca_scores(trained: TrainedModel, dataset: Dataset, one: Given) -> Tensor | 
     alone = Alone(torch.device("cpu"))
     components = pca.of_model(trained.model, Reader(dataset.train, alone.device), alone)
     assert components is not None
-    seen = (trained.model.to_units(floats(one, rows).to(trained.device)).cpu() for rows in blocks(one))
+    seen = (trained.model.to_units(floats(records, rows).to(trained.device)).cpu() for rows in blocks(records))
     return torch.cat([pca.errors(components, code.patch, images) for images in seen])
 
 
@@ -119,37 +119,37 @@ def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
     return blurred[:, 0]
 
 
-def maps_of(trained: TrainedModel, one: Given, kind: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def maps_of(trained: TrainedModel, records: Given, kind: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Place, image, reconstruction [C, H, W] and map [H, W] of every image."""
-    for rows in blocks(one):
-        images = floats(one, rows)
+    for rows in blocks(records):
+        images = floats(records, rows)
         reconstructions = trained.reconstruct(images)
         maps = error_maps(images, reconstructions, kind)
         yield from zip(rows, images, reconstructions, maps, strict=True)
 
 
-def scale_of(trained: TrainedModel, one: Given, kind: str) -> float:
+def scale_of(trained: TrainedModel, records: Given, kind: str) -> float:
     """The upper end of the one scale of all maps. In one image of a hundred, the largest value exceeds it."""
-    largest = [float(values.max()) for _, _, _, values in maps_of(trained, one, kind)]
+    largest = [float(values.max()) for _, _, _, values in maps_of(trained, records, kind)]
     return max(float(np.quantile(largest, 1 - SATURATED, method="inverted_cdf")), 1e-6)
 
 
 # -- the command
 
 
-def odd_columns(trained: TrainedModel, one: Given) -> dict[str, list[str]]:
+def odd_columns(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
     """The columns that contribute most to the error of each row, largest first: ``odd_1`` to ``odd_3``."""
     names = trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
     most = min(ODD_COLUMNS, len(names))
-    places = torch.cat([trained.contributions(floats(one, rows)).topk(most, 1).indices for rows in blocks(one)])
+    places = torch.cat([trained.contributions(floats(records, rows)).topk(most, 1).indices for rows in blocks(records)])
     return {f"odd_{rank + 1}": [names[place] for place in places[:, rank].tolist()] for rank in range(most)}
 
 
-def draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
+def draw_extremes(out: Path, records: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
     order = scores.argsort(descending=True, stable=True)
     count = min(SHOWN, len(order))
     places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
-    rows = {label: floats(picked(one, index.numpy()), range(count)) for label, index in places.items()}
+    rows = {label: floats(picked(records, index.numpy()), range(count)) for label, index in places.items()}
     notes = [[f"{value:.3g}" for value in scores[index].tolist()] for index in places.values()]
     alarms = [(scores[index] > limit).tolist() for index in places.values()]
     flagged = int((scores > limit).sum())
@@ -164,13 +164,13 @@ def draw_extremes(out: Path, one: Given, scores: Tensor, name: str, limit: float
 
 
 def judge(
-    trained: TrainedModel, one: Given, truth: Array, scores: Tensor, name: str, out: Path
+    trained: TrainedModel, records: Given, truth: Array, scores: Tensor, name: str, out: Path
 ) -> tuple[dict[str, float], Path, list[str]]:
     """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and remarks on them."""
     remarks = []
     found = {name: separation(truth, scores)}
     try:
-        linear = pca_scores(trained, trained.dataset(), one)
+        linear = pca_scores(trained, trained.dataset(), records)
     except InputError as error:
         linear = None
         remarks.append(f"no PCA beside: the run's training images are not there ({error})")
@@ -199,7 +199,7 @@ def judge(
 
 def write_maps(
     trained: TrainedModel,
-    one: Given,
+    records: Given,
     scores: Tensor,
     name: str,
     limit: float,
@@ -212,11 +212,11 @@ def write_maps(
 
     _, height, width = trained.model.image_shape
     label = "squared error" if kind == "error" else "1 - SSIM"
-    maps = HeatMaps(height, width, scale_of(trained, one, kind), label)
-    names = file_names(one)
+    maps = HeatMaps(height, width, scale_of(trained, records, kind), label)
+    names = file_names(records)
 
     def fill(path: Path) -> None:
-        for place, image, reconstruction, values in maps_of(trained, one, kind):
+        for place, image, reconstruction, values in maps_of(trained, records, kind):
             value = float(scores[place])
             note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
             target = path / names[place]

@@ -152,8 +152,8 @@ def reconstruct_run(
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
     out = destination(reads, run_dir, out, *forms(trained, "reconstructions"))
-    one = images_of(trained, images)
-    return write_reconstructions(trained, one, out, reads, "original", "reconstruction")
+    records = images_of(trained, images)
+    return write_reconstructions(trained, records, out, reads, "original", "reconstruction")
 
 
 def denoise_run(
@@ -184,10 +184,10 @@ def denoise_run(
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
     out = destination(reads, run_dir, out, *forms(trained, "denoised"))
-    one = images_of(trained, images)
+    records = images_of(trained, images)
     if noise_std is None and images is None:
         noise_std = trained.config.evaluation.noise_std
-    return write_reconstructions(trained, one, out, reads, "noisy", "denoised", noise_std or 0.0)
+    return write_reconstructions(trained, records, out, reads, "noisy", "denoised", noise_std or 0.0)
 
 
 def sample_run(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None = None, which: Which = "best") -> Path:
@@ -244,8 +244,8 @@ def interpolate_run(
     pictures = trained.config.model.record_shape is None
     forms = ("interpolation.png", (".png", ".npy")) if pictures else ("interpolation.npy", (".npy",))
     out = destination(reads_of(run_dir, trained, images), run_dir, out, *forms)
-    one = images_of(trained, images)
-    count = len(one.split)
+    records = images_of(trained, images)
+    count = len(records.split)
     if not 1 <= pairs <= count // 2:
         where = shown(images) if images else "the run's validation images"
         way_out = f"ask for 1 to {count // 2}" if count > 1 else "at least two images are needed"
@@ -257,7 +257,7 @@ def interpolate_run(
             f"a picture holds at most {TILES} pairs of {TILES} steps, not {pairs} of {steps}; "
             f"--out {out.with_suffix('.npy')} takes any number"
         )
-    first, second = (picked(one, np.arange(start, 2 * pairs, 2)) for start in (0, 1))
+    first, second = (picked(records, np.arange(start, 2 * pairs, 2)) for start in (0, 1))
     lines = trained.interpolate(first, second, steps)
     if out.suffix == ".npy":
         return write_array(out, lines)
@@ -285,20 +285,20 @@ def embed_run(
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     out = destination(reads_of(run_dir, trained, images), run_dir, out, "codes.npy", (".npy", ".csv", ".parquet"))
-    one = images_of(trained, images)
-    codes = trained.embed(one)
+    records = images_of(trained, images)
+    codes = trained.embed(records)
     if out.suffix == ".npy":
         return write_array(out, codes)
     codes = codes.flatten(1)
     columns: dict[str, Tensor | list[str]] = {}
-    labels = one.split.labels
-    if labels is not None and one.units is not None and one.classes:  # as the table has them
-        columns["label"] = [one.classes[label] if label >= 0 else "" for label in labels.tolist()]
+    labels = records.split.labels
+    if labels is not None and records.units is not None and records.classes:  # as the table has them
+        columns["label"] = [records.classes[label] if label >= 0 else "" for label in labels.tolist()]
     elif labels is not None:
         columns["label"] = torch.from_numpy(labels)
     columns |= dict(zip("xy", plane(codes).unbind(1), strict=True))
     columns |= {f"code_{number}": codes[:, number] for number in range(codes.shape[1])}
-    return write_table(out, one, columns)
+    return write_table(out, records, columns)
 
 
 def score_run(
@@ -354,26 +354,26 @@ def score_run(
         basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
         if count * (1 - quantile) < 1:
             remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
-    one = images_of(trained, images)
-    truth = truth_of(one.names, what)
-    scores = trained.score(one, score=name)
+    records = images_of(trained, images)
+    truth = truth_of(records.names, what)
+    scores = trained.score(records, score=name)
 
     columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit}
     shape = trained.config.model.record_shape
     if shape is not None and len(shape) == 1 and name != "mahalanobis" and out.suffix != ".npy":
-        columns |= odd_columns(trained, one)
+        columns |= odd_columns(trained, records)
     if truth is not None:
         columns["anomalous"] = torch.from_numpy(truth)
-    path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, one, columns)
-    pictures = [] if shape is not None else [draw_extremes(out, one, scores, name, limit, basis)]
+    path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, records, columns)
+    pictures = [] if shape is not None else [draw_extremes(out, records, scores, name, limit, basis)]
     figures: dict[str, float] = {}
     if truth is not None:
-        figures, picture, more = judge(trained, one, truth, scores, name, out)
+        figures, picture, more = judge(trained, records, truth, scores, name, out)
         pictures.append(picture)
         remarks += more
     if maps is not None:
-        pictures.append(write_maps(trained, one, scores, name, limit, maps, map, reads))
-    names = None if one.names is None else [shown(each) for each in one.names]
+        pictures.append(write_maps(trained, records, scores, name, limit, maps, map, reads))
+    names = None if records.names is None else [shown(each) for each in records.names]
     return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
 
 
@@ -445,7 +445,7 @@ def explore_run(
     images: Images = None,
     out: Path | None = None,
     num: int = 10_000,
-    runtime: Path | None = None,
+    onnxruntime_web: Path | None = None,
     which: Which = "best",
     data_root: Root = None,
 ) -> Path:
@@ -457,8 +457,8 @@ def explore_run(
     Args:
         out: .html; left out, RUN_DIR/explore.html.
         num: most images on the map.
-        runtime: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the decoder of
-            a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
+        onnxruntime_web: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the
+            decoder of a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
     """
     import numpy as np
     import torch
@@ -475,11 +475,11 @@ def explore_run(
         raise InputError(f"--num: a map needs at least 3 images, got {num}")
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
-    out = destination(reads_of(run_dir, trained, images, runtime), run_dir, out, "explore.html", (".html",))
-    one = images_of(trained, images)
-    count = len(one.split)
+    out = destination(reads_of(run_dir, trained, images, onnxruntime_web), run_dir, out, "explore.html", (".html",))
+    records = images_of(trained, images)
+    count = len(records.split)
     if count > num:
-        one = picked(one, np.linspace(0, count - 1, num).astype(np.int64))
+        records = picked(records, np.linspace(0, count - 1, num).astype(np.int64))
     config = trained.config
     numbers = torch.Size(trained.model.code_shape).numel()
     facts = [f"{config.name} on {shown(config.data.name)}", f"code of {numbers:,} numbers", f"weights: {which}"]
@@ -489,9 +489,9 @@ def explore_run(
         facts.append(f"{num:,} of {count:,} images, evenly spaced")
     name = Path(run_dir).resolve().name
     if config.model.record_shape is None:
-        page = explore_page(trained, one, name, facts, runtime)
-    elif runtime is not None:
-        raise InputError("--runtime is for the decoder of images, and the run's records are none")
+        page = explore_page(trained, records, name, facts, onnxruntime_web)
+    elif onnxruntime_web is not None:
+        raise InputError("--onnxruntime-web is for the decoder of images, and the run's records are none")
     else:
-        page = records_page(trained, one, name, facts)
+        page = records_page(trained, records, name, facts)
     return write_whole(out, lambda path: path.write_text(page, encoding="utf-8"))

@@ -39,7 +39,7 @@ RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # of
 
 @torch.no_grad()
 def explore_page(
-    trained: TrainedModel, images: Given, title: str, facts: Sequence[str] = (), runtime: Path | None = None
+    trained: TrainedModel, images: Given, title: str, facts: Sequence[str] = (), onnxruntime_web: Path | None = None
 ) -> str:
     """The page as HTML.
 
@@ -51,7 +51,8 @@ def explore_page(
         runtime: the folder of npm's onnxruntime-web, which decodes in the browser for models that are no MLP.
 
     Raises:
-        InputError: there are fewer than three images, ``runtime`` is not that folder, or the page exceeds 15 MB.
+        InputError: there are fewer than three images, ``onnxruntime_web`` is not that folder, or the page
+            exceeds 15 MB.
     """
     count = len(images.split)
     if count < 3:
@@ -67,7 +68,7 @@ def explore_page(
     labels = images.split.labels
     worst_first = np.argsort(-errors, kind="stable")
     extremes = [*worst_first[::-1][:EXTREMES], *worst_first[:EXTREMES]]
-    decoder = _decoder(trained, mean, directions, runtime)
+    decoder = _decoder(trained, mean, directions, onnxruntime_web)
     if "layers" in decoder and sum(len(part) for each in decoder["layers"] for part in each.values()) > LARGEST_DECODER:
         decoder = {}
         facts = [*facts, "no live decoder: its weights are too large for a page"]
@@ -167,11 +168,11 @@ def _quantized(coordinates: Array) -> dict[str, Any]:
     return {"codes": _text(whole), "steps": steps.tolist(), "directions": coordinates.shape[1]}
 
 
-def _decoder(trained: TrainedModel, mean: Array, directions: Array, runtime: Path | None) -> dict[str, Any]:
+def _decoder(trained: TrainedModel, mean: Array, directions: Array, onnxruntime_web: Path | None) -> dict[str, Any]:
     """What decodes in the browser: the layers of an MLP, a few matrix products, or else ONNX and its runtime."""
     code = {"mean": _text(mean.astype("<f4")), "basis": _text(directions.astype("<f2"))}
-    if runtime is not None:
-        loader, program = (_runtime_file(runtime, name) for name in RUNTIME_FILES)
+    if onnxruntime_web is not None:
+        loader, program = (_runtime_file(onnxruntime_web, name) for name in RUNTIME_FILES)
         onnx = gzip.compress(onnx_bytes(trained, "decoder"), 6)
         packed = {"loader": _text(loader), "program": _text(gzip.compress(program, 9)), "onnx": _text(onnx)}
         return {**code, "runtime": packed, "codeShape": list(trained.model.code_shape)}
@@ -191,7 +192,7 @@ def _runtime_file(folder: Path, name: str) -> bytes:
         if path.is_file():
             return path.read_bytes()
     raise InputError(
-        f"--runtime {folder}: no {name} there; "
+        f"--onnxruntime-web {folder}: no {name} there; "
         "expected the folder that `npm install onnxruntime-web` makes, node_modules/onnxruntime-web"
     )
 

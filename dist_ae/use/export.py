@@ -20,14 +20,14 @@ from dist_ae.data.pictures import expand, shown
 from dist_ae.files import MAX_LINES, Damaged, inside, parse_json, read_bounded, read_json, to_json
 from dist_ae.models.weights import weights_sha256
 from dist_ae.presets import PRESETS
-from dist_ae.saved import CONFIG, WEIGHTS
+from dist_ae.saved import CONFIG, EXPORTED_WEIGHTS
 from dist_ae.use.program import Exported, Part, program
 from dist_ae.use.trained import TrainedModel
 
 ONNX_TOLERANCE = 1e-4  # largest difference between torch and onnxruntime, on [0, 1] pixels or in codes of about one
 CARD, PICTURE = "README.md", "reconstructions.png"
 MAX_PICTURE = 64 << 20  # bytes
-PUBLISHED = (WEIGHTS, CONFIG, CARD, PICTURE)  # all that an exported folder consists of
+PUBLISHED = (EXPORTED_WEIGHTS, CONFIG, CARD, PICTURE)  # all that an exported folder consists of
 
 
 def torch_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
@@ -89,7 +89,7 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
     """
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     # Not save_file, whose errors of a full disk are no OSError.
-    (folder / WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
+    (folder / EXPORTED_WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
     config = _without_paths(trained.config)
     if config.precision == "fp64":  # a trained model computes in float32, and is written so
         config = config.override({"precision": "fp32"})

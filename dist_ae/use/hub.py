@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_ae.config import InputError
-from dist_ae.saved import CONFIG, WEIGHTS
+from dist_ae.saved import CONFIG, EXPORTED_WEIGHTS
 from dist_ae.terminal import first_line
 
 PREFIX = "hf:"
@@ -41,6 +41,6 @@ def pull(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=[CONFIG, EXPORTED_WEIGHTS]))
     except Exception as error:  # as above
         raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {first_line(error)}") from None

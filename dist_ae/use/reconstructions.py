@@ -31,10 +31,10 @@ def columns_of(trained: TrainedModel) -> Sequence[str]:
 
 
 def write_reconstructions(
-    trained: TrainedModel, one: Given, out: Path, reads: Reads, before: str, after: str, noise_std: float = 0.0
+    trained: TrainedModel, records: Given, out: Path, reads: Reads, before: str, after: str, noise_std: float = 0.0
 ) -> Path:
     def inputs(rows: range) -> Tensor:
-        clean = floats(one, rows)
+        clean = floats(records, rows)
         if not noise_std:
             return clean
         scale = 1.0 if trained.model.units_scale is None else trained.model.units_scale.cpu()
@@ -44,10 +44,10 @@ def write_reconstructions(
         return trained.reconstruct(inputs(rows))
 
     if out.suffix == ".png":
-        shown = range(min(SHOWN, len(one.split)))
+        shown = range(min(SHOWN, len(records.split)))
         rows = {before: inputs(shown), after: outputs(shown)}
         if noise_std:
-            rows["clean"] = floats(one, shown)
+            rows["clean"] = floats(records, shown)
 
         def draw(path: Path) -> None:
             from dist_ae.figures import image_rows  # here, since matplotlib takes a second to import
@@ -55,12 +55,12 @@ def write_reconstructions(
             image_rows(rows, path)
 
         return write_whole(out, draw)
-    cut = blocks(one)
+    cut = blocks(records)
     if out.suffix == ".npy":
         return write_array(out, torch.cat([outputs(rows) for rows in cut]))
     if out.suffix in TABLES:
         found = torch.cat([outputs(rows) for rows in cut])
-        return write_table(out, one, dict(zip(columns_of(trained), found.unbind(1), strict=True)))
-    names = file_names(one)
+        return write_table(out, records, dict(zip(columns_of(trained), found.unbind(1), strict=True)))
+    names = file_names(records)
     pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
     return write_folder(out, pairs, reads)

@@ -22,7 +22,7 @@ from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reads import Reads
 from dist_ae.files import Damaged, inside
 from dist_ae.run.directory import FILES, FOLDERS
-from dist_ae.saved import WEIGHTS
+from dist_ae.saved import EXPORTED_WEIGHTS
 from dist_ae.use.trained import TrainedModel
 
 SHOWN = 12  # images in a picture of reconstructions, as in the run's own picture
@@ -30,7 +30,7 @@ SHOWN = 12  # images in a picture of reconstructions, as in the run's own pictur
 
 def reads_of(run_dir: Path, trained: TrainedModel, images: Path | str | None = None, *also: Path | None) -> Reads:
     """All that a command on a run reads. ``also``: further files and folders."""
-    return Reads(images, trained.config.data, (run_dir / name for name in (*FILES, *FOLDERS, WEIGHTS)), also)
+    return Reads(images, trained.config.data, (run_dir / name for name in (*FILES, *FOLDERS, EXPORTED_WEIGHTS)), also)
 
 
 def destination(
@@ -158,14 +158,14 @@ def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]], reads: Reads)
     return write_into(out, fill, reads)
 
 
-def write_table(out: Path, one: Given, columns: Mapping[str, Tensor | Sequence[str]]) -> Path:
+def write_table(out: Path, records: Given, columns: Mapping[str, Tensor | Sequence[str]]) -> Path:
     """Writes figures of records to .csv or .parquet, with the images' paths, or the numbers of rows without names.
 
     Args:
         columns: numbers, or text, by the name of the column.
     """
-    paths = [str(row) for row in range(len(one.split))] if one.names is None else one.names
-    first = "row" if one.units is not None else "path"
+    paths = [str(row) for row in range(len(records.split))] if records.names is None else records.names
+    first = "row" if records.units is not None else "path"
     values = {name: each.tolist() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
     if out.suffix == ".parquet":
         try:
@@ -176,7 +176,7 @@ def write_table(out: Path, one: Given, columns: Mapping[str, Tensor | Sequence[s
                 f"--out {shown(out)} needs pyarrow: pip install 'dist-ae[parquet]', or write .csv"
             ) from None
         plain = {name: each.numpy() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
-        keys = list(range(len(paths))) if one.names is None else [shown(path) for path in paths]
+        keys = list(range(len(paths))) if records.names is None else [shown(path) for path in paths]
         named = {first: keys if first == "row" else list(map(str, keys)), **plain}
         return write_whole(out, lambda path: pyarrow.parquet.write_table(pyarrow.table(named), path))
 
