@@ -1,6 +1,6 @@
 """Is an autoencoder worth it beyond PCA, for a table? Ours, PCA, a plain autoencoder and pyod's, on held-out rows.
 
-    python -m benchmarks.tables share [--seeds 3]       unexplained share of variance          pip install -e ".[bench]"
+    python -m benchmarks.tables share [--seeds 3]       unexplained variance      pip install pyod scanpy aeon
     python -m benchmarks.tables anomalies [--seeds 3]   AUROC of outliers
     python -m benchmarks.tables time                    seconds of a fit of 10,000 × 30 beside pyod's
     python -m benchmarks.tables tune KEY=VALUE ...      ours with another setting, on other tables than those reported

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -123,6 +124,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
             with _errors(), _quiet(self.verbose):
                 config = self._config(X.shape[0], X.shape[1], seed, run_dir)
                 metrics, best = self._train(config, X)
+                metrics |= _evaluated(run_dir, best)
                 self._model = load(run_dir, device=self.device)
             self._model.source = None if kept is None else self._model.source
         finally:
@@ -136,7 +138,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
         return np.asarray(X)
 
     def _train(self, config: Config, X: Array) -> tuple[dict[str, float], int]:
-        """The metrics of the last evaluation and the step of the best one."""
+        """The metrics of the last evaluation, and the step of the best one, whose weights are used."""
         jobs = (os.cpu_count() or 1) if self.n_jobs == -1 else self.n_jobs or 1
         if jobs == 1:
             result = train(config, data=X)
@@ -237,7 +239,7 @@ class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Fitted):  
 
     Attributes:
         n_components_: numbers of the code.
-        mse_, r2_: of held-out rows: the share of variance left unexplained at the last evaluation, and r2.
+        mse_, r2_: of held-out rows: the share of variance that the weights in use leave unexplained, and r2.
         pca_mse_: the same share for PCA with as many numbers.
         n_steps_: the step of the weights that are used; 0 means that PCA is all there is to have.
     """
@@ -351,6 +353,13 @@ class AutoencoderDetector(OutlierMixin, _Fitted):  # type: ignore[misc]
     def predict(self, X: Any) -> Array:
         """1 for each inlier, -1 for each outlier."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+
+def _evaluated(run_dir: Path, step: int) -> dict[str, float]:
+    """The figures that a run found for its weights after ``step`` steps."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    found = [line for line in lines if line["split"] == "val" and line["step"] == step]
+    return {f"val.{name}": value for name, value in found[-1].items()} if found else {}
 
 
 @contextlib.contextmanager

@@ -147,16 +147,17 @@ def pca_errors(base: Config, configs: Iterable[Config], noisy: bool) -> dict[int
     for side, codes in sizes.items():
         most = pixels if side is None else dataset.image_shape[0] * side**2
         components = pca.principal_components(train, min(max(codes.values()), most), side, Alone(cpu))
-        squared = dict.fromkeys(codes, 0.0)
+        squared, entries = dict.fromkeys(codes, 0.0), 0
         for start in range(0, len(val.split), CHUNK):
             span = range(start, min(start + CHUNK, len(val.split)))
             images = val.span(span)
+            entries += int((~images.isnan()).sum())  # what is missing counts nothing
             noise = fixed_noise(base.evaluation.noise_std, span, images.shape[1:], cpu) if noisy else 0
             for size, values in codes.items():
                 leading = components._replace(basis=components.basis[:values])
                 decoded = pca.coded(leading, side, images + noise)[1]
-                squared[size] += float((decoded - images).double().square().sum()) / (len(val.split) * pixels)
-        errors |= {size: min(value, errors.get(size, math.inf)) for size, value in squared.items()}
+                squared[size] += float((decoded - images).double().square().nansum())
+        errors |= {size: min(value / entries, errors.get(size, math.inf)) for size, value in squared.items()}
     return errors
 
 

@@ -66,3 +66,17 @@ def test_a_sweep_from_python_ends_in_a_better_model_than_pca(tmp_path: Path) -> 
     mse, pca = (float(part.split()[-1]) for part in out.splitlines()[-1].split(", "))
     assert mse < pca
     assert "report.html shows all trials" in example("sweep_from_python.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_table_is_compared_with_pca(tmp_path: Path) -> None:
+    from sklearn.datasets import load_wine
+
+    frame = load_wine(as_frame=True).frame
+    frame.iloc[::9, 3] = np.nan
+    frame.to_csv(tmp_path / "wine.csv", index=False)
+    lines = example("table_with_pandas.py", tmp_path, tmp_path / "wine.csv", "target").splitlines()
+    for line in lines[:2]:
+        ours, pca = (float(word.strip(",")) for word in line.split() if word.startswith("0."))
+        assert ours <= pca < 1
+    assert "proline" in lines[-4] and "nan" not in "".join(lines).lower()

@@ -48,6 +48,14 @@ def test_a_fit_writes_nothing_prints_nothing_and_is_never_worse_than_pca(
     np.testing.assert_array_equal(again.transform(data), fitted.transform(data))
 
 
+def test_the_figures_of_a_fit_are_those_of_the_weights_that_are_used() -> None:
+    data = load_wine().data
+    for missing in ("refuse", "mask"):
+        fitted = Autoencoder(5, random_state=0, missing=missing).fit(data)  # it learns by heart after its best step
+        assert fitted.mse_ <= fitted.pca_mse_ * (1 + 1e-4)
+        assert fitted.r2_ <= 1 - 0.5 * fitted.mse_
+
+
 def test_pipelines_searches_and_cross_validation() -> None:
     data, kinds = load_wine(return_X_y=True)
     pipeline = make_pipeline(Autoencoder(3, random_state=0, **QUICK), StandardScaler(), LogisticRegression())

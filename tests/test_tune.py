@@ -88,6 +88,7 @@ def test_each_shipped_space_is_judged_by_its_own_task() -> None:
         "vae": "val.neg_elbo",
         "all": "val.mse",
         "conv": "val.mse",
+        "table": "val.mse",
     }
 
 

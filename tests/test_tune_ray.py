@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -169,6 +170,28 @@ def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
     second = command("ae", "--name", "first", cwd=tmp_path)
     out, _ = second.communicate(timeout=30)
     assert second.returncode == 2 and "--resume first" in out
+
+
+def test_a_sweep_on_a_table_answers_beside_pca_in_share_of_variance(tmp_path: Path) -> None:
+    from sklearn.datasets import load_wine
+
+    rows = load_wine().data
+    rows[::7, 2] = math.nan
+    lines = [",".join("" if math.isnan(value) else repr(float(value)) for value in row) for row in rows]
+    (tmp_path / "wine.csv").write_text("\n".join([",".join(f"c{i}" for i in range(13)), *lines]))
+    fixed = {"data.name": f"table:{tmp_path}/wine.csv", "data.missing": "mask", "data.cache": f"{tmp_path}/cache"}
+    fixed |= {"train.steps": "60", "tracking.wandb": "off"}
+    sets = [part for key, value in fixed.items() for part in ("--set", f"{key}={value}")]
+    process = command("table", "--num-trials", "3", "--name", "wine", *sets, cwd=tmp_path)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    sweep = read_sweep(tmp_path / "runs/sweeps/wine")
+    best = next(row for row in results(sweep) if row.outcome.status == "finished")
+    page = (sweep.path / "report.html").read_text()
+    found = re.search(r"unexplained share of variance beside PCA, code of (\d+)\D+?([\d.]+) beside ([\d.]+)", page)
+    assert found is not None and float(found[2]) <= float(found[3])
+    pca = best.outcome.metric("val.pca_mse")
+    assert best.size != int(found[1]) or pca == pytest.approx(float(found[3]), rel=1e-2)
 
 
 def test_a_killed_driver_is_resumed_without_rays_files(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ SHOWN = 30  # rows of the ranking on the page; trials.csv has all
 EXACT = 1e-12  # a squared error per pixel up to here is nothing but rounding
 COLORS = {  # by a preset's first word
     "ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c", "conv": "#b08900",
+    "table": "#1f6fb4",
 }  # fmt: skip
 ACCENT, PCA = "#111827", "#6b7280"
 LOOK: Any = {
@@ -121,7 +122,8 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.size)
     if error is not None and linear:
         change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA has a component for each pixel"
-        name = f"squared error beside PCA, code of {winner.size}"
+        what = "squared error" if winner.outcome.metric("val.r2") is None else "unexplained share of variance"
+        name = f"{what} beside PCA, code of {winner.size}"
         facts[name] = f"{number(error)} beside {number(linear)} ({change})"
     if again := spread(sweep, winner.trial):
         values, mean, deviation = again
