@@ -52,7 +52,7 @@ def test_the_figures_of_a_fit_are_those_of_the_weights_that_are_used() -> None:
     data = load_wine().data
     for missing in ("refuse", "mask"):
         fitted = Autoencoder(5, random_state=0, missing=missing).fit(data)  # it learns by heart after its best step
-        assert fitted.mse_ <= fitted.pca_mse_ * (1 + 1e-4)
+        assert fitted.pca_mse_ is not None and fitted.mse_ <= fitted.pca_mse_ * (1 + 1e-4)
         assert fitted.r2_ <= 1 - 0.5 * fitted.mse_
 
 
