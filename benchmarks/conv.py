@@ -253,6 +253,7 @@ def comparison(bench: Bench, name: str, val: Images) -> None:
     for label, result in models.items():
         rows[label] = dist_ae.load(result.run_dir).reconstruct(val[shown])
     image_rows(rows, bench.storage / "conv-comparison.png")
+    image_rows({label: rows[label] for label in rows if label != "MLP"}, bench.storage / "photographs.png")
 
 
 def denoising(bench: Bench, folders: list[Path]) -> None:

@@ -243,7 +243,7 @@ class TrainConfig(Section):
         "exact", "how gradients travel between processes; bf16 halves the bytes and rounds them"
     )
     compile: bool = trajectory(
-        False, "compile the model with torch.compile: worth its 10 to 30 s on a GPU, not on a CPU"
+        False, "compile the model with torch.compile (10 to 30 s at the start); slower on a CPU, not measured on a GPU"
     )
     cuda_graph: Literal["auto", "on", "off"] = free(
         "auto", "run a step as one CUDA graph, equal to the bit; auto: where it can be, after a trial at the start"
@@ -269,7 +269,7 @@ class TrainConfig(Section):
         le=LARGEST,
     )
     keep: int = free(2, "newest checkpoints to keep, beside the best", ge=2, le=LONGEST)
-    timeout: float = free(120.0, "seconds after which a process that does not answer is given up", gt=0, le=LARGEST)
+    timeout: float = free(120.0, "seconds without an answer after which a process counts as lost", gt=0, le=LARGEST)
 
 
 class EvaluationConfig(Section):

@@ -1,4 +1,4 @@
-"""How little a model expects an image: three scores, and the scores of held-out normal images.
+"""Three anomaly scores, and their distribution on held-out normal images.
 
 - ``error``: squared error per pixel of the reconstruction from the mean code. It finds what the model cannot draw.
 - ``neg_elbo``: negative ELBO in nats, of a variational model: error and cost of the code, weighed as in training.

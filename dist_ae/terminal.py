@@ -1,4 +1,4 @@
-"""Output for a person. It never ends or fails a run, whatever became of the terminal."""
+"""Output for a person. A closed or full terminal never stops a run."""
 
 from __future__ import annotations
 

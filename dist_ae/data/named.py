@@ -163,7 +163,7 @@ def _find(
     except Exception as error:  # whatever a download can raise: no network, no space, a wrong checksum
         reason = f"the download failed ({type(error).__name__}: {first_line(error)})"
     else:
-        reason = "the download did not bring them"
+        reason = "the download finished, but the files are not in it"
     if paths is not None:
         return paths
     options = [

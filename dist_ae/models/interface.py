@@ -79,7 +79,7 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 
 
 class Autoencoder(nn.Module):
-    """The base of every model: corruption, the code's distribution and the scale of pixels.
+    """Base class: adds noise, samples the code, and maps pixels between [0, 1] and [-1, 1].
 
     An architecture defines ``encode_raw`` and ``decode_raw`` and, where it drops units, ``mask_shapes``. A forward pass
     is a pure function of images and draws: no global generator, no statistics over the batch.

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go, on each process. It takes no exchange of its own and does not wait for a device."""
+"""Where the seconds of a run go, on each process. No communication of its own; `pause` waits for the device."""
 
 from __future__ import annotations
 

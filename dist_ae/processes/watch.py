@@ -18,7 +18,7 @@ from dist_ae.processes.runtime import Runtime
 from dist_ae.terminal import say
 
 INTERVAL = 1.0  # seconds between two heartbeats
-KNOWN_AFTER = 3 * INTERVAL  # a living process is heard of at least once in that time
+KNOWN_AFTER = 3 * INTERVAL  # a living process is heard from at least once in that time
 LEFT = "left"  # in place of a heartbeat: this process ended because others were lost, and is not lost itself
 
 
@@ -27,7 +27,7 @@ class LostProcess(Fault):
 
 
 def blame(silent_since: Mapping[int, float], answered: float, now: float, limit: float) -> list[int]:
-    """The ranks that were not heard of for ``limit`` seconds. All times are of one monotonic clock.
+    """The ranks that were not heard from for ``limit`` seconds. All times are of one monotonic clock.
 
     Silence is counted up to the store's last answer, since nothing is known of the time after it. Whoever was silent by
     then went first, and a store that just froze is not taken for the silence of others. Rank 0 is blamed only if all
