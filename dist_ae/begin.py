@@ -75,6 +75,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
             f"{dataset.name} are standardized; use gaussian, or data.scale range"
         )
     config = _precise(config)
+    label = config.label()
     config = _fewer_at_once(config.override({"run_dir": config.directory()}), dataset)  # named by what was asked for
     if config.train.batch_size > len(dataset.train):
         raise InputError(
@@ -109,7 +110,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     # A start that is worth something (PCA, or another run's weights) is evaluated, and kept where training does worse.
     worth = config.model.start == "pca" or config.init_from is not None
     line = Timeline.of(config.train, len(dataset.train), eval_start=worth)
-    return Prepared(config, dataset, model, line, _description(config))
+    return Prepared(config, dataset, model, line, _description(config, label))
 
 
 def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
@@ -262,11 +263,15 @@ def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | 
         )
 
 
-def _description(config: Config) -> dict[str, Any]:
-    """The resolved configuration, the versions and the number of processes, for config.json and the trackers."""
+def _description(config: Config, label: str) -> dict[str, Any]:
+    """The resolved configuration, the versions and the number of processes, for config.json and the trackers.
+
+    Args:
+        label: the run's name, by what was asked for and not by what was found in the data.
+    """
     import accelerate
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
     # An extension is of one start; --config with this file begins a run of its own.
     tree, world = config.override({"extend": False}).model_dump(mode="json"), launched_world()[1]
-    return {"config": tree, "draws": DRAWS, "versions": versions, "world_size": world}
+    return {"config": tree, "label": label, "draws": DRAWS, "versions": versions, "world_size": world}

@@ -187,7 +187,8 @@ def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) 
         folder.write("tracking.json", kept)
     tags = (config.name, Path(config.data.name).name, config.model.architecture)
     run_id = str(kept["wandb_id"])
-    return Tracking(config.tracking, folder.path, config.label(), run_id, prepared.description, display.say, tags)
+    name = str(prepared.description["label"])
+    return Tracking(config.tracking, folder.path, name, run_id, prepared.description, display.say, tags)
 
 
 # -- its files

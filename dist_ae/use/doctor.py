@@ -201,7 +201,8 @@ def rebuild_wandb(run_dir: Path) -> Path:
     folder = RunDirectory(run_dir)
     tracking = folder.read("tracking.json") or {}
     folder.close()
-    options = wandb_options(config.tracking, run_dir, config.label(), tracking.get("wandb_id"), "offline")
+    name = str(read_json(run_dir / "config.json").get("label") or config.label())
+    options = wandb_options(config.tracking, run_dir, name, tracking.get("wandb_id"), "offline")
     run = wandb.init(project=config.tracking.project, config={"config": config.model_dump(mode="json")}, **options)
     by_step: dict[int, dict[str, Any]] = {}
     for step, split, figures in lines:
