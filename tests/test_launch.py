@@ -176,7 +176,7 @@ def test_a_killed_process_is_replaced_and_the_run_ends_as_undisturbed(tmp_path: 
     )  # fmt: skip
     try:
         end = time.monotonic() + 60
-        while not list(run_dir.glob("checkpoints/0*")) and time.monotonic() < end:
+        while not list(run_dir.glob("checkpoints/*[1-9]0")) and time.monotonic() < end:  # beside that of the start
             time.sleep(0.05)
         workers = [
             pid
