@@ -139,7 +139,7 @@ def scale_of(trained: TrainedModel, records: Given, kind: str) -> float:
 
 def odd_columns(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
     """The columns that contribute most to the error of each row, largest first: ``odd_1`` to ``odd_3``."""
-    names = trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
+    names = trained.columns
     most = min(ODD_COLUMNS, len(names))
     places = torch.cat([trained.contributions(floats(records, rows)).topk(most, 1).indices for rows in blocks(records)])
     return {f"odd_{rank + 1}": [names[place] for place in places[:, rank].tolist()] for rank in range(most)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +22,6 @@ def forms(trained: TrainedModel, name: str) -> tuple[str, tuple[str, ...]]:
     if shape is None:
         return f"{name}.npy", (".npy", ".png", "")
     return (f"{name}.csv", (*TABLES, ".npy")) if len(shape) == 1 else (f"{name}.npy", (".npy",))
-
-
-def columns_of(trained: TrainedModel) -> Sequence[str]:
-    """The names of a table's columns, or their numbers."""
-    return trained.config.data.columns or [f"column_{number}" for number in range(trained.model.image_shape[0])]
 
 
 def write_reconstructions(
@@ -60,7 +54,7 @@ def write_reconstructions(
         return write_array(out, torch.cat([outputs(rows) for rows in cut]))
     if out.suffix in TABLES:
         found = torch.cat([outputs(rows) for rows in cut])
-        return write_table(out, records, dict(zip(columns_of(trained), found.unbind(1), strict=True)))
+        return write_table(out, records, dict(zip(trained.columns, found.unbind(1), strict=True)))
     names = file_names(records)
     pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
     return write_folder(out, pairs, reads)

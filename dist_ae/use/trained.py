@@ -65,6 +65,11 @@ class TrainedModel:
         units = None if self.model.units_scale is None else Units(self.model.missing)
         return Shapes((channels, height, width), self.config.model.record_shape, units)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of a table's columns, or their numbers where it had none."""
+        return self.config.data.columns or tuple(f"column_{number}" for number in range(self.model.image_shape[0]))
+
     def reconstruct(self, images: Images, batch_size: int = 1000) -> Tensor:
         """Reconstructions from the mean code: images [N, C, H, W] on [0, 1], other records in their units and shape.
 
