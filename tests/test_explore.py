@@ -132,7 +132,7 @@ def test_a_decoder_too_large_for_a_page_is_left_out_and_the_page_says_so(tmp_pat
 def test_a_page_that_cannot_be_made_is_refused_in_one_sentence(trained: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ({"num": 2}, "at least 3 images"),
-        ({"runtime": tmp_path}, "npm install onnxruntime-web"),
+        ({"onnxruntime_web": tmp_path}, "npm install onnxruntime-web"),
         ({"out": tmp_path / "page.png"}, ".html"),
     ):
         with pytest.raises(InputError, match=message):
@@ -208,8 +208,11 @@ def test_an_uploaded_model_comes_back_from_the_hub(
         def create_repo(self, name: str, exist_ok: bool) -> str:
             return f"https://huggingface.co/{name}"
 
-        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        def upload_folder(
+            self, repo_id: str, folder_path: Path, commit_message: str, allow_patterns: list[str]
+        ) -> None:
             shutil.copytree(folder_path, hub / repo_id)
+            assert sorted(allow_patterns) == sorted(path.name for path in folder_path.iterdir())
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hub / name))

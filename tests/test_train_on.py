@@ -127,7 +127,7 @@ def test_the_end_of_a_run_says_which_weights_are_used_and_shows_the_error_on_tra
     ((status, out, error),) = run(
         1, "-m", "dist_ae", "train", "ae", "--run-dir", str(tmp_path / "run"), "--train.steps", "40",
         "--train.eval-every", "1", "--train.patience", "2", "--optim.lr", "0.2", "--optim.schedule", "constant",
-        "--model.hidden-dims", "64", "--tracking.wandb", "off",
+        "--model.hidden-dims", "64", "--precision", "fp32", "--tracking.wandb", "off",
     )  # fmt: skip
     assert status == 0, error
     result = json.loads((tmp_path / "run/result.json").read_text())
