@@ -2,6 +2,7 @@
 
     python -m benchmarks.tables share [--seeds 3]       unexplained variance      pip install pyod scanpy aeon
     python -m benchmarks.tables anomalies [--seeds 3]   AUROC of outliers
+    python -m benchmarks.tables signals [--seeds 3]     a convolution along signals, beside the MLP and PCA
     python -m benchmarks.tables time                    seconds of a fit of 10,000 × 30 beside pyod's
     python -m benchmarks.tables tune KEY=VALUE ...      ours with another setting, on other tables than those reported
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import statistics
@@ -317,6 +319,82 @@ def anomalies(seeds: int) -> None:
         print(f"| {name} | {len(np.unique(kinds))} | {' | '.join(cells)} |", flush=True)
 
 
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+def recording(name: str, length: int, stride: int) -> tuple[Array, Array]:
+    """Windows [N, C, L] of a recording that ships inside aeon: of its first three quarters, and of the last one."""
+    import aeon
+
+    (folder,) = (Path(aeon.__file__).parent / "datasets" / "data").glob(name)
+    rows = [np.genfromtxt(path, delimiter=",", skip_header=1)[:, 1:-1] for path in sorted(folder.glob("*.csv"))[::-1]]
+    whole = np.concatenate(rows)
+    border = len(whole) * 3 // 4
+
+    def windows(part: Array, step: int) -> Array:
+        return np.stack([part[at : at + length].T for at in range(0, len(part) - length + 1, step)])
+
+    return windows(whole[:border], stride), windows(whole[border:], length)
+
+
+def divided(name: str, seed: int) -> tuple[Array, Array]:
+    from aeon.datasets import load_classification
+
+    train, test = train_test_split(load_classification(name, return_metadata=False)[0], random_state=seed)
+    return np.asarray(train), np.asarray(test)
+
+
+SIGNALS: dict[str, Callable[[int], tuple[Array, Array]]] = {
+    "walking (Daphnet, three accelerometers)": lambda seed: recording("Daphnet*", 64, 8),
+    "pulse (KDD-TSAD 135)": lambda seed: recording("KDD-TSAD*", 128, 4),
+    "OSULeaf": partial(divided, "OSULeaf"),
+    "BasicMotions": partial(divided, "BasicMotions"),
+}
+
+
+def along_signals(model: str, name: str, numbers: int, seed: int) -> dict[str, float]:
+    """The held-out share, over the deviations of channels, of a run with as many numbers a signal."""
+    import tempfile
+
+    import dist_ae
+
+    train, test = SIGNALS[name](seed)
+    mean, deviation = (each(train, axis=(0, 2), keepdims=True) for each in (np.mean, np.std))
+    begin = time.perf_counter()
+    if model == "PCA":
+        seen = pca(*(((each - mean) / deviation).reshape(len(each), -1) for each in (train, test)), numbers, seed)
+        error = seen.reshape(test.shape) - (test - mean) / deviation
+    else:
+        values = {"data.layout": "signals", "model.latent_dim": numbers, "tracking.wandb": "off", "seed": seed}
+        if model == "conv":
+            values |= {"model.code": "vector", "train.steps": 2000, "train.eval_every": 50, "train.patience": 8}
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            config = dist_ae.PRESETS["conv" if model == "conv" else "table"].override({**values, "run_dir": folder})
+            dist_ae.train(config.override({"train.batch_size": min(32, len(train) // 4)}), data=train)
+            error = (dist_ae.load(folder).reconstruct(test).numpy() - test) / deviation
+    squares = ((test - mean) / deviation) ** 2
+    return {"share": float((error**2).sum() / squares.sum()), "seconds": time.perf_counter() - begin}
+
+
+def signals(seeds: int) -> None:
+    kept, models = Kept(OUT / "signals.jsonl"), ("conv", "MLP", "PCA")
+    print(f"| signals | to learn from | numbers | {' | '.join(models)} | seconds |\n|---|---|---|---|---|---|---|")
+    for name, load in SIGNALS.items():
+        for numbers in (5, 10):
+            found = {
+                model: [
+                    kept.get(name, numbers, seed, model, make=partial(along_signals, model, name, numbers, seed))
+                    for seed in range(seeds)
+                ]
+                for model in models
+            }
+            shares = {model: [each["share"] for each in runs] for model, runs in found.items()}
+            cells = " | ".join(f"{statistics.mean(s):.3f} ± {statistics.pstdev(s):.3f}" for s in shares.values())
+            took = " / ".join(f"{statistics.mean(r['seconds'] for r in found[m]):.0f}" for m in ("conv", "MLP"))
+            shape = " × ".join(map(str, load(0)[0].shape))
+            print(f"| {name} | {shape} | {numbers} | {cells} | {took} |", flush=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
@@ -370,7 +448,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("share", "anomalies", "time", "tune"))
+    parser.add_argument("what", choices=("share", "anomalies", "signals", "time", "tune"))
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
@@ -380,6 +458,8 @@ def main() -> None:
         tune(chosen.settings, chosen.seeds)
     elif chosen.what == "anomalies":
         anomalies(chosen.seeds)
+    elif chosen.what == "signals":
+        signals(chosen.seeds)
     else:
         timed(chosen.seeds)
 

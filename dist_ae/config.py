@@ -138,13 +138,15 @@ class ModelConfig(Section):
     )
     widths: tuple[typing.Annotated[int, Field(gt=0, le=WIDEST)], ...] = trajectory(
         (32, 64, 128),
-        "channels of a conv at each resolution, finest first; each halves height and width",
+        "channels of a conv at each resolution, finest first; each halves height and width, or the length of signals",
         min_length=1,
         max_length=10,
     )
     blocks: int = trajectory(1, "residual blocks of a conv at each resolution", gt=0, le=100)
     code: Literal["grid", "vector"] = trajectory(
-        "grid", "code of a conv: a grid, 1 / 2^len(widths) as high and wide as the image, or one vector"
+        "grid",
+        "code of a conv: a grid, 1 / 2^len(widths) as high and wide as the image, or as long as the signal; or one "
+        "vector",
     )
     activation: Literal["relu", "gelu", "silu"] = trajectory("relu", "non-linearity between the layers")
     dropout: float = trajectory(0.0, "probability that a hidden unit of encoder or decoder is dropped", ge=0, lt=1)

@@ -6,7 +6,7 @@ They are the start of a model and the baseline that it is compared with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ MOST = 4096  # directions of larger vectors: decomposing a matrix of 12,288² wo
 PASSES = 4  # over the sample
 NO_VARIANCE = 1e-12  # share of the total variance below which a direction counts as having none
 
+Size = tuple[int, int]  # height, width
+
 
 def sample_rows(num_images: int, size: int) -> Tensor:
     """The images that PCA looks at: evenly spaced rows, a pure function of the data set's size and the image's."""
@@ -44,15 +46,27 @@ def extra_directions(num: int) -> int:
     return max(64, min(num, 512))
 
 
-def patches(images: Tensor, side: int) -> Tensor:
-    """images [B, C, H, W] → patches [B·h·w, C·side·side]. Lower and right edges repeat the last pixels."""
-    padded = pad_to_multiple(images, side)
-    return F.unfold(padded, side, stride=side).transpose(1, 2).flatten(0, 1)
+def patches(images: Tensor, size: Size) -> Tensor:
+    """images [B, C, H, W] → patches [B·h·w, C·height·width]. Lower and right edges repeat the last pixels."""
+    padded = pad_to_multiple(images, size)
+    return F.unfold(padded, size, stride=size).transpose(1, 2).flatten(0, 1)
+
+
+def vector_size(image_shape: Sequence[int], patch: Size | None) -> int:
+    """Numbers of an image, or of one of its patches."""
+    return math.prod(image_shape) if patch is None else image_shape[0] * math.prod(patch)
+
+
+def patch_count(image_shape: Sequence[int], patch: Size | None) -> int:
+    """Patches of an image; one, where the whole image is coded."""
+    if patch is None:
+        return 1
+    return math.prod(-(-side // multiple) for side, multiple in zip(image_shape[1:], patch, strict=True))
 
 
 @torch.no_grad()
 def principal_components(
-    reader: Reader, num: int, patch: int | None, runtime: Processes, stop: Callable[[], bool] = lambda: False
+    reader: Reader, num: int, patch: Size | None, runtime: Processes, stop: Callable[[], bool] = lambda: False
 ) -> Components:
     """The ``num`` leading principal components of images, or of their patches, on [-1, 1].
 
@@ -83,13 +97,12 @@ def principal_components(
 class _Vectors:
     """The sample's images or patches as rows of a matrix that is never held whole in floating point."""
 
-    def __init__(self, reader: Reader, patch: int | None, runtime: Processes, stop: Callable[[], bool]) -> None:
+    def __init__(self, reader: Reader, patch: Size | None, runtime: Processes, stop: Callable[[], bool]) -> None:
         self._patch, self._runtime, self._stop = patch, runtime, stop
         shape = reader.split.images.shape[1:]
         rows = sample_rows(len(reader.split), math.prod(shape))
-        per_image = 1 if patch is None else math.prod(-(-side // patch) for side in shape[1:])
-        self.size = math.prod(shape) if patch is None else shape[0] * patch * patch
-        self.count = len(rows) * per_image
+        self.size = vector_size(shape, patch)
+        self.count = len(rows) * patch_count(shape, patch)
         self._bytes = reader.split.images.dtype == "uint8" and reader.split.scaling is None
         # From the sample's numbers to those inside the model.
         self._scale, self._shift = (1.0, 0.0) if reader.standardized else (2.0, -1.0)
@@ -174,8 +187,7 @@ def of_model(
     code = model.linear_code()
     if code is None:
         return None
-    shape = reader.split.images.shape[1:]
-    size = math.prod(shape) if code.patch is None else shape[0] * code.patch**2
+    size = vector_size(reader.split.images.shape[1:], code.patch)
     if size > LARGEST_EXACT and min(code.values, size) > MOST:
         return None  # `check` refuses such a start; there is no baseline
     return principal_components(reader, min(code.values, size), code.patch, runtime, stop)
@@ -199,7 +211,7 @@ def check(config: Config, model: Autoencoder) -> None:
         raise InputError("model.start pca: this model has no PCA start; use model.start random")
     if code.components < 1:
         raise InputError("model.start pca needs hidden layers of at least 2 units")
-    size = math.prod(model.image_shape) if code.patch is None else model.image_shape[0] * code.patch**2
+    size = vector_size(model.image_shape, code.patch)
     if size > LARGEST_EXACT and min(code.values, size) > MOST:
         raise InputError(
             f"model.start pca: {code.values:,} components of {size:,} numbers take too long to find, the most are "
@@ -247,7 +259,7 @@ def baseline(
     return float(total / count)
 
 
-def coded(components: Components, patch: int | None, images: Tensor) -> tuple[Tensor, Tensor]:
+def coded(components: Components, patch: Size | None, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images [B, C, H, W] through PCA, or PCA of patches: codes [B, values], reconstructions [B, C, H, W].
 
     Images are on [0, 1], or standardized as those that the components are of; the mean takes the place of NaN there.
@@ -261,17 +273,17 @@ def coded(components: Components, patch: int | None, images: Tensor) -> tuple[Te
     return codes.view(len(images), -1), decoded if components.standardized else decoded.add(1).div(2)
 
 
-def errors(components: Components, patch: int | None, images: Tensor) -> Tensor:
+def errors(components: Components, patch: Size | None, images: Tensor) -> Tensor:
     """The squared error of ``coded``, over all that is not missing, per pixel: [B]."""
     squared = (coded(components, patch, images)[1] - images.float()).square().flatten(1)
     return squared.nanmean(1) if components.standardized else squared.mean(1)
 
 
-def unpatched(vectors: Tensor, shape: torch.Size, side: int | None) -> Tensor:
+def unpatched(vectors: Tensor, shape: torch.Size, patch: Size | None) -> Tensor:
     """Puts together what ``patches`` made of images of ``shape``: [B, C, H, W]."""
-    if side is None:
+    if patch is None:
         return vectors.view(shape)
     batch, _, height, width = shape
-    size = (-(-height // side) * side, -(-width // side) * side)
+    size = (-(-height // patch[0]) * patch[0], -(-width // patch[1]) * patch[1])
     columns = vectors.view(batch, -1, vectors.shape[1]).transpose(1, 2)
-    return F.fold(columns, size, side, stride=side)[..., :height, :width]
+    return F.fold(columns, size, patch, stride=patch)[..., :height, :width]

@@ -253,8 +253,8 @@ def _codes(
     ours = torch.zeros(len(rows), math.prod(model.code_shape), dtype=dtype, device=runtime.device)
     linear = None
     if components is not None and code is not None:
-        patches = 1 if code.patch is None else math.prod(-(-side // code.patch) for side in model.image_shape[1:])
-        linear = ours.new_zeros(len(rows), patches * len(components.basis))
+        count = pca.patch_count(model.image_shape, code.patch)
+        linear = ours.new_zeros(len(rows), count * len(components.basis))
     for places, images in in_batches(reader, rows, batch_size, runtime):
         if not len(images):
             continue

@@ -147,7 +147,10 @@ def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: 
     linear, mse = state.pca_mse, _used_mse(state)
     if linear is None or linear < EXACT or code is None:
         return ""
-    name = "PCA" if code.patch is None else f"PCA of {code.patch} × {code.patch} patches"
+    name = "PCA"
+    if code.patch is not None:
+        height, width = code.patch
+        name = f"PCA of pieces of {width}" if height == 1 else f"PCA of {height} × {width} patches"
     if mse <= linear:
         return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
     if mse < 1.01 * linear:

@@ -137,16 +137,15 @@ def pca_errors(base: Config, configs: Iterable[Config], noisy: bool) -> dict[int
 
     dataset, cpu = sources.load(base.data), torch.device("cpu")
     train, val = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
-    pixels = math.prod(dataset.image_shape)
-    sizes: dict[int | None, dict[int, int]] = {}  # numbers of a code by its size, by the side of its patches
+    sizes: dict[pca.Size | None, dict[int, int]] = {}  # numbers of a code by its size, by that of its patches
     for config in configs:
         code = blank(config, dataset.image_shape).linear_code()
         if code is not None:
             sizes.setdefault(code.patch, {})[code_size(config, dataset.image_shape)] = code.values
     errors: dict[int, float] = {}
-    for side, codes in sizes.items():
-        most = pixels if side is None else dataset.image_shape[0] * side**2
-        components = pca.principal_components(train, min(max(codes.values()), most), side, Alone(cpu))
+    for patch, codes in sizes.items():
+        most = pca.vector_size(dataset.image_shape, patch)
+        components = pca.principal_components(train, min(max(codes.values()), most), patch, Alone(cpu))
         squared, entries = dict.fromkeys(codes, 0.0), 0
         for start in range(0, len(val.split), CHUNK):
             span = range(start, min(start + CHUNK, len(val.split)))
@@ -155,7 +154,7 @@ def pca_errors(base: Config, configs: Iterable[Config], noisy: bool) -> dict[int
             noise = fixed_noise(base.evaluation.noise_std, span, images.shape[1:], cpu) if noisy else 0
             for size, values in codes.items():
                 leading = components._replace(basis=components.basis[:values])
-                decoded = pca.coded(leading, side, images + noise)[1]
+                decoded = pca.coded(leading, patch, images + noise)[1]
                 squared[size] += float((decoded - images).double().square().nansum())
         errors |= {size: min(value / entries, errors.get(size, math.inf)) for size, value in squared.items()}
     return errors

@@ -77,7 +77,7 @@ def test_before_the_first_step_it_reconstructs_as_scikit_learns_pca(
     if side is not None:  # the model's picture is cropped, so the patches are, too
         patches = torch.from_numpy(expected * 2 - 1)
         padded = (len(images), *shape)
-        expected = (components_of.unpatched(patches, torch.Size(padded), side).numpy() + 1) / 2
+        expected = (components_of.unpatched(patches, torch.Size(padded), (side, side)).numpy() + 1) / 2
     np.testing.assert_allclose(
         found.numpy().reshape(expected.shape), expected, atol=1e-9 if precision == "fp64" else 1e-5
     )

@@ -1,4 +1,7 @@
-"""The convolutional autoencoder: a residual net beside a linear code of the image's patches."""
+"""The convolutional autoencoder: a residual net beside a linear code of the image's patches.
+
+Of signals [C, 1, L], which have one row, kernels, strides and patches have one row, too: all is along the length.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,17 @@ if TYPE_CHECKING:
     from dist_ae.config import Config, ObjectiveConfig
 
 
-class Convolution(nn.Module):
-    """A convolution whose kernel is kept as a matrix [out, in · side · side], as Muon takes it and PCA gives it."""
+Size = tuple[int, int]  # height, width
 
-    def __init__(self, inputs: int, outputs: int, side: int = 3, stride: int = 1) -> None:
+
+class Convolution(nn.Module):
+    """A convolution whose kernel is kept as a matrix [out, in · height · width], as Muon takes it and PCA gives it."""
+
+    def __init__(self, inputs: int, outputs: int, size: Size, stride: Size = (1, 1)) -> None:
         super().__init__()
-        self.kernel, self.stride, self.padding = (outputs, inputs, side, side), stride, (side - stride + 1) // 2
-        self.weight = nn.Parameter(torch.empty(outputs, inputs * side * side))
+        self.kernel, self.stride = (outputs, inputs, *size), stride
+        self.padding = (size[0] - stride[0] + 1) // 2, (size[1] - stride[1] + 1) // 2
+        self.weight = nn.Parameter(torch.empty(outputs, inputs * math.prod(size)))
         self.bias = nn.Parameter(torch.empty(outputs))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -34,11 +41,11 @@ class Convolution(nn.Module):
 class Block(nn.Module):
     """x + second(act(first(act(norm(x))))). ``second`` starts at zero, and a mask drops channels before it."""
 
-    def __init__(self, width: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, width: int, size: Size, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.width, self.activation = width, activation
         self.norm = nn.GroupNorm(1, width)  # over one image, never over the batch
-        self.first, self.second = Convolution(width, width), Convolution(width, width)
+        self.first, self.second = Convolution(width, width, size), Convolution(width, width, size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         normed = self.norm(x) if devices.keeps_channels_last(x.device) else normalized(x, self.norm)
@@ -58,40 +65,41 @@ def normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 class Down(nn.Module):
     """Half the height and width: a 2 × 2 patch convolution beside a shortcut without parameters (as in DC-AE)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, step: Size) -> None:
         super().__init__()
-        self.outputs, self.change = outputs, Convolution(inputs, outputs, 2, 2)
+        self.outputs, self.step, self.change = outputs, step, Convolution(inputs, outputs, step, step)
 
     def forward(self, x: Tensor) -> Tensor:
         changed: Tensor = self.change(x)
-        return changed + match(to_depth(x), self.outputs)
+        return changed + match(to_depth(x, self.step), self.outputs)
 
 
 class Up(nn.Module):
     """Twice the height and width: the transpose of ``Down``."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, step: Size) -> None:
         super().__init__()
-        self.outputs, self.change = outputs, Convolution(inputs, 4 * outputs, 1)
+        self.outputs, self.step = math.prod(step) * outputs, step
+        self.change = Convolution(inputs, self.outputs, (1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return to_space(self.change(x) + match(x, 4 * self.outputs), 2)
+        return to_space(self.change(x) + match(x, self.outputs), self.step)
 
 
-def to_depth(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, C · 4, H / 2, W / 2]: the pixels of each 2 × 2 patch as channels, in the order of a kernel."""
+def to_depth(x: Tensor, step: Size) -> Tensor:
+    """[B, C, H, W] → [B, C · h · w, H / h, W / w]: pixels of each h × w patch as channels, in the order of a kernel."""
     batch, channels, height, width = x.shape
-    x = x.view(batch, channels, height // 2, 2, width // 2, 2)
+    x = x.view(batch, channels, height // step[0], step[0], width // step[1], step[1])
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
 
 
-def to_space(x: Tensor, side: int) -> Tensor:
-    """[B, C · side², H, W] → [B, C, H · side, W · side], the inverse of ``to_depth``.
+def to_space(x: Tensor, step: Size) -> Tensor:
+    """[B, C · h · w, H, W] → [B, C, H · h, W · w], the inverse of ``to_depth``.
 
     It is torch's pixel_shuffle, but in channels-last order on every device and with a gradient for an empty batch.
     """
     batch, channels, height, width = x.shape
-    x = x.view(batch, channels // side**2, side, side, height, width)
+    x = x.view(batch, channels // math.prod(step), *step, height, width)
     return x.permute(0, 4, 2, 5, 3, 1).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
@@ -114,15 +122,21 @@ class Conv(Autoencoder):
     """Residual blocks at each resolution, and beside them a linear path from patches to the code and back.
 
     The net's last layers start at zero, so the model starts as its linear path. A grid code has ``latent_dim`` channels
-    for each patch of f × f pixels, f = 2 ** len(widths). A vector code has ``latent_dim`` numbers for the whole image.
-    Images of any size are padded to a multiple of f by repeating the edge, and cropped back.
+    for each patch of f × f pixels, f = 2 ** len(widths), or of f values of a signal. A vector code has ``latent_dim``
+    numbers for the whole image. Images of any size are padded to a multiple of f by repeating the edge, and cropped
+    back.
     """
 
     def __init__(self, config: Config, image_shape: Sequence[int]) -> None:
         model, widths, size = config.model, config.model.widths, config.model.latent_dim
         channels, height, width = image_shape
-        self.factor, self.vector = 2 ** len(widths), model.code == "vector"
-        grid = (-(-height // self.factor), -(-width // self.factor))
+        self.vector = model.code == "vector"
+
+        def size_of(side: int) -> Size:
+            return (1 if height == 1 else side), side
+
+        self.patch, self.step, kernel = size_of(2 ** len(widths)), size_of(2), size_of(3)
+        grid = (-(-height // self.patch[0]), -(-width // self.patch[1]))
         super().__init__(
             image_shape,
             (size,) if self.vector else (size, *grid),
@@ -133,14 +147,14 @@ class Conv(Autoencoder):
         act = self.activation = ACTIVATIONS[model.activation]
         predicted = size * (2 if model.variational else 1)
         # Blocks begin at half the resolution; at full resolution they would cost four times as much.
-        down: list[nn.Module] = [Convolution(channels, widths[0], 4, 2)]
+        down: list[nn.Module] = [Convolution(channels, widths[0], size_of(4), self.step)]
         up: list[nn.Module] = []
-        for level, width in enumerate(widths):
+        for level, breadth in enumerate(widths):
             if level:
-                down.append(Down(widths[level - 1], width))
-                up.insert(0, Up(width, widths[level - 1]))
-            down += [Block(width, act) for _ in range(model.blocks)]
-            up = [*(Block(width, act) for _ in range(model.blocks)), *up]
+                down.append(Down(widths[level - 1], breadth, self.step))
+                up.insert(0, Up(breadth, widths[level - 1], self.step))
+            down += [Block(breadth, kernel, act) for _ in range(model.blocks)]
+            up = [*(Block(breadth, kernel, act) for _ in range(model.blocks)), *up]
         self.encoder = nn.ModuleList(down)
         self.to_code: Layer
         self.from_code: Layer
@@ -151,11 +165,14 @@ class Conv(Autoencoder):
             self.to_code, self.from_code = nn.Linear(cells, predicted), nn.Linear(size, cells)
             self.project, self.expand = nn.Linear(pixels, predicted), nn.Linear(size, pixels)
         else:
-            self.to_code, self.from_code = Convolution(widths[-1], predicted), Convolution(size, widths[-1])
-            self.project = Convolution(channels, predicted, self.factor, self.factor)
-            self.expand = Convolution(size, channels * self.factor**2, 1)
+            self.to_code, self.from_code = (
+                Convolution(widths[-1], predicted, kernel),
+                Convolution(size, widths[-1], kernel),
+            )
+            self.project = Convolution(channels, predicted, self.patch, self.patch)
+            self.expand = Convolution(size, channels * math.prod(self.patch), (1, 1))
         self.decoder = nn.ModuleList(up)
-        self.to_pixels = Convolution(widths[0], 4 * channels)
+        self.to_pixels = Convolution(widths[0], math.prod(self.step) * channels, kernel)
         self.grid = (widths[-1], *grid)
         blocks = {name: layer for name, layer in self.named_modules() if isinstance(layer, Block)}
         self.zeros = ("to_code", "to_pixels", *(f"{name}.second" for name in blocks))
@@ -163,7 +180,7 @@ class Conv(Autoencoder):
         self.encoder_masks = len(blocks) // 2
 
     def encode_raw(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        padded = pad_to_multiple(images, self.factor).contiguous(memory_format=torch.channels_last)
+        padded = pad_to_multiple(images, self.patch).contiguous(memory_format=torch.channels_last)
         hidden = self.activation(self._run(self.encoder, padded, masks))
         if self.vector:
             hidden, padded = hidden.flatten(1), images.flatten(1)
@@ -179,9 +196,9 @@ class Conv(Autoencoder):
             hidden = hidden.view(-1, *self.grid).contiguous(memory_format=torch.channels_last)
             linear = linear.view(-1, *self.image_shape)
         else:
-            linear = to_space(linear, self.factor)[..., :height, :width]
+            linear = to_space(linear, self.patch)[..., :height, :width]
         net: Tensor = self.to_pixels(self.activation(self._run(self.decoder, hidden, masks)))
-        return linear + to_space(net, 2)[..., :height, :width]
+        return linear + to_space(net, self.step)[..., :height, :width]
 
     @staticmethod
     def _run(layers: nn.ModuleList, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
@@ -193,8 +210,8 @@ class Conv(Autoencoder):
     def linear_code(self) -> LinearCode:
         """PCA of the patches for a grid code, of the whole image for a vector code."""
         size, channels = self.code_shape[0], self.image_shape[0]
-        most = math.prod(self.image_shape) if self.vector else channels * self.factor**2
-        return LinearCode(min(size, most), None if self.vector else self.factor, size)
+        most = math.prod(self.image_shape) if self.vector else channels * math.prod(self.patch)
+        return LinearCode(min(size, most), None if self.vector else self.patch, size)
 
     @torch.no_grad()
     def start_from(self, components: Components, objective: ObjectiveConfig) -> None:

@@ -46,7 +46,7 @@ class LinearCode(NamedTuple):
     """The best linear code that a model can carry. Its PCA start takes it, and the model is compared with it."""
 
     components: int  # principal components that the start sets
-    patch: int | None  # side of the patches that are coded one by one; None codes the whole image
+    patch: tuple[int, int] | None  # height and width of patches that are coded one by one; None: the whole image
     values: int  # numbers that a code has per patch (or image)
 
 
@@ -70,12 +70,10 @@ def centred(images: Tensor) -> Tensor:
     return images.mul(2).sub_(1)
 
 
-def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
-    """images [B, C, H, W] with height and width raised to multiples of ``factor`` by repeating the edge."""
-    height, width = images.shape[-2:]
-    if height % factor == 0 and width % factor == 0:
-        return images
-    return F.pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
+def pad_to_multiple(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """images [B, C, H, W] with height and width raised to multiples of those of ``size`` by repeating the edge."""
+    down, right = (-side % multiple for side, multiple in zip(images.shape[-2:], size, strict=True))
+    return F.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
 
 
 class Autoencoder(nn.Module):

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dist_ae import pca
 from dist_ae.config import InputError
@@ -30,7 +31,8 @@ from dist_ae.use.write import (
 NORMAL, ANOMALOUS = "normal", "anomalous"
 MVTEC_NORMAL = "good"  # MVTec AD's name for its folder of pictures without a defect
 EXTREMES, ROC = "-extremes.png", "-roc.png"  # endings of the pictures beside the scores
-ODD_COLUMNS = 3  # of a table that the scores name for each row
+ODD_PLACES = 3  # columns of a row, or positions of a signal, that the scores name
+ODD_WINDOWS = 32  # of a signal, each of which is named by its oddest position alone: neighbours tell the same
 SATURATED = 0.01  # share of images whose map may exceed the one scale of all maps
 
 
@@ -137,12 +139,28 @@ def scale_of(trained: TrainedModel, records: Given, kind: str) -> float:
 # -- the command
 
 
-def odd_columns(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
-    """The columns that contribute most to the error of each row, largest first: ``odd_1`` to ``odd_3``."""
-    names = trained.columns
-    most = min(ODD_COLUMNS, len(names))
-    places = torch.cat([trained.contributions(floats(records, rows)).topk(most, 1).indices for rows in blocks(records)])
-    return {f"odd_{rank + 1}": [names[place] for place in places[:, rank].tolist()] for rank in range(most)}
+def odd_places(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
+    """What contributes most to the error of each row or signal, largest first: ``odd_1`` to ``odd_3``.
+
+    It is a column of a table, by its name; or a position of a signal, counted from 0, with its channel where there are
+    several.
+    """
+    channels, _, length = trained.model.image_shape
+    window = -(-length // ODD_WINDOWS)  # 1 for a table
+    found = []
+    for rows in blocks(records):
+        errors = trained.contributions(floats(records, rows)).reshape(-1, channels, length)
+        largest, positions = F.max_pool1d(errors, window, ceil_mode=True, return_indices=True)
+        order = largest.flatten(1).topk(min(ODD_PLACES, largest[0].numel()), 1).indices
+        found.append(torch.stack([order // largest.shape[2], positions.flatten(1).gather(1, order)], 2))
+    places = torch.cat(found).tolist()  # [N, ranks, (channel, position)]
+
+    def name(channel: int, position: int) -> str:
+        if length == 1:
+            return trained.columns[channel]
+        return f"position {position}" if channels == 1 else f"channel {channel} position {position}"
+
+    return {f"odd_{rank + 1}": [name(*row[rank]) for row in places] for rank in range(len(places[0]))}
 
 
 def draw_extremes(out: Path, records: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:

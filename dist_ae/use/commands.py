@@ -330,7 +330,7 @@ def score_run(
     from dist_ae.data import sources
     from dist_ae.data.pictures import shown
     from dist_ae.scores import check_score
-    from dist_ae.use.anomalies import EXTREMES, ROC, draw_extremes, judge, odd_columns, truth_of, write_maps
+    from dist_ae.use.anomalies import EXTREMES, ROC, draw_extremes, judge, odd_places, truth_of, write_maps
     from dist_ae.use.trained import images_of, load
     from dist_ae.use.write import destination, reads_of, write_array, write_table
 
@@ -342,7 +342,7 @@ def score_run(
     reads = reads_of(run_dir, trained, images)
     out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=(EXTREMES, ROC))
     if maps is not None and trained.config.model.record_shape is not None:
-        raise InputError("--maps: heat maps are of images; the table of scores names the columns that are odd")
+        raise InputError("--maps: heat maps are of images; the scores name the columns or positions that are odd")
     if maps is not None:
         maps = destination(reads, run_dir, maps, "", ("",), "--maps")
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
@@ -360,8 +360,8 @@ def score_run(
 
     columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit}
     shape = trained.config.model.record_shape
-    if shape is not None and len(shape) == 1 and name != "mahalanobis" and out.suffix != ".npy":
-        columns |= odd_columns(trained, records)
+    if shape is not None and len(shape) <= 2 and name != "mahalanobis" and out.suffix != ".npy":
+        columns |= odd_places(trained, records)
     if truth is not None:
         columns["anomalous"] = torch.from_numpy(truth)
     path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, records, columns)

@@ -207,7 +207,7 @@ def command_of(config: Config) -> str:
     """The command that trains this configuration: its preset and whatever differs from it."""
     preset = config.name if config.name in PRESETS else "ae"
     usual = dict(PRESETS[preset].flat())
-    skipped = ("name", "run_dir", "data.root", "data.cache", "model.image_shape")
+    skipped = ("name", "run_dir", "data.root", "data.cache", "model.image_shape", "model.record_shape")
     parts = [f"dist-ae train {preset}"]
     for key, value in config.flat():
         if key in skipped or value == usual[key]:
