@@ -88,6 +88,19 @@ class DataConfig(Section):
     fit: Literal["crop", "pad", "stretch"] | None = trajectory(
         None, "how a picture becomes square: crop its middle (the default), pad its shorter side, or stretch it"
     )
+    crop: int | None = trajectory(
+        None,
+        "side of a square that each step cuts out of each picture at a new place; validation takes fixed ones",
+        gt=0,
+        le=4096,
+    )
+    flip: bool = trajectory(False, "mirror half of the crops, left to right")
+    crops: int | None = trajectory(
+        None,
+        "crops of each picture in an epoch; left out, as many as fit beside each other, and at most 64",
+        gt=0,
+        le=LONGEST,
+    )
     channels: Literal["auto", "grey", "rgb"] | None = trajectory(
         None, "colour of pictures; auto, the default: grey where all of them are, else rgb"
     )

@@ -14,9 +14,11 @@ from torch import Tensor
 from dist_ae import sentences
 from dist_ae.begin import Prepared
 from dist_ae.config import Config, InputError
+from dist_ae.data.crops import Crops
 from dist_ae.data.layout import named
 from dist_ae.data.memory import NAME
 from dist_ae.data.order import share
+from dist_ae.data.records import Dataset
 from dist_ae.evaluate import Stop, comparable, selection
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models.cost import cost_of
@@ -169,7 +171,7 @@ def _headline(prepared: Prepared, learner: Learner, state: State) -> str:
     start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
     return sentences.headline(
         what=f"{config.name} on {dataset.name}",
-        records=f"{len(dataset.train):,} {named(dataset.shape or dataset.image_shape)}{scale}",
+        records=f"{_counted(dataset)} {named(dataset.shape or dataset.image_shape)}{scale}",
         held=learner.images.held,
         numbers=torch.Size(learner.raw_model.code_shape).numel(),
         parameters=sum(p.numel() for p in learner.parameters),
@@ -178,6 +180,11 @@ def _headline(prepared: Prepared, learner: Learner, state: State) -> str:
         where=f"{processes} on {runtime.device.type}, {config.precision}",
         how=f"{start} → {config.directory()}",
     )
+
+
+def _counted(dataset: Dataset) -> str:
+    images, count = dataset.train.images, f"{len(dataset.train):,}"
+    return f"{len(images)} pictures, an epoch of {count} crops:" if isinstance(images, Crops) else count
 
 
 def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) -> Tracking:

@@ -151,7 +151,7 @@ def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: 
     if code.patch is not None:
         height, width = code.patch
         name = f"PCA of pieces of {width}" if height == 1 else f"PCA of {height} × {width} patches"
-    if mse <= linear:
+    if mse <= 0.995 * linear:
         return f"val.mse {mse:.3g} is {1 - mse / linear:.0%} below {name} with {numbers:,} numbers ({linear:.3g})"
     if mse < 1.01 * linear:
         return f"val.mse {mse:.3g} is that of {name} with {numbers:,} numbers ({linear:.3g})"

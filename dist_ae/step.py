@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_ae import devices, timeline
 from dist_ae.capture import Graph, capture
 from dist_ae.config import Config, InputError
+from dist_ae.data.crops import Crops, drawn_from, placed
 from dist_ae.data.order import epoch_order, share
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
@@ -49,7 +50,8 @@ class Learner:
         # images all processes saw.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self.guard = Guard(self.optimizers, runtime.device)
-        self.images = Reader(dataset.train, runtime.device, runtime.dtype)
+        self.images = Reader(drawn_from(dataset.train), runtime.device, runtime.dtype)
+        self._split = dataset.train
         self._shapes, self._shards = self.raw_model.draw_shapes(), dataset.shards
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         # What changes from step to step, in places that a captured graph can read.
@@ -78,7 +80,7 @@ class Learner:
 
     def place(self, step: int) -> None:
         """Writes the step's inputs (rows, step number, learning rate, β) to the tensors that ``compute`` reads."""
-        batch = self._batch(step)
+        batch = self._placed(step)
         self._mine = share(range(len(batch)), self.runtime.rank, self.runtime.world)
         rows = batch[self._mine.start : self._mine.stop]
         if self.graph is not None and len(batch) == self.config.train.batch_size:
@@ -173,6 +175,14 @@ class Learner:
         positions = self.timeline.positions(step)
         return self._order[positions.start : positions.stop]
 
+    def _placed(self, step: int) -> Tensor:
+        """The same as the reader knows them: of crops, with the places that the step draws."""
+        rows = self._batch(step)
+        if not isinstance(self._split.images, Crops):
+            return rows
+        config = self.config
+        return torch.from_numpy(placed(self._split, rows.numpy(), config.seed, step, config.data.flip))
+
     def _epoch_order(self, epoch: int) -> Tensor:
         return epoch_order(self.config.seed, epoch, self.timeline.num_images, self._shards, self.config.data.window)
 
@@ -189,7 +199,7 @@ class Learner:
             return rest[: len(piece)]
         if self._number + 1 >= self.timeline.total_steps:
             return None
-        following = self._batch(self._number + 1)
+        following = self._placed(self._number + 1)
         mine = share(range(len(following)), self.runtime.rank, self.runtime.world)
         piece = share(mine, 0, self.accumulate)
         return following[piece.start : piece.stop]

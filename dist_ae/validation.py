@@ -17,6 +17,7 @@ from dist_ae.scores import Calibration, calibrate
 from dist_ae.step import Learner
 
 TRAIN_SAMPLE = 2000  # most training images that are evaluated beside those of validation
+CROPS = 10_000  # most training crops that PCA and thresholds look at
 
 
 class Validation:
@@ -25,12 +26,13 @@ class Validation:
     def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
         self._dataset, self._config, self._runtime = dataset, config, runtime
         self._val = Reader(dataset.val, runtime.device, runtime.dtype)
+        self._fixed: Reader | None = None  # of training crops, which steps do not read at fixed places
         self._seen: Reader | None = None  # read later: the first step need not wait for a slow disk
         self._components: Components | None = None  # kept from a start until the baseline is known
 
     def start(self, learner: Learner) -> None:
         """Begins a new run's weights as PCA, where the model has such a start. Every process takes part."""
-        self._components = pca.of_model(learner.raw_model, learner.images, self._runtime)
+        self._components = pca.of_model(learner.raw_model, self._train(learner), self._runtime)
         if self._components is not None and self._runtime.is_main:
             learner.start_from(self._components)
 
@@ -52,14 +54,14 @@ class Validation:
         with learner.evaluation_weights():
             found = evaluate(learner.model, self._val, self._config.objective, evaluation, runtime, stop)
             if self._seen is None:
-                sample = _sample(self._dataset.train, len(self._dataset.val))
+                sample = _sample(self._dataset.train, min(TRAIN_SAMPLE, len(self._dataset.val)))
                 self._seen = Reader(sample, runtime.device, runtime.dtype)
             found["train_mse"] = mean_squared_error(learner.model, self._seen, evaluation.batch_size, runtime, stop)
         return found if pca_mse is None else {**found, "pca_mse": pca_mse}
 
     def _baseline(self, learner: Learner, stop: Stop) -> float | None:
         model, runtime = learner.raw_model, self._runtime
-        components = self._components or pca.of_model(model, learner.images, runtime, stop)
+        components = self._components or pca.of_model(model, self._train(learner), runtime, stop)
         self._components = None
         return None if components is None else pca.baseline(model, components, self._val, runtime, stop)
 
@@ -80,11 +82,19 @@ class Validation:
         Raises:
             StopRequested: ``stop`` answered yes.
         """
-        return calibrate(learner.raw_model, learner.images, self._val, self._config, self._runtime, stop)
+        return calibrate(learner.raw_model, self._train(learner), self._val, self._config, self._runtime, stop)
+
+    def _train(self, learner: Learner) -> Reader:
+        """The training images as they are measured: those that steps read, or some of the fixed crops."""
+        if learner.images.split is self._dataset.train:
+            return learner.images
+        if self._fixed is None:
+            self._fixed = Reader(_sample(self._dataset.train, CROPS), learner.images.device, learner.images.dtype)
+        return self._fixed
 
 
 def _sample(split: Split, most: int) -> Split:
-    """Evenly spaced training images: at most ``TRAIN_SAMPLE``, and at most ``most``."""
-    count = min(len(split), TRAIN_SAMPLE, most)
+    """Evenly spaced training images, at most ``most``."""
+    count = min(len(split), most)
     chosen = np.linspace(0, len(split) - 1, count).astype(np.int64)
     return Split(split.images, None, chosen if split.rows is None else split.rows[chosen], split.scaling)

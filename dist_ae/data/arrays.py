@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.crops import cropped
 from dist_ae.data.layout import SHAPES, Layout, laid_out
 from dist_ae.data.pictures import expand, not_there, shown
 from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint
@@ -136,15 +138,14 @@ def handed_dataset(
     else:
         train, val = split_images(records[0], parts[0][1], config.val_fraction, where)
     found = f"{digest} {config.val_fraction!r}" if digest is not None else fingerprint(train, val, sampled=sampled)
-    scaling = scaling_of(train, scale, config.missing == "mask")
-    return Dataset(
-        name,
-        train.with_scaling(scaling),
-        val.with_scaling(scaling),
-        found,
-        classes=tuple(classes),
-        shape=shape,
-        columns=tuple(columns),
+    dataset = cropped(
+        Dataset(name, train, val, found, classes=tuple(classes), shape=shape, columns=tuple(columns)), config
+    )
+    scaling = scaling_of(dataset.train, scale, config.missing == "mask")
+    return replace(
+        dataset,
+        train=dataset.train.with_scaling(scaling),
+        val=dataset.val.with_scaling(scaling),
         scale="none" if scaling is None else scale,
     )
 

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.crops import Crops, Whole
 from dist_ae.data.records import Array, Split
 from dist_ae.terminal import first_line
 
@@ -33,32 +34,29 @@ PHOTO_SIZE, LARGEST_PHOTO = 64, 256
 
 
 def photos(config: DataConfig) -> tuple[Split, Split]:
-    """Square patches of scikit-learn's two photographs, a temple and a flower of 427×640 pixels in colour.
+    """Square crops of scikit-learn's two photographs, a temple and a flower of 427×640 pixels in colour.
 
-    Training sees patches of the left part, validation those of the right part. No pixel is in both.
+    Training sees crops of the left part, validation those of the right part. No pixel is in both.
     """
     from sklearn.datasets import load_sample_images
 
-    size = config.image_size or PHOTO_SIZE
+    size = config.crop or config.image_size or PHOTO_SIZE
     if size > LARGEST_PHOTO:
-        raise InputError(f"data.image_size: photos has patches of at most {LARGEST_PHOTO} pixels, got {size}")
+        key = "crop" if config.crop else "image_size"
+        raise InputError(f"data.{key}: photos has crops of at most {LARGEST_PHOTO} pixels, got {size}")
     pictures = [picture.transpose(2, 0, 1) for picture in load_sample_images().images]  # [3, 427, 640]
     if config.channels == "grey":
         weights = np.array([299, 587, 114], np.int64)[:, None, None]  # ITU-R 601, as Pillow
         pictures = [((picture * weights).sum(0, keepdims=True) // 1000).astype(np.uint8) for picture in pictures]
     border = 640 - max(128, size)
 
-    def patches(left: int, right: int, stride: int) -> Split:
-        parts = []
-        for picture in pictures:
-            windows = np.lib.stride_tricks.sliding_window_view(picture[..., left:right], (size, size), axis=(1, 2))
-            chosen = windows[:, ::stride, ::stride].transpose(1, 2, 0, 3, 4)
-            parts.append(chosen.reshape(-1, len(picture), size, size))
-        patches = np.concatenate(parts)
-        # Neighbouring patches overlap. A fixed random order makes the first dozen, which a run's pictures show, varied.
-        return Split(patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0)).numpy()])
+    def part(left: int, right: int, stride: int) -> Split:
+        crops = Crops(Whole.of([picture[:, :, left:right] for picture in pictures]), size)
+        rows = np.concatenate([crops.tiles(number, stride) for number in range(len(pictures))])
+        # A fixed random order makes the first dozen, which a run's pictures show, varied.
+        return Split(crops, None, rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).numpy()])
 
-    return patches(0, border, max(1, size // 8)), patches(border, 640, max(1, size // 4))
+    return part(0, border, max(1, size // 8)), part(border, 640, max(1, size // 4))
 
 
 IDX = {  # torchvision's class and folder; where Debian's package puts the files

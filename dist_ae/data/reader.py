@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import weakref
@@ -19,6 +20,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from dist_ae import devices
+from dist_ae.data.crops import Crops
 from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
 
 # Of what is free, for all images that a process holds. The rest is for weights, activations and other programs.
@@ -51,11 +53,12 @@ class Reader:
         stored_type = _stored_type(split.images.dtype)
         num_bytes = len(split) * int(np.prod(split.images.shape[1:])) * np.dtype(stored_type).itemsize
         whole = split.images
+        endless = isinstance(whole, Crops) and split.rows is None  # of any place: only their pictures can be held
         if device.type == "cpu" and isinstance(whole, np.ndarray) and not is_mapped(whole) and axes[0] == 0:
             # In memory already: no second copy, also where another split has the rest of its rows.
             self.resident = _tensor(whole, self._axes)
             self._rows = None if split.rows is None else torch.from_numpy(split.rows)
-        elif num_bytes <= (min(_room(device), MOST_COPIED) if _is_warm(split, device) else _room(device)):
+        elif not endless and num_bytes <= min(_room(device), MOST_COPIED if _is_warm(split, device) else math.inf):
             self.resident = self._copy()
             _held[device] = _held.get(device, 0) + num_bytes
             weakref.finalize(self, _give_back, device, num_bytes)
@@ -66,6 +69,8 @@ class Reader:
         where = "in memory" if device.type == "cpu" else f"on {device.type}"
         if self.resident is None:
             where = "memory-mapped" if is_mapped(split.images) else "in the memory of the host"
+        if isinstance(whole, Crops) and endless:
+            num_bytes = whole.pictures.nbytes
         self.held = f"{decimal(num_bytes)} {where}"
 
     def _copy(self) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,8 +17,24 @@ VALUES_AT_ONCE = 2**24  # of images that are evaluated at once: 85 of 256 × 256
 CHUNK_BYTES = 2**22  # checked, hashed or copied at a time: the memory that reading all of a mapped file takes
 
 
+class Lazy(Protocol):
+    """Images [N, C, H, W] that are read row by row."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+    mapped: bool  # to a file
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any) -> Array: ...
+    def take(self, rows: Array) -> Array: ...
+    def read_ahead(self, rows: Array) -> None: ...
+
+
 class Shards:
     """Several arrays of images as one [N, C, H, W], of which only rows are read."""
+
+    mapped = True
 
     def __init__(self, parts: Sequence[Array]) -> None:
         self.parts = list(parts)
@@ -31,10 +47,36 @@ class Shards:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> Array:
-        return gather(self, np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows))
+        return self.take(np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows))
+
+    def one(self, row: int) -> Array:
+        """One image [C, H, W], not copied."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        found: Array = np.asarray(self.parts[shard])[row - self.starts[shard]]
+        return found
+
+    def take(self, rows: Array) -> Array:
+        if len(rows) == 0:
+            return np.empty((0, *self.shape[1:]), self.dtype)
+        first, last = (int(each) for each in np.searchsorted(self.starts, [rows.min(), rows.max()], side="right") - 1)
+        if first == last:
+            return gather(self.parts[first], rows - self.starts[first])
+        result = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        shard = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(rows, kind="stable")  # each shard is read once, from its beginning to its end
+        bounds = np.searchsorted(shard[order], np.arange(len(self.parts) + 1))
+        for number in np.unique(shard):
+            there = order[bounds[number] : bounds[number + 1]]
+            result[there] = self.parts[number][rows[there] - self.starts[number]]
+        return result
+
+    def read_ahead(self, rows: Array) -> None:
+        shard = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(shard):
+            read_ahead(self.parts[number], rows[shard == number] - self.starts[number])
 
 
-Images = Array | Shards
+Images = Array | Lazy
 
 
 class Scaling(NamedTuple):
@@ -88,7 +130,7 @@ class Dataset:
 
 def is_mapped(images: Images) -> bool:
     """Whether images stay in a file until they are read."""
-    return isinstance(images, Shards | np.memmap)
+    return isinstance(images, np.memmap) if isinstance(images, np.ndarray) else images.mapped
 
 
 def stored_order(images: Array) -> tuple[int, ...]:
@@ -98,20 +140,8 @@ def stored_order(images: Array) -> tuple[int, ...]:
 
 def gather(images: Images, rows: Array) -> Array:
     """Rows of images, [len(rows), C, H, W] with the axes in memory as they are stored."""
-    if isinstance(images, Shards):
-        if len(rows) == 0:
-            return np.empty((0, *images.shape[1:]), images.dtype)
-        first, last = (int(each) for each in np.searchsorted(images.starts, [rows.min(), rows.max()], side="right") - 1)
-        if first == last:
-            return gather(images.parts[first], rows - images.starts[first])
-        result = np.empty((len(rows), *images.shape[1:]), images.dtype)
-        shard = np.searchsorted(images.starts, rows, side="right") - 1
-        order = np.argsort(rows, kind="stable")  # each shard is read once, from its beginning to its end
-        bounds = np.searchsorted(shard[order], np.arange(len(images.parts) + 1))
-        for number in np.unique(shard):
-            there = order[bounds[number] : bounds[number + 1]]
-            result[there] = images.parts[number][rows[there] - images.starts[number]]
-        return result
+    if not isinstance(images, np.ndarray):
+        return images.take(rows)
     axes = stored_order(images)
     stored = np.asarray(images).transpose(axes)
     if axes[0] != 0 or not stored.flags.c_contiguous:  # take would copy all of it first
@@ -126,10 +156,8 @@ def read_ahead(images: Images, rows: Array) -> None:
     A disk answers many requests together faster than one by one: on data of four times the memory, 35,000 reads a
     second in place of 160. A row that is in the cache already costs about 1 µs.
     """
-    if isinstance(images, Shards):
-        shard = np.searchsorted(images.starts, rows, side="right") - 1
-        for number in np.unique(shard):
-            read_ahead(images.parts[number], rows[shard == number] - images.starts[number])
+    if not isinstance(images, np.ndarray):
+        images.read_ahead(rows)
         return
     memory: Any = images
     while memory is not None and not isinstance(memory, mmap.mmap):

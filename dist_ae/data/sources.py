@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import named
 from dist_ae.data.arrays import array_dataset, handed_dataset
+from dist_ae.data.crops import cropped
 from dist_ae.data.memory import NAME
 from dist_ae.data.names import IN_A_PATH, absolute, with_prefix
 from dist_ae.data.pack import cached
@@ -45,12 +46,12 @@ def load(config: DataConfig) -> Dataset:
         )
     if name.startswith(PREFIXES):
         packed = cached(name, open_source(name, config.exclude), config, _cache(config))
-        return _scaled(packed_dataset(shown(name), [packed], config, config.val_fraction), config)
+        return _formed(packed_dataset(shown(name), [packed], config, config.val_fraction), config)
     if name.startswith("packed:"):
         sets = packed_sets(name.removeprefix("packed:"))
         if len(sets) == 1 and is_packed_table(sets[0]):
             return packed_table_dataset(shown(name), sets[0], config)
-        return _scaled(packed_dataset(shown(name), sets, config, config.val_fraction), config)
+        return _formed(packed_dataset(shown(name), sets, config, config.val_fraction), config)
     _refuse_settings(config, but=("image_size", "channels") if name == "photos" else ())
     if name.startswith("table:"):
         table = Table(name.removeprefix("table:"), config)
@@ -74,7 +75,7 @@ def load(config: DataConfig) -> Dataset:
             f"{name}: training images {train.images.shape[1:]} and "
             f"test images {val.images.shape[1:]} have differing shapes"
         )
-    return _scaled(Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ())), config)
+    return _formed(Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ())), config)
 
 
 def _cache(config: DataConfig) -> Path:
@@ -101,8 +102,9 @@ def packed_table_dataset(name: str, folder: Path, config: DataConfig) -> Dataset
     )
 
 
-def _scaled(dataset: Dataset, config: DataConfig) -> Dataset:
-    """Pictures with the scale that is asked for; they need none."""
+def _formed(dataset: Dataset, config: DataConfig) -> Dataset:
+    """Pictures, or crops of them, with the scale that is asked for; they need none."""
+    dataset = cropped(dataset, config)
     scaling = scaling_of(dataset.train, config.scale, missing=False)
     if scaling is None:
         return dataset

@@ -15,6 +15,7 @@ import torch
 from dist_ae import devices, timeline
 from dist_ae.config import InputError, parse
 from dist_ae.data import sources
+from dist_ae.data.crops import drawn_from, placed
 from dist_ae.data.reader import Reader
 from dist_ae.draws import Step, draw
 from dist_ae.files import MAX_JSON, MAX_LINES, Damaged, files_inside, open_plainly, parse_json, read_bounded, read_json
@@ -146,7 +147,8 @@ def replay(run_dir: Path) -> list[str]:
     if rows.ndim != 1 or not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(dataset.train):
         raise InputError(f"{run_dir}/nonfinite.json names images that {dataset.name} does not have")
     model.load_state_dict(weights, assign=True)
-    images = Reader(dataset.train, torch.device("cpu"), dtype).take(rows)
+    read = torch.from_numpy(placed(dataset.train, rows.numpy(), config.seed, step, config.data.flip))
+    images = Reader(drawn_from(dataset.train), torch.device("cpu"), dtype).take(read)
     draws = draw(
         model.draw_shapes(), Step(step), range(len(rows)), torch.device("cpu"), dtype,
         seed=config.seed, std=config.objective.noise_std, keep=1 - config.model.dropout,

@@ -1,0 +1,188 @@
+"""Squares of larger pictures: at a new place in every step of training, at fixed places for all that is measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.records import Array, Dataset, Shards, Split, is_mapped, read_ahead
+from dist_ae.draws import philox
+from dist_ae.draws.keyed import stream_key
+from dist_ae.terminal import rank, say
+
+MOST_A_PICTURE = 64  # crops of one picture in an epoch, unless data.crops says otherwise
+MOST_HELD_OUT = 2000  # fixed crops of the held-out pictures, unless these are more: what an evaluation costs
+
+
+class Whole:
+    """Pictures of different sizes, one after the other in flat arrays as [H, W, C]."""
+
+    def __init__(self, parts: Sequence[Array], part: Array, start: Array, sizes: Array, channels: int) -> None:
+        """``part`` and ``start`` [N] say where a picture begins; ``sizes`` [N, 2] are heights and widths."""
+        self.parts, self._part, self._start = parts, part, start
+        self.sizes, self.channels = sizes, channels
+        self.dtype, self.nbytes = parts[0].dtype, sum(each.nbytes for each in parts)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def picture(self, number: int) -> Array:
+        """One picture [C, H, W], not copied."""
+        height, width = (int(side) for side in self.sizes[number])
+        start = int(self._start[number])
+        flat = np.asarray(self.parts[int(self._part[number])])[start : start + height * width * self.channels]
+        return flat.reshape(height, width, self.channels).transpose(2, 0, 1)
+
+    @classmethod
+    def of(cls, pictures: Sequence[Array]) -> Whole:
+        """Pictures [C, H, W] in memory."""
+        flat = [np.ascontiguousarray(picture.transpose(1, 2, 0)).ravel() for picture in pictures]
+        sizes = np.array([picture.shape[1:] for picture in pictures], np.int64)
+        return cls(flat, np.arange(len(flat)), np.zeros(len(flat), np.int64), sizes, pictures[0].shape[0])
+
+
+class Crops:
+    """Every square of ``size`` × ``size`` pixels in every picture, as images that are cut where they are read.
+
+    The number of a crop says where it lies: picture · 2³³ + mirrored · 2³² + y · 2¹⁶ + x. y and x are shares of the
+    room in 65,536ths. So a place is drawn with 16 bits each, and a row of a split can be any crop.
+    """
+
+    def __init__(self, pictures: Array | Shards | Whole, size: int) -> None:
+        self.pictures, self.size = pictures, size
+        channels = pictures.channels if isinstance(pictures, Whole) else pictures.shape[1]
+        self.shape: tuple[int, ...] = (len(pictures), channels, size, size)
+        self.dtype = pictures.dtype
+        self.nbytes = len(pictures) * channels * size * size * self.dtype.itemsize
+        if isinstance(pictures, Whole):
+            self.sizes, parts = pictures.sizes, pictures.parts
+            self.mapped = any(is_mapped(part) for part in parts)
+        else:
+            self.sizes = np.broadcast_to(np.array(pictures.shape[2:], np.int64), (len(pictures), 2))
+            self.mapped = is_mapped(pictures)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> Array:
+        return self.take(np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows))
+
+    def take(self, rows: Array) -> Array:
+        """Crops by their numbers, [len(rows), C, size, size]."""
+        result = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        picture, mirrored = rows >> 33, rows >> 32 & 1
+        room = self.sizes[picture] - self.size + 1
+        y, x = (rows >> 16 & 0xFFFF) * room[:, 0] >> 16, (rows & 0xFFFF) * room[:, 1] >> 16
+        places = zip(picture.tolist(), y.tolist(), x.tolist(), mirrored.tolist(), strict=True)
+        for out, (number, top, left, flip) in zip(result, places, strict=True):
+            found = self._picture(number)[:, top : top + self.size, left : left + self.size]
+            out[:] = found[:, :, ::-1] if flip else found
+        return result
+
+    def _picture(self, number: int) -> Array:
+        if isinstance(self.pictures, Whole):
+            return self.pictures.picture(number)
+        if isinstance(self.pictures, Shards):
+            return self.pictures.one(number)
+        picture: Array = np.asarray(self.pictures)[number]
+        return picture
+
+    def read_ahead(self, rows: Array) -> None:
+        """Asks the system for the pictures of these crops, where they have one size."""
+        if not isinstance(self.pictures, Whole):
+            read_ahead(self.pictures, np.unique(rows >> 33))
+
+    def tiles(self, number: int, stride: int | None = None) -> Array:
+        """The numbers of fixed crops of a picture, in rows from its left upper corner to its right lower one.
+
+        Args:
+            stride: pixels between two of them, about; left out, they lie side by side.
+        """
+        down, across = (_starts(int(side), self.size, stride or self.size) for side in self.sizes[number])
+        found: Array = ((number << 33) + (down[:, None] << 16) + across).ravel()
+        return found
+
+
+def _starts(side: int, size: int, stride: int) -> Array:
+    """Where squares begin on a side of a picture, evenly spread, as shares of the room in 65,536ths."""
+    count, room = (side - size) // stride + 1, side - size + 1
+    pixels = np.arange(count) * (side - size) // max(1, count - 1)
+    shares: Array = -(-pixels * 2**16 // room)  # rounded up: its share of the room, rounded down, is this pixel
+    return shares
+
+
+def cropped(dataset: Dataset, config: DataConfig) -> Dataset:
+    """A data set of crops: those of training lie at a new place in every step, those of validation are fixed.
+
+    Raises:
+        InputError: records that are no pictures, or pictures that are all smaller than a crop.
+    """
+    if config.crop is None:
+        if config.flip or config.crops is not None:
+            key = "flip" if config.flip else "crops"
+            raise InputError(f"data.{key} is about crops; give their size with --data.crop, such as 64")
+        return dataset
+    if isinstance(dataset.train.images, Crops):  # `photos` cuts its own
+        return dataset
+    if dataset.shape is not None:
+        raise InputError(f"data.crop cuts squares out of pictures, and {dataset.name} holds none; leave it out")
+    if config.window is not None:
+        raise InputError("data.window reads whole pictures in groups, and data.crop parts of them; leave one out")
+    fixed = max(1, min(MOST_A_PICTURE, MOST_HELD_OUT // len(dataset.val)))
+    train, small = _of_split(dataset.train, config.crop, config.crops or MOST_A_PICTURE, exactly=bool(config.crops))
+    val, others = _of_split(dataset.val, config.crop, fixed, exactly=False)
+    for split, what in ((train, "training"), (val, "validation")):
+        if not len(split):
+            raise InputError(
+                f"data.crop {config.crop}: all pictures of {dataset.name} for {what} are smaller; use a smaller one"
+            )
+    if small + others and rank() == 0:
+        say(f"note: {small + others:,} pictures are smaller than a crop of {config.crop} and left out", sys.stderr)
+    return replace(dataset, train=train, val=val, shards=None)
+
+
+def _of_split(split: Split, size: int, most: int, exactly: bool) -> tuple[Split, int]:
+    """The fixed crops of a split, and how many of its pictures are too small.
+
+    Args:
+        most: crops of one picture.
+        exactly: where there are fewer, they stand in the split several times, so that an epoch takes as many.
+    """
+    assert isinstance(split.images, np.ndarray | Shards | Whole)
+    crops = Crops(split.images, size)
+    pictures = np.arange(len(split.images)) if split.rows is None else split.rows
+    large = crops.sizes[pictures].min(1) >= size
+    tiles = [crops.tiles(number) for number in pictures[large].tolist()]
+    tiles = [each if len(each) < most else each[np.arange(most) * len(each) // most] for each in tiles]
+    if exactly:
+        tiles = [np.resize(each, most) for each in tiles]
+    labels = None if split.labels is None else np.repeat(split.labels[large], [len(each) for each in tiles])
+    rows = np.concatenate([np.empty(0, np.int64), *tiles])
+    return Split(crops, labels, rows), int((~large).sum())
+
+
+def drawn_from(split: Split) -> Split:
+    """What the steps of training read: the split itself, or every crop of its pictures, by its number."""
+    return Split(split.images, None, None, split.scaling) if isinstance(split.images, Crops) else split
+
+
+def placed(split: Split, rows: Array, seed: int, step: int, flip: bool) -> Array:
+    """The rows of ``drawn_from(split)`` that a step reads for rows of the split, [B]: crops at a new place each.
+
+    It is a pure function of its arguments, so the same on any number of processes and after a resume.
+
+    Args:
+        flip: half of the crops are mirrored.
+    """
+    if not isinstance(split.images, Crops):
+        return rows
+    assert split.rows is not None
+    drawn = philox.halves((seed % 2**64, stream_key("crop"), step), range(len(rows)), 3).astype(np.int64)
+    mirrored = (drawn[:, 2] & 1) << 32 if flip else 0
+    found: Array = (split.rows[rows] >> 33 << 33) + mirrored + (drawn[:, 0] << 16) + drawn[:, 1]
+    return found

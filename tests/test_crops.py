@@ -1,0 +1,127 @@
+"""Crops of pictures: at places that are a function of seed, step and row, and at fixed ones for what is measured."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import forked, metrics, relative_difference, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dist_ae
+from dist_ae import PRESETS, Config
+from dist_ae.config import DataConfig, InputError
+from dist_ae.data.crops import Crops, Whole, placed
+from dist_ae.data.records import Split, span
+from dist_ae.data.sources import load
+
+RANDOM = np.random.default_rng(0)
+# Photographs are smooth; these are sums of waves, so that a net has something to learn from them.
+WAVES = np.stack(
+    [
+        np.sin(np.add.outer(np.arange(40) * a, np.arange(56) * b)[None] + np.arange(3)[:, None, None])
+        for a, b in RANDOM.uniform(0.05, 0.6, (24, 2))
+    ]
+)
+PICTURES = (127.5 * (1 + WAVES)).astype(np.uint8)
+
+
+def experiment(run_dir: Path, **overrides: Any) -> Config:
+    small = {
+        "data.crop": 16, "data.flip": True, "model.widths": (8, 16), "model.latent_dim": 4, "train.batch_size": 24,
+        "train.steps": 12, "train.eval_every": 6, "train.save_every": 4, "train.log_every": 1, "precision": "fp64",
+        "tracking.wandb": "off", "tracking.pictures": False, "run_dir": run_dir, **overrides,
+    }  # fmt: skip
+    return PRESETS["conv"].override(small)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(5, 40), st.integers(5, 40)), min_size=1, max_size=4),
+    stride=st.integers(1, 9),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(0, 10**12),
+)
+def test_a_crop_is_the_pixels_at_its_place_and_fixed_ones_reach_every_edge(
+    sizes: list[tuple[int, int]], stride: int, seed: int, step: int
+) -> None:
+    size, rng = 5, np.random.default_rng(seed % 2**32)
+    pictures = [rng.integers(0, 256, (2, *each)).astype(np.uint8) for each in sizes]
+    crops = Crops(Whole.of(pictures), size)
+    for number, picture in enumerate(pictures):
+        windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(1, 2)).transpose(1, 2, 0, 3, 4)
+        fixed = crops.take(crops.tiles(number, stride))
+        # Evenly spread places from the first pixel to the last, by another way than the numbers of crops.
+        down, across = (
+            [i * (side - size) // max(1, (side - size) // stride) for i in range((side - size) // stride + 1)]
+            for side in picture.shape[1:]
+        )
+        assert np.array_equal(fixed, windows[down][:, across].reshape(-1, 2, size, size))
+        rows = placed(Split(crops, None, np.full(20, number << 33)), np.arange(20), seed, step, flip=True)
+        for crop, mirrored in zip(crops.take(rows), rows >> 32 & 1, strict=True):
+            here = crop[..., ::-1] if mirrored else crop
+            assert (windows == here).all((2, 3, 4)).any()
+
+
+def test_places_and_sides_are_drawn_evenly_and_anew_in_every_step() -> None:
+    crops = Crops(np.zeros((1, 1, 12, 20), np.uint8), 8)
+    split = Split(crops, None, np.zeros(4096, np.int64))
+    rows = placed(split, np.arange(4096), 7, 3, flip=True)
+    y, x, mirrored = (rows >> 16 & 0xFFFF) * 5 >> 16, (rows & 0xFFFF) * 13 >> 16, rows >> 32 & 1
+    for values, count in ((y, 5), (x, 13), (mirrored, 2)):
+        found = np.bincount(values, minlength=count)
+        assert len(found) == count and np.abs(found - 4096 / count).max() < 5 * (4096 / count) ** 0.5
+    assert not np.array_equal(rows, placed(split, np.arange(4096), 7, 4, flip=True))
+    assert np.array_equal(rows[:100], placed(split, np.arange(100), 7, 3, flip=True))
+    assert not (placed(split, np.arange(4096), 7, 3, flip=False) >> 32).any()
+
+
+def test_crops_and_flips_are_the_same_on_any_number_of_processes_and_after_a_kill(tmp_path: Path) -> None:
+    def train(rank: int, name: str, steps: int) -> None:
+        dist_ae.train(experiment(tmp_path / name, **{"train.steps": steps}), data=PICTURES)
+
+    for world in (1, 2, 3):
+        assert forked(world, partial(train, name=str(world), steps=12), tmp_path / f"log-{world}") == [0] * world
+    one = [line["loss"] for line in metrics(tmp_path / "1")]
+    assert len(set(one)) == 12
+    for name in ("2", "3"):
+        assert relative_difference(weights(tmp_path / name), weights(tmp_path / "1")) < 1e-8
+        assert [line["loss"] for line in metrics(tmp_path / name)] == pytest.approx(one, rel=1e-10)
+        assert metrics(tmp_path / name, "val")[-1]["mse"] == pytest.approx(
+            metrics(tmp_path / "1", "val")[-1]["mse"], rel=1e-9
+        )
+
+
+def test_a_run_on_crops_that_is_stopped_and_resumed_is_the_undisturbed_one(tmp_path: Path) -> None:
+    usual = {"precision": "fp32", "optim.schedule": "constant"}
+    whole = dist_ae.train(experiment(tmp_path / "whole", **usual), data=PICTURES)
+    dist_ae.train(experiment(tmp_path / "half", **usual, **{"train.steps": 5}), data=PICTURES)
+    resumed = dist_ae.train(experiment(tmp_path / "half", **usual), data=PICTURES)
+    still = dist_ae.train(experiment(tmp_path / "still", **usual, **{"data.flip": False}), data=PICTURES)
+    assert resumed.weights_sha256 == whole.weights_sha256 != still.weights_sha256
+
+
+def test_what_has_no_crops_is_refused_with_the_reason(tmp_path: Path) -> None:
+    for settings_, message in (
+        ({"data.crop": 41}, "are smaller"),
+        ({"data.crop": None}, "data.flip is about crops"),
+        ({"data.crop": None, "data.flip": False, "data.crops": 3}, "data.crops is about crops"),
+        ({"data.window": 2}, "data.window"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dist_ae.train(experiment(tmp_path / "run", **settings_), data=PICTURES)
+    with pytest.raises(InputError, match="cuts squares out of pictures"):
+        dist_ae.train(experiment(tmp_path / "run"), data=RANDOM.random((40, 6)))
+
+
+def test_an_epoch_takes_as_many_crops_of_a_picture_as_it_is_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "pictures.npy", PICTURES)
+    name = f"array:{tmp_path / 'pictures.npy'}"
+    usual, told = (load(DataConfig(name=name, crop=16, crops=crops)) for crops in (None, 10))
+    pictures = len(PICTURES) - 2
+    assert len(usual.train) == pictures * 2 * 3 and len(told.train) == pictures * 10 and len(told.val) == len(usual.val)
+    assert span(usual.val, range(len(usual.val))).shape == (2 * 6, 3, 16, 16)
