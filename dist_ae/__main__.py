@@ -140,6 +140,7 @@ def pack(
     label: str | None = None,
     exclude: tuple[str, ...] = (),
     each: Literal["record", "records"] | None = None,
+    group: str | None = None,
 ) -> None:
     """Packs pictures, a table or arrays into a folder that `train --data.name packed:OUT` reads, here or elsewhere.
 
@@ -156,9 +157,11 @@ def pack(
         label: column of a table that is no input: the classes of its rows.
         exclude: columns of a table to leave out.
         each: what each .npy of a folder is: one record, or an array of records.
+        group: regular expression on the names of pictures; those with the same match are on one side of the split.
     """
     from dist_ae.config import DataConfig
     from dist_ae.data.array_files import pack_numbers
+    from dist_ae.data.facts import remarks
     from dist_ae.data.pack import pack_source
 
     numbers = pack_numbers(source, out, DataConfig(label=label, exclude=exclude), each)
@@ -167,13 +170,17 @@ def pack(
         say(f"{numbers['rows']:,} records of {of}, {sum(numbers['missing']):,} entries missing")
         say(f"train from it: dist-ae train table --data.name {shlex.quote(f'packed:{out}')}")
         return
-    config = DataConfig(image_size=image_size, fit=fit, channels=channels, background=background, corrupt=corrupt)
+    config = DataConfig(
+        image_size=image_size, fit=fit, channels=channels, background=background, corrupt=corrupt, group=group
+    )
     manifest = pack_source(source, out, config)
     sizes = [record.bytes for shard in manifest.shards for record in shard.files.values()]
     skipped = f", {manifest.unreadable:,} skipped that cannot be read" if manifest.unreadable else ""
     ignored = "".join(f", {count:,} ignored: {what}" for what, count in manifest.ignored.items())
     shape = "×".join(map(str, manifest.image_shape or ()))
     say(f"{manifest.images:,} pictures of {shape}, {sum(sizes):,} bytes{skipped}{ignored}")
+    for remark in remarks(manifest.looked):
+        say(remark)
     say(f"train from it: dist-ae train ae --data.name {shlex.quote(f'packed:{out}')}")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import platform
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from dist_ae.data import sources
 from dist_ae.data.layout import named
 from dist_ae.data.memory import NAME, Handed, memory_dataset
 from dist_ae.data.names import absolute
+from dist_ae.data.pictures import PREFIXES, open_source
 from dist_ae.data.reader import free_memory
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Dataset, at_once
@@ -30,6 +33,8 @@ from dist_ae.run.directory import RunDirectory
 from dist_ae.saved import image_shape, is_exported, run_config, saved_weights
 from dist_ae.terminal import say
 from dist_ae.timeline import Timeline
+
+MOST_NEIGHBOURS = 100  # runs beside a new one that are looked at
 
 
 class Prepared(NamedTuple):
@@ -58,6 +63,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     if data is None and launched_world()[0] == 0:
         # The pictures of a run among the pictures that it is trained on would make other data of them.
         Reads(config.data.name).refuse(config.directory().resolve(), "--run-dir", folder=True)
+        _refuse_early(config)
     dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(
@@ -111,6 +117,33 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     worth = config.model.start == "pca" or config.init_from is not None
     line = Timeline.of(config.train, len(dataset.train), eval_start=worth)
     return Prepared(config, dataset, model, line, _description(config, label))
+
+
+def _refuse_early(config: Config) -> None:
+    """Finds what is wrong beside the data before hours are spent on packing it.
+
+    Raises:
+        InputError: as ``prepare`` would raise it with the data at hand.
+    """
+    if config.init_from is not None:
+        run_config(config.init_from)
+    if not config.data.name.startswith(PREFIXES):
+        return
+    preset, batch = PRESETS.get(config.name), config.train.batch_size
+    typed = preset is None or batch != preset.train.batch_size
+    count = open_source(config.data.name, config.data.exclude).count if config.data.name.startswith("folder:") else None
+    if count is not None and count < 2:
+        raise InputError(
+            f"{config.data.name}: {count} picture cannot be split into training and validation; at least 2 are needed"
+        )
+    if count is not None and typed and batch > count:
+        raise InputError(
+            f"train.batch_size {batch} is larger than the dataset: {config.data.name} has {count} pictures; use a "
+            "smaller --train.batch-size"
+        )
+    if config.data.image_size is not None and config.model.architecture != "own":
+        size, channels = config.data.image_size, 3 if config.data.channels == "rgb" else 1
+        _check_memory(config, (channels, size, size))
 
 
 def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
@@ -233,9 +266,32 @@ def _claim(folder: RunDirectory, prepared: Prepared) -> None:
         if config.extend:
             _say_extension(folder, config, kept, trajectory["total_steps"])
             may_change.append("total_steps")
+    if kept is None and config.init_from is None:
+        _say_another_length(folder, config, trajectory)
     # A field that an older version did not know stands at its default, which means "as it was".
     unknown = {**Config().trajectory_values(), "data.scale": "none"}  # all data was on [0, 1]
     folder.claim(trajectory, prepared.description, unknown=unknown, may_change=may_change)
+
+
+def _say_another_length(folder: RunDirectory, config: Config, trajectory: Mapping[str, Any]) -> None:
+    """Says so where the same experiment was trained for fewer steps, in a folder beside this one: it can go on."""
+    length = ("total_steps",)
+    wanted = {key: value for key, value in trajectory.items() if key not in length}
+    for path in sorted(folder.path.parent.glob(f"{glob.escape(config.name)}-*/config.json"))[:MOST_NEIGHBOURS]:
+        found: dict[str, Any] = {}
+        with contextlib.suppress(Damaged):
+            found = _begun_with(read_json(path))
+        steps = max(
+            map(int, (each.name for each in path.parent.glob("checkpoints/[0-9]*") if each.name.isdigit())), default=0
+        )
+        same = {key: value for key, value in found.items() if key not in length} == wanted
+        if same and steps > 0 and path.parent != folder.path:
+            extend = "" if config.optim.schedule == "constant" else " --extend"
+            say(
+                f"note: a new run begins. {path.parent} holds the same experiment at step {steps}; this command with "
+                f"--run-dir {shlex.quote(str(path.parent))}{extend} trains that one on"
+            )
+            return
 
 
 def _begun_with(kept: dict[str, Any] | None) -> dict[str, Any]:

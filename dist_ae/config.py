@@ -82,6 +82,11 @@ class DataConfig(Section):
         gt=0,
         lt=1,
     )
+    group: str | None = trajectory(
+        None,
+        "regular expression on the names of pictures: those with the same match (or the same first group of it), such "
+        "as one patient, clip or sheet, are on one side of the split",
+    )
     image_size: int | None = trajectory(
         None, "height and width that pictures get; left out, they must all have one size", gt=0, le=4096
     )
@@ -123,7 +128,8 @@ class DataConfig(Section):
     scale: Literal["auto", "none", "standard", "range"] = trajectory(
         "auto",
         "standard: mean 0 and deviation 1 of each column or channel over the training part; range: its range becomes "
-        "[0, 1]; none: values are on [0, 1]; auto: none for bytes, 16 bits and floats on [0, 1], else standard",
+        "[0, 1]; none: values are on [0, 1]; auto: none for bytes, 16 bits and floats that cover at least a quarter of "
+        "[0, 1], else standard",
     )
     missing: Literal["refuse", "mask"] = trajectory(
         "refuse", "what to do about NaN: mask puts the mean at the input, and the entry counts nothing in the loss"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dist_ae import sentences
 from dist_ae.begin import Prepared
 from dist_ae.config import Config, InputError
 from dist_ae.data.crops import Crops
+from dist_ae.data.facts import remarks
 from dist_ae.data.layout import named
 from dist_ae.data.memory import NAME
 from dist_ae.data.order import share
@@ -54,6 +56,7 @@ class Run:
     records: Records
     folder: RunDirectory | None  # None on all but rank 0
     saved: tuple[int, bool]  # the key of the state that is on the disk
+    looked: Mapping[str, Any] = field(default_factory=dict)  # what was found in the pictures when they were packed
 
     @property
     def path(self) -> Path:
@@ -103,7 +106,7 @@ def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | No
     learner = Learner(config, dataset, prepared.model, runtime, line)
     state = _resume(learner, folder, start_from)
     display = Display(runtime.is_main, state.step, line.total_steps, bool(config.objective.noise_std))
-    for text in (*notes(config), *slow(runtime), _headline(prepared, learner, state)):
+    for text in (*notes(config), *slow(runtime), *remarks(dataset.looked), _headline(prepared, learner, state)):
         display.say(text)
     validation = Validation(dataset, config, runtime)
     if config.model.start == "pca" and state.step == 0 and config.init_from is None:
@@ -114,7 +117,7 @@ def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | No
         for text in processes_table(runtime.places(), shares, config.precision, learner.exchange):
             display.say(text)
     records = Records(folder, _start_tracking(prepared, folder, display) if folder else None, display, line)
-    return Run(config, line, state, learner, validation, records, folder, saved=state.key())
+    return Run(config, line, state, learner, validation, records, folder, saved=state.key(), looked=dataset.looked)
 
 
 def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | None) -> State:
@@ -302,7 +305,8 @@ def write_result(run: Run, result: Result) -> Result:
         kept = {name: value for name, value in asdict(result).items() if name != "run_dir"}
         # Where patience ended the run, how patient it was: the same command then finds it finished.
         early = {"patience": run.config.train.patience} if result.steps < run.line.total_steps else {}
-        run.folder.write("result.json", {**kept, **early})
+        data = {"data": looked} if (looked := dict(run.looked)) else {}
+        run.folder.write("result.json", {**kept, **early, **data})
 
     run.learner.runtime.on_main(write)
     return result

@@ -167,7 +167,8 @@ def used_weights(step: int, best: Best, total_steps: int) -> str:
     if best.step == step:
         return ""
     early = f"no better evaluation since step {best.step}: ended at {step} of {total_steps}. "
+    start = "" if best.step else ". Training made the start no better: a tenth of optim.lr, or a longer warm-up, may"
     return (
         f"{early if step < total_steps else ''}the best {best.metric}, {best.value:.6g}, was at step {best.step}; "
-        "every use takes those weights"
+        f"every use takes those weights{start}"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dist_ae.config import Config, Fault
 from dist_ae.files import Damaged, read_bounded, to_json, unique_keys, write_atomically
-from dist_ae.terminal import EXIT_STOPPED, first_line, say
+from dist_ae.terminal import EXIT_STOPPED, first_line, say, time_left
 
 if TYPE_CHECKING:
     from dist_ae.data.reader import Reader
@@ -33,6 +33,7 @@ __all__ = [
     "read_bounded",
     "say",
     "tell_resources",
+    "time_left",
     "to_json",
     "unique_keys",
     "wandb_mode",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import TextIO
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
@@ -58,3 +59,36 @@ def silence(stream: TextIO) -> None:
         os.close(null)
     except (OSError, ValueError):
         pass  # a stream without a descriptor, such as a test's
+
+
+class Waiting:
+    """Says how far a long piece of work is, and about how long it still takes, after half a minute without a word.
+
+    It is called with each part that is done. It never answers yes, so that it can stand where a question to stop does.
+    """
+
+    SECONDS = 30.0
+
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._first = self._done = done
+        self._since = self._said = time.monotonic()
+
+    def __call__(self, parts: int = 1) -> bool:
+        self._done += parts
+        now = time.monotonic()
+        if now - self._said >= self.SECONDS and rank() == 0:
+            self._said = now
+            of = "" if self._total is None else f" of {self._total:,}"
+            left = time_left(now - self._since, self._done - self._first, (self._total or self._done) - self._done)
+            say(f"{self._what}: {self._done:,}{of} {self._unit}{left if self._total else ''}", sys.stderr)
+        return False
+
+
+def time_left(seconds: float, done: float, left: float) -> str:
+    """About how long what is left takes, where so much is done; "" where nothing can be said."""
+    if done <= 0 or left <= 0:
+        return ""
+    rest = seconds / done * left
+    shown = f"{rest:.0f} s" if rest < 100 else f"{rest / 60:.0f} min" if rest < 6000 else f"{rest / 3600:.1f} h"
+    return f", about {shown} left"

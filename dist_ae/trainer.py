@@ -22,6 +22,7 @@ from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
 from dist_ae.run.profile import Profile
 from dist_ae.running import Run, begin, finished_before, keep_thresholds, refuse_non_finite, save, write_result
+from dist_ae.terminal import Waiting
 from dist_ae.timeline import Asked, Best, due
 
 __all__ = ["NonFinite", "OutOfMemory", "Report", "Result", "Stopped", "train"]
@@ -116,6 +117,7 @@ def _loop(run: Run, report: Reporter | None, signals: Signals, watch: Watch) -> 
             profile.before(state.step)
             learner.step(state.step)
             state.step, state.evaluated = state.step + 1, False
+            run.records.stepped(state.step)
             if line.logs(state.step):
                 _log(run)
 
@@ -139,8 +141,9 @@ def _evaluate(run: Run, asking: Agreement) -> bool:
     learner, state, line = run.learner, run.state, run.line
     learner.runtime.clock.pause("evaluation")
     refuse_non_finite(run)
+    waiting = Waiting("evaluating", None, "batches")
     try:
-        state.metrics = run.validation.metrics(learner, state.pca_mse, asking.stop)
+        state.metrics = run.validation.metrics(learner, state.pca_mse, lambda: waiting() or asking.stop())
     except StopRequested:
         return False
     if bad := not_finite(state.metrics):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import rich.progress
 from ray.tune import Callback
 
+from dist_ae.sweeping import time_left
+
 from .plan import Sweep
 from .results import number
+
+QUIET_SECONDS = 45.0  # without a line, after which a report of a trial says how far the sweep is
 
 
 class Progress(Callback):  # type: ignore[misc]
@@ -21,6 +26,8 @@ class Progress(Callback):  # type: ignore[misc]
         self._last: dict[str, dict[str, Any]] = dict(before)
         self.bar = rich.progress.Progress(disable=not rich.get_console().is_terminal, refresh_per_second=2)
         self._task = self.bar.add_task(sweep.name, total=100 * total, completed=round(self._reached()))
+        self._first, self._begun = self._reached(), time.monotonic()
+        self._said = self._begun
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray pickles the whole experiment, and nothing here reads that pickle
@@ -35,6 +42,8 @@ class Progress(Callback):  # type: ignore[misc]
         if self._sweep.metric in result:
             self._last[trial.config["id"]] = result
             self._update()
+            if not self.bar.console.is_terminal and time.monotonic() - self._said > QUIET_SECONDS:
+                self._say(self._summary())
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(f"trial {trial.config['id']} lost its process; it goes on from its last checkpoint")
@@ -65,7 +74,10 @@ class Progress(Callback):  # type: ignore[misc]
         values = [r.get(self._sweep.metric, math.nan) for r in self._last.values()]
         best = max(filter(math.isfinite, values), key=lambda value: self._sweep.sign * value, default=None)
         done = len(self._last.keys() - self._running)
-        return f"{done} of {self._total} trials, {len(self._running)} running, best {number(best)}"
+        reached, seconds = self._reached(), time.monotonic() - self._begun
+        left = time_left(seconds, reached - self._first, 100 * self._total - reached)
+        return f"{done} of {self._total} trials, {len(self._running)} running, best {number(best)}{left}"
 
     def _say(self, line: str) -> None:
+        self._said = time.monotonic()
         self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

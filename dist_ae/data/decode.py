@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 
 from dist_ae.config import InputError
-from dist_ae.data.pictures import Decoded, Form, Picture, decode_all
+from dist_ae.data.pictures import Form, Picture, Read, decode_all
 
 CHUNK = 32  # pictures that a decoding process gets at once
 CHUNK_BYTES = 32 << 20  # of pictures that come as bytes: a chunk, or what is looked at first, ends there
@@ -28,7 +28,7 @@ class DecoderKilled(InputError):
     """A decoding process was killed. What is packed so far can still be used."""
 
 
-def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Decoded]]:
+def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Read]]:
     """Each picture and what became of it, in order; decoded on all cores, a bounded number of pictures at a time."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     head = some(pictures, INLINE)
@@ -39,7 +39,7 @@ def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Itera
     chunks = _chunks(itertools.chain(head, pictures))
     executor = ProcessPoolExecutor(workers, mp_context=_Context(), initializer=_begin)
     try:
-        pending: deque[tuple[list[Picture], Future[list[Decoded]]]] = deque()
+        pending: deque[tuple[list[Picture], Future[list[Read]]]] = deque()
         for chunk in chunks:
             pending.append((chunk, executor.submit(decode_all, [picture.content for picture in chunk], form)))
             while len(pending) >= 3 * workers or sum(size_of(waiting) for waiting, _ in pending) > HELD_BYTES:
@@ -72,7 +72,7 @@ def _chunks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
         yield chunk
 
 
-def _delivered(chunk: list[Picture], future: Future[list[Decoded]]) -> Iterator[tuple[Picture, Decoded]]:
+def _delivered(chunk: list[Picture], future: Future[list[Read]]) -> Iterator[tuple[Picture, Read]]:
     return zip(chunk, future.result(), strict=True)
 
 

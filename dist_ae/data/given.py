@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.arrays import NOISY_RANGE, as_array, read_array, typed, value_range
 from dist_ae.data.decode import decoded
+from dist_ae.data.facts import Facts
 from dist_ae.data.layout import Layout, fitted, named
 from dist_ae.data.memory import frame_values
 from dist_ae.data.names import with_prefix
@@ -27,7 +28,7 @@ from dist_ae.data.pictures import (
     PREFIXES,
     Form,
     Picture,
-    decode,
+    examined,
     expand,
     form_of,
     not_there,
@@ -64,6 +65,7 @@ class Given(NamedTuple):
     names: list[str] | None = None
     classes: tuple[str, ...] = ()
     units: Units | None = None
+    note: str = ""  # what was done to pictures to get them to the model's size, in words
 
 
 def given(images: Any, config: DataConfig, shapes: Shapes) -> Given:
@@ -84,7 +86,7 @@ def given(images: Any, config: DataConfig, shapes: Shapes) -> Given:
     if isinstance(images, str | os.PathLike):
         found = _from_path(os.fspath(images), config, shapes)
     elif isinstance(images, Image.Image):
-        found = Given(Split(_decode(images, "the picture", _form(config, shapes))[None]))
+        found = _one_picture(images, "the picture", config, shapes)
     elif isinstance(images, np.ndarray | Tensor):
         found = Given(Split(arranged(as_array(images), shapes)))
     elif hasattr(images, "columns") and hasattr(images, "to_numpy"):
@@ -183,9 +185,30 @@ def _form(config: DataConfig, shapes: Shapes) -> Form:
     return form_of(config, "grey" if channels == 1 else "rgb", (height, width))
 
 
-def _decode(content: Any, name: str, form: Form) -> Array:
+def _one_picture(content: Any, what: str, config: DataConfig, shapes: Shapes, names: list[str] | None = None) -> Given:
+    image, facts = _decode(content, what, _form(config, shapes))
+    return Given(Split(image[None]), names, note=_resized([facts], config, shapes))
+
+
+def _resized(facts: Sequence[Facts], config: DataConfig, shapes: Shapes) -> str:
+    """What was done to pictures of another size than the model's, in words; "" where there were none."""
+    _, height, width = shapes.image
+    other = [each for each in facts if (each.width, each.height) != (width, height)]
+    if not other:
+        return ""
+    largest = max(other, key=lambda each: each.width * each.height)
+    cut = sum(each.width * height != each.height * width for each in other)
+    how = {"crop": "of which only the middle is seen", "pad": "with bars beside them", "stretch": "stretched"}
+    kinds = f", {cut:,} of them {how[config.fit or 'crop']}" if cut else ""
+    return (
+        f"{len(other):,} of {len(facts):,} pictures were brought to the model's {width} × {height}{kinds}; the largest "
+        f"was {largest.width:,} × {largest.height:,}, and results have the model's size"
+    )
+
+
+def _decode(content: Any, name: str, form: Form) -> tuple[Array, Facts]:
     try:
-        return decode(content, form)
+        return examined(content, form)
     except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
         raise InputError(f"{name}: cannot be read as a picture ({reason(error)})") from None
 
@@ -204,10 +227,13 @@ def _from_list(items: Sequence[Any], config: DataConfig, shapes: Shapes) -> Give
                 raise InputError(f"{shown(name)}: {'not a picture' if os.path.exists(name) else 'no such file'}")
         pictures = [Picture(name, os.fspath(expand(name))) for name in names]
         return _decode_pictures(pictures, len(names), "the list", config, shapes)
-    images = []
+    images: list[Array] = []
+    seen: list[Facts] = []
     for number, item in enumerate(items):
         if isinstance(item, Image.Image):
-            images.append(_decode(item, f"picture {number}", _form(config, shapes)))
+            image, facts = _decode(item, f"picture {number}", _form(config, shapes))
+            images.append(image)
+            seen.append(facts)
         elif isinstance(item, np.ndarray | Tensor):
             one = arranged(as_array(item), shapes)
             if len(one) != 1:
@@ -221,7 +247,7 @@ def _from_list(items: Sequence[Any], config: DataConfig, shapes: Shapes) -> Give
             )
     if len({image.dtype == np.uint8 for image in images}) > 1:
         raise InputError("a list holds images as bytes or as floats, not both")
-    return Given(Split(np.stack(images)))
+    return Given(Split(np.stack(images)), note=_resized(seen, config, shapes))
 
 
 def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
@@ -246,8 +272,7 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
     if _is_picture(path.name):
         if not os.path.isfile(path):
             raise InputError(f"{shown(path)}: {not_there(path)}; expected a picture, a folder of pictures, or an array")
-        image = _decode(os.fspath(path), shown(path), _form(config, shapes))
-        return Given(Split(image[None]), [path.name])
+        return _one_picture(os.fspath(path), shown(path), config, shapes, [path.name])
     array = read_array(path)
     try:
         records = arranged(array, shapes)
@@ -291,13 +316,15 @@ def _decode_pictures(
     images: list[Array] = []
     names: list[str] = []
     bad: list[tuple[str, str]] = []
-    for picture, result in decoded(iter(pictures), _form(config, shapes), count):
-        if isinstance(result, np.ndarray):
-            images.append(result)
+    seen: list[Facts] = []
+    for picture, (image, facts) in decoded(iter(pictures), _form(config, shapes), count):
+        if isinstance(image, np.ndarray) and facts is not None:
+            images.append(image)
             names.append(picture.name)
+            seen.append(facts)
             refuse_above_room(len(images))  # a tar does not say how many it holds
         else:
-            bad.append((shown(picture.name), str(result)))
+            bad.append((shown(picture.name), str(image)))
     packing = "`dist-ae pack` them with --corrupt skip and give packed:OUT"
     refuse_unreadable(what, len(bad), len(bad) + len(images), bad[:5], config, packing)
     if bad and images:  # the run was trained with data.corrupt skip
@@ -305,7 +332,7 @@ def _decode_pictures(
         say(f"warning: {what}: {len(bad):,} pictures cannot be read and are left out ({few})", sys.stderr)
     if not images:
         raise InputError(f"{what}: none of its pictures can be read ({'; '.join(map(': '.join, bad[:5]))})")
-    return Given(Split(np.stack(images)), names)
+    return Given(Split(np.stack(images)), names, note=_resized(seen, config, shapes))
 
 
 def file_names(one: Given) -> list[Path]:

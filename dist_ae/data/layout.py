@@ -100,6 +100,8 @@ def named(shape: Sequence[int]) -> str:
         return f"signals of {shape[0]:,} × {shape[1]:,}"
     if len(shape) == 4:
         return f"volumes of {' × '.join(map(str, shape))}"
+    if shape[0] not in (1, 3, 4):  # such as the pages of a volume, which somebody may not mean to be channels
+        return f"images of {shape[0]:,} channels, each {shape[1]:,} × {shape[2]:,}"
     return f"images of {' × '.join(map(str, shape))}"
 
 

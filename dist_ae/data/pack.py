@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +28,7 @@ from pydantic import ValidationError
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.decode import CHUNK, INLINE, DecoderKilled, decoded, some
+from dist_ae.data.facts import Facts, leaks, summary, table
 from dist_ae.data.packed import (
     FORMAT,
     MANIFEST,
@@ -37,6 +39,7 @@ from dist_ae.data.packed import (
     Manifest,
     ShardRecord,
     file_name,
+    packed_facts,
     read_manifest,
     settings_of,
     sha256_of,
@@ -44,7 +47,7 @@ from dist_ae.data.packed import (
 from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, shown
 from dist_ae.data.records import Array
 from dist_ae.files import Damaged, clear_temporaries, inside, plain_name, read_bounded, sync, write_atomically
-from dist_ae.terminal import EXIT_STOPPED, rank, say
+from dist_ae.terminal import EXIT_STOPPED, Waiting, rank, say
 
 SHARD_BYTES = 2**28  # of images in a shard: the most that a kill costs, and the unit of `data.window`
 PROGRESS = "progress.json"
@@ -198,6 +201,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
         )
     # Unreadable pictures are refused once all are packed: the message counts them, and `skip` then has no work left.
     refuse_unreadable(what, done.unreadable, done.read, done.reasons, config)
+    done = done.model_copy(update={"looked": _looked(partial, done)})
     write_atomically(partial / MANIFEST, _json(done))
     (partial / PROGRESS).unlink()
     if out.is_dir():
@@ -206,28 +210,40 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
     sync(out.parent)
 
 
+def _looked(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """What is said of the pictures that were packed."""
+    facts = packed_facts(folder, manifest)
+    if facts is None:  # a process of an older version began it
+        return {}
+    keys = [np.load(folder / file_name("keys", number), allow_pickle=False) for number in range(len(manifest.shards))]
+    held_out = np.concatenate(keys) == VAL_KEY
+    return {**summary(facts), "given_split": bool(held_out.any()), "leaks": leaks(facts, held_out)}
+
+
 def _write_all(
     source: Source, partial: Path, done: Manifest, wanted: Manifest, config: DataConfig, what: str, check: Check
 ) -> Manifest:
     """Writes the shards; where all pictures seemed grey and one is not, writes them again in colour."""
     channels = config.channels or "auto"
     if channels != "auto":
-        return _write_shards(source, partial, done, form_of(config, channels), what, check)
+        return _write_shards(source, partial, done, form_of(config, channels), config, what, check)
     if done.image_shape is None:
         # Most sets are all grey or all in colour, so the first pictures tell. A wrong guess costs what was packed until
         # the first picture in colour.
         contents = [picture.content for picture in some(source.pictures(), INLINE)]
-        colour = any(result is None for result in decode_all(contents, form_of(config, "grey", (1, 1), True)))
+        colour = any(read.image is None for read in decode_all(contents, form_of(config, "grey", (1, 1), True)))
     else:
         colour = done.image_shape[0] == 3
     if not colour:
         try:
-            return _write_shards(source, partial, done, form_of(config, "grey", colour_is_news=True), what, check)
+            return _write_shards(
+                source, partial, done, form_of(config, "grey", colour_is_news=True), config, what, check
+            )
         except _AllAnew:
             _remove(partial)
             partial.mkdir()
             done = wanted.model_copy(deep=True)
-    return _write_shards(source, partial, done, form_of(config, "rgb"), what, check)
+    return _write_shards(source, partial, done, form_of(config, "rgb"), config, what, check)
 
 
 def refuse_unreadable(
@@ -260,7 +276,9 @@ class _AllAnew(Exception):
     """A picture in colour where all before it were grey."""
 
 
-def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, what: str, check: Check) -> Manifest:
+def _write_shards(
+    source: Source, partial: Path, done: Manifest, form: Form, config: DataConfig, what: str, check: Check
+) -> Manifest:
     """Writes the missing shards, and after each one how far the packing has got."""
     classes = {name: number for number, name in enumerate(done.classes or source.classes)}
     # Whether labels so far are numbers: a number cannot be told from the place of a name, so they are of one kind.
@@ -268,6 +286,12 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
     numbered = {not done.classes} if any((labels >= 0).any() for labels in before) else set[bool]()
     shard: _Shard | None = None
     pictures = itertools.islice(source.pictures(), done.read, None)
+    sides = _Sides(config.group)
+    for number, record in enumerate(done.shards):  # of a process that was killed
+        if "facts" in record.files:
+            sides.recall(
+                *(np.load(partial / file_name(kind, number), allow_pickle=False) for kind in ("facts", "keys"))
+            )
 
     def publish() -> None:
         nonlocal shard, done
@@ -280,16 +304,16 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
 
     try:
         with _progress_bar(done.read, source.count) as advance:
-            for picture, result in decoded(pictures, form, source.count):
+            for picture, (result, facts) in decoded(pictures, form, source.count):
                 if result is None:
                     raise _AllAnew
                 check()
                 done.read += 1
                 advance()
-                if isinstance(result, str):
+                if isinstance(result, str) or facts is None:
                     done.unreadable += 1
                     if len(done.reasons) < NAMED:
-                        done.reasons.append((shown(picture.name), result))
+                        done.reasons.append((shown(picture.name), str(result)))
                     continue
                 if done.image_shape is None:
                     done.image_shape = result.shape
@@ -312,7 +336,9 @@ def _write_shards(source: Source, partial: Path, done: Manifest, form: Form, wha
                         f"{what}: {shown(picture.name)} has the label {shown(str(picture.label))!r}, and those before "
                         "it are of the other kind; give all of them numbers, or all of them names"
                     )
-                shard.add(result, -1 if label is None else label, key_of(picture), picture.name)
+                shard.add(
+                    result, -1 if label is None else label, sides.key_of(picture, facts.digest), picture.name, facts
+                )
                 if shard.full:
                     publish()
             publish()
@@ -326,15 +352,44 @@ def _size(shape: Sequence[int]) -> str:
     return f"{shape[2]}×{shape[1]}"
 
 
-def key_of(picture: Picture) -> int:
-    """Where a picture lies on [0, 2^64): a hash of its name.
+class _Sides:
+    """Where pictures lie on [0, 2^64), which decides on which side of the split they are.
 
-    Pictures that are added later therefore move no other picture from one split to the other.
+    It is a hash of the name, so pictures that are added later move no other one to the other side. Pictures of one
+    group lie in one place, and copies (files of the same bytes) where the first of them lies: a copy of what was
+    trained on says nothing about what was not.
     """
-    if picture.split is not None:
-        return VAL_KEY if picture.split == "val" else TRAIN_KEY
-    digest = hashlib.blake2b(picture.name.encode(errors="surrogateescape"), digest_size=8).digest()
+
+    def __init__(self, group: str | None) -> None:
+        self._group = None if group is None else _pattern(group)
+        self._seen: dict[int, int] = {}  # digest → key of the first picture that has it
+
+    def recall(self, facts: Array, keys: Array) -> None:
+        for digest, key in zip(facts["digest"].tolist(), keys.tolist(), strict=True):
+            self._seen.setdefault(digest, key)
+
+    def key_of(self, picture: Picture, digest: int) -> int:
+        if picture.split is not None:
+            return VAL_KEY if picture.split == "val" else TRAIN_KEY
+        name = picture.name
+        if self._group is not None:
+            found = self._group.search(name)
+            if found:
+                return _hashed((found[1] if self._group.groups else found[0]) or found[0])
+            return _hashed(name)
+        return self._seen.setdefault(digest, _hashed(name))
+
+
+def _hashed(name: str) -> int:
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return min(max(int.from_bytes(digest, "little"), VAL_KEY + 1), TRAIN_KEY - 1)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise InputError(f"data.group: {text!r} is no regular expression ({error}), such as 'patient_[0-9]+'") from None
 
 
 def _check_room(partial: Path, count: int | None, num_bytes: int) -> None:
@@ -353,6 +408,7 @@ class _Shard:
         self.labels: list[int] = []
         self.keys: list[int] = []
         self.names: list[str] = []
+        self.facts: list[Facts] = []
         self._temporary = folder / f".{file_name('images', number)}.tmp"
         self._file = self._temporary.open("w+b")
         self._digest = hashlib.sha256()
@@ -366,8 +422,9 @@ class _Shard:
         self._digest.update(data)
         self._file.write(data)
 
-    def add(self, image: Array, label: int, key: int, name: str) -> None:
+    def add(self, image: Array, label: int, key: int, name: str, facts: Facts) -> None:
         self._write(image.data)
+        self.facts.append(facts)
         self.labels.append(label)
         self.keys.append(key)
         self.names.append(name)
@@ -389,6 +446,7 @@ class _Shard:
             ("labels", _npy(np.array(self.labels, np.int64))),
             ("keys", _npy(np.array(self.keys, np.uint64))),
             ("names", json.dumps(self.names).encode()),
+            ("facts", _npy(table(self.facts))),
         ):
             write_atomically(self.folder / file_name(kind, self.number), content)
             files[kind] = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
@@ -433,7 +491,7 @@ def _progress_bar(start: int, total: int | None) -> Iterator[Any]:
 
     console = Console(stderr=True)
     if not console.is_terminal or rank() != 0:
-        yield lambda: None
+        yield Waiting("packing", total, "pictures", start)
         return
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("pictures"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

@@ -6,6 +6,7 @@ A packed set is a folder of ``manifest.json`` and, for each shard:
 - ``labels-00000.npy``: int64 [n], -1 where there is none.
 - ``keys-00000.npy``: uint64 [n], where a picture lies on [0, 2^64). Keys below the validation fraction are held out.
 - ``names-00000.json``: the relative names of the pictures.
+- ``facts-00000.npy``: what they were before they got their size (``facts.py``). Sets of an older version have none.
 
 ``pack.py`` writes packed sets. Imports no torch.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.facts import RECORD
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.records import Array, Dataset, Shards, Split
 from dist_ae.files import Damaged, open_plainly, read_bounded
@@ -31,7 +33,7 @@ from dist_ae.files import Damaged, open_plainly, read_bounded
 FORMAT = 1
 MANIFEST = "manifest.json"
 WAY_OUT = "; restore it from a copy, or pack again"
-KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json"}
+KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json", "facts": "npy"}
 MAX_MANIFEST = 64 << 20  # bytes: more than 100,000 shards
 MAX_NAME = 16 << 10  # bytes of a picture's name in JSON
 WHOLE = 256 << 20  # bytes of a packed set that are compared with its manifest whenever it is opened
@@ -62,6 +64,7 @@ class Manifest(BaseModel):
     unreadable: int = 0
     reasons: list[tuple[str, str]] = []  # the first unreadable ones
     shards: list[ShardRecord] = []
+    looked: dict[str, Any] = {}  # what is said of the pictures, by ``facts.summary``; of an older version nothing
 
     @property
     def images(self) -> int:
@@ -80,6 +83,7 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
         "fit": config.fit or "crop",
         "channels": config.channels or "auto",
         "background": config.background or "white",
+        **({} if config.group is None else {"group": config.group}),
     }
 
 
@@ -113,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{shown(path)}: format {manifest.format}; this version reads format {FORMAT}")
     if manifest.image_shape is None or not manifest.shards or any(n < 1 for n in manifest.image_shape):
         raise InputError(f"{shown(path)} is damaged (no images); pack again")
-    if any(set(shard.files) != set(KINDS) for shard in manifest.shards):
+    if any(not set(KINDS) - {"facts"} <= set(shard.files) <= set(KINDS) for shard in manifest.shards):
         raise InputError(f"{shown(path)} is damaged (files missing from it); pack again")
     return manifest
 
@@ -211,7 +215,10 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     train, val = (Split(whole, all_labels[side] if labelled else None, side) for side in rows)
     spans = zip(whole.starts, parts, strict=True)
     counts = [int((~held_out[start : start + len(part)]).sum()) for start, part in spans]
-    return Dataset(name, train, val, digest.hexdigest(), tuple(count for count in counts if count), tuple(classes))
+    looked = read_manifest(folders[0]).looked if len(folders) == 1 else {}
+    return Dataset(
+        name, train, val, digest.hexdigest(), tuple(count for count in counts if count), tuple(classes), looked=looked
+    )
 
 
 @functools.lru_cache(256)
@@ -251,6 +258,9 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
     given = {
         "image_size": config.image_size, "fit": config.fit, "channels": config.channels, "background": config.background
     }  # fmt: skip
+    if config.group is not None and manifest.settings.get("group") != config.group:
+        how = "with other groups" if "group" in manifest.settings else "without groups"
+        raise InputError(f"{shown(folder)} was packed {how}; pack again with --group, or leave --data.group out")
     for key, value in given.items():
         if value is not None and manifest.settings.get(key) not in (None, value):
             raise InputError(
@@ -302,6 +312,20 @@ def _array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int, 
         if mapped:
             return np.memmap(file, dtype, "r", start, shape)
         return np.frombuffer(file.read(), dtype).reshape(shape)
+
+
+def packed_facts(folder: Path, manifest: Manifest) -> Array | None:
+    """The facts of all pictures of a packed set; None of a set of an older version."""
+    found = []
+    for number, shard in enumerate(manifest.shards):
+        if "facts" not in shard.files:
+            return None
+        path = folder / file_name("facts", number)
+        try:
+            found.append(_array(path, RECORD, (shard.images,), shard.files["facts"].bytes, mapped=False))
+        except (Damaged, OSError) as error:
+            raise InputError(f"{shown(path)}: damaged, {error}{WAY_OUT}") from None
+    return np.concatenate(found)
 
 
 def open_packed(folder: Path, manifest: Manifest) -> list[Array]:

@@ -16,6 +16,7 @@ import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.facts import DEEP, Facts, digest_of, small_copy
 from dist_ae.data.records import Array
 from dist_ae.terminal import first_line
 
@@ -467,28 +469,49 @@ def decode(content: Content, form: Form) -> Array:
         ColourMet: where the form asks to be told.
         Exception: whatever Pillow raises for a file that it cannot read.
     """
+    with _opened(content) as image:
+        return _formed(image, form)[0]
+
+
+def examined(content: Content, form: Form) -> tuple[Array, Facts]:
+    """One picture as uint8 [C, H, W], and what it says about itself; raises what ``decode`` does."""
+    with _opened(content) as image:
+        mode, kind = image.mode, image.format or ""
+        pixels, (width, height) = _formed(image, form)
+        values = np.asarray(image) if mode.startswith(DEEP) else pixels
+    digest = digest_of(np.asarray(content) if isinstance(content, Image.Image) else content)
+    return pixels, Facts(
+        width, height, mode, kind, float(values.min()), float(values.max()), digest, small_copy(pixels)
+    )
+
+
+@contextmanager
+def _opened(content: Content) -> Iterator[Image.Image]:
     if isinstance(content, Unusable):
         raise ValueError(content.reason)
     if isinstance(content, np.ndarray):
         content = Image.fromarray(content)
     if isinstance(content, Image.Image):
-        return _formed(content, form)
+        yield content
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures, odd tags and palettes, and reads them
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            return _formed(image, form)
+            yield image
 
 
-def _formed(image: Image.Image, form: Form) -> Array:
+def _formed(image: Image.Image, form: Form) -> tuple[Array, tuple[int, int]]:
+    """Pixels [C, H, W] in the form, and the width and height that the picture had, as it is seen."""
     if form.colour_is_news and _has_colour(image):
         raise ColourMet
-    extent = None
+    extent, before = None, image.size
     if form.size is not None:
         # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost. Twice the wanted size is asked for, so
         # that the filter still has something to smooth.
         drafted = image.draft("", (2 * max(form.size), 2 * max(form.size)))
         extent = drafted and drafted[1][2:]  # without the rest of the last blocks
     image.load()
+    before = image.size if extent is None else before
     orientation = image.getexif().get(0x0112)  # after load, which turns a TIFF by itself; a damaged one may be anything
     orientation = orientation if isinstance(orientation, int) else 1
     image = _flat(image, "L" if form.channels == "grey" else "RGB", form.background)
@@ -499,7 +522,8 @@ def _formed(image: Image.Image, form: Form) -> Array:
     if orientation in ORIENTATIONS:
         image = image.transpose(ORIENTATIONS[orientation])  # last, when there is least to turn
     pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    seen = (before[1], before[0]) if orientation in SIDEWAYS else before
+    return (pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))), seen
 
 
 ORIENTATIONS = {  # EXIF's, and what brings a picture upright
@@ -581,16 +605,23 @@ def _fitted(image: Image.Image, size: tuple[int, int], extent: tuple[float, floa
 Decoded = Array | str | None  # an image, why there is none, or None for ColourMet
 
 
-def decode_all(contents: Sequence[Any], form: Form) -> list[Decoded]:
+class Read(NamedTuple):
+    """What became of a picture."""
+
+    image: Decoded
+    facts: Facts | None = None
+
+
+def decode_all(contents: Sequence[Any], form: Form) -> list[Read]:
     """What becomes of each of some pictures; runs in a process of its own."""
-    results: list[Decoded] = []
+    results: list[Read] = []
     for content in contents:
         try:
-            results.append(decode(content, form))
+            results.append(Read(*examined(content, form)))
         except ColourMet:
-            results.append(None)
+            results.append(Read(None))
         except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
-            results.append(reason(error))
+            results.append(Read(reason(error)))
     return results
 
 

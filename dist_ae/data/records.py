@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -121,6 +121,7 @@ class Dataset:
     shape: tuple[int, ...] | None = None  # of one record outside, where it is no image: (D,), (C, L) or (C, D, H, W)
     columns: tuple[str, ...] = ()  # names of the columns of a table
     scale: Literal["auto", "none", "standard", "range"] = "none"  # never auto: what that stood for
+    looked: Mapping[str, Any] = field(default_factory=dict)  # of pictures: what was found in them (``facts.summary``)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

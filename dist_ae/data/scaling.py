@@ -10,10 +10,14 @@ from dist_ae.config import InputError
 from dist_ae.data.records import Array, Scaling, Split, chunks, span
 
 Scale = Literal["auto", "none", "standard", "range"]
+# Share of [0, 1] that floats cover at least, to be taken as they are. A step of Adam moves the weights as far whatever
+# the contrast, and bf16 keeps three digits of a value however little it varies: on values from 0.05 to 0.15 training
+# lost the start from PCA, and standardized it ended 7 % below PCA at the same rate.
+CONTRAST = 0.25
 
 
 def resolved(scale: Scale, missing: str, dtype: np.dtype[Any], low: float, high: float, where: str) -> Scale:
-    """The scale that ``auto`` stands for: none for bytes, 16 bits and floats on [0, 1], else standard.
+    """The scale that ``auto`` stands for: none for bytes, 16 bits and floats that cover [0, 1], else standard.
 
     Args:
         low, high: the smallest and the largest value.
@@ -23,7 +27,8 @@ def resolved(scale: Scale, missing: str, dtype: np.dtype[Any], low: float, high:
     """
     unit = dtype in (np.uint8, np.uint16) or (low >= 0 and high <= 1)
     if scale == "auto":
-        return "none" if unit and missing == "refuse" else "standard"
+        faint = dtype.kind == "f" and 0 < high - low < CONTRAST
+        return "none" if unit and not faint and missing == "refuse" else "standard"
     if missing == "mask" and scale != "standard":
         raise InputError(
             f"data.missing mask puts the mean in the place of what is missing, which data.scale standard knows, and "

@@ -130,7 +130,7 @@ def located(config: Config, root: Path | None) -> Config:
 
 
 def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
-    for key in ("image_size", "fit", "channels", "background"):
+    for key in ("image_size", "fit", "channels", "background", "group"):
         if getattr(config, key) is not None and key not in but:
             raise InputError(
                 f"data.{key} is about pictures (folder:, tar:, hf: and photos), "

@@ -248,5 +248,6 @@ def slow(runtime: Runtime) -> list[str]:
         ]
     return [
         "note: bf16 is emulated: this processor has no instructions for it, and steps took 8 to 12 times as long as in "
-        "fp32 where it was measured. --precision fp32 trains a run of its own that fast"
+        "fp32 where it was measured. --precision fp32 trains a run of its own that fast; --init-from this run begins "
+        "it with these weights"
     ]

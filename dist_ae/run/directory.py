@@ -131,10 +131,15 @@ class RunDirectory:
                 if kept.get(key) != trajectory.get(key) and key not in may_change
             ]
             if differences:
-                lines = "\n".join(differences)
+                lines, way_out = "\n".join(differences), ""
+                if any(line.startswith("  precision:") for line in differences):
+                    way_out = (
+                        f". A run keeps its arithmetic; to train on in another, as on a processor that lacks it, begin "
+                        f"a run with its weights: --init-from {self.path} --run-dir ANOTHER"
+                    )
                 raise InputError(
                     f"run directory {self.path} holds another experiment:\n{lines}\n"
-                    "Use the same settings to resume it, or choose another --run-dir"
+                    f"Use the same settings to resume it, or choose another --run-dir{way_out}"
                 )
         elif self._steps():
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -9,10 +10,11 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dist_ae.terminal import say
+from dist_ae.terminal import say, time_left
 from dist_ae.timeline import Timeline
 
 HOSTS = 16  # most hosts that are shown
+QUIET_SECONDS = 30.0  # without a line, after which one says where the run is; nobody waits a minute for the first
 
 
 def processes_table(places: Sequence[tuple[str, str]], shares: Sequence[int], precision: str, travel: str) -> list[str]:
@@ -53,6 +55,9 @@ class Display:
         self._visible, self._console, self._stack = visible, Console(), ExitStack()
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._first, self._total = step, total_steps
+        self._begun: float | None = None  # when the first step was taken
+        self._said, self._pause = time.monotonic(), QUIET_SECONDS
         if visible and self._console.is_terminal:
             columns = (
                 TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
@@ -67,10 +72,33 @@ class Display:
         """Prints one line."""
         if not self._visible or not text:
             return
+        self._said = time.monotonic()
         if self._bar is None:
             say(text)
         else:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def stepped(self, step: int) -> None:
+        """Asked after every step, and reads nothing of the device: says where the run is after a while without a word.
+
+        In a file of ten hours these lines are few: each silence is twice as long as the one before, up to ten minutes.
+        """
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun, self._first = now, step
+        if not self._visible or now - self._said < self._pause:
+            return
+        self._pause = min(2 * self._pause, 600.0)
+        if self._bar is None:
+            self.say(f"step {step}/{self._total}{self._left(step)}")
+        else:
+            self._said = now
+            self._bar.update(self._task, completed=step)
+
+    def _left(self, step: int) -> str:
+        if self._begun is None:
+            return ""
+        return time_left(time.monotonic() - self._begun, step - self._first, self._total - step)
 
     def advance(self, step: int, loss: float, images_per_second: float) -> None:
         """Moves the bar. Called at logging steps."""
@@ -92,7 +120,8 @@ class Display:
             shown["denoised"] = f"{metrics['denoised_psnr']:.2f} dB"
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
         where = f"epoch {line.epochs_done(step):<5g} step {step}/{line.total_steps}"
-        self.say(f"{where}  val {text}  {images_per_second:,.0f} images/s")
+        speed = f"  {images_per_second:,.0f} images/s{self._left(step)}" if step else ""
+        self.say(f"{where}  val {text}{speed}")
 
     def __enter__(self) -> Display:
         return self

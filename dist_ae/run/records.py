@@ -26,6 +26,10 @@ class Records:
         self._record("train", step, values)
         self._display.advance(step, values["loss"], values["images_per_second"])
 
+    def stepped(self, step: int) -> None:
+        """After every step, so that nobody waits long for a sign of life."""
+        self._display.stepped(step)
+
     def validation(self, step: int, metrics: Mapping[str, float], best: Best, images_per_second: float) -> None:
         """An evaluation, the best one so far, and the speed of training."""
         self._record("val", step, metrics)

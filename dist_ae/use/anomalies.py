@@ -21,12 +21,7 @@ from dist_ae.data.records import Array, Dataset
 from dist_ae.processes.runtime import Alone
 from dist_ae.quality import structural_similarity
 from dist_ae.use.trained import TrainedModel
-from dist_ae.use.write import (
-    SHOWN,
-    with_ending,
-    write_into,
-    write_whole,
-)
+from dist_ae.use.write import SHOWN, refuse_targets, with_ending, write_whole
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
 MVTEC_NORMAL = "good"  # MVTec AD's name for its folder of pictures without a defect
@@ -225,20 +220,17 @@ def write_maps(
     kind: Literal["error", "ssim"],
     reads: Reads,
 ) -> Path:
-    """Writes a picture of every image with its heat map, all on one scale."""
+    """Writes a picture of every image with its heat map, all on one scale; each is there as soon as it is drawn."""
     from dist_ae.figures import HeatMaps
 
     _, height, width = trained.model.image_shape
     label = "squared error" if kind == "error" else "1 - SSIM"
     maps = HeatMaps(height, width, scale_of(trained, records, kind), label)
-    names = file_names(records)
-
-    def fill(path: Path) -> None:
-        for place, image, reconstruction, values in maps_of(trained, records, kind):
-            value = float(scores[place])
-            note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
-            target = path / names[place]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            maps.picture(image, reconstruction, values, note, value > limit).save(target)
-
-    return write_into(folder, fill, reads, "--maps")
+    targets = [folder / name for name in file_names(records)]
+    refuse_targets(folder, targets, reads, "--maps")
+    for place, image, reconstruction, values in maps_of(trained, records, kind):
+        value = float(scores[place])
+        note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
+        picture = maps.picture(image, reconstruction, values, note, value > limit)
+        write_whole(targets[place], picture.save)  # one by one: what is there when it is stopped stays
+    return folder

@@ -87,6 +87,7 @@ def evaluate_run(
     from dist_ae.processes.environment import launched_world, pinned_torch
     from dist_ae.processes.runtime import Runtime, check_device
     from dist_ae.saved import run_config
+    from dist_ae.terminal import Waiting
     from dist_ae.use.evaluation import assess, write_evaluation
     from dist_ae.use.trained import load
     from dist_ae.use.write import destination, reads_of
@@ -118,7 +119,8 @@ def evaluate_run(
             model = runtime.accelerator.prepare_model(raw, evaluation_mode=True)
             train, val = (Reader(part, runtime.device, runtime.dtype) for part in (dataset.train, dataset.val))
             reader = train if split == "train" else val
-            metrics = evaluate(model, reader, config.objective, config.evaluation, runtime)
+            waiting = Waiting("evaluating", math.ceil(len(reader.split) / batch), "batches")
+            metrics = evaluate(model, reader, config.objective, config.evaluation, runtime, waiting)
             components = pca.of_model(raw, train, runtime)
             if components is not None:
                 metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
@@ -151,7 +153,7 @@ def reconstruct_run(
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, *forms(trained, "reconstructions"))
+    out = destination(reads, run_dir, out, *forms(trained, "reconstructions", out))
     records = images_of(trained, images)
     return write_reconstructions(trained, records, out, reads, "original", "reconstruction")
 
@@ -183,7 +185,7 @@ def denoise_run(
         raise InputError(f"--noise-std: expected a standard deviation from 0 to {most}, got {noise_std}")
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, *forms(trained, "denoised"))
+    out = destination(reads, run_dir, out, *forms(trained, "denoised", out))
     records = images_of(trained, images)
     if noise_std is None and images is None:
         noise_std = trained.config.evaluation.noise_std

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_ae.config import InputError
 from dist_ae.data.given import Given, blocks, file_names, floats
+from dist_ae.data.pictures import shown
 from dist_ae.data.reads import Reads
 from dist_ae.evaluate import fixed_noise
 from dist_ae.use.trained import TrainedModel
@@ -16,11 +18,22 @@ from dist_ae.use.write import SHOWN, write_array, write_folder, write_table, wri
 TABLES = (".csv", ".parquet")
 
 
-def forms(trained: TrainedModel, name: str) -> tuple[str, tuple[str, ...]]:
-    """Where reconstructions go by default, and the endings of all forms that they can have."""
-    shape = trained.config.model.record_shape
+def forms(trained: TrainedModel, name: str, out: Path | None) -> tuple[str, tuple[str, ...]]:
+    """Where reconstructions go by default, and the endings of all forms that they can have.
+
+    Raises:
+        InputError: ``out`` is a folder of pictures, and what the model gives is none.
+    """
+    shape, channels = trained.config.model.record_shape, trained.model.image_shape[0]
     if shape is None:
-        return f"{name}.npy", (".npy", ".png", "")
+        reason = "" if channels in (1, 3) else f"the model's images have {channels} channels"
+        reason = reason or ("" if trained.model.units_scale is None else "the model's images have units of their own")
+        if reason and out is not None and not out.suffix:
+            raise InputError(
+                f"--out {shown(out)}: {reason}, and files of pictures have grey or colour on [0, 1]; name a .npy, "
+                "which takes them as they are, or a .png, which shows the first channel"
+            )
+        return f"{name}.npy", (".npy", ".png") if reason else (".npy", ".png", "")
     return (f"{name}.csv", (*TABLES, ".npy")) if len(shape) == 1 else (f"{name}.npy", (".npy",))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dist_ae.processes.runtime import Alone
 from dist_ae.run import calibration as kept_calibration
 from dist_ae.saved import CONFIG, Which, image_shape, run_config, saved_weights
 from dist_ae.scores import Calibration, calibrate, check_score, score_images
+from dist_ae.terminal import say
 from dist_ae.use import hub
 from dist_ae.use.program import program
 
@@ -310,7 +312,10 @@ def load(
 def images_of(trained: TrainedModel, images: Path | str | None) -> Given:
     """The user's images, or else the run's validation images."""
     if images is not None:
-        return trained.given(images)
+        found = trained.given(images)
+        if found.note:
+            say(f"note: {found.note}", sys.stderr)
+        return found
     dataset = trained.dataset()
     validation = dataset.val
     if validation.images.shape[1:] != trained.model.image_shape:

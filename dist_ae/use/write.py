@@ -65,8 +65,9 @@ def destination(
         raise InputError(
             f"{option} {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
         )
-    if not os.path.isdir(out.parent):
-        raise InputError(f"{option} {shown(out)}: the folder {shown(out.parent)} does not exist; make it first")
+    above = next(path for path in out.absolute().parents if os.path.lexists(path))  # folders below it are made
+    if not os.path.isdir(above):
+        raise InputError(f"{option} {shown(out)}: {shown(above)} is no folder, so nothing can be written below it")
     if os.path.isdir(out) and not folder:
         raise InputError(f"{option} {shown(out)} is a folder: name a file in it")
     if folder and os.path.exists(out) and not os.path.isdir(out):
@@ -87,6 +88,7 @@ def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
     """Writes under another name beside ``out`` and renames, so that ``out`` is never half a file."""
     temporary = out.with_name(f".{secrets.token_hex(6)}.tmp{out.suffix}")  # some writers go by the suffix
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         fill(temporary)
         if temporary.exists():
             os.replace(temporary, out)
@@ -112,20 +114,29 @@ def write_into(out: Path, fill: Callable[[Path], object], reads: Reads, option: 
             targets = {
                 path: out / path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()
             }
-            for target in targets.values():  # all of them, before the first is moved
-                try:
-                    inside(out, *target.relative_to(out).parts)
-                except Damaged as error:
-                    raise InputError(f"{option} {shown(out)}: {error}; choose another folder") from None
-                reads.refuse(target, option)
-                if target.is_dir():
-                    raise InputError(f"{option} {shown(target)} is a folder: choose another one")
+            refuse_targets(out, targets.values(), reads, option)
             for path, target in targets.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
             shutil.rmtree(temporary)
 
     return write_whole(out, move)
+
+
+def refuse_targets(out: Path, targets: Iterable[Path], reads: Reads, option: str) -> None:
+    """Looks at all files that are to be written into a folder, before the first one is.
+
+    Raises:
+        InputError: one of them would replace a folder or something that is read, or go through a link.
+    """
+    for target in targets if out.exists() else ():
+        try:
+            inside(out, *target.relative_to(out).parts)
+        except Damaged as error:
+            raise InputError(f"{option} {shown(out)}: {error}; choose another folder") from None
+        reads.refuse(target, option)
+        if target.is_dir():
+            raise InputError(f"{option} {shown(target)} is a folder: choose another one")
 
 
 def write_array(out: Path, values: Tensor) -> Path:

@@ -1,0 +1,175 @@
+"""What a picture says about itself when it is decoded, and what these facts say of a whole set.
+
+Packing finds them on the way and keeps them beside the pictures; ``dist-ae look`` shows them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dist_ae.data.records import Array
+
+SIDE = 8  # of the small grey copy that pictures are compared by
+NEAR = 3.0  # levels of 255: root mean square difference of small copies below which pictures look alike
+BLACK = 8.0  # levels of 255: nearly black below it everywhere
+BUCKET = 64  # of the pictures that share a part of their hash, one is compared with so many behind it
+
+
+class Facts(NamedTuple):
+    """Of one picture."""
+
+    width: int  # as it is seen, turned upright
+    height: int
+    mode: str  # Pillow's: L, RGB, RGBA, P, I;16, …
+    kind: str  # JPEG, PNG, …; "" for pixels that come without a file
+    low: float  # the smallest value; of more than 8 bits as the file has it, else after it got its size
+    high: float
+    digest: int  # of the file's bytes: 64 bits of BLAKE2
+    small: bytes  # SIDE × (SIDE + 1) grey levels
+
+
+RECORD = np.dtype(
+    [
+        ("width", "<u4"), ("height", "<u4"), ("mode", "S8"), ("kind", "S8"), ("low", "<f4"), ("high", "<f4"),
+        ("digest", "<u8"), ("small", "u1", (SIDE, SIDE + 1)),
+    ]
+)  # fmt: skip
+ONES = np.array([number.bit_count() for number in range(256)], np.uint8)  # bits that are set in a byte
+DEEP = ("I", "F")  # first letters of modes with more than 8 bits
+
+
+def digest_of(content: Any) -> int:
+    """64 bits that stand for a file's bytes, or for pixels."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(content, str):
+        with open(content, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    else:
+        digest.update(content if isinstance(content, bytes) else np.ascontiguousarray(content).data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def small_copy(pixels: Array) -> bytes:
+    """A picture uint8 [C, H, W] as SIDE × (SIDE + 1) grey levels, by means of areas."""
+    grey = pixels[0] if len(pixels) == 1 else pixels.mean(0, dtype=np.float32).astype(np.uint8)
+    return Image.fromarray(grey).resize((SIDE + 1, SIDE), Image.Resampling.BOX).tobytes()
+
+
+def table(facts: Sequence[Facts | None]) -> Array:
+    """The facts of pictures as one array of ``RECORD``; zeros where there are none."""
+    found = np.zeros(len(facts), RECORD)
+    for row, each in enumerate(facts):
+        if each is not None:
+            small = np.frombuffer(each.small, np.uint8).reshape(SIDE, SIDE + 1)
+            found[row] = (each.width, each.height, each.mode, each.kind, each.low, each.high, each.digest, small)
+    return found
+
+
+def twins(records: Array) -> Array:
+    """For each picture the row of the first one with the same bytes: its own where it is the first, or the only one."""
+    _, first, inverse = np.unique(records["digest"], return_index=True, return_inverse=True)
+    return np.asarray(first[inverse.reshape(-1)])
+
+
+def leaks(records: Array, held_out: Array) -> int:
+    """How many of the pictures that are held out have a copy among the others."""
+    return int(np.isin(records["digest"][held_out], records["digest"][~held_out]).sum())
+
+
+def flat(records: Array) -> Array:
+    """Which pictures have one level everywhere."""
+    return np.asarray(records["high"] <= records["low"])
+
+
+def look_alikes(records: Array) -> list[tuple[int, int]]:
+    """Pairs of pictures that look alike and are no copies: hashes of 64 bits of which at most 3 differ, and small grey
+    copies that differ by less than ``NEAR`` levels.
+
+    The hash is the difference hash: whether each of 8 × 8 areas is brighter than the one to its right. Of four parts of
+    two such hashes at least one is equal, so only pictures that share a part are compared. Flat pictures are left out.
+    """
+    small = records["small"].astype(np.int16)
+    bits = np.packbits((small[:, :, 1:] > small[:, :, :-1]).reshape(len(records), -1), 1)  # [N, 8]
+    parts = bits.view(">u2")  # [N, 4]
+    rows = np.flatnonzero((twins(records) == np.arange(len(records))) & ~flat(records))  # one of each set of copies
+    found: set[tuple[int, int]] = set()
+    for part in parts.T:
+        order = rows[np.argsort(part[rows], kind="stable")]
+        for apart in range(1, BUCKET):  # those that share a part lie side by side
+            same = np.flatnonzero(part[order[:-apart]] == part[order[apart:]])
+            if not len(same):
+                break
+            left, right = order[same], order[same + apart]
+            close = ONES[bits[left] ^ bits[right]].sum(1) <= 3
+            left, right = left[close], right[close]
+            alike = np.square(small[left] - small[right]).mean((1, 2)) < NEAR**2
+            found.update(zip(left[alike].tolist(), right[alike].tolist(), strict=True))
+    return sorted({(min(pair), max(pair)) for pair in found})
+
+
+def summary(records: Array) -> dict[str, Any]:
+    """What the facts say of a set, JSON-ready: the figures of ``dist-ae look``."""
+    if not len(records):
+        return {"pictures": 0}
+    first, alike, plain = twins(records), look_alikes(records), flat(records)
+    counts = np.bincount(first, minlength=len(records))
+    near = {row for pair in alike for row in pair}
+    sizes = Counter(zip(records["width"].tolist(), records["height"].tolist(), strict=True))
+    ratios = records["width"] / np.maximum(records["height"], 1)
+    deep = np.array([mode.startswith(DEEP) for mode in records["mode"].astype(str)])
+    kinds = Counter(f"{kind} {mode}".strip() for kind, mode in zip(*(
+        records[name].astype(str).tolist() for name in ("kind", "mode")
+    ), strict=True))  # fmt: skip
+    found = {
+        "pictures": len(records),
+        "sizes": {"different": len(sizes), "most": [[w, h, n] for (w, h), n in sizes.most_common(5)]},
+        "smallest": [int(records["width"].min()), int(records["height"].min())],
+        "largest": [int(records["width"].max()), int(records["height"].max())],
+        "ratio": [float(f"{value:.3g}") for value in np.quantile(ratios, [0, 0.5, 1])],
+        "modes": dict(kinds.most_common()),
+        "range": [float(records["low"].min()), float(records["high"].max())],
+        "copies": int((counts[first] > 1).sum()),
+        "extra_copies": int((counts - 1).clip(0).sum()),
+        "near_duplicates": len(near),
+        "flat": int(plain.sum()),
+        "nearly_black": int((~deep & ~plain & (records["small"].max((1, 2)) < BLACK)).sum()),
+    }
+    if deep.any():
+        found["deep"] = {
+            "pictures": int(deep.sum()),
+            "range": [float(records["low"][deep].min()), float(records["high"][deep].max())],
+        }
+    return found
+
+
+def remarks(looked: Mapping[str, Any]) -> list[str]:
+    """What a person who trains on a set should know of it: the two or three figures of its summary that matter."""
+    count = looked.get("pictures", 0)
+    found = []
+    if looked.get("leaks"):
+        found.append(
+            f"{looked['leaks']:,} of the pictures held out by the source are copies of training pictures: the error on "
+            "them says nothing about new ones"
+        )
+    if looked.get("copies"):
+        found.append(
+            f"{looked['copies']:,} of {count:,} pictures have a twin of the same bytes"
+            f"{'' if looked.get('given_split') else '; twins are kept on one side of the split'}"
+        )
+    if looked.get("near_duplicates", 0) > count / 100:
+        found.append(
+            f"{looked['near_duplicates']:,} of {count:,} pictures look nearly like another one; --data.group PATTERN keeps "
+            "frames of one clip, or views of one thing, on one side of the split"
+        )
+    if looked.get("flat", 0) + looked.get("nearly_black", 0) > count / 100:
+        found.append(
+            f"{looked['flat']:,} of {count:,} pictures have one colour, {looked['nearly_black']:,} are nearly black"
+        )
+    return found[:3]
