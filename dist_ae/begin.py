@@ -136,13 +136,13 @@ def _refuse_early(config: Config) -> None:
         raise InputError(
             f"{config.data.name}: {count} picture cannot be split into training and validation; at least 2 are needed"
         )
-    if count is not None and typed and batch > count:
+    if count is not None and typed and batch > count and config.data.crop is None:
         raise InputError(
             f"train.batch_size {batch} is larger than the dataset: {config.data.name} has {count} pictures; use a "
             "smaller --train.batch-size"
         )
     if config.data.image_size is not None and config.model.architecture != "own":
-        size, channels = config.data.image_size, 3 if config.data.channels == "rgb" else 1
+        size, channels = config.data.crop or config.data.image_size, 3 if config.data.channels == "rgb" else 1
         _check_memory(config, (channels, size, size))
 
 

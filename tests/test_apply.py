@@ -305,7 +305,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
     with monkeypatch.context() as patch:
         patch.setattr(dist_ae.TrainedModel, "_map", None)
         for out, expected in {
-            "nowhere/x.npy": "does not exist",
+            "own.npy/new/x.npy": "own.npy is no folder",
             "x.jpg": "ends in .npy or .png, or a folder",
             "folder.npy": "is a folder",
             "own.npy": "would replace",

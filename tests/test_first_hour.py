@@ -86,7 +86,7 @@ def test_heat_maps_that_are_drawn_stay_when_the_rest_is_stopped(coloured: Path, 
                 signal.raise_signal(signal.SIGKILL)
             return drawn(self, *arguments)
 
-        HeatMaps.picture = slowly  # type: ignore[method-assign]
+        HeatMaps.picture = slowly  # type: ignore[assignment,method-assign]
         commands.score_run(coloured, f"folder:{tmp_path / 'in'}", tmp_path / "s.csv", maps=tmp_path / "maps")
 
     assert forked(1, work, tmp_path / "log") == [-signal.SIGKILL]

@@ -40,7 +40,7 @@ RECORD = np.dtype(
         ("digest", "<u8"), ("small", "u1", (SIDE, SIDE + 1)),
     ]
 )  # fmt: skip
-ONES = np.array([number.bit_count() for number in range(256)], np.uint8)  # bits that are set in a byte
+FLAT = 2  # levels by which an area is brighter than another: noise turns no bit of the hash where nothing changes
 DEEP = ("I", "F")  # first letters of modes with more than 8 bits
 
 
@@ -89,15 +89,15 @@ def flat(records: Array) -> Array:
 
 
 def look_alikes(records: Array) -> list[tuple[int, int]]:
-    """Pairs of pictures that look alike and are no copies: hashes of 64 bits of which at most 3 differ, and small grey
-    copies that differ by less than ``NEAR`` levels.
+    """Pairs of pictures that look alike and are no copies, by small grey copies of 8 × 9 levels.
 
-    The hash is the difference hash: whether each of 8 × 8 areas is brighter than the one to its right. Of four parts of
-    two such hashes at least one is equal, so only pictures that share a part are compared. Flat pictures are left out.
+    These differ by less than ``NEAR`` levels, and by less than a tenth of their own contrast. Pictures are compared that
+    share a quarter of their difference hash: whether each of 8 × 8 areas is brighter than the one to its right.
     """
     small = records["small"].astype(np.int16)
-    bits = np.packbits((small[:, :, 1:] > small[:, :, :-1]).reshape(len(records), -1), 1)  # [N, 8]
-    parts = bits.view(">u2")  # [N, 4]
+    contrast = small.reshape(len(small), -1).std(1)
+    bits = (small[:, :, 1:] > small[:, :, :-1] + FLAT).reshape(len(records), -1)
+    parts = np.packbits(bits, 1).view(">u2")  # [N, 4]
     rows = np.flatnonzero((twins(records) == np.arange(len(records))) & ~flat(records))  # one of each set of copies
     found: set[tuple[int, int]] = set()
     for part in parts.T:
@@ -107,9 +107,8 @@ def look_alikes(records: Array) -> list[tuple[int, int]]:
             if not len(same):
                 break
             left, right = order[same], order[same + apart]
-            close = ONES[bits[left] ^ bits[right]].sum(1) <= 3
-            left, right = left[close], right[close]
-            alike = np.square(small[left] - small[right]).mean((1, 2)) < NEAR**2
+            error = np.sqrt(np.square(small[left] - small[right], dtype=np.int32).mean((1, 2)))
+            alike = error < np.minimum(NEAR, contrast[left] / 10)
             found.update(zip(left[alike].tolist(), right[alike].tolist(), strict=True))
     return sorted({(min(pair), max(pair)) for pair in found})
 
@@ -165,8 +164,8 @@ def remarks(looked: Mapping[str, Any]) -> list[str]:
         )
     if looked.get("near_duplicates", 0) > count / 100:
         found.append(
-            f"{looked['near_duplicates']:,} of {count:,} pictures look nearly like another one; --data.group PATTERN keeps "
-            "frames of one clip, or views of one thing, on one side of the split"
+            f"{looked['near_duplicates']:,} of {count:,} pictures look nearly like another one; --data.group PATTERN "
+            "keeps frames of one clip, or views of one thing, on one side of the split"
         )
     if looked.get("flat", 0) + looked.get("nearly_black", 0) > count / 100:
         found.append(
