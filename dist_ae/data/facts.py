@@ -91,8 +91,8 @@ def flat(records: Array) -> Array:
 def look_alikes(records: Array) -> list[tuple[int, int]]:
     """Pairs of pictures that look alike and are no copies, by small grey copies of 8 × 9 levels.
 
-    These differ by less than ``NEAR`` levels, and by less than a tenth of their own contrast. Pictures are compared that
-    share a quarter of their difference hash: whether each of 8 × 8 areas is brighter than the one to its right.
+    These differ by less than ``NEAR`` levels, and by less than a tenth of their own contrast. Only those are compared
+    that share a quarter of their difference hash (whether each of 8 × 8 areas is brighter than the next).
     """
     small = records["small"].astype(np.int16)
     contrast = small.reshape(len(small), -1).std(1)
