@@ -202,13 +202,23 @@ class ObjectiveConfig(Section):
     sigma: float | Literal["learned"] = trajectory(
         8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
     )
-    noise_std: float = trajectory(
-        0.0, "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input", ge=0, le=100
+    noise_std: float | tuple[float, float] = trajectory(
+        0.0,
+        "standard deviation, on [0, 1] pixels, of the Gaussian noise added to the input; two numbers: each image draws "
+        "its own between them, for noise of unknown strength",
     )
     beta: float = trajectory(1.0, "weight of the rate (KL); 1 is the ELBO", ge=0, le=LARGEST)
     beta_warmup_steps: int = trajectory(
         0, "steps over which the weight of the rate rises linearly to beta", ge=0, le=LONGEST
     )
+
+    @field_validator("noise_std")
+    @classmethod
+    def _levels(cls, noise: float | tuple[float, float]) -> float | tuple[float, float]:
+        least, most = noise if isinstance(noise, tuple) else (0.0, noise)
+        if not 0 <= least <= most <= 100 or (isinstance(noise, tuple) and least == most):
+            raise ValueError("expected a standard deviation from 0 to 100, or the least and the most of two")
+        return noise
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
@@ -459,6 +469,8 @@ def parse(tree: Mapping[str, Any], source: str | None = None) -> Config:
 def _explain(error: ValidationError, prefix: str) -> str:
     lines = []
     for e in error.errors():
+        if str(e["loc"][-1:]).startswith("('tuple["):  # of one number or two: what is wrong with one was said
+            continue
         key = ".".join(str(part) for part in e["loc"] if part not in ("float", "int", "literal['learned']"))
         got = "" if isinstance(e["input"], dict) else f", got {reprlib.repr(e['input'])}"
         where = f"{prefix}{key}".rstrip(": .")  # a check of several keys together has no key of its own

@@ -234,7 +234,7 @@ def _sums(
     return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
 
 
-def selection(variational: bool, noise_std: float, standardized: bool) -> tuple[str, int]:
+def selection(variational: bool, noise_std: float | tuple[float, float], standardized: bool) -> tuple[str, int]:
     """What 'best' means for a run: (metric, +1 if larger is better else -1).
 
     The metric is of the task that the run trains for, never its own training loss.

@@ -238,6 +238,7 @@ def _denoising(axis: Axes, denoising: dict[float, dict[str, float]]) -> None:
     styles = {
         "model": (ALARM, "o-"),
         "non-local means": (BLUE, "s-"),
+        "BM3D": ("#8a5fb0", "d-"),
         "median": ("#2e8b57", "^-"),
         "noisy": (GREY, ":"),
     }

@@ -153,7 +153,7 @@ def _drawn(
 
     assert isinstance(step, OnGpu), "the kernel needs the step number on the device"
     words = (seed, stream, int(step.raw))
-    table = philox.masks(words, rows, width, keep) if std is None else philox.normals(words, rows, width, std)
+    table = philox.masks(words, rows, width, keep) if std is None else philox.numbers(words, rows, width, std)
     return OnGpu(torch.from_numpy(table))
 
 

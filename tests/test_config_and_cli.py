@@ -34,7 +34,9 @@ def test_presets_are_the_four_systems_and_the_tutorials() -> None:
         reference.train.batch_size,
         reference.train.epochs,
     ) == ((512, 256), 128, 128, 20)
-    assert [PRESETS[f"{name}-reference"].objective.noise_std > 0 for name in ("ae", "denoising", "dropout", "vae")] == [
+    assert [
+        bool(PRESETS[f"{name}-reference"].objective.noise_std) for name in ("ae", "denoising", "dropout", "vae")
+    ] == [
         False,
         True,
         False,

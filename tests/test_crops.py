@@ -34,7 +34,8 @@ def experiment(run_dir: Path, **overrides: Any) -> Config:
     small = {
         "data.crop": 16, "data.flip": True, "model.widths": (8, 16), "model.latent_dim": 4, "train.batch_size": 24,
         "train.steps": 12, "train.eval_every": 6, "train.save_every": 4, "train.log_every": 1, "precision": "fp64",
-        "tracking.wandb": "off", "tracking.pictures": False, "run_dir": run_dir, **overrides,
+        "objective.noise_std": (0.02, 0.2), "tracking.wandb": "off", "tracking.pictures": False, "run_dir": run_dir,
+        **overrides,
     }  # fmt: skip
     return PRESETS["conv"].override(small)
 
@@ -80,7 +81,7 @@ def test_places_and_sides_are_drawn_evenly_and_anew_in_every_step() -> None:
     assert not (placed(split, np.arange(4096), 7, 3, flip=False) >> 32).any()
 
 
-def test_crops_and_flips_are_the_same_on_any_number_of_processes_and_after_a_kill(tmp_path: Path) -> None:
+def test_crops_flips_and_unknown_noise_are_the_same_on_any_number_of_processes_and_after_a_kill(tmp_path: Path) -> None:
     def train(rank: int, name: str, steps: int) -> None:
         dist_ae.train(experiment(tmp_path / name, **{"train.steps": steps}), data=PICTURES)
 
@@ -91,8 +92,8 @@ def test_crops_and_flips_are_the_same_on_any_number_of_processes_and_after_a_kil
     for name in ("2", "3"):
         assert relative_difference(weights(tmp_path / name), weights(tmp_path / "1")) < 1e-8
         assert [line["loss"] for line in metrics(tmp_path / name)] == pytest.approx(one, rel=1e-10)
-        assert metrics(tmp_path / name, "val")[-1]["mse"] == pytest.approx(
-            metrics(tmp_path / "1", "val")[-1]["mse"], rel=1e-9
+        assert metrics(tmp_path / name, "val")[-1]["denoised_psnr"] == pytest.approx(
+            metrics(tmp_path / "1", "val")[-1]["denoised_psnr"], rel=1e-9
         )
 
 

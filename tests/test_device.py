@@ -114,6 +114,8 @@ def in_one_process(cases: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> N
 )
 def test_a_whole_run_on_a_device_is_the_cpus_and_no_step_makes_the_host_wait(preset: str, tmp_path: Path) -> None:
     settings = SETTINGS if preset == "ae" else SETTINGS[:1]
+    if preset == "denoising":
+        settings = [*settings, {"objective.noise_std": (0.05, 0.3)}]
     in_one_process([(preset, more) for more in settings], tmp_path)
 
 

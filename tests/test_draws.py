@@ -62,6 +62,20 @@ def test_normals_have_the_moments_and_tails_of_a_normal_distribution() -> None:
     assert float(normal(0, "noise", Step(0), range(100), (200,), CPU, std=0.3).std()) == pytest.approx(0.3, rel=0.02)
 
 
+def test_noise_of_unknown_strength_has_a_level_for_each_row_spread_evenly_between_its_ends() -> None:
+    shapes = DrawShapes((1, 40, 40), (), None)
+    rows = range(10_000, 14_000)
+    noise = draw(shapes, Step(3), rows, CPU, seed=1, std=(0.02, 0.22)).noise
+    assert noise is not None
+    found = noise.flatten(1).double().square().mean(1).sqrt()
+    # A level is found to 2 % from 1,600 values of a row; the levels are those of an even spread.
+    order = found.sort().values
+    expected = 0.02 + 0.2 * (torch.arange(len(rows)) + 0.5) / len(rows)
+    assert float((order - expected).abs().max()) < 0.02
+    part = draw(shapes, Step(3), range(12_000, 12_010), CPU, seed=1, std=(0.02, 0.22)).noise
+    assert part is not None and torch.equal(part, noise[2000:2010])
+
+
 def test_tables_of_other_seeds_streams_steps_and_rows_are_independent() -> None:
     # 200,000 values a table: a correlation of 1.2 % would be noticed.
     width, rows = 400, 500
@@ -88,8 +102,8 @@ cpu = torch.device("cpu")
 for seed, stream, step in ((0, 1, 0), (2**63 - 1, 2**64 - 1, 5), (7, 12345678901234567890, 2**33)):
     now = torch.tensor(step)
     for rows, width in ((range(0, 3), 16), (range(5, 9), 20), (range(100, 131), 33), (range(2), 1), (range(4, 4), 8)):
-        for std in (1.0, 0.25):
-            ours = philox.normals((seed, stream, step), rows, width, std)
+        for std in (1.0, 0.25, (0.02, 0.2)):
+            ours = philox.numbers((seed, stream, step), rows, width, std)
             assert np.array_equal(ours, draw_on_device(seed, stream, now, rows, width, cpu, std, 1.0).numpy())
         for keep in (0.9, 1 / 3, 1.0):
             ours = philox.masks((seed, stream, step), rows, width, keep)

@@ -78,7 +78,7 @@ def _kernel_works(device: torch.device) -> bool:
     try:
         now = torch.full((), 7, dtype=torch.int64, device=device)
         drawn = draw_on_device(3, 5, now, rows, width, device, std, 1.0).cpu()
-        if torch.equal(drawn, torch.from_numpy(philox.normals((3, 5, 7), rows, width, std))):
+        if torch.equal(drawn, torch.from_numpy(philox.numbers((3, 5, 7), rows, width, std))):
             return True
         reason = "its bits are not the host's"
     except Exception as error:  # of Triton, the compiler that it calls, or the driver: of many types
@@ -98,7 +98,7 @@ def _draw(
     rows: range,
     shape: Sequence[int],
     device: torch.device,
-    std: float | None,
+    values: float | tuple[float, float] | None,
     keep: float,
 ) -> Tensor:
     width = math.prod(shape)
@@ -109,9 +109,9 @@ def _draw(
         # Filled, not copied, for which the host would have to wait.
         now = step.on_device
         now = torch.full((), step.number, dtype=torch.int64, device=device) if now is None else now
-        return draw_on_device(seed, key, now, rows, width, device, std, keep).view(len(rows), *shape)
+        return draw_on_device(seed, key, now, rows, width, device, values, keep).view(len(rows), *shape)
     words = (seed, key, step.number)
-    table = philox.masks(words, rows, width, keep) if std is None else philox.normals(words, rows, width, std)
+    table = philox.masks(words, rows, width, keep) if values is None else philox.numbers(words, rows, width, values)
     return torch.from_numpy(table).view(len(rows), *shape).to(device)
 
 
@@ -140,7 +140,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     *,
     seed: int,
-    std: float = 0.0,
+    std: float | tuple[float, float] = 0.0,
     keep: float = 1.0,
 ) -> Draws:
     """The draws of one training step for rows ``rows`` of its global batch, in one call per stream.
@@ -148,10 +148,15 @@ def draw(
     They are always drawn in float32, so that fp64 repeats the fp32 experiment.
 
     Args:
-        std: standard deviation of the noise; 0 for none.
+        std: standard deviation of the noise; 0 for none; of two numbers, each row draws its own between them.
         keep: probability that dropout keeps a unit; 1 for no dropout.
     """
-    noise = normal(seed, "noise", step, rows, shapes.noise, device, std).to(dtype) if std else None
+    noise = None
+    if isinstance(std, tuple):
+        level = _draw(seed, "noise.level", step, rows, (1,) * len(shapes.noise), device, std, 1.0)
+        noise = (level * normal(seed, "noise", step, rows, shapes.noise, device)).to(dtype)
+    elif std:
+        noise = normal(seed, "noise", step, rows, shapes.noise, device, std).to(dtype)
     masks: tuple[Tensor, ...] = ()
     if keep < 1:
         named = ((f"mask.{layer}", shape) for layer, shape in enumerate(shapes.masks))

@@ -49,6 +49,18 @@ def normal_table(std: float = 1.0) -> Array:
     return scaled
 
 
+@lru_cache(maxsize=8)
+def uniform_table(low: float, high: float) -> Array:
+    """The 65,536 middles of equal parts of [low, high], float32."""
+    middles: Array = (low + (np.arange(LEVELS) + 0.5) / LEVELS * (high - low)).astype(np.float32)
+    return middles
+
+
+def table_of(values: float | tuple[float, float]) -> Array:
+    """What the 16-bit numbers stand for: normal draws of a standard deviation, or even ones between two numbers."""
+    return uniform_table(*values) if isinstance(values, tuple) else normal_table(values)
+
+
 def threshold(keep: float) -> int:
     """The half below which a unit is kept.
 
@@ -57,9 +69,9 @@ def threshold(keep: float) -> int:
     return min(max(round(keep * LEVELS), 1), LEVELS)
 
 
-def normals(key: Key, rows: range, width: int, std: float) -> Array:
-    """Normal draws, float32 [len(rows), width]."""
-    return np.take(normal_table(std), halves(key, rows, width))
+def numbers(key: Key, rows: range, width: int, values: float | tuple[float, float]) -> Array:
+    """Draws of ``table_of(values)``, float32 [len(rows), width]."""
+    return np.take(table_of(values), halves(key, rows, width))
 
 
 def masks(key: Key, rows: range, width: int, keep: float) -> Array:

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.random import philox_impl
 
 from dist_ae import devices
-from dist_ae.draws.philox import HALVES, LEVELS, blocks_per_row, normal_table, threshold
+from dist_ae.draws.philox import HALVES, LEVELS, blocks_per_row, table_of, threshold
 
 BLOCKS = 128  # generator blocks that one program works on
 
@@ -42,14 +42,15 @@ def _fill(
     tl.store(out + ((block // per_row) * width)[:, None] + column, value, mask=inside[:, None] & (column < width))
 
 
-_tables: dict[tuple[torch.device, float], Tensor] = {}
+Values = float | tuple[float, float]  # see philox.table_of
+_tables: dict[tuple[torch.device, Values], Tensor] = {}
 _keys: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
-def _table(device: torch.device, std: float) -> Tensor:
-    if (device, std) not in _tables:
-        _tables[device, std] = torch.from_numpy(normal_table(std)).to(device)
-    return _tables[device, std]
+def _table(device: torch.device, values: Values) -> Tensor:
+    if (device, values) not in _tables:
+        _tables[device, values] = torch.from_numpy(table_of(values)).to(device)
+    return _tables[device, values]
 
 
 def _key(device: torch.device, seed: int, stream: int) -> Tensor:
@@ -60,9 +61,16 @@ def _key(device: torch.device, seed: int, stream: int) -> Tensor:
 
 
 def draw_on_device(
-    seed: int, stream: int, step: Tensor, rows: range, width: int, device: torch.device, std: float | None, keep: float
+    seed: int,
+    stream: int,
+    step: Tensor,
+    rows: range,
+    width: int,
+    device: torch.device,
+    values: Values | None,
+    keep: float,
 ) -> Tensor:
-    """Rows of a table of draws, float32 [len(rows), width]: ``philox.normals`` with ``std``, else ``philox.masks``.
+    """Rows of a table of draws, float32 [len(rows), width]: ``philox.numbers`` of ``values``, else ``philox.masks``.
 
     Args:
         step: int64 [], on the device, so that a captured kernel can be replayed at another step.
@@ -71,11 +79,22 @@ def draw_on_device(
     per_row, limit = blocks_per_row(width), threshold(keep)
     num_blocks = len(rows) * per_row
     if num_blocks:
-        table, key = out if std is None else _table(device, std), _key(device, seed, stream)
+        table, key = out if values is None else _table(device, values), _key(device, seed, stream)
         grid, first, scale = (triton.cdiv(num_blocks, BLOCKS),), rows.start * per_row, LEVELS / limit
         with devices.current(device):  # Triton launches on the current device, wherever its tensors are
             _fill[grid](
-                out, table, key, step, first, num_blocks, width, per_row, limit, scale, MASK=std is None, BLOCKS=BLOCKS
+                out,
+                table,
+                key,
+                step,
+                first,
+                num_blocks,
+                width,
+                per_row,
+                limit,
+                scale,
+                MASK=values is None,
+                BLOCKS=BLOCKS,
             )
     return out
 

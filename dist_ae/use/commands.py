@@ -59,6 +59,7 @@ def evaluate_run(
     subset: int = 200,
     samples: int = 50,
     noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5),
+    bm3d: bool = False,
     features: Path | None = None,
 ) -> Evaluated:
     """Says how good a trained run is, beside PCA and classical filters: a table, JSON and one picture.
@@ -73,6 +74,7 @@ def evaluate_run(
         subset: evenly spaced images for what is slow: denoising, and a variational run's importance-weighted bound.
         samples: draws K of that bound.
         noise_levels: noise, on [0, 1] pixels, at which the model denoises beside a median filter and non-local means.
+        bm3d: also beside BM3D: `pip install bm3d` (free for uses that are not commercial); seconds an image.
         features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
             program: use one that you trust.
     """
@@ -104,6 +106,8 @@ def evaluate_run(
     for level in noise_levels:
         if not 0 < level <= 1:
             raise InputError(f"--noise-levels: expected standard deviations on [0, 1] pixels above 0, got {level}")
+    if bm3d:
+        quality.require_bm3d()
     network = None if features is None else quality.feature_network(expand(features))
     trained = load(run_dir, which)
     trained.config = config
@@ -125,7 +129,9 @@ def evaluate_run(
             if components is not None:
                 metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
             levels = sorted({*noise_levels, *([config.evaluation.noise_std] if config.evaluation.noise_std else [])})
-            found = assess(raw, components, train, reader, metrics, levels, subset, samples, network, config, runtime)
+            found = assess(
+                raw, components, train, reader, metrics, levels, bm3d, subset, samples, network, config, runtime
+            )
             if runtime.is_main:
                 run = f"{run_dir.name or run_dir}, {split}, step {trained.source[1] if trained.source else '?'}"
                 found = write_evaluation(found, run, split, target, lenient=out is None)

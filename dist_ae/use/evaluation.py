@@ -30,7 +30,8 @@ class Assessed(Evaluated):
 
 def assess(
     model: Autoencoder, components: Components | None, train: Reader, reader: Reader, metrics: dict[str, float],
-    levels: list[float], subset: int, samples: int, network: torch.nn.Module | None, config: Config, runtime: Runtime,
+    levels: list[float], bm3d: bool, subset: int, samples: int, network: torch.nn.Module | None, config: Config,
+    runtime: Runtime,
 ) -> Assessed:  # fmt: skip
     """What ``quality`` finds, beside the metrics of training, with remarks on it."""
     batch, count = config.evaluation.batch_size, len(reader.split)
@@ -51,7 +52,7 @@ def assess(
     denoised: dict[float, dict[str, float]] = {}
     columns: dict[str, dict[str, float]] = {}
     if model.record_shape is None:
-        denoised = quality.denoising(model, reader, levels, subset, config, runtime)
+        denoised = quality.denoising(model, reader, levels, bm3d, subset, config, runtime)
         remarks.append(f"denoising: of {min(count, quality.denoised_images(subset, model)):,} evenly spaced images")
         if not quality.has_non_local_means():
             remarks.append("no non-local means: it needs scikit-image, pip install 'dist-ae[evaluate]'")
