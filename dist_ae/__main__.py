@@ -136,6 +136,8 @@ def pack(
     fit: Literal["crop", "pad", "stretch"] = "crop",
     channels: Literal["auto", "grey", "rgb"] = "auto",
     background: str = "white",
+    bits: Literal["auto", "8", "16"] = "auto",
+    pages: Literal["first", "each", "volume"] = "first",
     corrupt: Literal["refuse", "skip"] = "refuse",
     label: str | None = None,
     exclude: tuple[str, ...] = (),
@@ -153,6 +155,8 @@ def pack(
         fit: how a picture becomes square: crop its middle, pad its shorter side, or stretch it.
         channels: colour; auto: grey where all pictures are, else rgb.
         background: colour behind transparent and padded pictures, by name or #rrggbb.
+        bits: of a value; auto: 16 where a picture of the set has more than 8, else 8.
+        pages: of a TIFF of several pages: the first, a picture of each, or all as the depth of a volume.
         corrupt: what to do about pictures that cannot be read.
         label: column of a table that is no input: the classes of its rows.
         exclude: columns of a table to leave out.
@@ -163,6 +167,7 @@ def pack(
     from dist_ae.data.array_files import pack_numbers
     from dist_ae.data.facts import remarks
     from dist_ae.data.pack import pack_source
+    from dist_ae.data.packed import of_16_bits, of_pages
 
     numbers = pack_numbers(source, out, DataConfig(label=label, exclude=exclude), each)
     if numbers is not None:
@@ -171,16 +176,24 @@ def pack(
         say(f"train from it: dist-ae train table --data.name {shlex.quote(f'packed:{out}')}")
         return
     config = DataConfig(
-        image_size=image_size, fit=fit, channels=channels, background=background, corrupt=corrupt, group=group
+        image_size=image_size,
+        fit=fit,
+        channels=channels,
+        background=background,
+        bits=bits,
+        pages=pages,
+        corrupt=corrupt,
+        group=group,
     )
     manifest = pack_source(source, out, config)
     sizes = [record.bytes for shard in manifest.shards for record in shard.files.values()]
     skipped = f", {manifest.unreadable:,} skipped that cannot be read" if manifest.unreadable else ""
     ignored = "".join(f", {count:,} ignored: {what}" for what, count in manifest.ignored.items())
-    shape = "×".join(map(str, manifest.image_shape or ()))
+    shape = "×".join(map(str, manifest.record_shape or manifest.image_shape or ()))
     say(f"{manifest.images:,} pictures of {shape}, {sum(sizes):,} bytes{skipped}{ignored}")
-    for remark in remarks(manifest.looked):
-        say(remark)
+    for remark in (of_16_bits(manifest), of_pages(manifest), *remarks(manifest.looked)):
+        if remark:
+            say(remark)
     say(f"train from it: dist-ae train ae --data.name {shlex.quote(f'packed:{out}')}")
 
 

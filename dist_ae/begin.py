@@ -75,6 +75,11 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
             f"{dataset.name}: {named(dataset.shape)}, and a convolution takes images and signals; "
             "use --model.architecture mlp, as the preset table does"
         )
+    pictures = config.data.name.startswith((*PREFIXES, "packed:"))
+    for key, usual in (("bits", "auto"), ("pages", "first")):
+        if getattr(config.data, key) != usual and not pictures:
+            what = f"data.{key} is about pictures (folder:, tar:, hf:)"
+            raise InputError(f"{what}, and {dataset.name} is none; leave it out")
     if dataset.scale == "standard" and config.objective.likelihood != "gaussian":
         raise InputError(
             f"objective.likelihood {config.objective.likelihood} is of pixels on [0, 1], and the records of "
@@ -94,6 +99,10 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         "model.record_shape": dataset.shape,
         "data.scale": dataset.scale,
         "data.columns": dataset.columns or None,
+        "data.pages": "volume" if pictures and dataset.shape is not None else config.data.pages,
+        "data.bits": {"uint8": "8", "uint16": "16"}.get(str(dataset.train.images.dtype), "auto")
+        if pictures
+        else "auto",
         "evaluation.batch_size": evaluated,
     }
     config = config.override(found)
@@ -269,7 +278,8 @@ def _claim(folder: RunDirectory, prepared: Prepared) -> None:
     if kept is None and config.init_from is None:
         _say_another_length(folder, config, trajectory)
     # A field that an older version did not know stands at its default, which means "as it was".
-    unknown = {**Config().trajectory_values(), "data.scale": "none"}  # all data was on [0, 1]
+    # All data was on [0, 1], and of how many bits its fingerprint says.
+    unknown = {**Config().trajectory_values(), "data.scale": "none", "data.bits": config.data.bits}
     folder.claim(trajectory, prepared.description, unknown=unknown, may_change=may_change)
 
 

@@ -112,6 +112,12 @@ class DataConfig(Section):
     background: str | None = trajectory(
         None, "colour behind transparent and padded pictures, by name or #rrggbb; left out, white"
     )
+    bits: Literal["auto", "8", "16"] = trajectory(
+        "auto", "bits of a value of a picture; auto: 16 where a picture of the set has more than 8, else 8"
+    )
+    pages: Literal["first", "each", "volume"] = trajectory(
+        "first", "of a TIFF of several pages: the first, a picture of each, or all as the depth of a volume"
+    )
     window: int | None = trajectory(
         None,
         "shuffle within groups of this many shards of a packed set, for disks that read single pictures slowly; "
@@ -478,11 +484,12 @@ def _explain(error: ValidationError, prefix: str) -> str:
     return "\n".join(lines)
 
 
-def load_config(path: Path, follow: bool = True) -> Config:
+def load_config(path: Path, follow: bool = True, of_run: bool = False) -> Config:
     """A configuration from a JSON file: a run's ``config.json`` or a sweep's ``best.json``.
 
     Args:
         follow: a link to the file is followed, which is for files that their user named.
+        of_run: what an older version did not say is what it did: its pictures had 8 bits.
     """
     try:
         tree = read_json(Path(os.path.realpath(path)) if follow else path)
@@ -490,4 +497,6 @@ def load_config(path: Path, follow: bool = True) -> Config:
         raise InputError(f"{path}: not a readable JSON file of a configuration ({error})") from None
     if isinstance(tree.get("config"), dict):
         tree = tree["config"]  # a run's config.json also keeps the versions and the world size
+    if of_run and isinstance(tree.get("data"), dict):
+        tree["data"].setdefault("bits", "8")
     return parse(tree, str(path))

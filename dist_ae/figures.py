@@ -56,7 +56,9 @@ def run_pictures(
         reconstruction = model(clean, None).reconstruction
         shown = {"original": clean, "reconstruction": reconstruction}
     difference = reconstruction - clean
-    shown["difference"] = 0.5 + difference / 2  # grey: none; lighter or darker: more or less than there should be
+    shown = {name: model.visible(images) for name, images in shown.items()}
+    # Grey: none; lighter or darker: more or less than there should be.
+    shown["difference"] = 0.5 + (model.visible(reconstruction) - model.visible(clean)) / 2
     notes = [f"{error:.2g}" for error in difference.square().flatten(1).mean(1).tolist()]
     title = f"{run_dir.name or config.name}{'' if step is None else f', step {step:,}'}"
     pictures = {
@@ -65,7 +67,9 @@ def run_pictures(
     }
     if config.model.variational:
         code = normal(EVALUATION_SEED, "figures.samples", Step(0), range(64), model.code_shape, clean.device)
-        pictures["samples"] = image_grid(model.decode(code.to(clean.dtype)), folder / "samples.png", title=title)
+        pictures["samples"] = image_grid(
+            model.visible(model.decode(code.to(clean.dtype))), folder / "samples.png", title=title
+        )
     return pictures
 
 

@@ -27,7 +27,7 @@ def run_config(run_dir: Path) -> Config:
     """
     if not os.path.lexists(run_dir / CONFIG):
         raise InputError(f"{run_dir} is not a run directory: it has no config.json")
-    return load_config(run_dir / CONFIG, follow=False)
+    return load_config(run_dir / CONFIG, follow=False, of_run=True)
 
 
 def is_exported(run_dir: Path) -> bool:

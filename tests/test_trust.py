@@ -128,7 +128,7 @@ def test_a_file_that_a_folder_of_outputs_would_replace_is_found_before_one_is_wr
     before = content(there)
     from dist_ae.use.write import write_folder
 
-    image = torch.zeros(1, 4, 4)
+    image = np.zeros((1, 4, 4), np.uint8)
     for name, expected in (("flower/a.png", "would replace"), ("b.png", "is a folder"), ("c/d.png", "symbolic link")):
         with pytest.raises(InputError, match=expected):
             write_folder(there / "out", [(Path("a.png"), image), (Path(name), image)], reads)

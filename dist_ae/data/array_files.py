@@ -16,8 +16,8 @@ from dist_ae.data.arrays import read_array, typed, value_range
 from dist_ae.data.names import with_prefix
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reads import Reads
-from dist_ae.data.records import CHUNK_BYTES, Array
-from dist_ae.data.tables import FORMAT, MANIFEST, RECORDS, Table, npy_header, pack_table, packed_whole
+from dist_ae.data.records import CHUNK_BYTES, Array, npy_header
+from dist_ae.data.tables import FORMAT, MANIFEST, RECORDS, Table, pack_table, packed_whole
 from dist_ae.files import sync, write_new
 from dist_ae.terminal import say
 

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 
 from dist_ae.config import InputError
-from dist_ae.data.pictures import Form, Picture, Read, decode_all
+from dist_ae.data.pictures import Form, Page, Picture, Read, decode_all
 
 CHUNK = 32  # pictures that a decoding process gets at once
 CHUNK_BYTES = 32 << 20  # of pictures that come as bytes: a chunk, or what is looked at first, ends there
@@ -54,7 +54,12 @@ def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Itera
 
 def size_of(pictures: list[Picture]) -> int:
     """Bytes that these pictures hold in memory before they are decoded."""
-    return sum(len(picture.content) for picture in pictures if isinstance(picture.content, bytes))
+    return sum(map(_held, pictures))
+
+
+def _held(picture: Picture) -> int:
+    content = picture.content.content if isinstance(picture.content, Page) else picture.content
+    return len(content) if isinstance(content, bytes) else 0
 
 
 def some(pictures: Iterator[Picture], most: int) -> list[Picture]:
@@ -63,7 +68,7 @@ def some(pictures: Iterator[Picture], most: int) -> list[Picture]:
     held = 0
     while len(found) < most and held < CHUNK_BYTES and (picture := next(pictures, None)) is not None:
         found.append(picture)
-        held += len(picture.content) if isinstance(picture.content, bytes) else 0
+        held += _held(picture)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.arrays import NOISY_RANGE, as_array, read_array, typed, value_range
 from dist_ae.data.decode import decoded
+from dist_ae.data.deep import widened
 from dist_ae.data.facts import Facts
 from dist_ae.data.layout import Layout, fitted, named
 from dist_ae.data.memory import frame_values
@@ -33,6 +35,8 @@ from dist_ae.data.pictures import (
     form_of,
     not_there,
     open_source,
+    paged,
+    pages_of,
     reason,
     shown,
 )
@@ -179,10 +183,12 @@ def arranged(images: Array, shapes: Shapes) -> Array:
 
 
 def _form(config: DataConfig, shapes: Shapes) -> Form:
-    channels, height, width = shapes.image
-    if channels not in (1, 3) or shapes.outside is not None:
+    channels, (height, width) = shapes.image[0], (shapes.outside or shapes.image)[-2:]
+    if channels not in (1, 3) or (shapes.outside is not None) != (config.pages == "volume"):
         raise InputError(f"pictures are grey or in colour, and {_expected(shapes)}; give an array")
-    return form_of(config, "grey" if channels == 1 else "rgb", (height, width))
+    form = form_of(config, "grey" if channels == 1 else "rgb", (height, width))
+    # Where the model takes numbers as they are stored, they must be of as many bits as those that it was trained on.
+    return form._replace(bits="8") if shapes.units is not None and config.bits != "16" else form
 
 
 def _one_picture(content: Any, what: str, config: DataConfig, shapes: Shapes, names: list[str] | None = None) -> Given:
@@ -192,7 +198,7 @@ def _one_picture(content: Any, what: str, config: DataConfig, shapes: Shapes, na
 
 def _resized(facts: Sequence[Facts], config: DataConfig, shapes: Shapes) -> str:
     """What was done to pictures of another size than the model's, in words; "" where there were none."""
-    _, height, width = shapes.image
+    height, width = (shapes.outside or shapes.image)[-2:]
     other = [each for each in facts if (each.width, each.height) != (width, height)]
     if not other:
         return ""
@@ -208,7 +214,8 @@ def _resized(facts: Sequence[Facts], config: DataConfig, shapes: Shapes) -> str:
 
 def _decode(content: Any, name: str, form: Form) -> tuple[Array, Facts]:
     try:
-        return examined(content, form)
+        image, facts = examined(content, form)
+        return image if image.ndim == 3 else image.reshape(image.shape[0], -1, image.shape[-1]), facts
     except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
         raise InputError(f"{name}: cannot be read as a picture ({reason(error)})") from None
 
@@ -225,8 +232,9 @@ def _from_list(items: Sequence[Any], config: DataConfig, shapes: Shapes) -> Give
         for name in names:
             if not os.path.isfile(expand(name)) or not _is_picture(name):
                 raise InputError(f"{shown(name)}: {'not a picture' if os.path.exists(name) else 'no such file'}")
-        pictures = [Picture(name, os.fspath(expand(name))) for name in names]
-        return _decode_pictures(pictures, len(names), "the list", config, shapes)
+        each = [pages_of(Picture(name, os.fspath(expand(name))), config.pages) for name in names]
+        pictures = [picture for pages in each for picture in pages]
+        return _decode_pictures(pictures, len(pictures), "the list", config, shapes)
     images: list[Array] = []
     seen: list[Facts] = []
     for number, item in enumerate(items):
@@ -245,9 +253,9 @@ def _from_list(items: Sequence[Any], config: DataConfig, shapes: Shapes) -> Give
             raise InputError(
                 f"expected a list of paths, of pictures or of arrays; item {number} is of type {type(item).__name__}"
             )
-    if len({image.dtype == np.uint8 for image in images}) > 1:
+    if len({image.dtype.kind for image in images}) > 1:
         raise InputError("a list holds images as bytes or as floats, not both")
-    return Given(Split(np.stack(images)), note=_resized(seen, config, shapes))
+    return Given(Split(_stacked(images)), note=_resized(seen, config, shapes))
 
 
 def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
@@ -266,12 +274,15 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
         names = [name for pair in zip(folders, manifests, strict=True) for name in packed_names(*pair)]
         return Given(Split(Shards(parts)), names)
     if name.startswith(PREFIXES):
-        source = open_source(name, config.exclude if name.startswith("folder:") else ())
+        source = paged(open_source(name, config.exclude if name.startswith("folder:") else ()), config.pages)
         return _decode_pictures(source.pictures(), source.count, shown(name), config, shapes)
     path = expand(name.removeprefix("array:"))
     if _is_picture(path.name):
         if not os.path.isfile(path):
             raise InputError(f"{shown(path)}: {not_there(path)}; expected a picture, a folder of pictures, or an array")
+        if config.pages != "first":
+            pages = pages_of(Picture(path.name, os.fspath(path)), config.pages)
+            return _decode_pictures(pages, len(pages), shown(path), config, shapes)
         return _one_picture(os.fspath(path), shown(path), config, shapes, [path.name])
     array = read_array(path)
     try:
@@ -319,7 +330,9 @@ def _decode_pictures(
     seen: list[Facts] = []
     for picture, (image, facts) in decoded(iter(pictures), _form(config, shapes), count):
         if isinstance(image, np.ndarray) and facts is not None:
-            images.append(image)
+            if image.ndim == 4 and image.shape != shapes.outside:
+                raise InputError(f"{shown(picture.name)}: {_expected(shapes)}, got {list(image.shape)}")
+            images.append(image.reshape(shapes.image) if image.ndim == 4 else image)
             names.append(picture.name)
             seen.append(facts)
             refuse_above_room(len(images))  # a tar does not say how many it holds
@@ -332,21 +345,34 @@ def _decode_pictures(
         say(f"warning: {what}: {len(bad):,} pictures cannot be read and are left out ({few})", sys.stderr)
     if not images:
         raise InputError(f"{what}: none of its pictures can be read ({'; '.join(map(': '.join, bad[:5]))})")
-    return Given(Split(np.stack(images)), names, note=_resized(seen, config, shapes))
+    return Given(Split(_stacked(images)), names, note=_resized(seen, config, shapes))
 
 
-def file_names(one: Given) -> list[Path]:
-    """A relative path that ends in .png for each image.
+def _stacked(images: Sequence[Array]) -> Array:
+    """Images as one array; those of 8 bits are widened where others have 16."""
+    if len({image.dtype for image in images} & {np.dtype(np.uint8), np.dtype(np.uint16)}) < 2:
+        return np.stack(images)
+    return np.stack([widened(image) if image.dtype == np.uint8 else image for image in images])
+
+
+def file_names(one: Given, own_endings: Sequence[str] = ()) -> list[Path]:
+    """A relative path that ends in .png for each image, or as its own name does if that is one of ``own_endings``.
 
     It is the image's own name where it has one, and never leads out of the folder that it is put into.
     """
     if one.names is None:
         width = len(str(max(1, len(one.split) - 1)))
         return [Path(f"{index:0{width}d}.png") for index in range(len(one.split))]
-    clean = [Path(*[part for part in Path(name).parts if part not in ("/", "..", ".")]) for name in one.names]
+    names = [re.sub(r"(\.tiff?)#(\d+)$", r"-\2\1", name, flags=re.IGNORECASE) for name in one.names]  # pages
+    clean = [Path(*[part for part in Path(name).parts if part not in ("/", "..", ".")]) for name in names]
     if any(Path(name).is_absolute() for name in one.names):
         clean = [Path(path.name) for path in clean]
-    targets = [path.with_suffix(".png") if path.name else Path("image.png") for path in clean]
+    targets = [
+        path.with_suffix(path.suffix if path.suffix.lower() in own_endings else ".png")
+        if path.name
+        else Path("image.png")
+        for path in clean
+    ]
     folders = {parent for target in targets for parent in target.parents}
     taken: set[Path] = set()
     numbers: dict[Path, int] = {}  # the last one that was given to a name
@@ -355,7 +381,7 @@ def file_names(one: Given) -> list[Path]:
         free, number = target, numbers.get(target, 0)
         while free in taken or free in folders:  # also where another picture was called so from the start
             number += 1
-            free = target.with_name(f"{target.stem}-{number}.png")
+            free = target.with_name(f"{target.stem}-{number}{target.suffix}")
         numbers[target] = number
         taken.add(free)
         result.append(free)

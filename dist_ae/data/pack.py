@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from pydantic import ValidationError
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.decode import CHUNK, INLINE, DecoderKilled, decoded, some
+from dist_ae.data.deep import widened
 from dist_ae.data.facts import Facts, leaks, summary, table
 from dist_ae.data.packed import (
     FORMAT,
@@ -44,8 +46,8 @@ from dist_ae.data.packed import (
     settings_of,
     sha256_of,
 )
-from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, shown
-from dist_ae.data.records import Array
+from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, paged, shown
+from dist_ae.data.records import Array, npy_header
 from dist_ae.files import Damaged, clear_temporaries, inside, plain_name, read_bounded, sync, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, Waiting, rank, say
 
@@ -78,6 +80,7 @@ def pack(source: Source, out: Path, config: DataConfig, what: str, shard_bytes: 
     Raises:
         InputError: pictures that cannot be read or differ in size, no room, no permission, a source that changes.
     """
+    source = paged(source, config.pages)
     wanted = Manifest(
         format=FORMAT,
         identity=source.identity,
@@ -223,27 +226,28 @@ def _looked(folder: Path, manifest: Manifest) -> dict[str, Any]:
 def _write_all(
     source: Source, partial: Path, done: Manifest, wanted: Manifest, config: DataConfig, what: str, check: Check
 ) -> Manifest:
-    """Writes the shards; where all pictures seemed grey and one is not, writes them again in colour."""
-    channels = config.channels or "auto"
-    if channels != "auto":
-        return _write_shards(source, partial, done, form_of(config, channels), config, what, check)
-    if done.image_shape is None:
+    """Writes the shards; where all pictures seemed grey, or of 8 bits, and one is not, writes them again."""
+    guess = (config.channels or "auto") == "auto"
+    colour = config.channels == "rgb" or (done.image_shape is not None and done.image_shape[0] == 3)
+    if config.bits == "16":
+        done.dtype = "uint16"
+    if done.image_shape is None and (guess or config.bits == "auto"):
         # Most sets are all grey or all in colour, so the first pictures tell. A wrong guess costs what was packed until
-        # the first picture in colour.
+        # the first picture in colour, or of 16 bits.
         contents = [picture.content for picture in some(source.pictures(), INLINE)]
-        colour = any(read.image is None for read in decode_all(contents, form_of(config, "grey", (1, 1), True)))
-    else:
-        colour = done.image_shape[0] == 3
-    if not colour:
+        first = [read.image for read in decode_all(contents, form_of(config, "grey", (1, 1), guess))]
+        colour |= any(image is None for image in first)
+        if any(isinstance(image, np.ndarray) and image.dtype == np.uint16 for image in first):
+            done.dtype = "uint16"
+    while True:
+        form = form_of(config, "rgb" if colour else "grey", colour_is_news=guess and not colour)
         try:
-            return _write_shards(
-                source, partial, done, form_of(config, "grey", colour_is_news=True), config, what, check
-            )
-        except _AllAnew:
+            return _write_shards(source, partial, done, form, config, what, check)
+        except _AllAnew as met:
+            colour, dtype = colour or met.colour, done.dtype if met.colour else "uint16"
             _remove(partial)
             partial.mkdir()
-            done = wanted.model_copy(deep=True)
-    return _write_shards(source, partial, done, form_of(config, "rgb"), config, what, check)
+            done = wanted.model_copy(deep=True, update={"dtype": dtype})
 
 
 def refuse_unreadable(
@@ -273,7 +277,11 @@ def _progress(partial: Path, wanted: Manifest) -> Manifest | None:
 
 
 class _AllAnew(Exception):
-    """A picture in colour where all before it were grey."""
+    """A picture in colour where all before it were grey, or of 16 bits where all had 8."""
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__()
+        self.colour = colour
 
 
 def _write_shards(
@@ -306,7 +314,7 @@ def _write_shards(
         with _progress_bar(done.read, source.count) as advance:
             for picture, (result, facts) in decoded(pictures, form, source.count):
                 if result is None:
-                    raise _AllAnew
+                    raise _AllAnew(colour=True)
                 check()
                 done.read += 1
                 advance()
@@ -315,17 +323,29 @@ def _write_shards(
                     if len(done.reasons) < NAMED:
                         done.reasons.append((shown(picture.name), str(result)))
                     continue
+                if result.dtype == np.uint16 and done.dtype == "uint8":
+                    raise _AllAnew(colour=False)
+                if done.dtype == "uint16":
+                    if result.dtype == np.uint8:
+                        result, done.shallow = widened(result), done.shallow + 1
+                    done.low, done.high = min(done.low, int(result.min())), max(done.high, int(result.max()))
+                if picture.pages > 1:
+                    done.pages, done.paged_files = done.pages + picture.pages, done.paged_files + 1
                 if done.image_shape is None:
-                    done.image_shape = result.shape
+                    if result.ndim == 4:
+                        done.record_shape = result.shape
+                    done.image_shape = (result.shape[0], math.prod(result.shape[1:-1]), result.shape[-1])
                     _check_room(partial, source.count, result.nbytes)
-                elif result.shape != done.image_shape:
+                elif result.shape != (first := done.record_shape or done.image_shape):
+                    way_out = "give them one size with --data.image-size S (of `dist-ae pack`: --image-size S)"
+                    if result.ndim == 4 and result.shape[1] != first[1]:
+                        way_out = "give them one depth first, or take --data.pages each"
                     raise InputError(
                         f"{what}: {shown(picture.name)} is {_size(result.shape)}, and pictures before it are "
-                        f"{_size(done.image_shape)}; give them one size with --data.image-size S "
-                        "(of `dist-ae pack`: --image-size S)"
+                        f"{_size(first)}; {way_out}"
                     )
                 if shard is None:
-                    shard = _Shard(partial, len(done.shards), done.image_shape, done.shard_bytes)
+                    shard = _Shard(partial, len(done.shards), done.image_shape, done.shard_bytes, done.dtype)
                 label = picture.label
                 if isinstance(label, str):  # printable: a manifest is JSON, which has no bytes that are no UTF-8
                     label = classes.setdefault(shown(label), len(classes))
@@ -349,7 +369,7 @@ def _write_shards(
 
 
 def _size(shape: Sequence[int]) -> str:
-    return f"{shape[2]}×{shape[1]}"
+    return f"{shape[-1]}×{shape[-2]}" + (f" of {shape[1]} pages" if len(shape) == 4 else "")
 
 
 class _Sides:
@@ -371,7 +391,7 @@ class _Sides:
     def key_of(self, picture: Picture, digest: int) -> int:
         if picture.split is not None:
             return VAL_KEY if picture.split == "val" else TRAIN_KEY
-        name = picture.name
+        name = picture.file or picture.name  # pages of one file lie in one place
         if self._group is not None:
             found = self._group.search(name)
             if found:
@@ -402,9 +422,11 @@ def _check_room(partial: Path, count: int | None, num_bytes: int) -> None:
 class _Shard:
     """A shard that is being written: images as they come, the rest at the end."""
 
-    def __init__(self, folder: Path, number: int, image_shape: tuple[int, int, int], shard_bytes: int) -> None:
-        self.folder, self.number, self.image_shape = folder, number, image_shape
-        self.capacity = max(1, shard_bytes // int(np.prod(image_shape)))
+    def __init__(
+        self, folder: Path, number: int, image_shape: tuple[int, int, int], shard_bytes: int, dtype: str
+    ) -> None:
+        self.folder, self.number, self.image_shape, self.dtype = folder, number, image_shape, np.dtype(dtype)
+        self.capacity = max(1, shard_bytes // (self.dtype.itemsize * int(np.prod(image_shape))))
         self.labels: list[int] = []
         self.keys: list[int] = []
         self.names: list[str] = []
@@ -412,7 +434,7 @@ class _Shard:
         self._temporary = folder / f".{file_name('images', number)}.tmp"
         self._file = self._temporary.open("w+b")
         self._digest = hashlib.sha256()
-        self._write(_header((self.capacity, *image_shape)))
+        self._write(npy_header((self.capacity, *image_shape), self.dtype))
 
     @property
     def full(self) -> bool:
@@ -433,7 +455,7 @@ class _Shard:
         """Puts the shard on the disk under its names."""
         if not self.full:  # the last shard: its header needs the true count, and the hash starts with the header
             self._file.seek(0)
-            self._file.write(_header((len(self.labels), *self.image_shape)))
+            self._file.write(npy_header((len(self.labels), *self.image_shape), self.dtype))
             self._file.seek(0)
             self._digest = sha256_of(self._file)
         self._file.flush()
@@ -456,14 +478,6 @@ class _Shard:
         self._temporary.unlink(missing_ok=True)
         with suppress(OSError):  # a full disk does not take what is left in the buffer
             self._file.close()
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    """The head of a .npy of uint8: 128 bytes, whatever the number of images."""
-    content = io.BytesIO()
-    np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    assert content.tell() == 128
-    return content.getvalue()
 
 
 def _npy(values: Array) -> bytes:
@@ -523,8 +537,16 @@ def cached(name: str, source: Source, config: DataConfig, cache: Path) -> Path:
 
     Other pictures or settings get a place of their own.
     """
-    key = hashlib.sha256(json.dumps([FORMAT, source.identity, settings_of(config)]).encode()).hexdigest()[:16]
-    out = cache / "packed" / f"{plain_name(shown(name))[:40] or 'data'}-{key}"
+
+    def place(config: DataConfig) -> Path:
+        key = hashlib.sha256(json.dumps([FORMAT, source.identity, settings_of(config)]).encode()).hexdigest()[:16]
+        return cache / "packed" / f"{plain_name(shown(name))[:40] or 'data'}-{key}"
+
+    # A run keeps the bits that its pictures were found to have. What was packed while that was open is the same.
+    open_ = config.model_copy(update={"bits": "auto"})
+    if (place(open_) / MANIFEST).exists() and read_manifest(place(open_)).dtype == f"uint{config.bits}":
+        config = open_
+    out = place(config)
     manifest = pack(source, out, config, shown(name))
     left_out = [f"{count:,} {what}" for what, count in manifest.ignored.items()]
     left_out += [f"{manifest.unreadable:,} that cannot be read"] if manifest.unreadable else []

@@ -2,7 +2,7 @@
 
 A packed set is a folder of ``manifest.json`` and, for each shard:
 
-- ``images-00000.npy``: uint8 [n, C, H, W].
+- ``images-00000.npy``: uint8 or uint16 [n, C, H, W].
 - ``labels-00000.npy``: int64 [n], -1 where there is none.
 - ``keys-00000.npy``: uint64 [n], where a picture lies on [0, 2^64). Keys below the validation fraction are held out.
 - ``names-00000.json``: the relative names of the pictures.
@@ -19,12 +19,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.deep import MOST
 from dist_ae.data.facts import RECORD
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.records import Array, Dataset, Shards, Split
@@ -58,6 +59,13 @@ class Manifest(BaseModel):
     settings: dict[str, Any]
     shard_bytes: int
     image_shape: tuple[int, int, int] | None = None
+    record_shape: tuple[int, int, int, int] | None = None  # of a volume: channels, depth, height, width
+    pages: int = 0  # of the files that have several
+    paged_files: int = 0
+    dtype: Literal["uint8", "uint16"] = "uint8"
+    low: int = MOST  # the smallest and the largest value of pictures of 16 bits
+    high: int = 0
+    shallow: int = 0  # pictures of 8 bits among those of 16
     classes: list[str] = []
     ignored: dict[str, int] = {}
     read: int = 0  # pictures of the source that are dealt with, readable or not
@@ -77,14 +85,43 @@ def file_name(kind: str, shard: int) -> str:
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
-    """What decides how pictures come out, with every default filled in."""
+    """What decides how pictures come out, with every default filled in.
+
+    Sets of before there were 16 bits say nothing of bits, and have 8.
+    """
     return {
         "image_size": config.image_size,
         "fit": config.fit or "crop",
         "channels": config.channels or "auto",
         "background": config.background or "white",
         **({} if config.group is None else {"group": config.group}),
+        **({} if config.bits == "8" else {"bits": config.bits}),
+        **({} if config.pages == "first" else {"pages": config.pages}),
     }
+
+
+def of_pages(manifest: Manifest) -> str:
+    """What is left out of files of several pages, in one line; "" where nothing is."""
+    if not manifest.paged_files or "pages" in manifest.settings:
+        return ""
+    one = manifest.paged_files == 1
+    hold = "file holds" if one else "files hold"
+    return (
+        f"{manifest.paged_files:,} {hold} {manifest.pages:,} pages, and the first of {'them' if one else 'each'} is "
+        "used; --data.pages each makes a picture of every page, volume one record of all"
+    )
+
+
+def of_16_bits(manifest: Manifest, scale: str = "auto") -> str:
+    """What a set of 16 bits holds, in one line; "" for one of 8. ``scale``: that of the run, which may be told."""
+    if manifest.dtype == "uint8":
+        return ""
+    mixed = f"; {manifest.shallow:,} of {manifest.images:,} pictures have 8 bits, widened" if manifest.shallow else ""
+    part = (manifest.high - manifest.low) / MOST
+    way_out = ""
+    if part < 0.5 and scale in ("auto", "none"):
+        way_out = f", {part:.1%} of the range; --data.scale range makes [0, 1] of it"
+    return f"16 bits, values from {manifest.low:,} to {manifest.high:,} of {MOST:,}{way_out}{mixed}"
 
 
 def sha256_of(file: BinaryIO) -> Any:
@@ -130,7 +167,8 @@ def examine_packed(folder: Path) -> Iterator[tuple[bool, str]]:
         yield False, str(error)
         return
     assert manifest.image_shape is not None
-    yield True, f"{MANIFEST}: {manifest.images:,} images of shape {list(manifest.image_shape)}"
+    deep = of_16_bits(manifest)
+    yield True, f"{MANIFEST}: {manifest.images:,} images of shape {list(manifest.image_shape)}{deep and f', {deep}'}"
     for number, shard in enumerate(manifest.shards):
         wrong = []
         for kind, record in shard.files.items():
@@ -146,7 +184,7 @@ def examine_packed(folder: Path) -> Iterator[tuple[bool, str]]:
                 wrong.append(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})")
         if not wrong:
             try:
-                _open_shard(folder, number, shard, manifest.image_shape)
+                _open_shard(folder, number, manifest)
             except InputError as error:
                 wrong.append(str(error))
         yield not wrong, "; ".join(wrong) or f"shard {number:05d}: {shard.images:,} images"
@@ -178,19 +216,25 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     keys: list[Array] = []
     classes: dict[str, int] = {}
     digest = hashlib.sha256()
-    shape: tuple[int, int, int] | None = None
+    before: tuple[tuple[int, ...], str] | None = None
+    volume: tuple[int, ...] | None = None
     for folder in folders:
         manifest = read_manifest(folder)
         assert manifest.image_shape is not None
-        if shape is not None and manifest.image_shape != shape:
+        volume = manifest.record_shape
+        if volume is not None and (volume[0], volume[1] * volume[2], volume[3]) != manifest.image_shape:
+            raise InputError(f"{shown(folder / MANIFEST)} is damaged (volumes of another shape); pack again")
+        form = volume or manifest.image_shape, manifest.dtype
+        if before is not None and form != before:
             raise InputError(
-                f"{shown(folder)}: images of shape {list(manifest.image_shape)}, and sets before it {list(shape)}"
+                f"{shown(folder)}: images of shape {list(form[0])}, {form[1]}, and sets before it {list(before[0])}, "
+                f"{before[1]}"
             )
-        shape = manifest.image_shape
+        before = form
         _check_settings(manifest, folder, config)
         numbers = np.array([classes.setdefault(each, len(classes)) for each in manifest.classes], np.int64)
         for number, shard in enumerate(manifest.shards):
-            images, own_labels, own_keys = _open_shard(folder, number, shard, shape)
+            images, own_labels, own_keys = _open_shard(folder, number, manifest)
             parts.append(images)
             known = (own_labels >= 0) & (own_labels < len(numbers))
             if len(numbers) and known.any():
@@ -216,9 +260,8 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     spans = zip(whole.starts, parts, strict=True)
     counts = [int((~held_out[start : start + len(part)]).sum()) for start, part in spans]
     looked = read_manifest(folders[0]).looked if len(folders) == 1 else {}
-    return Dataset(
-        name, train, val, digest.hexdigest(), tuple(count for count in counts if count), tuple(classes), looked=looked
-    )
+    filled = tuple(count for count in counts if count)
+    return Dataset(name, train, val, digest.hexdigest(), filled, tuple(classes), shape=volume, looked=looked)
 
 
 @functools.lru_cache(256)
@@ -261,6 +304,14 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
     if config.group is not None and manifest.settings.get("group") != config.group:
         how = "with other groups" if "group" in manifest.settings else "without groups"
         raise InputError(f"{shown(folder)} was packed {how}; pack again with --group, or leave --data.group out")
+    if config.bits not in ("auto", bits := manifest.dtype.removeprefix("uint")):
+        raise InputError(
+            f"{shown(folder)} was packed with {bits} bits, not {config.bits}; leave --data.bits out, or pack again"
+        )
+    if config.pages not in ("first", pages := manifest.settings.get("pages", "first")):
+        raise InputError(
+            f"{shown(folder)} was packed with pages {pages}, not {config.pages}; leave --data.pages out, or pack again"
+        )
     for key, value in given.items():
         if value is not None and manifest.settings.get(key) not in (None, value):
             raise InputError(
@@ -269,13 +320,12 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
             )
 
 
-def _open_shard(
-    folder: Path, number: int, shard: ShardRecord, image_shape: tuple[int, int, int]
-) -> tuple[Array, Array, Array]:
+def _open_shard(folder: Path, number: int, manifest: Manifest) -> tuple[Array, Array, Array]:
     """A shard's images, memory-mapped, with their labels and keys. Here only sizes are compared with the manifest."""
-    loaded = {}
+    assert manifest.image_shape is not None
+    loaded, shard = {}, manifest.shards[number]
     for kind, dtype, shape in (
-        ("images", np.uint8, (shard.images, *image_shape)),
+        ("images", np.dtype(manifest.dtype), (shard.images, *manifest.image_shape)),
         ("labels", np.int64, (shard.images,)),
         ("keys", np.uint64, (shard.images,)),
     ):
@@ -330,9 +380,7 @@ def packed_facts(folder: Path, manifest: Manifest) -> Array | None:
 
 def open_packed(folder: Path, manifest: Manifest) -> list[Array]:
     """The images of each shard of a packed set, memory-mapped."""
-    assert manifest.image_shape is not None
-    shards = enumerate(manifest.shards)
-    found = [_open_shard(folder, number, shard, manifest.image_shape)[0] for number, shard in shards]
+    found = [_open_shard(folder, number, manifest)[0] for number in range(len(manifest.shards))]
     _check_content(folder, manifest)
     return found
 

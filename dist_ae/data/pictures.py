@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data import deep
 from dist_ae.data.facts import DEEP, Facts, digest_of, small_copy
 from dist_ae.data.records import Array
 from dist_ae.terminal import first_line
@@ -43,7 +44,14 @@ class Unusable(NamedTuple):
     reason: str
 
 
-Content = str | bytes | Image.Image | Array | Unusable  # a path, a file's bytes, pixels, or why there are none
+class Page(NamedTuple):
+    """One page of a TIFF."""
+
+    content: str | bytes
+    number: int  # from 0
+
+
+Content = str | bytes | Page | Image.Image | Array | Unusable  # a path, a file's bytes, pixels, or why there are none
 
 
 class Picture(NamedTuple):
@@ -53,6 +61,8 @@ class Picture(NamedTuple):
     content: Content
     label: str | int | None = None
     split: Literal["train", "val"] | None = None  # None: decided by a hash of the name
+    pages: int = 1  # of its file
+    file: str | None = None  # the file's name, where the picture is a page of it
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,47 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{shown(path)}: {str(error).rstrip('.').lower()}; give the path in full") from None
+
+
+def paged(source: Source, pages: str) -> Source:
+    """The source with a picture for each page of its TIFFs, if ``pages`` is each; else they say how many they have.
+
+    Each TIFF is opened for that, not read.
+    """
+
+    def pictures() -> Iterator[Picture]:
+        for picture in source.pictures():
+            yield from pages_of(picture, pages)
+
+    return replace(source, pictures=pictures, count=None if pages == "each" else source.count)
+
+
+def pages_of(picture: Picture, pages: str) -> list[Picture]:
+    """The pictures that one of a source stands for: itself, or its pages, as ``x.tif#1`` and so on."""
+    content = picture.content
+    if not isinstance(content, str | bytes) or (count := _page_count(content)) < 2:
+        return [picture]
+    if pages != "each":
+        return [picture._replace(pages=count)]
+    return [
+        picture._replace(name=f"{picture.name}#{number + 1}", content=Page(content, number), file=picture.name)
+        for number in range(count)
+    ]
+
+
+def _page_count(content: str | bytes) -> int:
+    """Pages of a TIFF; 1 of anything else, readable or not."""
+    if isinstance(content, str) and not content.lower().endswith((".tif", ".tiff")):
+        return 1
+    if isinstance(content, bytes) and content[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                return int(getattr(image, "n_frames", 1))
+    except Exception:  # decoding says why
+        return 1
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -439,6 +490,8 @@ class Form(NamedTuple):
     channels: str = "rgb"  # or grey
     background: tuple[int, int, int] = (255, 255, 255)
     colour_is_news: bool = False  # a picture in colour is reported rather than made grey
+    bits: str = "8"  # 16; auto: 16 of a picture that has more than 8, else 8
+    volume: bool = False  # all pages of a TIFF are one record
 
 
 class ColourMet(Exception):
@@ -459,36 +512,41 @@ def form_of(
         raise InputError(f"data.background: expected a colour as white or #a0b0c0, got {config.background!r}") from None
     if size is None and config.image_size is not None:
         size = (config.image_size, config.image_size)
-    return Form(size, config.fit or "crop", channels, background, colour_is_news)
+    volume = config.pages == "volume"
+    return Form(size, config.fit or "crop", channels, background, colour_is_news, config.bits, volume)
 
 
 def decode(content: Content, form: Form) -> Array:
-    """One picture as uint8 [C, H, W].
+    """One picture as uint8 [C, H, W], or as uint16 where the form keeps more bits; as [C, D, H, W] of a volume.
 
     Raises:
         ColourMet: where the form asks to be told.
         Exception: whatever Pillow raises for a file that it cannot read.
     """
     with _opened(content) as image:
-        return _formed(image, form)[0]
+        return _shaped(image, form, content)[0]
 
 
 def examined(content: Content, form: Form) -> tuple[Array, Facts]:
-    """One picture as uint8 [C, H, W], and what it says about itself; raises what ``decode`` does."""
+    """A picture as ``decode`` gives it, and what it says about itself; raises what that does."""
     with _opened(content) as image:
         mode, kind = image.mode, image.format or ""
-        pixels, (width, height) = _formed(image, form)
-        values = np.asarray(image) if mode.startswith(DEEP) else pixels
-    digest = digest_of(np.asarray(content) if isinstance(content, Image.Image) else content)
-    return pixels, Facts(
-        width, height, mode, kind, float(values.min()), float(values.max()), digest, small_copy(pixels)
-    )
+        pixels, (width, height) = _shaped(image, form, content)
+        values = np.asarray(image) if mode.startswith(DEEP) and not form.volume else pixels
+    whole = isinstance(content, str | bytes | np.ndarray)  # a page is known by its pixels: its file may be large
+    digest = digest_of(content if whole else pixels if isinstance(content, Page) else np.asarray(content))
+    seen = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels
+    seen = seen if seen.dtype == np.uint8 else deep.narrowed(seen)
+    return pixels, Facts(width, height, mode, kind, float(values.min()), float(values.max()), digest, small_copy(seen))
 
 
 @contextmanager
 def _opened(content: Content) -> Iterator[Image.Image]:
     if isinstance(content, Unusable):
         raise ValueError(content.reason)
+    page = 0
+    if isinstance(content, Page):
+        content, page = content
     if isinstance(content, np.ndarray):
         content = Image.fromarray(content)
     if isinstance(content, Image.Image):
@@ -496,34 +554,104 @@ def _opened(content: Content) -> Iterator[Image.Image]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures, odd tags and palettes, and reads them
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        with _file(content) as image:
+            if page:
+                image.seek(page)
             yield image
 
 
-def _formed(image: Image.Image, form: Form) -> tuple[Array, tuple[int, int]]:
+def _file(content: str | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+
+
+def _again(content: Content) -> Callable[[], Image.Image] | None:
+    """Opens the file of a picture once more, which colour of 16 bits needs; None where there is no file."""
+    whole = content.content if isinstance(content, Page) else content
+    return (lambda: _file(whole)) if isinstance(whole, str | bytes) else None
+
+
+Size = tuple[int, int]  # width, height
+
+
+def _shaped(image: Image.Image, form: Form, content: Content) -> tuple[Array, Size]:
+    """A picture in its form, [C, H, W] or as a volume [C, D, H, W], and the size that it had, as it is seen."""
+    again = _again(content)
+    if not form.volume or again is None:
+        pixels, size = _formed(image, form, again)
+        return (pixels[:, None] if form.volume else pixels), size
+    pages: list[Array] = []
+    for number in range(getattr(image, "n_frames", 1) if image.format == "TIFF" else 1):
+        if number:
+            image.seek(number)
+        pixels, size = _formed(image, form, again)
+        pages.append(pixels)
+        if pages[-1].shape != pages[0].shape:
+            first, other = (f"{shape[2]} x {shape[1]}" for shape in (pages[0].shape, pages[-1].shape))
+            raise ValueError(
+                f"page {number + 1} is {other}, and those before it are {first}; --data.image-size makes them one size"
+            )
+    if len({each.dtype for each in pages}) > 1:
+        pages = [deep.widened(each) if each.dtype == np.uint8 else each for each in pages]
+    return np.stack(pages, 1), size
+
+
+def _formed(image: Image.Image, form: Form, again: Callable[[], Image.Image] | None) -> tuple[Array, Size]:
     """Pixels [C, H, W] in the form, and the width and height that the picture had, as it is seen."""
     if form.colour_is_news and _has_colour(image):
         raise ColourMet
-    extent, before = None, image.size
+    size = image.size
+    if deep.is_deep(image) and form.bits != "8":
+        pixels = _formed_deep(image, form, again)
+    else:
+        pixels = _formed_flat(image, form)
+        pixels = deep.widened(pixels) if form.bits == "16" else pixels
+    size = image.size if image.format == "TIFF" else size  # loading turns a TIFF, and a JPEG may be read smaller
+    return pixels, ((size[1], size[0]) if _orientation(image) in SIDEWAYS else size)
+
+
+def _formed_flat(image: Image.Image, form: Form) -> Array:
+    extent = None
     if form.size is not None:
         # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost. Twice the wanted size is asked for, so
         # that the filter still has something to smooth.
         drafted = image.draft("", (2 * max(form.size), 2 * max(form.size)))
         extent = drafted and drafted[1][2:]  # without the rest of the last blocks
     image.load()
-    before = image.size if extent is None else before
-    orientation = image.getexif().get(0x0112)  # after load, which turns a TIFF by itself; a damaged one may be anything
-    orientation = orientation if isinstance(orientation, int) else 1
+    orientation = _orientation(image)
     image = _flat(image, "L" if form.channels == "grey" else "RGB", form.background)
+    behind = Image.new("RGB", (1, 1), form.background).convert(image.mode).getpixel((0, 0))
+    pixels = np.asarray(_upright(image, form, orientation, behind, extent))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _formed_deep(image: Image.Image, form: Form, opened: Callable[[], Image.Image] | None) -> Array:
+    """A picture of more than 8 bits as uint16 [C, H, W]; it is resized channel by channel, in floating point."""
+    pixels = deep.pixels_of(image, opened, form.channels == "grey", form.background)
+    orientation, behind = _orientation(image), deep.shade_of(form.background, form.channels == "grey")
+    if form.size is None and orientation not in ORIENTATIONS:
+        return pixels
+    planes = [
+        np.asarray(_upright(Image.fromarray(plane.astype(np.float32)), form, orientation, shade, None))
+        for plane, shade in zip(pixels, behind, strict=True)
+    ]
+    return deep.rounded(np.stack(planes))
+
+
+def _orientation(image: Image.Image) -> int:
+    found = image.getexif().get(0x0112)  # after load, which turns a TIFF by itself; a damaged one may be anything
+    return found if isinstance(found, int) else 1
+
+
+def _upright(
+    image: Image.Image, form: Form, orientation: int, behind: Any, extent: tuple[float, float] | None
+) -> Image.Image:
+    """A picture at its size, turned upright. ``behind``: the colour around a padded one, in the image's mode."""
     if form.size is not None:
         height, width = form.size
         wanted = (width, height) if orientation in SIDEWAYS else (height, width)
-        image = _fitted(image, wanted, extent or image.size, form)
-    if orientation in ORIENTATIONS:
-        image = image.transpose(ORIENTATIONS[orientation])  # last, when there is least to turn
-    pixels = np.asarray(image)
-    seen = (before[1], before[0]) if orientation in SIDEWAYS else before
-    return (pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))), seen
+        image = _fitted(image, wanted, extent or image.size, form.fit, behind)
+    # Turned last, when there is least to turn.
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
 ORIENTATIONS = {  # EXIF's, and what brings a picture upright
@@ -552,7 +680,7 @@ def _flat(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Im
     if image.mode == "F" or image.mode.startswith("I"):
         clear = image.info.get("transparency")  # of a PNG: the one value that is not seen
         seen = None if not isinstance(clear, int) else np.asarray(image) != clear
-        image = _from_deep(image)
+        image = Image.fromarray(deep.narrowed(deep.grey_of(image)))
         if seen is not None and not seen.all():
             behind = Image.new("RGB", image.size, background)
             behind.paste(image.convert("RGB"), mask=Image.fromarray((seen * 255).astype(np.uint8)))
@@ -567,37 +695,25 @@ def _flat(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Im
     return image if image.mode == mode else image.convert(mode)
 
 
-def _from_deep(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or floats on [0, 1] as 8 bits, over the whole range of the type."""
-    pixels = np.asarray(image)
-    if pixels.dtype.kind == "f":
-        if not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise ValueError(f"floats from {pixels.min()} to {pixels.max()}; expected [0, 1]")
-        return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"integers from {pixels.min()} to {pixels.max()}; expected 16 bits")
-    if pixels.dtype.itemsize > 2 and 0 < pixels.max() < 256:  # as 16 bits they would be black
-        raise ValueError(f"integers of 32 bits up to {pixels.max()}: 8 or 16 bits? Save it as one of the two")
-    return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
-
-
-def _fitted(image: Image.Image, size: tuple[int, int], extent: tuple[float, float], form: Form) -> Image.Image:
-    """A picture of (width, height) ``extent`` at height and width ``size``."""
+def _fitted(
+    image: Image.Image, size: tuple[int, int], extent: tuple[float, float], fit: str, behind: Any
+) -> Image.Image:
+    """A picture of (width, height) ``extent`` at height and width ``size``; ``behind``: the colour around it."""
     height, width = size
     if image.size == (width, height) == extent:
         return image
     box = (0.0, 0.0, *extent)
     inner = (width, height)
     scales = (width / extent[0], height / extent[1])
-    if form.fit == "crop":  # the largest box in the middle that has the wanted proportions
+    if fit == "crop":  # the largest box in the middle that has the wanted proportions
         left, top = max(0.0, (extent[0] - width / max(scales)) / 2), max(0.0, (extent[1] - height / max(scales)) / 2)
         box = (left, top, extent[0] - left, extent[1] - top)
-    elif form.fit == "pad":
+    elif fit == "pad":
         inner = (max(1, round(extent[0] * min(scales))), max(1, round(extent[1] * min(scales))))
     resized = image.resize(inner, Image.Resampling.BICUBIC, box, reducing_gap=2.0)
     if inner == (width, height):
         return resized
-    canvas = Image.new("RGB", (width, height), form.background).convert(image.mode)
+    canvas = Image.new(image.mode, (width, height), behind)
     canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))
     return canvas
 

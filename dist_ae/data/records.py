@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import mmap
 from collections.abc import Mapping, Sequence
@@ -188,6 +189,16 @@ def span(split: Split, rows: range) -> Array:
     if split.rows is not None:
         return gather(split.images, split.rows[rows.start : rows.stop])
     return split.images[rows.start : rows.stop]
+
+
+def npy_header(shape: tuple[int, ...], dtype: Any = np.float32) -> bytes:
+    """The head of a .npy: 128 bytes, whatever the number of rows."""
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        content, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    )
+    assert content.tell() == 128
+    return content.getvalue()
 
 
 def fingerprint(*splits: Split, sampled: bool = False) -> str:

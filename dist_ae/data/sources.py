@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from dist_ae.data.crops import cropped
 from dist_ae.data.memory import NAME
 from dist_ae.data.names import IN_A_PATH, absolute, with_prefix
 from dist_ae.data.pack import cached
-from dist_ae.data.packed import packed_dataset, packed_sets
+from dist_ae.data.packed import of_16_bits, of_pages, packed_dataset, packed_sets, read_manifest
 from dist_ae.data.pictures import PREFIXES, expand, open_source, shown
 from dist_ae.data.records import Dataset, Split, fingerprint
 from dist_ae.data.scaling import scaling_of
 from dist_ae.data.tables import Table, is_packed_table, open_packed_table, pack_table
 from dist_ae.files import plain_name
+from dist_ae.terminal import rank, say
 
 NAMED: dict[str, Callable[[DataConfig], tuple[Split, Split]]] = {
     "digits": named.digits,
@@ -46,12 +48,12 @@ def load(config: DataConfig) -> Dataset:
         )
     if name.startswith(PREFIXES):
         packed = cached(name, open_source(name, config.exclude), config, _cache(config))
-        return _formed(packed_dataset(shown(name), [packed], config, config.val_fraction), config)
+        return _pictures(shown(name), [packed], config)
     if name.startswith("packed:"):
         sets = packed_sets(name.removeprefix("packed:"))
         if len(sets) == 1 and is_packed_table(sets[0]):
             return packed_table_dataset(shown(name), sets[0], config)
-        return _formed(packed_dataset(shown(name), sets, config, config.val_fraction), config)
+        return _pictures(shown(name), sets, config)
     _refuse_settings(config, but=("image_size", "channels") if name == "photos" else ())
     if name.startswith("table:"):
         table = Table(name.removeprefix("table:"), config)
@@ -100,6 +102,15 @@ def packed_table_dataset(name: str, folder: Path, config: DataConfig) -> Dataset
         digest=manifest["sha256"],
         known=known,
     )
+
+
+def _pictures(name: str, folders: list[Path], config: DataConfig) -> Dataset:
+    dataset = packed_dataset(name, folders, config, config.val_fraction)
+    for manifest in map(read_manifest, folders):
+        for note in (of_16_bits(manifest, config.scale), of_pages(manifest)):
+            if note and rank() == 0:
+                say(f"note: {name}: {note}", sys.stderr)
+    return _formed(dataset, config)
 
 
 def _formed(dataset: Dataset, config: DataConfig) -> Dataset:

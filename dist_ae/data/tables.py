@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.pictures import braces, expand, shown
-from dist_ae.data.records import Array
+from dist_ae.data.records import Array, npy_header
 from dist_ae.files import MAX_JSON, Damaged, open_plainly, read_json, sync, write_new
 from dist_ae.terminal import first_line, say
 
@@ -332,18 +332,6 @@ def packed_whole(identity: str, out: Path, write: Callable[[Path], None]) -> dic
             f"{shown(out)}: cannot be written ({error.strerror or error}); give another place: --data.cache DIR"
         ) from None
     return read_packed_table(out)
-
-
-def npy_header(shape: tuple[int, ...], dtype: Any = np.float32) -> bytes:
-    """The head of a .npy: 128 bytes, whatever the number of rows."""
-    import io
-
-    content = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        content, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    )
-    assert content.tell() == 128
-    return content.getvalue()
 
 
 def _write(table: Table, folder: Path) -> None:

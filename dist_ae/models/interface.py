@@ -170,6 +170,10 @@ class Autoencoder(nn.Module):
         records = self.from_units(images)
         return records if self.record_shape is None else records.reshape(-1, *self.record_shape)
 
+    def visible(self, images: Tensor) -> Tensor:
+        """What the model takes or gives [..., C, H, W] as pictures on [0, 1], from minus to plus three deviations."""
+        return images / 6 + 0.5 if self.standardized else images
+
     def unit(self, raw: Tensor) -> Tensor:
         """The decoder's output [B, C, H, W] on the scale of the images that come in."""
         return raw if self.standardized else pixels(raw, self.bernoulli)

@@ -120,7 +120,7 @@ def maps_of(trained: TrainedModel, records: Given, kind: str) -> Iterator[tuple[
     """Place, image, reconstruction [C, H, W] and map [H, W] of every image."""
     for rows in blocks(records):
         images = floats(records, rows)
-        reconstructions = trained.reconstruct(images)
+        images, reconstructions = (trained.pictures(each) for each in (images, trained.reconstruct(images)))
         maps = error_maps(images, reconstructions, kind)
         yield from zip(rows, images, reconstructions, maps, strict=True)
 
@@ -158,11 +158,15 @@ def odd_places(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
     return {f"odd_{rank + 1}": [name(*row[rank]) for row in places] for rank in range(len(places[0]))}
 
 
-def draw_extremes(out: Path, records: Given, scores: Tensor, name: str, limit: float, basis: str) -> Path:
+def draw_extremes(
+    trained: TrainedModel, out: Path, records: Given, scores: Tensor, name: str, limit: float, basis: str
+) -> Path:
     order = scores.argsort(descending=True, stable=True)
     count = min(SHOWN, len(order))
     places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
-    rows = {label: floats(picked(records, index.numpy()), range(count)) for label, index in places.items()}
+    rows = {
+        label: trained.pictures(floats(picked(records, index.numpy()), range(count))) for label, index in places.items()
+    }
     notes = [[f"{value:.3g}" for value in scores[index].tolist()] for index in places.values()]
     alarms = [(scores[index] > limit).tolist() for index in places.values()]
     flagged = int((scores > limit).sum())

@@ -11,12 +11,15 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from dist_ae.errors import InputError
 from dist_ae.use.results import Evaluated, ExportedTo, Scored
+
+if TYPE_CHECKING:
+    from dist_ae.models import Autoencoder
 
 TILES = 100  # most rows or columns of a picture: more images are too many to look at, and take megabytes
 SAMPLE_COLUMNS = 8
@@ -218,7 +221,8 @@ def sample_run(run_dir: RunDir, num: int = 64, seed: int = 0, out: Path | None =
             f"a picture holds at most {TILES * SAMPLE_COLUMNS} samples, not {num}; "
             f"--out {out.with_suffix('.npy')} takes any number"
         )
-    return write_images(out, trained.sample(num, seed), SAMPLE_COLUMNS)
+    images = trained.sample(num, seed)
+    return write_images(out, trained.pictures(images) if out.suffix == ".png" else images, SAMPLE_COLUMNS)
 
 
 def interpolate_run(
@@ -270,7 +274,7 @@ def interpolate_run(
     if out.suffix == ".npy":
         return write_array(out, lines)
     ends = [floats(each, range(pairs))[:, None] for each in (first, second)]
-    return write_images(out, torch.cat([ends[0], lines, ends[1]], 1), steps + 2)
+    return write_images(out, trained.pictures(torch.cat([ends[0], lines, ends[1]], 1)), steps + 2)
 
 
 def embed_run(
@@ -373,7 +377,7 @@ def score_run(
     if truth is not None:
         columns["anomalous"] = torch.from_numpy(truth)
     path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, records, columns)
-    pictures = [] if shape is not None else [draw_extremes(out, records, scores, name, limit, basis)]
+    pictures = [] if shape is not None else [draw_extremes(trained, out, records, scores, name, limit, basis)]
     figures: dict[str, float] = {}
     if truth is not None:
         figures, picture, more = judge(trained, records, truth, scores, name, out)
@@ -426,18 +430,18 @@ def export_run(
     if format != "safetensors":
         content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
         write_whole(out, lambda path: path.write_bytes(content))
-        return ExportedTo(out, _how_to_load(trained.config.model.record_shape, out, format, part))
+        return ExportedTo(out, _how_to_load(trained.model, out, format, part))
     written = write_into(out, lambda folder: export.write_folder(trained, run_dir, folder, license), reads)
     address = None if push_to_hub is None else hub.push(written, push_to_hub, export.PUBLISHED)
-    return ExportedTo(written, _how_to_load(None, written, format, part), address)
+    return ExportedTo(written, _how_to_load(trained.model, written, format, part), address)
 
 
-def _how_to_load(record_shape: tuple[int, ...] | None, path: Path, format: Format, part: Part) -> str:
+def _how_to_load(model: Autoencoder, path: Path, format: Format, part: Part) -> str:
     """A line of Python that loads an exported model and says what goes in and comes out."""
-    records, entry = ("images", "pictures") if record_shape is None else ("records", "records")
-    own = "[N, C, H, W] on [0, 1]"
-    if record_shape is not None:
-        own = f"[N, {', '.join(map(str, record_shape))}] in their own units"
+    shape = model.record_shape
+    records, entry = ("images", "pictures") if shape is None else ("records", "records")
+    axes = "C, H, W" if shape is None else ", ".join(map(str, shape))
+    own = f"[N, {axes}] {'on [0, 1]' if model.units_scale is None else 'in their own units'}"
     results = {"whole": "reconstruction, code", "encoder": "code", "decoder": records}[part]
     given, entry, what = (records, entry, own) if part != "decoder" else ("code", "code", "codes")
     name = repr(str(path))

@@ -106,18 +106,18 @@ def _applied(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor
     """Codes [N, D], errors per pixel [N], and originals and reconstructions [N, C, H, W] as bytes."""
     codes, errors, originals, reconstructed = [], [], [], []
     for rows in blocks(images):
-        clean = floats(images, rows)
-        output = trained.model(clean.to(trained.device), None)
-        seen = output.reconstruction.float().cpu()
+        clean = trained.model.to_units(floats(images, rows).to(trained.device))
+        output = trained.model(clean, None)
+        seen = output.reconstruction.float()
         codes.append(output.mean.flatten(1).float().cpu().numpy())
-        errors.append((seen - clean).square().flatten(1).mean(1).numpy())
-        originals.append(_bytes(clean))
-        reconstructed.append(_bytes(seen))
+        errors.append((seen - clean).square().flatten(1).mean(1).cpu().numpy())
+        originals.append(_bytes(trained.model.visible(clean)))
+        reconstructed.append(_bytes(trained.model.visible(seen)))
     return np.concatenate(codes), np.concatenate(errors), torch.cat(originals), torch.cat(reconstructed)
 
 
 def _bytes(images: Tensor) -> Tensor:
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 
 def _principal(codes: Array, most: int = DIRECTIONS) -> tuple[Array, Array, Array]:
@@ -176,7 +176,7 @@ def _decoder(trained: TrainedModel, mean: Array, directions: Array, onnxruntime_
         onnx = gzip.compress(onnx_bytes(trained, "decoder"), 6)
         packed = {"loader": _text(loader), "program": _text(gzip.compress(program, 9)), "onnx": _text(onnx)}
         return {**code, "runtime": packed, "codeShape": list(trained.model.code_shape)}
-    if isinstance(trained.model, MLP):
+    if isinstance(trained.model, MLP) and not trained.model.standardized:
         layers = [*trained.model.decoder, trained.model.to_pixels]
         weights = [
             {"weight": _text(layer.weight.cpu().numpy().astype("<f2")), "bias": _text(layer.bias.cpu().numpy())}
@@ -204,14 +204,15 @@ def _strips(trained: TrainedModel, mean: Array, directions: Array, scales: Array
     for direction, scale in list(zip(directions, scales, strict=True))[:STRIPS]:
         moved = torch.from_numpy(mean) + moves[:, None] * float(scale) * torch.from_numpy(direction)
         decoded = trained.decode(moved.float().view(-1, *trained.model.code_shape))
-        strips.append(_data_uri(_tiled(_shrunk(_bytes(decoded), LARGEST_STRIP_SIDE), FRAMES), "PNG"))
+        strips.append(_data_uri(_tiled(_shrunk(_bytes(trained.pictures(decoded)), LARGEST_STRIP_SIDE), FRAMES), "PNG"))
     return strips
 
 
 def _samples(trained: TrainedModel, columns: int = 12, rows: int = 4) -> str | None:
     if not trained.config.model.variational:
         return None
-    return _data_uri(_tiled(_shrunk(_bytes(trained.sample(columns * rows)), LARGEST_STRIP_SIDE), columns), "PNG")
+    samples = trained.pictures(trained.sample(columns * rows))
+    return _data_uri(_tiled(_shrunk(_bytes(samples), LARGEST_STRIP_SIDE), columns), "PNG")
 
 
 def _pairs(originals: Tensor, reconstructed: Tensor) -> list[str]:

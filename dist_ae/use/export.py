@@ -149,10 +149,11 @@ def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: st
     config, model = _without_paths(trained.config), trained.model
     kind = f"{'A variational' if config.model.variational else 'An'} autoencoder, {config.model.architecture}"
     numbers = torch.Size(model.code_shape).numel()
+    units = "on [0, 1]" if model.units_scale is None else "in their own units"
     rows = [
         ("data", _plain(config.data.name)),
         *([("begun with", "the weights of another run")] if trained.config.init_from is not None else []),
-        ("images", f"{' × '.join(map(str, model.image_shape))} (channels, height, width), floats on [0, 1]"),
+        ("images", f"{' × '.join(map(str, model.image_shape))} (channels, height, width), floats {units}"),
         ("code", f"{numbers:,} numbers, shape {list(model.code_shape)}"),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         *figures,

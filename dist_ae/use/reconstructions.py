@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,11 +13,13 @@ from dist_ae.config import InputError
 from dist_ae.data.given import Given, blocks, file_names, floats
 from dist_ae.data.pictures import shown
 from dist_ae.data.reads import Reads
+from dist_ae.data.records import Array
 from dist_ae.evaluate import fixed_noise
 from dist_ae.use.trained import TrainedModel
 from dist_ae.use.write import SHOWN, write_array, write_folder, write_table, write_whole
 
 TABLES = (".csv", ".parquet")
+TIFF = (".tif", ".tiff")
 
 
 def forms(trained: TrainedModel, name: str, out: Path | None) -> tuple[str, tuple[str, ...]]:
@@ -55,6 +59,7 @@ def write_reconstructions(
         rows = {before: inputs(shown), after: outputs(shown)}
         if noise_std:
             rows["clean"] = floats(records, shown)
+        rows = {name: trained.pictures(images) for name, images in rows.items()}
 
         def draw(path: Path) -> None:
             from dist_ae.figures import image_rows  # here, since matplotlib takes a second to import
@@ -68,6 +73,21 @@ def write_reconstructions(
     if out.suffix in TABLES:
         found = torch.cat([outputs(rows) for rows in cut])
         return write_table(out, records, dict(zip(trained.columns, found.unbind(1), strict=True)))
-    names = file_names(records)
-    pairs = ((names[row], image) for rows in cut for row, image in zip(rows, outputs(rows), strict=True))
+    dtype = np.uint16 if trained.config.data.bits == "16" else records.split.images.dtype
+    grey = trained.model.image_shape[0] == 1
+    names = file_names(records, TIFF if dtype == np.uint16 and grey else ())
+    pairs = (
+        (names[row], image)
+        for rows in cut
+        for row, image in zip(rows, stored(trained, outputs(rows), np.dtype(dtype)), strict=True)
+    )
     return write_folder(out, pairs, reads)
+
+
+def stored(trained: TrainedModel, images: Tensor, dtype: np.dtype[Any]) -> Array:
+    """Reconstructions [B, C, H, W] as a file of pictures has them: uint16 where the images are so, else uint8."""
+    whole = np.dtype(np.uint16) if dtype == np.uint16 else np.dtype(np.uint8)
+    most = np.iinfo(whole).max
+    own = trained.model.units_scale is not None and dtype == whole  # units are the numbers that were stored
+    values = images if own else trained.pictures(images) * float(most)
+    return values.round().clamp(0, most).numpy().astype(whole)

@@ -79,6 +79,10 @@ class TrainedModel:
         """
         return self._map(lambda x, rows: self.model.outside(self.model(x, None).reconstruction), images, batch_size)
 
+    def pictures(self, images: Tensor) -> Tensor:
+        """Images [..., C, H, W] in their own units as pictures on [0, 1], for the eye."""
+        return self.model.visible(self.model.to_units(images.to(self.device))).cpu()
+
     def contributions(self, images: Images, batch_size: int = 1000) -> Tensor:
         """The squared error of every entry, on the scale of the model, in the shape that records have outside.
 

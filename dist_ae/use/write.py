@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dist_ae.config import InputError
+from dist_ae.data import deep
 from dist_ae.data.given import Given
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reads import Reads
+from dist_ae.data.records import Array
 from dist_ae.files import Damaged, inside
 from dist_ae.run.directory import FILES, FOLDERS
 from dist_ae.saved import EXPORTED_WEIGHTS
@@ -156,14 +157,17 @@ def write_images(out: Path, images: Tensor, columns: int) -> Path:
     return write_whole(out, draw)
 
 
-def write_folder(out: Path, images: Iterable[tuple[Path, Tensor]], reads: Reads) -> Path:
-    """Writes images [C, H, W] on [0, 1] under their names: all of them, or none."""
+def write_folder(out: Path, images: Iterable[tuple[Path, Array]], reads: Reads) -> Path:
+    """Writes images [C, H, W] of uint8 or uint16 under their names: all of them, or none."""
 
     def fill(folder: Path) -> None:
         for name, image in images:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            if image.dtype == np.uint16:
+                target.write_bytes(deep.png(image) if target.suffix == ".png" else deep.tiff(image))
+                continue
+            pixels = image.transpose(1, 2, 0)
             Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
 
     return write_into(out, fill, reads)
@@ -176,7 +180,7 @@ def write_table(out: Path, records: Given, columns: Mapping[str, Tensor | Sequen
         columns: numbers, or text, by the name of the column.
     """
     paths = [str(row) for row in range(len(records.split))] if records.names is None else records.names
-    first = "row" if records.units is not None else "path"
+    first = "row" if records.units is not None and records.names is None else "path"
     values = {name: each.tolist() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
     if out.suffix == ".parquet":
         try:
