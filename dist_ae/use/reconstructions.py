@@ -31,7 +31,8 @@ def forms(trained: TrainedModel, name: str, out: Path | None) -> tuple[str, tupl
     shape, channels = trained.config.model.record_shape, trained.model.image_shape[0]
     if shape is None:
         reason = "" if channels in (1, 3) else f"the model's images have {channels} channels"
-        reason = reason or ("" if trained.model.units_scale is None else "the model's images have units of their own")
+        if not reason and trained.model.units_scale is not None and trained.config.data.bits == "auto":
+            reason = "the model's images have units of their own"  # those of pictures are the numbers of their files
         if reason and out is not None and not out.suffix:
             raise InputError(
                 f"--out {shown(out)}: {reason}, and files of pictures have grey or colour on [0, 1]; name a .npy, "
