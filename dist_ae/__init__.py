@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dist_ae.outcome import NonFinite, OutOfMemory, Report, Result, Stopped
     from dist_ae.presets import PRESETS
     from dist_ae.trainer import train
-    from dist_ae.use.trained import TrainedModel, load
+    from dist_ae.use.model import load
+    from dist_ae.use.trained import TrainedModel
 
 # An idle thread of libgomp, which torch brings, looks for work 300,000 times before it sleeps, some milliseconds. On a
 # busy machine that takes the core from whoever works: two trainings on two cores were ten times slower than one. The
@@ -57,7 +58,7 @@ _HOMES = {
     "Result": "outcome",
     "Stopped": "outcome",
     "TrainedModel": "use.trained",
-    "load": "use.trained",
+    "load": "use.model",
     "load_config": "config",
     "train": "trainer",
 }

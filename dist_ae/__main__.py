@@ -125,6 +125,10 @@ def _show_export(made: ExportedTo) -> None:
         say(f"uploaded: {made.address}")
 
 
+def _show_pruned(found: tuple[int, int]) -> None:
+    say(f"{found[0]:,} bytes before, {found[1]:,} now")
+
+
 def _written(path: Path) -> None:
     say(f"written: {path}")
 
@@ -277,6 +281,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], None]]] = {
     "score": (commands.score_run, _show_scores),
     "export": (commands.export_run, _show_export),
     "explore": (commands.explore_run, _written),
+    "prune": (commands.prune_run, _show_pruned),
     "pack": (pack, lambda _: None),
     "doctor": (doctor, lambda _: None),
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_ae import sentences
 from dist_ae.begin import Prepared
-from dist_ae.config import Config, InputError
+from dist_ae.config import Config, InputError, TrainConfig
 from dist_ae.data.crops import Crops
 from dist_ae.data.facts import remarks
 from dist_ae.data.layout import named
@@ -79,6 +79,8 @@ def finished_before(prepared: Prepared, folder: RunDirectory | None, runtime: Ru
     if prepared.config.model.architecture == "own":
         saved_weights(run_dir, prepared.model.to(runtime.dtype))  # refuses a model that is another by now
     if runtime.is_main:
+        if folder is not None:  # where a kill came between the result and this
+            keep_what_is_used(folder, prepared.config, kept["steps"])
         say(f"{run_dir} was finished before, at step {kept['steps']}; nothing is trained")
     return Result(**kept, run_dir=run_dir)
 
@@ -295,6 +297,17 @@ def keep_thresholds(run: Run, stop: Stop) -> None:
                 keep(best)
     if folder is not None:
         calibration.keep_only(folder.path, (last, best))
+
+
+def keep_what_is_used(folder: RunDirectory, config: Config, last: int) -> None:
+    """Removes what a finished run needs no more, unless more checkpoints were asked for than the usual two."""
+    if config.train.keep != TrainConfig().keep:
+        return
+    try:
+        folder.finish(last)
+    except (OSError, Damaged) as error:
+        reason = getattr(error, "strerror", None) or error
+        folder.warn(f"older checkpoints in {folder.checkpoints} could not be removed: {reason}")
 
 
 def write_result(run: Run, result: Result) -> Result:

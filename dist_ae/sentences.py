@@ -162,6 +162,18 @@ def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: 
     )
 
 
+def size_on_disk(run_dir: Path, total: int, optimizer: int) -> str:
+    """What a run takes, and how much of it only training on needs.
+
+    Args:
+        total, optimizer: bytes.
+    """
+    way_out = (
+        f"; `dist-ae prune {shlex.quote(str(run_dir))} --weights-only` frees them" if 2 * optimizer > total else ""
+    )
+    return f"{decimal(total)} in {run_dir}, {decimal(optimizer)} of them to train on{way_out}"
+
+
 def used_weights(step: int, best: Best, total_steps: int) -> str:
     """Which weights are used, where they are not the last ones, and why training ended, where it ended early."""
     if best.step == step:

@@ -86,9 +86,11 @@ class Waiting:
 
 
 def time_left(seconds: float, done: float, left: float) -> str:
-    """About how long what is left takes, where so much is done; "" where nothing can be said."""
+    """About how long what is left takes, where so much is done; "" where nothing can be said, or is worth saying."""
     if done <= 0 or left <= 0:
         return ""
     rest = seconds / done * left
+    if rest < 10:
+        return ""
     shown = f"{rest:.0f} s" if rest < 100 else f"{rest / 60:.0f} min" if rest < 6000 else f"{rest / 3600:.1f} h"
     return f", about {shown} left"

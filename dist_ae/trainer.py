@@ -20,8 +20,18 @@ from dist_ae.processes.environment import explained_rendezvous, pinned_torch
 from dist_ae.processes.runtime import Runtime, largest_piece
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
 from dist_ae.processes.watch import Watch
+from dist_ae.run.directory import sizes
 from dist_ae.run.profile import Profile
-from dist_ae.running import Run, begin, finished_before, keep_thresholds, refuse_non_finite, save, write_result
+from dist_ae.running import (
+    Run,
+    begin,
+    finished_before,
+    keep_thresholds,
+    keep_what_is_used,
+    refuse_non_finite,
+    save,
+    write_result,
+)
 from dist_ae.terminal import Waiting
 from dist_ae.timeline import Asked, Best, due
 
@@ -190,9 +200,13 @@ def _end(run: Run, asking: Agreement) -> Result:
     world, speed = learner.runtime.world, learner.runtime.clock.rate()
     weights = weights_sha256(learner.used_weights())
     result = write_result(run, Result(run.metrics, run.path, state.step, world, speed, weights, state.best.step))
+    if run.folder is not None:
+        keep_what_is_used(run.folder, config, state.step)
     model, numbers = learner.raw_model, torch.Size(learner.raw_model.code_shape).numel()
     can_start = config.objective.likelihood != "bernoulli" and config.model.start != "pca"
     run.records.say(sentences.against_mean(state, run.validation.mean_image_error()))
     run.records.say(sentences.against_pca(state, model.linear_code(), numbers, can_start))
     run.records.say(sentences.used_weights(state.step, state.best, run.line.total_steps))
+    if run.folder is not None:
+        run.records.say(sentences.size_on_disk(run.folder.path, *sizes(run.folder.path)))
     return result

@@ -455,3 +455,79 @@ def test_a_second_job_is_refused_and_names_the_first_and_a_dead_one_s_lock_is_ta
     holder.kill()
     holder.wait()
     RunDirectory(tmp_path).close()
+
+
+def finished(root: Path) -> None:
+    """A run of four checkpoints whose best is the second."""
+    folder = RunDirectory(root)
+    for step in (1, 2, 3, 4):
+        best = {"step": min(step, 2), "metric": "val.mse", "value": 1.0}
+        assert folder.save(Checkpoint(step, example(step).files, {"best": best}), keep=9, best_step=2)
+    folder.close()
+
+
+def finish_it(root: Path, resumable: bool = True) -> None:
+    folder = RunDirectory(root)
+    folder.finish(4, resumable)
+    folder.close()
+
+
+def test_a_finished_run_keeps_its_last_checkpoint_and_the_best_weights(tmp_path: Path) -> None:
+    finished(tmp_path)
+    finish_it(tmp_path)
+    kept = {path.name: sorted(each.name for each in path.iterdir()) for path in (tmp_path / "checkpoints").iterdir()}
+    for_use = [MANIFEST, STATE, WEIGHTS]
+    assert kept == {"00000002": for_use, "00000004": [MANIFEST, OPTIMIZER, STATE, WEIGHTS]}
+    folder = RunDirectory(tmp_path)
+    assert good(folder.latest(TEMPLATES)) == 4  # an extension begins there
+    best = read_checkpoint(folder.checkpoints / "00000002", {WEIGHTS: TEMPLATES[WEIGHTS]}, part=True)
+    assert torch.equal(best.files[WEIGHTS]["w"], torch.full((4, 3), 2.0))
+    folder.close()
+    finish_it(tmp_path, resumable=False)
+    folder = RunDirectory(tmp_path)
+    assert sorted(each.name for each in (folder.checkpoints / "00000004").iterdir()) == for_use
+    with pytest.raises(InputError, match="--init-from"):
+        folder.latest(TEMPLATES)
+    assert not list(folder.checkpoints.glob("*.corrupt"))
+    folder.close()
+
+
+def test_nothing_is_removed_where_the_last_or_the_best_checkpoint_is_damaged(tmp_path: Path) -> None:
+    for step in ("00000002", "00000004"):
+        root = tmp_path / step
+        finished(root)
+        weights = root / "checkpoints" / step / WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        with pytest.raises(Damaged):
+            finish_it(root)
+        assert len(list((root / "checkpoints").glob("0*"))) == 4
+
+
+def test_sigkill_at_every_file_operation_of_pruning_leaves_what_is_used(tmp_path: Path) -> None:
+    finished(tmp_path / "start")
+    shutil.copytree(tmp_path / "start", tmp_path / "counted")
+    seen: list[str] = []
+    with watched(lambda number, name, args: seen.append(name)):
+        finish_it(tmp_path / "counted")
+    for point in range(len(seen)):
+        root = tmp_path / f"run-{point}"
+        shutil.copytree(tmp_path / "start", root)
+
+        def die(number: int, name: str, args: tuple[Any, ...], point: int = point) -> None:
+            if number == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def work(rank: int, root: Path = root, die: Callable[..., None] = die) -> None:
+            with watched(die):
+                finish_it(root)
+
+        assert forked(1, work, tmp_path / "log") == [-signal.SIGKILL]
+        folder = RunDirectory(root)
+        assert good(folder.latest(TEMPLATES)) == 4
+        best = read_checkpoint(folder.checkpoints / "00000002", {WEIGHTS: TEMPLATES[WEIGHTS]}, part=True)
+        assert torch.equal(best.files[WEIGHTS]["w"], torch.full((4, 3), 2.0))
+        folder.close()
+        finish_it(root)
+        assert sorted(path.name for path in (root / "checkpoints").iterdir()) == ["00000002", "00000004"]
+        shutil.rmtree(root)
+    assert len(seen) > 20

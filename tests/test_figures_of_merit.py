@@ -37,7 +37,7 @@ from dist_ae.quality import Posterior
 from dist_ae.run.tracking import server_answers
 from dist_ae.scores import code_moments
 from dist_ae.timeline import State, Timeline
-from dist_ae.use import commands, export
+from dist_ae.use import commands, export, program
 from dist_ae.use.evaluation import _of_posterior
 from dist_ae.use.write import write_table
 from dist_ae.validation import Validation
@@ -392,7 +392,7 @@ def test_onnx_leaves_the_model_where_it_is(trained: Path) -> None:
     loaded = dist_ae.load(trained)
     moved = loaded.model.to("meta")  # a device that is not the CPU
     with contextlib.suppress(Exception):
-        export.onnx_bytes(loaded)
+        program.onnx_bytes(loaded.model)
     assert all(p.device.type == "meta" for p in moved.parameters())
 
 

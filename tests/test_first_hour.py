@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -205,3 +206,75 @@ def test_readme_s_commands_for_pictures_work_in_order(tmp_path: Path) -> None:
     assert {"train", "evaluate", "score", "explore", "reconstruct", "export"} <= set(ran)
     assert (tmp_path / "run/explore.html").is_file() and (tmp_path / "run/model.onnx").is_file()
     shutil.rmtree(tmp_path / "run")
+
+
+def test_a_run_says_its_size_and_prune_frees_what_use_does_not_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dist_ae.PRESETS["ae"].override(
+        {**TINY, "run_dir": tmp_path / "run", "train.steps": 12, "train.eval_every": 3, "optim.schedule": "constant"}
+    )
+    dist_ae.train(config)
+    said = capsys.readouterr().out
+    assert f"in {tmp_path}/run, " in said and "`dist-ae prune" in said
+    steps = {path.name: {each.name for each in path.iterdir()} for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert len(steps) <= 2 and "optimizer.safetensors" in steps["00000012"]
+    images = np.random.default_rng(0).random((5, 1, 8, 8), np.float32)
+    before = dist_ae.load(tmp_path / "run").reconstruct(images)
+    longer = config.override({"train.steps": 15})
+    shutil.copytree(tmp_path / "run", tmp_path / "extended")
+    assert dist_ae.train(longer.override({"run_dir": tmp_path / "extended"})).steps == 15
+    capsys.readouterr()
+    old, new = commands.prune_run(tmp_path / "run", weights_only=True)
+    assert new < 0.75 * old
+    assert (dist_ae.load(tmp_path / "run").reconstruct(images) == before).all()
+    assert dist_ae.train(config).steps == 12 and "finished before" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--init-from"):
+        dist_ae.train(longer)
+
+
+def test_prune_leaves_an_unfinished_run_as_it_is(tmp_path: Path) -> None:
+    config = dist_ae.PRESETS["ae"].override({**TINY, "run_dir": tmp_path / "run", "train.steps": 12})
+    config = config.override({"train.eval_every": 3, "optim.schedule": "constant"})
+    dist_ae.train(config)
+    (tmp_path / "run" / "result.json").unlink()  # as of a run that was killed
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    done = cli("prune", str(tmp_path / "run"))
+    assert done.returncode == 2 and "is not finished" in done.stderr
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_run_on_handed_images_is_evaluated_explored_and_scored(
+    five: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    run_dir, images = five
+    np.save(tmp_path / "same.npy", images)
+    np.save(tmp_path / "other.npy", images[::-1])
+    result = json.loads((run_dir / "result.json").read_text())["metrics"]
+    model = dist_ae.load(run_dir)
+    with pytest.raises(InputError, match=r"--data\.root images"):
+        model.evaluate()
+    found = model.evaluate(images, train=images)
+    assert found["mse"] > 0 and found["pca_mse"] <= found["mse"] * (1 + 1e-3)
+    assert model.explore(tmp_path / "page.html", images).read_text().startswith("<!")
+    done = {
+        command: cli(command, str(run_dir), "--data.root", f"{tmp_path}/same.npy", "--out", f"{tmp_path}/{out}")
+        for command, out in (("evaluate", "e.json"), ("explore", "e.html"), ("score", "s.csv"))
+    }
+    assert [each.returncode for each in done.values()] == [0, 0, 0], done
+    metrics = json.loads((tmp_path / "e.json").read_text())["metrics"]
+    assert metrics["val.mse"] == pytest.approx(min(result["val.mse"], metrics["val.mse"]), rel=1e-4)
+    refused = cli("evaluate", str(run_dir), "--data.root", f"{tmp_path}/other.npy")
+    assert refused.returncode == 2 and "not what the run was trained on" in refused.stderr
+
+
+def test_onnx_comes_from_python_too(five: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run_dir, images = five
+    model = dist_ae.load(run_dir)
+    path = model.export(tmp_path / "new" / "model.onnx")
+    ((reconstruction, code)) = onnxruntime.InferenceSession(path).run(None, {"pictures": images})
+    assert np.abs(reconstruction - model.reconstruct(images).numpy()).max() < 1e-4
+    assert np.abs(code - model.embed(images).numpy()).max() < 1e-3
+    with pytest.raises(InputError, match=r"\.pt2 or \.onnx"):
+        model.export(tmp_path / "model.bin")

@@ -39,7 +39,10 @@ def load(config: DataConfig) -> Dataset:
             what it should be.
     """
     if config.name == NAME:
-        raise InputError("the images of this run were handed over from Python (data=...): give them again")
+        raise InputError(
+            "the images of this run were handed over from Python (data=...): give them again, or save them (with "
+            "numpy.save; of a pair numpy.savez with train= and val=) and name the file: --data.root images.npy"
+        )
     name = with_prefix(config.name)
     if config.root is not None and name.startswith(IN_A_PATH):
         raise InputError(
@@ -132,7 +135,7 @@ def located(config: Config, root: Path | None) -> Config:
     """
     if root is None:
         return config
-    if config.data.name in NAMED or config.data.name == NAME:
+    if config.data.name in NAMED:
         return config.override({"data.root": root})
     name, before = with_prefix(str(root)), config.data.name.partition(":")[0]
     if not name.startswith(IN_A_PATH) and f"{before}:" in IN_A_PATH:

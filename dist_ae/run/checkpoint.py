@@ -1,6 +1,12 @@
 """A checkpoint: a folder of safetensors and JSON, whose reader trusts nothing that it finds.
 
-No pickle is written or read. Nothing in a checkpoint depends on a rank or on the number of processes.
+No pickle is written or read. Nothing in a checkpoint depends on a rank or on the number of processes. Its files:
+
+- ``weights.safetensors`` and, where the run has one, the moving average ``ema.safetensors``: every use takes these.
+- ``optimizer.safetensors``: the moments of the optimizer, twice the weights for Adam. Only a resume, ``--extend`` and
+  population-based training need them. A checkpoint that is kept for use alone is without.
+- ``state.json``: step, best evaluation, last metrics; needed by both.
+- ``manifest.json``: sizes and hashes of the others; written last.
 """
 
 from __future__ import annotations
@@ -59,6 +65,28 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write_new(folder / MANIFEST, to_json({"format": FORMAT, "files": entries}))
     sync(folder)
+
+
+def is_for_use(folder: Path) -> bool:
+    """Whether a checkpoint was kept for use alone, so that it has no optimizer state."""
+    try:
+        return OPTIMIZER not in _entries(folder)
+    except Damaged:
+        return False
+
+
+def copy_for_use(folder: Path, target: Path) -> None:
+    """Writes and syncs a new checkpoint folder with all of another one but its optimizer state, verified.
+
+    Raises:
+        Damaged: the checkpoint is not whole.
+    """
+    entries = {name: entry for name, entry in _entries(folder).items() if name != OPTIMIZER}
+    os.mkdir(target)
+    for name, entry in entries.items():
+        write_new(target / name, _content(folder, name, entry, int(entry.get("bytes") or 0)))
+    write_new(target / MANIFEST, to_json({"format": FORMAT, "files": entries}))
+    sync(target)
 
 
 # -- reading with suspicion

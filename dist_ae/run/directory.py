@@ -29,7 +29,19 @@ from dist_ae.files import (
     to_json,
     write_atomically,
 )
-from dist_ae.run.checkpoint import MANIFEST, Checkpoint, Template, read_checkpoint, step_of, write_checkpoint
+from dist_ae.run.checkpoint import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    Checkpoint,
+    Template,
+    copy_for_use,
+    is_for_use,
+    read_checkpoint,
+    step_of,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from dist_ae.terminal import say
 
 FAILED_SAVES = 3  # consecutive checkpoints that could not be written before a run gives up
@@ -245,26 +257,63 @@ class RunDirectory:
         try:
             self._tidy()
             for step in self._steps()[:-keep]:
-                if step != best_step:  # renamed first, so that what a crash leaves of it is no checkpoint
-                    aside = self.checkpoints / f".tmp-pruned-{step:08d}"
-                    os.rename(self.checkpoints / f"{step:08d}", aside)
-                    self._remove(aside)
+                if step != best_step:
+                    self._prune(step)
         except OSError as error:
             self.warn(f"older checkpoints in {self.checkpoints} could not be removed: {error.strerror}")
         return True
 
+    def finish(self, last: int, resumable: bool = True) -> None:
+        """Leaves of a finished run what is used: its last checkpoint, and of the best one what a use needs.
+
+        At every instant both are there, whole. Whatever kills this, the same call ends it.
+
+        Args:
+            last: the step of the newest checkpoint, which says which one is the best.
+            resumable: keep the optimizer state of the last checkpoint, which ``--extend`` needs.
+
+        Raises:
+            OSError: the disk does not allow it.
+            Damaged: the last or the best checkpoint is not whole; nothing was removed.
+        """
+        self._tidy()
+        place = self.checkpoints / f"{last:08d}"
+        verify_checkpoint(place)
+        found = read_json(place / STATE).get("best")
+        best = found.get("step") if isinstance(found, dict) else None
+        used = [step for step in self._steps() if step in (last, best)]
+        for step in used:
+            path = self.checkpoints / f"{step:08d}"
+            if (step == last and resumable) or is_for_use(path):
+                continue
+            self._remove(self.checkpoints / f".tmp-{step:08d}")
+            copy_for_use(path, self.checkpoints / f".tmp-{step:08d}")
+            self._put_in_place(step)
+            self._tidy()
+        for step in self._steps():
+            if step not in used:
+                self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Removes a checkpoint, renamed first, so that what a crash leaves of it is no checkpoint."""
+        aside = self.checkpoints / f".tmp-pruned-{step:08d}"
+        os.rename(self.checkpoints / f"{step:08d}", aside)
+        self._remove(aside)
+
     def _publish(self, checkpoint: Checkpoint) -> None:
-        final = self.checkpoints / f"{checkpoint.step:08d}"
-        temporary = self.checkpoints / f".tmp-{checkpoint.step:08d}"
         self._tidy()
         if self.metrics_path.exists():
             self._flush_metrics()
             sync(self.metrics_path)
-        write_checkpoint(temporary, checkpoint)
-        if final.exists():
-            # It was saved before its evaluation, which was interrupted. _tidy puts .old back if we die in between.
+        write_checkpoint(self.checkpoints / f".tmp-{checkpoint.step:08d}", checkpoint)
+        self._put_in_place(checkpoint.step)
+
+    def _put_in_place(self, step: int) -> None:
+        """Gives a checkpoint that was written beside it its name. _tidy puts .old back if we die in between."""
+        final = self.checkpoints / f"{step:08d}"
+        if final.exists():  # as where it was saved before its evaluation, which was interrupted
             os.rename(final, self.checkpoints / f".old-{final.name}")
-        os.rename(temporary, final)
+        os.rename(self.checkpoints / f".tmp-{step:08d}", final)
         sync(self.checkpoints)
 
     def _remove(self, path: Path) -> None:
@@ -298,11 +347,14 @@ class RunDirectory:
         """
         with self._explained("checkpoints"):
             self._tidy()
-            damaged = []
+            damaged, for_use = [], False
             for step in reversed(self._steps()):
                 folder = self.checkpoints / f"{step:08d}"
                 if not folder.exists():
                     folder = next(p for p in self.checkpoints.iterdir() if step_of(p) == step)
+                if is_for_use(folder):
+                    for_use = True
+                    continue
                 try:
                     return read_checkpoint(folder, templates)
                 except Damaged as error:
@@ -316,7 +368,19 @@ class RunDirectory:
                 f"no good checkpoint is left in {self.checkpoints} ({'; '.join(damaged)}). Restore one from a backup, "
                 "or start again with another --run-dir; nothing was overwritten"
             )
+        if for_use:
+            raise InputError(
+                f"{self.path} keeps weights for use and no optimizer state, so it cannot be trained on; a new run can "
+                f"begin with them: --init-from {self.path} --run-dir ANOTHER"
+            )
         return None
+
+
+def sizes(path: Path) -> tuple[int, int]:
+    """Bytes of a run directory, and how many of them are optimizer state."""
+    files = [each for each in path.rglob("*") if each.is_file() and not each.is_symlink()]
+    found = [(each.name, each.lstat().st_size) for each in files]
+    return sum(size for _, size in found), sum(size for name, size in found if name == OPTIMIZER)
 
 
 def refuse_strange(path: Path) -> None:

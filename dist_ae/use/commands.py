@@ -410,6 +410,7 @@ def export_run(
     """
     from dist_ae.data.pictures import expand, shown
     from dist_ae.use import export, hub
+    from dist_ae.use.program import onnx_bytes, torch_bytes
     from dist_ae.use.trained import load
     from dist_ae.use.write import destination, reads_of, write_into, write_whole
 
@@ -428,7 +429,7 @@ def export_run(
         raise InputError(f"--out {shown(out)} is a run, which an exported model would replace: name another folder")
     out = destination(reads, run_dir, out, name, (suffix,))
     if format != "safetensors":
-        content = (export.torch_bytes if format == "torch" else export.onnx_bytes)(trained, part)
+        content = (torch_bytes if format == "torch" else onnx_bytes)(trained.model, part)
         write_whole(out, lambda path: path.write_bytes(content))
         return ExportedTo(out, _how_to_load(trained.model, out, format, part))
     written = write_into(out, lambda folder: export.write_folder(trained, run_dir, folder, license), reads)
@@ -472,14 +473,9 @@ def explore_run(
         onnxruntime_web: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the
             decoder of a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
     """
-    import numpy as np
-    import torch
-
     from dist_ae.data import sources
-    from dist_ae.data.given import picked
     from dist_ae.data.pictures import shown
-    from dist_ae.use.explore import explore_page
-    from dist_ae.use.explore_records import records_page
+    from dist_ae.use.model import page_of
     from dist_ae.use.trained import images_of, load
     from dist_ae.use.write import destination, reads_of, write_whole
 
@@ -489,21 +485,17 @@ def explore_run(
     trained.config = sources.located(trained.config, data_root)
     out = destination(reads_of(run_dir, trained, images, onnxruntime_web), run_dir, out, "explore.html", (".html",))
     records = images_of(trained, images)
-    count = len(records.split)
-    if count > num:
-        records = picked(records, np.linspace(0, count - 1, num).astype(np.int64))
-    config = trained.config
-    numbers = torch.Size(trained.model.code_shape).numel()
-    facts = [f"{config.name} on {shown(config.data.name)}", f"code of {numbers:,} numbers", f"weights: {which}"]
-    if images is not None:
-        facts.append(f"images of {shown(images)}")
-    if count > num:
-        facts.append(f"{num:,} of {count:,} images, evenly spaced")
-    name = Path(run_dir).resolve().name
-    if config.model.record_shape is None:
-        page = explore_page(trained, records, name, facts, onnxruntime_web)
-    elif onnxruntime_web is not None:
-        raise InputError("--onnxruntime-web is for the decoder of images, and the run's records are none")
-    else:
-        page = records_page(trained, records, name, facts)
+    more = [f"weights: {which}", *([f"images of {shown(images)}"] if images is not None else [])]
+    page = page_of(trained, records, Path(run_dir).resolve().name, more, num, onnxruntime_web)
     return write_whole(out, lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def prune_run(run_dir: RunDir, weights_only: bool = False) -> tuple[int, int]:
+    """Frees the disk of what a finished run needs no more: all but its last checkpoint and the best weights.
+
+    Args:
+        weights_only: also remove the optimizer state, so that the run can be used and not be extended.
+    """
+    from dist_ae.use.prune import prune
+
+    return prune(run_dir, weights_only)

@@ -23,7 +23,7 @@ from dist_ae.data.given import Given, blocks, floats
 from dist_ae.data.records import Array
 from dist_ae.files import to_json
 from dist_ae.models import MLP
-from dist_ae.use.export import onnx_bytes
+from dist_ae.use.program import onnx_bytes
 from dist_ae.use.trained import TrainedModel
 
 TEMPLATE = Path(__file__).with_name("explore.html")
@@ -173,7 +173,7 @@ def _decoder(trained: TrainedModel, mean: Array, directions: Array, onnxruntime_
     code = {"mean": _text(mean.astype("<f4")), "basis": _text(directions.astype("<f2"))}
     if onnxruntime_web is not None:
         loader, program = (_runtime_file(onnxruntime_web, name) for name in RUNTIME_FILES)
-        onnx = gzip.compress(onnx_bytes(trained, "decoder"), 6)
+        onnx = gzip.compress(onnx_bytes(trained.model, "decoder"), 6)
         packed = {"loader": _text(loader), "program": _text(gzip.compress(program, 9)), "onnx": _text(onnx)}
         return {**code, "runtime": packed, "codeShape": list(trained.model.code_shape)}
     if isinstance(trained.model, MLP) and not trained.model.standardized:

@@ -2,81 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import html
-import io
 import re
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 
-from dist_ae.config import Config, Fault, InputError
+from dist_ae.config import Config
 from dist_ae.data.pictures import expand, shown
 from dist_ae.files import MAX_LINES, Damaged, inside, parse_json, read_bounded, read_json, to_json
 from dist_ae.models.weights import weights_sha256
 from dist_ae.presets import PRESETS
 from dist_ae.saved import CONFIG, EXPORTED_WEIGHTS
-from dist_ae.use.program import Exported, Part, program
 from dist_ae.use.trained import TrainedModel
 
-ONNX_TOLERANCE = 1e-4  # largest difference between torch and onnxruntime, on [0, 1] pixels or in codes of about one
 CARD, PICTURE = "README.md", "reconstructions.png"
 MAX_PICTURE = 64 << 20  # bytes
 PUBLISHED = (EXPORTED_WEIGHTS, CONFIG, CARD, PICTURE)  # all that an exported folder consists of
-
-
-def torch_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
-    """A .pt2 for ``torch.export.load``."""
-    file = io.BytesIO()
-    torch.export.save(program(trained.model, part), file)
-    return file.getvalue()
-
-
-def onnx_bytes(trained: TrainedModel, part: Part = "whole") -> bytes:
-    """An ONNX model for any number of images, whose results in onnxruntime were compared with torch's.
-
-    Raises:
-        InputError: the packages are missing.
-        Fault: onnxruntime's results differ by more than ``ONNX_TOLERANCE``.
-    """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  what torch.onnx translates with
-    except ImportError as error:
-        raise InputError(f"--format onnx needs {error.name}: pip install 'dist-ae[onnx]'") from None
-    module = Exported(copy.deepcopy(trained.model), part).cpu().eval()  # the caller's stays where it is
-    given, results = module.names
-    generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        example = module.example(3, generator)
-        torch.onnx.export(
-            module,
-            (example,),
-            path,
-            input_names=[given],
-            output_names=results,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            external_data=False,
-            verbose=False,
-        )
-        content = path.read_bytes()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    for count in (1, 5):  # neither is the number it was traced with
-        images = module.example(count, generator)
-        with torch.no_grad():
-            wanted = module(images)
-        found = session.run(None, {given: images.numpy()})
-        for name, ours, theirs in zip(results, wanted if part == "whole" else [wanted], found, strict=True):
-            scale = 1.0 if name == "images" else max(1.0, float(ours.abs().max()))  # of [0, 1], else of what comes out
-            if (worst := float(np.abs(ours.numpy() - theirs).max())) > ONNX_TOLERANCE * scale:
-                raise Fault(f"onnxruntime's {name} differ from torch's by {worst:.2g}; nothing was written")
-    return content
 
 
 def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: str = "other") -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import tempfile
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dist_ae.config import Fault, InputError
 from dist_ae.models import Autoencoder
 
 Part = Literal["whole", "encoder", "decoder"]
+ONNX_TOLERANCE = 1e-4  # largest difference between torch and onnxruntime, on [0, 1] pixels or in codes of about one
 
 
 class Exported(nn.Module):
@@ -58,3 +65,52 @@ def program(model: Autoencoder, part: Part = "whole") -> torch.export.ExportedPr
     found = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     found.example_inputs = None  # torch.export.save would pickle them
     return found
+
+
+def torch_bytes(model: Autoencoder, part: Part = "whole") -> bytes:
+    """A .pt2 for ``torch.export.load``."""
+    file = io.BytesIO()
+    torch.export.save(program(model, part), file)
+    return file.getvalue()
+
+
+def onnx_bytes(model: Autoencoder, part: Part = "whole") -> bytes:
+    """An ONNX model for any number of images, whose results in onnxruntime were compared with torch's.
+
+    Raises:
+        InputError: the packages are missing.
+        Fault: onnxruntime's results differ by more than ``ONNX_TOLERANCE``.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  what torch.onnx translates with
+    except ImportError as error:
+        raise InputError(f"--format onnx needs {error.name}: pip install 'dist-ae[onnx]'") from None
+    module = Exported(copy.deepcopy(model), part).cpu().eval()  # the caller's stays where it is
+    given, results = module.names
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        example = module.example(3, generator)
+        torch.onnx.export(
+            module,
+            (example,),
+            path,
+            input_names=[given],
+            output_names=results,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            external_data=False,
+            verbose=False,
+        )
+        content = path.read_bytes()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for count in (1, 5):  # neither is the number it was traced with
+        images = module.example(count, generator)
+        with torch.no_grad():
+            wanted = module(images)
+        found = session.run(None, {given: images.numpy()})
+        for name, ours, theirs in zip(results, wanted if part == "whole" else [wanted], found, strict=True):
+            scale = 1.0 if name == "images" else max(1.0, float(ours.abs().max()))  # of [0, 1], else of what comes out
+            if (worst := float(np.abs(ours.numpy() - theirs).max())) > ONNX_TOLERANCE * scale:
+                raise Fault(f"onnxruntime's {name} differ from torch's by {worst:.2g}; nothing was written")
+    return content

@@ -28,7 +28,6 @@ from dist_ae.saved import CONFIG, Which, image_shape, run_config, saved_weights
 from dist_ae.scores import Calibration, calibrate, check_score, score_images
 from dist_ae.terminal import say
 from dist_ae.use import hub
-from dist_ae.use.program import program
 
 MOST_STEPS = 10_000  # of a line between two images
 
@@ -257,14 +256,6 @@ class TrainedModel:
         """
         return given(images, self.config.data, self.shapes)
 
-    def export(self) -> torch.export.ExportedProgram:
-        """The deterministic model as one program that needs torch alone.
-
-        It takes floats [N, C, H, W] on [0, 1], for any N, to the reconstruction, clamped to [0, 1], and to the (mean)
-        code [N, *code_shape].
-        """
-        return program(self.model)
-
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
         """codes [N, *code_shape] → records as ``reconstruct`` gives them."""
@@ -286,17 +277,7 @@ class TrainedModel:
 def load(
     run_dir: Path | str, which: Which = "best", device: torch.device | str = "cpu", model: Builder | None = None
 ) -> TrainedModel:
-    """The trained model of a run directory, or of a folder that ``dist-ae export --format safetensors`` made.
-
-    Args:
-        run_dir: the run; an exported folder; or ``hf:OWNER/NAME``, such a folder on the Hugging Face Hub.
-        which: "best" by validation, or "last", the newest checkpoint.
-        device: where the model computes.
-        model: builds the model, for a run that trained a model of your own.
-
-    Raises:
-        InputError: there is no such run, or it has no whole checkpoint.
-    """
+    """What ``dist_ae.load`` finds, see there, for the commands, which bring their own ways to evaluate and export."""
     if which not in ("last", "best"):
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")
     run_dir = hub.pull(run_dir) if isinstance(run_dir, str) and run_dir.startswith(hub.PREFIX) else expand(run_dir)
