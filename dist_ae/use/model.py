@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -69,6 +70,12 @@ class Model(TrainedModel):
         name = target.stem if self.source is None else self.source[0].resolve().name
         page = page_of(self, records, name, [], num)
         return write_whole(target, lambda path: path.write_text(page, encoding="utf-8"))
+
+    @overload
+    def export(self, out: None = None, part: Part = "whole") -> torch.export.ExportedProgram: ...
+
+    @overload
+    def export(self, out: Path | str, part: Part = "whole") -> Path: ...
 
     def export(self, out: Path | str | None = None, part: Part = "whole") -> torch.export.ExportedProgram | Path:
         """The deterministic model for other programs: images [N, C, H, W] on [0, 1], for any N, to results.
