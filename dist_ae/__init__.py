@@ -15,6 +15,7 @@ from dist_ae.errors import InputError
 if TYPE_CHECKING:
     from dist_ae import objectives
     from dist_ae.config import Config, load_config
+    from dist_ae.folds import train_folds
     from dist_ae.models import Autoencoder
     from dist_ae.outcome import NonFinite, OutOfMemory, Report, Result, Stopped
     from dist_ae.presets import PRESETS
@@ -44,6 +45,7 @@ __all__ = [
     "load_config",
     "objectives",
     "train",
+    "train_folds",
 ]
 
 # Imported at first use: torch and Accelerate take 3 s, which help and error messages need not wait for, and the
@@ -61,6 +63,7 @@ _HOMES = {
     "load": "use.model",
     "load_config": "config",
     "train": "trainer",
+    "train_folds": "folds",
 }
 
 

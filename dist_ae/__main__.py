@@ -60,6 +60,14 @@ def train(arguments: list[str]) -> None:
     from dist_ae.trainer import train
 
     Signals.ends_process = True
+    if config.data.folds is not None and config.data.fold is None:
+        from dist_ae.folds import train_folds
+
+        folds = train_folds(config)
+        if rank() == 0:
+            say(folds.summary())
+            _written(folds.run_dir / "folds.json")
+        return
     result = train(config)
     if rank() == 0:
         speed = round(result.images_per_second)

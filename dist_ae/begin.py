@@ -56,6 +56,11 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     launched_world()
     check_environment()
     check_device(config)
+    if config.data.folds is not None and config.data.fold is None:
+        raise InputError(
+            f"data.folds {config.data.folds} is so many runs, which `dist-ae train` and dist_ae.train_folds train one "
+            "after the other; --data.fold 1 is one of them"
+        )
     # With its full path, a run finds its data from whatever folder it is used in.
     config = config.override({"data.name": NAME if data is not None else absolute(config.data.name)})
     if own is not None:

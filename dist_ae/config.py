@@ -115,6 +115,11 @@ class DataConfig(Section):
     bits: Literal["auto", "8", "16"] = trajectory(
         "auto", "bits of a value of a picture; auto: 16 where a picture of the set has more than 8, else 8"
     )
+    folds: int | None = trajectory(
+        None, "train so many times, each time with another part kept apart for a last test, and give mean and spread",
+        ge=2, le=1000,
+    )  # fmt: skip
+    fold: int | None = trajectory(None, "the fold that is kept apart, from 1; left out, each in turn", ge=1, le=1000)
     pages: Literal["first", "each", "volume"] = trajectory(
         "first", "of a TIFF of several pages: the first, a picture of each, or all as the depth of a volume"
     )
@@ -149,6 +154,12 @@ class DataConfig(Section):
     cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")
 
     _home = field_validator("root", "cache")(home)
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.fold is not None and (self.folds is None or self.fold > self.folds):
+            raise ValueError(f"fold {self.fold} is none of the folds, of which there are {self.folds or 'no'}")
+        return self
 
 
 class ModelConfig(Section):

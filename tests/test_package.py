@@ -147,9 +147,10 @@ ROOMS: dict[str, set[str]] = {
     "trainer": TOGETHER | {"run", "evaluate", "begin", "outcome", "sentences", "running"},
     "use": TOGETHER | {"presets", "run", "pca", "evaluate", "scores", "quality", "figures", "saved"},
     "sklearn": TOGETHER | {"presets", "trainer", "use"},
+    "folds": TOGETHER | {"pca", "evaluate", "outcome", "trainer", "use"},
     "sweeping": TOGETHER | {"run", "pca", "evaluate", "quality", "saved", "outcome", "use"},
-    "__init__": GROUND | {"presets", "models", "objectives", "outcome", "trainer", "use"},
-    "__main__": GROUND | {"presets", "data", "processes", "saved", "trainer", "use", "__init__"},
+    "__init__": GROUND | {"presets", "models", "objectives", "outcome", "trainer", "folds", "use"},
+    "__main__": GROUND | {"presets", "data", "processes", "saved", "trainer", "folds", "use", "__init__"},
 }
 NO_TORCH = {"errors", "terminal", "files", "config", "presets", "timeline", "sweeping", "__init__", "__main__"}
 NO_SERVICES = {"accelerate", "torch.distributed", "ray", "wandb"}  # the mathematics and the data know no processes

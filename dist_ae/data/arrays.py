@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data.crops import cropped
 from dist_ae.data.layout import SHAPES, Layout, laid_out
 from dist_ae.data.pictures import expand, not_there, shown
-from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint
+from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint, folded
 from dist_ae.data.scaling import resolved, scaling_of
 
 SAMPLED_BYTES = 4 * 2**30  # the fingerprint of a larger .npy is taken from a sample
@@ -133,21 +132,27 @@ def handed_dataset(
     low, high = min(each[0] for each in ranges), max(each[1] for each in ranges)
     scale = resolved(config.scale, config.missing, laid[0].records.dtype, low, high, where)
     records = [_as_stored(each.records) for each in laid]
-    if len(parts) == 2:
+    test = None
+    if config.fold is not None and config.folds is not None:
+        if len(parts) == 2:
+            raise InputError(f"{where}: has a split of its own, and data.folds makes others; leave it out")
+        spots = np.empty(len(records[0]))
+        spots[_order(len(spots))] = (np.arange(len(spots)) + 0.5) / len(spots)
+        train, val, test = (
+            Split(records[0], None if parts[0][1] is None else parts[0][1][rows], rows)
+            for rows in folded(spots, config.folds, config.fold, config.val_fraction, where)
+        )
+    elif len(parts) == 2:
         train, val = (Split(each, labels) for each, (_, labels) in zip(records, parts, strict=True))
     else:
         train, val = split_images(records[0], parts[0][1], config.val_fraction, where)
     found = f"{digest} {config.val_fraction!r}" if digest is not None else fingerprint(train, val, sampled=sampled)
+    found += "" if test is None else f" {config.fold}/{config.folds}"
     dataset = cropped(
-        Dataset(name, train, val, found, classes=tuple(classes), shape=shape, columns=tuple(columns)), config
+        Dataset(name, train, val, found, classes=tuple(classes), shape=shape, columns=tuple(columns), test=test), config
     )
     scaling = scaling_of(dataset.train, scale, config.missing == "mask")
-    return replace(
-        dataset,
-        train=dataset.train.with_scaling(scaling),
-        val=dataset.val.with_scaling(scaling),
-        scale="none" if scaling is None else scale,
-    )
+    return dataset.with_scaling(scaling, "none" if scaling is None else scale)
 
 
 def _as_stored(records: Array) -> Array:
@@ -218,12 +223,18 @@ def split_images(images: Array, labels: Array | None, val_fraction: float, where
         raise InputError(
             f"{where}: {len(images)} image cannot be split into training and validation; at least 2 are needed"
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
+    order = _order(len(images))
     train, val = (
         Split(images, None if labels is None else labels[rows], rows)
         for rows in (np.sort(order[num_val:]), np.sort(order[:num_val]))
     )
     return train, val
+
+
+def _order(count: int) -> Array:
+    """Rows in an order of their own, the same in every run."""
+    order: Array = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
+    return order
 
 
 def _check_labels(labels: Array, where: str, count: int) -> Array:

@@ -131,6 +131,8 @@ def cropped(dataset: Dataset, config: DataConfig) -> Dataset:
         return dataset
     if dataset.shape is not None:
         raise InputError(f"data.crop cuts squares out of pictures, and {dataset.name} holds none; leave it out")
+    if dataset.test is not None:
+        raise InputError("data.folds tests whole pictures, and data.crop trains on parts of them; leave one out")
     if config.window is not None:
         raise InputError("data.window reads whole pictures in groups, and data.crop parts of them; leave one out")
     fixed = max(1, min(MOST_A_PICTURE, MOST_HELD_OUT // len(dataset.val)))

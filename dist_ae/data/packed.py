@@ -28,7 +28,7 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data.deep import MOST
 from dist_ae.data.facts import RECORD
 from dist_ae.data.pictures import expand, shown
-from dist_ae.data.records import Array, Dataset, Shards, Split
+from dist_ae.data.records import Array, Dataset, Shards, Split, folded
 from dist_ae.files import Damaged, open_plainly, read_bounded
 
 FORMAT = 1
@@ -249,19 +249,36 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
         raise InputError(
             f"{name}: {len(all_keys)} picture cannot be split into training and validation; at least 2 are needed"
         )
-    held_out = all_keys < np.uint64(int(val_fraction * 2**64))
-    if not held_out.any():  # few pictures: the nearest to the border
-        held_out[all_keys.argmin()] = True
-    if held_out.all():
-        held_out[all_keys.argmax()] = False
-    rows = [np.flatnonzero(side) for side in (~held_out, held_out)]
+    if config.fold is not None and config.folds is not None:
+        if np.isin(all_keys, np.array([VAL_KEY, TRAIN_KEY], np.uint64)).any():
+            raise InputError(f"{name}: has a split of its own, and data.folds makes others; leave it out")
+        # Copies and groups lie in one place, so in one fold.
+        rows = folded(all_keys / 2.0**64, config.folds, config.fold, val_fraction, name)
+        digest.update(f"{config.fold}/{config.folds}".encode())
+    else:
+        held_out = all_keys < np.uint64(int(val_fraction * 2**64))
+        if not held_out.any():  # few pictures: the nearest to the border
+            held_out[all_keys.argmin()] = True
+        if held_out.all():
+            held_out[all_keys.argmax()] = False
+        rows = [np.flatnonzero(side) for side in (~held_out, held_out)]
     labelled = bool((all_labels >= 0).any())
-    train, val = (Split(whole, all_labels[side] if labelled else None, side) for side in rows)
-    spans = zip(whole.starts, parts, strict=True)
-    counts = [int((~held_out[start : start + len(part)]).sum()) for start, part in spans]
+    train, val, *test = (Split(whole, all_labels[side] if labelled else None, side) for side in rows)
+    bounds = np.searchsorted(rows[0], [*whole.starts, len(all_keys)])
+    counts = np.diff(bounds).tolist()
     looked = read_manifest(folders[0]).looked if len(folders) == 1 else {}
     filled = tuple(count for count in counts if count)
-    return Dataset(name, train, val, digest.hexdigest(), filled, tuple(classes), shape=volume, looked=looked)
+    return Dataset(
+        name,
+        train,
+        val,
+        digest.hexdigest(),
+        filled,
+        tuple(classes),
+        shape=volume,
+        looked=looked,
+        test=test[0] if test else None,
+    )
 
 
 @functools.lru_cache(256)

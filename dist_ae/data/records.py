@@ -7,10 +7,12 @@ import io
 import math
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+
+from dist_ae.errors import InputError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -117,6 +119,7 @@ class Dataset:
     train: Split
     val: Split
     fingerprint: str
+    test: Split | None = field(default=None, kw_only=True)  # of `data.fold`: it takes no part in training
     shards: tuple[int, ...] | None = None  # training images of each shard, in order, where the data comes in shards
     classes: tuple[str, ...] = ()  # names of the labels
     shape: tuple[int, ...] | None = None  # of one record outside, where it is no image: (D,), (C, L) or (C, D, H, W)
@@ -128,6 +131,32 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    def with_scaling(self, scaling: Scaling | None, scale: Literal["auto", "none", "standard", "range"]) -> Dataset:
+        """The same records on another scale, the training part's."""
+        train, val = (split.with_scaling(scaling) for split in (self.train, self.val))
+        test = None if self.test is None else self.test.with_scaling(scaling)
+        return replace(self, train=train, val=val, test=test, scale=scale)
+
+
+def folded(places: Array, folds: int, fold: int, val_fraction: float, what: str) -> list[Array]:
+    """Rows of training, validation and test, by the places of records on [0, 1).
+
+    Fold ``fold``, from 1, is tested on. Of the others a share is held out, and chooses the best weights.
+
+    Raises:
+        InputError: too few records for that.
+    """
+    at = places * folds
+    part = np.minimum(at.astype(np.int64), folds - 1)
+    test = part == fold - 1
+    val = ~test & (at - part < val_fraction)
+    if not val.any() and not test.all():
+        val[np.where(test, np.inf, at - part).argmin()] = True
+    sides = [np.flatnonzero(side) for side in (~test & ~val, val, test)]
+    if not all(map(len, sides)):
+        raise InputError(f"{what}: too few records for data.folds {folds}: fold {fold} leaves a side empty; use fewer")
+    return sides
 
 
 def is_mapped(images: Images) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from dist_ae.config import Config, DataConfig, InputError
@@ -72,6 +71,8 @@ def load(config: DataConfig) -> Dataset:
             f"unknown dataset {shown(name)!r}: {hint}expected {', '.join(NAMED)}, folder:PATH, tar:PATTERN, hf:NAME, "
             "table:PATH, packed:PATH, array:PATH, or the path of a folder, array file, table or packed set"
         )
+    if config.fold is not None:
+        raise InputError(f"data.folds divides tables, arrays and pictures, and {name} has a split of its own")
     if config.root is not None and not config.root.is_dir():
         raise InputError(f"data root {shown(config.root)} does not exist or is not a folder")
     train, val = NAMED[name](config)
@@ -122,8 +123,7 @@ def _formed(dataset: Dataset, config: DataConfig) -> Dataset:
     scaling = scaling_of(dataset.train, config.scale, missing=False)
     if scaling is None:
         return dataset
-    train, val = (split.with_scaling(scaling) for split in (dataset.train, dataset.val))
-    return replace(dataset, train=train, val=val, scale="standard" if scaling.standardized else "range")
+    return dataset.with_scaling(scaling, "standard" if scaling.standardized else "range")
 
 
 def located(config: Config, root: Path | None) -> Config:
