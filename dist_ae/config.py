@@ -179,6 +179,11 @@ class ModelConfig(Section):
         max_length=10,
     )
     blocks: int = trajectory(1, "residual blocks of a conv at each resolution", gt=0, le=100)
+    norm: Literal["image", "position"] = trajectory(
+        "image",
+        "what a conv normalizes over: a whole image, or the channels of each position, so that pictures of any size "
+        "are coded alike",
+    )
     code: Literal["grid", "vector"] = trajectory(
         "grid",
         "code of a conv: a grid, 1 / 2^len(widths) as high and wide as the image, or as long as the signal; or one "

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -188,8 +189,11 @@ def _headline(prepared: Prepared, learner: Learner, state: State) -> str:
 
 
 def _counted(dataset: Dataset) -> str:
-    images, count = dataset.train.images, f"{len(dataset.train):,}"
-    return f"{len(images)} pictures, an epoch of {count} crops:" if isinstance(images, Crops) else count
+    train = dataset.train
+    count = f"{len(train):,}"
+    if not isinstance(train.images, Crops) or train.rows is None:
+        return count
+    return f"{len(np.unique(train.rows >> 33)):,} pictures, an epoch of {count} crops:"
 
 
 def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) -> Tracking:

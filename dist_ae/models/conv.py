@@ -5,6 +5,7 @@ Of signals [C, 1, L], which have one row, kernels, strides and patches have one 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -41,21 +42,29 @@ class Convolution(nn.Module):
 class Block(nn.Module):
     """x + second(act(first(act(norm(x))))). ``second`` starts at zero, and a mask drops channels before it."""
 
-    def __init__(self, width: int, size: Size, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, width: int, size: Size, activation: Callable[[Tensor], Tensor], local: bool) -> None:
         super().__init__()
         self.width, self.activation = width, activation
-        self.norm = nn.GroupNorm(1, width)  # over one image, never over the batch
+        # Over the channels of a position, or over one image; never over the batch.
+        self.norm = nn.LayerNorm(width) if local else nn.GroupNorm(1, width)
         self.first, self.second = Convolution(width, width, size), Convolution(width, width, size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        normed = self.norm(x) if devices.keeps_channels_last(x.device) else normalized(x, self.norm)
+        normed = normalized(x, self.norm)
         hidden = self.activation(self.first(self.activation(normed)))
         changed: Tensor = self.second(hidden if mask is None else hidden * mask)
         return x + changed
 
 
-def normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """What a GroupNorm of one group gives, in the order of x's memory: CUDA's own would copy it in every block."""
+def normalized(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm) -> Tensor:
+    """A norm of [B, C, H, W] in the order of its memory: CUDA's own GroupNorm would copy it in every block."""
+    normed: Tensor
+    if isinstance(norm, nn.LayerNorm):
+        normed = norm(x.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
+    if devices.keeps_channels_last(x.device):
+        normed = norm(x)
+        return normed
     variance, mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, (1, 2, 3), correction=0, keepdim=True)
     weight, bias = (parameter.view(1, -1, 1, 1) for parameter in (norm.weight, norm.bias))
     scale = torch.rsqrt(variance + norm.eps) * weight
@@ -144,7 +153,8 @@ class Conv(Autoencoder):
             bernoulli=config.objective.likelihood == "bernoulli",
             learned_sigma=config.objective.sigma == "learned",
         )
-        act = self.activation = ACTIVATIONS[model.activation]
+        act, local = ACTIVATIONS[model.activation], model.norm == "position"
+        self.activation = act
         predicted = size * (2 if model.variational else 1)
         # Blocks begin at half the resolution; at full resolution they would cost four times as much.
         down: list[nn.Module] = [Convolution(channels, widths[0], size_of(4), self.step)]
@@ -153,8 +163,8 @@ class Conv(Autoencoder):
             if level:
                 down.append(Down(widths[level - 1], breadth, self.step))
                 up.insert(0, Up(breadth, widths[level - 1], self.step))
-            down += [Block(breadth, kernel, act) for _ in range(model.blocks)]
-            up = [*(Block(breadth, kernel, act) for _ in range(model.blocks)), *up]
+            down += [Block(breadth, kernel, act, local) for _ in range(model.blocks)]
+            up = [*(Block(breadth, kernel, act, local) for _ in range(model.blocks)), *up]
         self.encoder = nn.ModuleList(down)
         self.to_code: Layer
         self.from_code: Layer
@@ -178,6 +188,29 @@ class Conv(Autoencoder):
         self.zeros = ("to_code", "to_pixels", *(f"{name}.second" for name in blocks))
         self.mask_shapes = tuple((block.width, 1, 1) for block in blocks.values())
         self.encoder_masks = len(blocks) // 2
+
+    def at(self, height: int, width: int) -> Conv | None:
+        if self.vector:
+            return None
+        other = copy.copy(self)  # shares all tensors
+        other.image_shape = (self.image_shape[0], height, width)
+        other.code_shape = (self.code_shape[0], -(-height // self.patch[0]), -(-width // self.patch[1]))
+        return other
+
+    def reach(self) -> int | None:
+        if self.vector or any(isinstance(layer, nn.GroupNorm) for layer in self.modules()):
+            return None
+        pixels = 0
+        for layers in (self.encoder, self.decoder):
+            scale = 2 if layers is self.encoder else self.patch[1]
+            for layer in layers:
+                if isinstance(layer, Down | Up):
+                    scale = 2 * scale if isinstance(layer, Down) else scale // 2
+                elif isinstance(layer, Block):
+                    pixels += 2 * scale  # two kernels of 3 × 3
+        # The first kernel of 4 × 4, the last of 3 × 3, and those before and after the code; then whole patches.
+        pixels += 2 + 2 + 2 * self.patch[1]
+        return (-(-pixels // self.patch[1]) + 1) * self.patch[1]
 
     def encode_raw(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
         padded = pad_to_multiple(images, self.patch).contiguous(memory_format=torch.channels_last)

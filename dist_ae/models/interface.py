@@ -126,6 +126,14 @@ class Autoencoder(nn.Module):
         """codes [B, *code_shape] → [B, C, H, W]: logits of a Bernoulli model, pixels on [-1, 1] of a Gaussian one."""
         raise NotImplementedError
 
+    def at(self, height: int, width: int) -> Autoencoder | None:
+        """The same weights for images of another size; None where the model has one size."""
+        return None
+
+    def reach(self) -> int | None:
+        """Pixels beyond which nothing of an image changes what is made of a pixel; None where all of it does."""
+        return None
+
     def matrices(self) -> list[nn.Parameter]:
         """The parameters that Muon may treat as matrices; the others go to its Adam."""
         return [p for p in self.parameters() if p.ndim == 2]

@@ -32,7 +32,7 @@ def initialize(model: M, seed: int) -> M:
             continue
         owner, _, kind = name.rpartition(".")
         layer = model.get_submodule(owner)
-        if isinstance(layer, nn.GroupNorm):
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
             parameter.fill_(1.0 if kind == "weight" else 0.0)
             continue
         if owner in model.zeros:

@@ -49,6 +49,13 @@ Root = Annotated[
 ]
 Format = Literal["torch", "onnx", "safetensors"]
 Part = Literal["whole", "encoder", "decoder"]
+Size = Annotated[
+    Literal["own", "model"] | None,
+    tyro.conf.arg(
+        help="of pictures: their own, piece by piece, or the model's; left out, their own where the run was trained on "
+        "crops (--data.crop)."
+    ),
+]
 
 
 def evaluate_run(
@@ -146,22 +153,33 @@ def evaluate_run(
 
 
 def reconstruct_run(
-    run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
+    run_dir: RunDir,
+    images: Images = None,
+    out: Path | None = None,
+    size: Size = None,
+    which: Which = "best",
+    data_root: Root = None,
 ) -> Path:
     """Writes what the model makes of images; noisy images come out denoised.
 
     Args:
         out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder,
-            a .png for each image; left out, RUN_DIR/reconstructions.npy.
+            a picture for each image; left out, RUN_DIR/reconstructions.npy. Of pictures at their own size: a folder,
+            or the file of a single one (.png, .jpg, .webp, .tif); left out, RUN_DIR/reconstructions.
     """
     from dist_ae.data import sources
     from dist_ae.use.reconstructions import forms, write_reconstructions
     from dist_ae.use.trained import images_of, load
+    from dist_ae.use.whole import own_size, write_whole_pictures
     from dist_ae.use.write import destination, reads_of
 
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
+    if (whole := own_size(trained, images, out, size)) is not None:
+        return write_whole_pictures(
+            trained, whole[0], destination(reads, run_dir, out, "reconstructions", whole[1]), reads
+        )
     out = destination(reads, run_dir, out, *forms(trained, "reconstructions", out))
     records = images_of(trained, images)
     return write_reconstructions(trained, records, out, reads, "original", "reconstruction")
@@ -172,20 +190,23 @@ def denoise_run(
     images: Noisy = None,
     out: Path | None = None,
     noise_std: float | None = None,
+    size: Size = None,
     which: Which = "best",
     data_root: Root = None,
 ) -> Path:
     """Writes noisy images without their noise: what `reconstruct` makes of them.
 
     Args:
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a .png for
-            each image; left out, RUN_DIR/denoised.npy.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a picture
+            for each image; left out, RUN_DIR/denoised.npy. Of pictures at their own size: a folder, or the file of a
+            single one (.png, .jpg, .webp, .tif); left out, RUN_DIR/denoised.
         noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
             images the run's evaluation.noise_std.
     """
     from dist_ae.data import sources
     from dist_ae.use.reconstructions import forms, write_reconstructions
     from dist_ae.use.trained import images_of, load
+    from dist_ae.use.whole import own_size, write_whole_pictures
     from dist_ae.use.write import destination, reads_of
 
     trained = load(run_dir, which)
@@ -194,6 +215,9 @@ def denoise_run(
         raise InputError(f"--noise-std: expected a standard deviation from 0 to {most}, got {noise_std}")
     trained.config = sources.located(trained.config, data_root)
     reads = reads_of(run_dir, trained, images)
+    if (whole := own_size(trained, images, out, size)) is not None:
+        out = destination(reads, run_dir, out, "denoised", whole[1])
+        return write_whole_pictures(trained, whole[0], out, reads, noise_std or 0.0)
     out = destination(reads, run_dir, out, *forms(trained, "denoised", out))
     records = images_of(trained, images)
     if noise_std is None and images is None:

@@ -1,0 +1,271 @@
+"""A model on whole pictures, whatever its own size: piece by piece, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dist_ae.config import InputError
+from dist_ae.data import deep
+from dist_ae.data.given import Given, file_names
+from dist_ae.data.names import with_prefix
+from dist_ae.data.pictures import (
+    EXTENSIONS,
+    PREFIXES,
+    Content,
+    Picture,
+    decode,
+    expand,
+    form_of,
+    open_source,
+    reason,
+    shown,
+)
+from dist_ae.data.reads import Reads
+from dist_ae.data.records import Array, Split
+from dist_ae.evaluate import fixed_noise
+from dist_ae.models import Autoencoder
+from dist_ae.use.trained import TrainedModel
+from dist_ae.use.write import write_into, write_whole
+
+ORIENTATION = 0x0112  # EXIF's tag
+ONE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", "")  # of a single picture
+CORE = 768  # pixels of a side of a piece; beside it comes what the model sees around it
+AT_ONCE = 64  # windows of the model's own size that are computed together
+
+
+def reconstructed(
+    model: Autoencoder, picture: Array, noise: Array | None = None, advance: Callable[[float], None] = lambda _: None
+) -> Array:
+    """What the model makes of a picture [C, H, W] of any size: the same type and size.
+
+    A convolution with a grid code and ``norm position`` sees only so far. Pieces with that much around them give its
+    result for the whole picture, to the last bits of float32. Any other model sees windows of its own size, of which
+    each overlaps the next by half and fades out towards its edges.
+
+    Args:
+        picture: uint8, uint16, or floats on [0, 1].
+        noise: float32 [C, H, W], added first.
+        advance: called with the share of the picture that is done.
+    """
+    largest = 1.0 if picture.dtype.kind == "f" else float(np.iinfo(picture.dtype).max)
+    result = np.empty(picture.shape, picture.dtype)
+    device = next(model.parameters()).device
+
+    def taken(top: Any, left: Any) -> Tensor:
+        """Rows and columns of the picture, as the model takes them."""
+        part = np.asarray(picture[:, top][:, :, left], np.float32)
+        part = part / np.float32(largest) if largest > 1 else part
+        return torch.from_numpy(part if noise is None else part + noise[:, top][:, :, left]).to(device)
+
+    pieces = (
+        _pieces(model, picture.shape, taken) if model.reach() is not None else _windows(model, picture.shape, taken)
+    )
+    for rows, columns, values in pieces:
+        found = values.clamp(0, 1).cpu().numpy()
+        result[:, rows, columns] = found if largest == 1 else np.rint(found * np.float32(largest))
+        advance(rows.stop / picture.shape[1])
+    return result
+
+
+Taken = Callable[[Any, Any], Tensor]
+Pieces = Iterator[tuple[slice, slice, Tensor]]
+
+
+@torch.no_grad()
+def _pieces(model: Autoencoder, shape: tuple[int, ...], taken: Taken) -> Pieces:
+    """Pieces of a picture with all around them that the model sees."""
+    _, height, width = shape
+    reach = model.reach()
+    assert reach is not None
+    for top in range(0, height, CORE):
+        for left in range(0, width, CORE):
+            bottom, right = min(top + CORE, height), min(left + CORE, width)
+            y, x = max(0, top - reach), max(0, left - reach)
+            given = taken(slice(y, bottom + reach), slice(x, right + reach))
+            sized = model.at(*given.shape[1:])
+            assert sized is not None
+            found = sized(given[None], None).reconstruction[0]
+            yield slice(top, bottom), slice(left, right), found[:, top - y : bottom - y, left - x : right - x]
+
+
+@torch.no_grad()
+def _windows(model: Autoencoder, shape: tuple[int, ...], taken: Taken) -> Pieces:
+    """Bands of a picture, of windows of the model's own size. Half windows stand over the edges, which are mirrored."""
+    _, height, width = shape
+    down, across = (max(1, side // 2) for side in model.image_shape[1:])
+    fade = _fade(model.image_shape[1], down)[:, None] * _fade(model.image_shape[2], across)
+    lefts = range(-across, width, across)
+    before: Tensor | None = None  # the lower half of the band above
+    for top in range(-down, height, down):
+        rows = _mirrored(top, model.image_shape[1], height)
+        columns = [_mirrored(left, model.image_shape[2], width) for left in lefts]
+        band = torch.zeros(shape[0], 2 * down, across * (len(lefts) + 1))
+        for start in range(0, len(lefts), AT_ONCE):
+            batch = torch.stack([taken(rows, each) for each in columns[start : start + AT_ONCE]])
+            found = model(batch, None).reconstruction.cpu()[:, :, : 2 * down, : 2 * across] * fade
+            for place, window in enumerate(found, start):
+                band[:, :, place * across : (place + 2) * across] += window
+        if before is not None:
+            bottom = min(top + down, height)
+            whole = (before + band[:, :down])[:, : bottom - top, across : across + width]
+            yield slice(top, bottom), slice(0, width), whole
+        before = band[:, down:]
+
+
+def _fade(size: int, half: int) -> Tensor:
+    """Weights of a window's pixels: they rise and fall so that two windows, half a window apart, add up to 1."""
+    if size == 1:
+        return torch.full((2,), 0.5)
+    return torch.sin(math.pi * (torch.arange(2 * half) + 0.5) / (2 * half)).square()
+
+
+def _mirrored(start: int, count: int, side: int) -> Array:
+    """``count`` places from ``start`` on a side of a picture, mirrored beyond its ends."""
+    places = np.arange(start, start + count) % (2 * side)
+    return np.where(places < side, places, 2 * side - 1 - places)
+
+
+# -- files
+
+
+class Kept(NamedTuple):
+    """What a picture says beside its pixels, which is written again."""
+
+    exif: Image.Exif
+    profile: bytes | None  # ICC, of its colours
+
+    @classmethod
+    def of(cls, content: Content, channels: int) -> Kept:
+        """Args:
+        channels: of the pixels that are written; the profile of other ones says nothing about them.
+        """
+        if not isinstance(content, str | bytes):
+            return cls(Image.Exif(), None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                exif, bands = image.getexif(), len(image.getbands())
+                exif.pop(ORIENTATION, None)  # the pixels are upright now
+                profile = image.info.get("icc_profile") if bands in (channels, channels + 1) else None
+                return cls(exif, profile)
+
+
+def write_picture(path: Path, pixels: Array, kept: Kept) -> None:
+    """Writes [C, H, W] of uint8 or uint16, in the form that the name says."""
+    if pixels.dtype == np.uint16:
+        path.write_bytes(deep.tiff(pixels) if path.suffix.lower() in (".tif", ".tiff") else deep.png(pixels))
+        return
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    quality: dict[str, Any] = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+    image.save(path, exif=kept.exif, icc_profile=kept.profile, **quality)
+
+
+def pictures_of(images: str | Path, exclude: Sequence[str]) -> tuple[list[Picture], bool]:
+    """The pictures of a source, and whether it is a single file.
+
+    Raises:
+        InputError: arrays, tables and packed sets, whose images have one size.
+    """
+    name = with_prefix(os.fspath(images))
+    if name.startswith(PREFIXES):
+        return list(open_source(name, exclude if name.startswith("folder:") else ()).pictures()), False
+    path = expand(name.removeprefix("array:"))
+    if path.suffix.lower().lstrip(".") not in EXTENSIONS or not os.path.isfile(path):
+        raise InputError(
+            f"{shown(os.fspath(images))}: expected a picture, a folder of pictures, tar:PATTERN or hf:NAME, which keep "
+            "their own size; --size model takes anything, at the model's size"
+        )
+    return [Picture(path.name, os.fspath(path))], True
+
+
+def write_whole_pictures(
+    trained: TrainedModel, pictures: Sequence[Picture], out: Path, reads: Reads, noise_std: float = 0.0
+) -> Path:
+    """Writes what the model makes of pictures at their own size: into a folder, or a single one to a file."""
+    model, config = trained.model, trained.config.data.model_copy(update={"image_size": None})
+    form = form_of(config, "grey" if model.image_shape[0] == 1 else "rgb")
+    endings = (".tif", ".tiff")
+    names = file_names(Given(Split(np.empty((len(pictures), 0))), [picture.name for picture in pictures]), endings)
+
+    def write(number: int, target: Path) -> None:
+        picture = pictures[number]
+        try:
+            pixels = decode(picture.content, form)
+            kept = Kept.of(picture.content, len(pixels))
+        except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
+            raise InputError(f"{shown(picture.name)}: cannot be read as a picture ({reason(error)})") from None
+        noise = None
+        if noise_std:
+            noise = fixed_noise(noise_std, range(number, number + 1), pixels.shape, torch.device("cpu"))[0].numpy()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        label = f"{names[number]}, {pixels.shape[2]:,} × {pixels.shape[1]:,}"
+        with share_of(label) as advance:
+            write_picture(target, reconstructed(model, pixels, noise, advance), kept)
+
+    if out.suffix:
+        return write_whole(out, lambda path: write(0, path))
+
+    def fill(folder: Path) -> None:
+        for number, name in enumerate(names):
+            write(number, folder / name)
+
+    return write_into(out, fill, reads)
+
+
+@contextmanager
+def share_of(label: str) -> Iterator[Callable[[float], None]]:
+    """A function to call with the share that is done; on a terminal it moves a bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda share: None
+        return
+    columns = (TextColumn(label, markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+def own_size(
+    trained: TrainedModel, images: str | Path | None, out: Path | None, size: Literal["own", "model"] | None
+) -> tuple[list[Picture], tuple[str, ...]] | None:
+    """The pictures that are taken at their own size, and the endings of what is written; None: at the model's size.
+
+    Args:
+        size: as asked for; None: their own where the run was trained on crops, and the pictures come as files.
+
+    Raises:
+        InputError: their own size is asked for, and not possible; says why.
+    """
+    crops = trained.config.data.crop is not None or trained.config.data.name == "photos"
+    if size == "model" or images is None or (size is None and not crops):
+        if size == "own":
+            raise InputError("--size own is about pictures; name some")
+        return None
+    channels = trained.model.image_shape[0]
+    if trained.config.model.record_shape is not None or channels not in (1, 3):
+        raise InputError("--size own is about pictures in grey or colour, and the run was trained on none")
+    try:
+        pictures, single = pictures_of(images, trained.config.data.exclude)
+    except InputError:
+        if size == "own":
+            raise
+        return None  # arrays and packed sets have the model's size
+    endings = ONE if single else ("",)
+    if size is None and out is not None and out.suffix and out.suffix not in endings:
+        return None  # one file of many pictures
+    return pictures, endings
