@@ -209,6 +209,54 @@ def pack(
     say(f"train from it: dist-ae train ae --data.name {shlex.quote(f'packed:{out}')}")
 
 
+def look(
+    source: Annotated[str, tyro.conf.Positional],
+    out: Path | None = None,
+    json: bool = False,
+    exclude: tuple[str, ...] = (),
+    image_size: int | None = None,
+    layout: Literal["auto", "table", "signals", "images", "images-last", "volumes"] = "auto",
+) -> None:
+    """Looks at pictures, an array or a table before anything is trained: one page, one table, JSON.
+
+    It counts what is ignored and why, sizes, modes and ranges, twins and look-alikes, classes, suspected masks, leaks
+    across a given split, and says what training would take.
+
+    Args:
+        source: folder:PATH, tar:PATTERN, hf:NAME, table:PATH, array:PATH, or the path of a folder, table or .npy.
+        out: .html, with the figures as .json beside it; left out, look-NAME.html in the current folder.
+        json: print the figures as JSON in place of the table.
+        exclude: patterns of the names of a folder's pictures, or columns of a table, to leave out.
+        image_size: that training is meant to use; left out, one is suggested.
+        layout: axes of an array, as of data.layout.
+    """
+    from dist_ae.config import DataConfig
+    from dist_ae.use.look import look_at, rows
+
+    found, paths = look_at(source, DataConfig(exclude=exclude, image_size=image_size, layout=layout), out)
+    if json:
+        from dist_ae.files import to_json
+
+        say(to_json(found.figures).decode().rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table, console = Table(show_header=False, box=None, padding=(0, 1)), Console()
+    for name, text in rows(found.figures):
+        table.add_row(Text(name), Text(text))
+    with console.capture() as shown_table:
+        console.print(table)
+    say(shown_table.get().rstrip("\n"))
+    for remark in found.figures["remarks"]:
+        say(f"note: {remark}")
+    if found.figures["training"]:
+        say(f"train on it: {found.figures['training']['command']}")
+    for path in paths:
+        _written(path)
+
+
 def doctor(
     run_dir: Annotated[Path | None, tyro.conf.Positional] = None,
     replay: bool = False,
@@ -290,6 +338,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], None]]] = {
     "export": (commands.export_run, _show_export),
     "explore": (commands.explore_run, _written),
     "prune": (commands.prune_run, _show_pruned),
+    "look": (look, lambda _: None),
     "pack": (pack, lambda _: None),
     "doctor": (doctor, lambda _: None),
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import cli
 from pictures import cut, make_folder
 from PIL import Image
 
@@ -86,3 +89,76 @@ def test_copies_across_a_split_that_is_given_are_said(tmp_path: Path) -> None:
     make_folder(tmp_path / "p" / "val", 4, sizes=False)  # the same pictures
     looked = load(DataConfig(name=f"folder:{tmp_path}/p", cache=tmp_path / "cache")).looked
     assert looked["leaks"] == 4 and looked["given_split"]
+
+
+def look_at(source: str, tmp_path: Path) -> tuple[dict[str, Any], str, str]:
+    """The figures, what was said, and the page."""
+    done = cli("look", source, "--out", str(tmp_path / "new" / "page.html"))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "new" / "page.json").read_text())
+    return figures, done.stdout, (tmp_path / "new" / "page.html").read_text()
+
+
+def test_look_counts_what_is_odd_in_a_folder_and_writes_a_page_a_table_and_json(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "p", 30)
+    for number in range(4):
+        first = root / "flower" / f"{2 * number:05d}.{'jpg' if 2 * number % 3 else 'png'}"
+        shutil.copy(first, root / f"twin{number}.png")
+        (root / "masks").mkdir(exist_ok=True)
+        Image.fromarray(np.array([[0, 255 - number]] * 2, np.uint8)).resize((40, 40)).save(
+            root / "masks" / f"{number}.png"
+        )
+    Image.new("L", (50, 40), 3).save(root / "<img src=x onerror=alert(1)>.png")
+    deep = np.random.default_rng(0).integers(7, 4096, (60, 60)).astype(np.uint16)
+    Image.fromarray(deep).save(root / "deep.png")
+    (root / "bad.png").write_text("no picture")
+    for name in ("notes.txt", "a.xyz", "b.xyz", ".hidden"):
+        (root / name).write_text("x")
+    before = sorted(root.rglob("*"))
+    figures, said, page = look_at(str(root), tmp_path)
+    assert sorted(root.rglob("*")) == before
+    assert (figures["pictures"], figures["unreadable"], figures["copies"]) == (40, 1, 8)
+    assert figures["flat"] == 1 and figures["ignored_suffixes"] == {".xyz": 2, ".txt": 1}
+    assert figures["ignored"] == {"not pictures": 3, "hidden": 1}
+    assert figures["deep"] == {"pictures": 1, "range": [float(deep.min()), float(deep.max())]}
+    assert figures["classes"] == {"flower": 15, "temple": 15, "masks": 4} and figures["modes"]["PNG I;16"] == 1
+    sizes = [Image.open(path).size for path in root.rglob("*.*g") if path.name not in ("bad.png",)]
+    assert figures["smallest"] == [min(width for width, _ in sizes), min(height for _, height in sizes)]
+    for sentence in ("4 of 41 pictures look like masks", "8 of 40 pictures have a twin", "1 picture cannot be read"):
+        assert any(sentence in remark for remark in figures["remarks"]) and sentence in said and sentence in page
+    assert "--data.image-size 32" in figures["training"]["command"] and "pictures" in said
+    assert "<img src=x" not in page and page.count("data:image/webp") >= 4 and "http" not in page
+    refused = cli("look", str(root), "--out", str(root / "page.html"))
+    assert refused.returncode == 2 and "lies in" in refused.stderr
+
+
+def test_look_finds_leaks_across_a_given_split_and_what_is_mostly_ignored(tmp_path: Path) -> None:
+    make_folder(tmp_path / "p" / "train", 10, sizes=False)
+    make_folder(tmp_path / "p" / "val", 4, sizes=False)
+    for number in range(40):
+        (tmp_path / "p" / f"{number}.raw").write_text("x")
+    figures, said, _ = look_at(f"folder:{tmp_path / 'p'}", tmp_path)
+    assert figures["leaks"] == 4 and figures["splits"] == {"train": 10, "val": 4}
+    assert "4 of the pictures held out by the source are copies" in said
+    assert "more is ignored than taken: 40 files against 14 pictures (40 .raw)" in said
+
+
+def test_look_asks_the_same_of_arrays_and_tables(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(50, 4))
+    values[7] = values[3]
+    values[:, 2] = 5
+    values[9, 0] = np.nan
+    np.save(tmp_path / "x.npy", values)
+    figures, said, _ = look_at(str(tmp_path / "x.npy"), tmp_path)
+    assert (figures["records"], figures["copies"], figures["missing"], figures["constant_channels"]) == (50, 2, 1, 1)
+    assert "--data.missing mask" in said and figures["range"][1] == 5
+    lines = [",".join(["a", "b", "c", "d", "name"])]
+    lines += [
+        ",".join(["" if np.isnan(v) else repr(float(v)) for v in row] + [f"n{i}"]) for i, row in enumerate(values)
+    ]
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    figures, said, page = look_at(str(tmp_path / "x.csv"), tmp_path)
+    assert (figures["records"], figures["copies"], figures["missing"], figures["constant_channels"]) == (50, 2, 1, 1)
+    assert figures["columns"]["c"] == {"low": 5.0, "high": 5.0, "missing": 0, "constant": True}
+    assert list(figures["no_numbers"]) == ["name"] and "--data.exclude name --data.missing mask" in said
+    assert "constant" in page

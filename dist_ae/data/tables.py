@@ -61,12 +61,12 @@ class Table:
                 column, and the way out.
         """
         self._pattern = pattern
-        self.paths = _paths(pattern)
+        self.paths = table_paths(pattern)
         self.label = config.label
-        types = _column_types(self.paths[0])
+        types = column_types(self.paths[0])
         self.columns = self._choose(types, config)
         for path in self.paths[1:]:
-            if lacking := [name for name in (*self.columns, *_some(self.label)) if name not in _column_types(path)]:
+            if lacking := [name for name in (*self.columns, *_some(self.label)) if name not in column_types(path)]:
                 raise InputError(f"{shown(path)}: has no column {lacking[0]!r}, which {shown(self.paths[0])} has")
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         chosen = json.dumps([FORMAT, stats, self.columns, self.label])
@@ -142,7 +142,7 @@ def _some(name: str | None) -> tuple[str, ...]:
     return () if name is None else (name,)
 
 
-def _paths(pattern: str) -> list[Path]:
+def table_paths(pattern: str) -> list[Path]:
     whole = expand(pattern)
     if whole.is_dir():
         found = sorted(path for path in whole.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -182,7 +182,7 @@ def _delimiter(path: Path) -> str:
     return max(counts, key=lambda each: counts[each]) if any(counts.values()) else ","
 
 
-def _column_types(path: Path) -> dict[str, str]:
+def column_types(path: Path) -> dict[str, str]:
     """What each column of a file holds: ``number``, or in words what else."""
     pa = _pyarrow()
     try:
