@@ -145,7 +145,11 @@ def _refuse_early(config: Config) -> None:
         return
     preset, batch = PRESETS.get(config.name), config.train.batch_size
     typed = preset is None or batch != preset.train.batch_size
-    count = open_source(config.data.name, config.data.exclude).count if config.data.name.startswith("folder:") else None
+    count = (
+        open_source(config.data.name, config.data.exclude, config.data.links == "follow").count
+        if config.data.name.startswith("folder:")
+        else None
+    )
     if count is not None and count < 2:
         raise InputError(
             f"{config.data.name}: {count} picture cannot be split into training and validation; at least 2 are needed"

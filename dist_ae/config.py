@@ -149,6 +149,9 @@ class DataConfig(Section):
     exclude: tuple[str, ...] = trajectory(
         (), "columns of a table to leave out, or patterns of the names of a folder's pictures, such as 'masks/*'"
     )
+    links: Literal["inside", "follow"] = trajectory(
+        "inside", "follow takes pictures that links of a folder lead to, wherever they lie, as in caches of data tools"
+    )
     label: str | None = trajectory(None, "column of a table that is no input: the classes of its rows")
     corrupt: Literal["refuse", "skip"] = free("refuse", "what to do about pictures that cannot be read")
     cache: Path | None = free(None, "folder for what pictures are packed into; left out, ~/.cache/dist_ae")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +165,55 @@ def test_look_asks_the_same_of_arrays_and_tables(tmp_path: Path) -> None:
     assert figures["columns"]["c"] == {"low": 5.0, "high": 5.0, "missing": 0, "constant": True}
     assert list(figures["no_numbers"]) == ["name"] and "--data.exclude name --data.missing mask" in said
     assert "constant" in page
+
+
+def test_every_suffix_that_pillow_reads_is_a_picture_and_others_name_their_converter(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    kinds = {"pgm": "L", "ppm": "RGB", "jfif": "RGB", "jp2": "RGB", "tga": "RGB", "avif": "RGB", "qoi": "RGB"}
+    made = []
+    for suffix, mode in kinds.items():
+        with contextlib.suppress(OSError, KeyError, ValueError):  # of Pillow built without that codec
+            cut(1, 24, 24).convert(mode).save(tmp_path / "p" / f"a.{suffix}", "JPEG" if suffix == "jfif" else None)
+            made.append(suffix)
+    for path in (tmp_path / "p").iterdir():  # what a codec that is missing began
+        if path.suffix[1:] not in made:
+            path.unlink()
+    assert {"pgm", "ppm", "jfif"} <= set(made)
+    dataset = load(DataConfig(name=f"folder:{tmp_path}/p", cache=tmp_path / "cache"))
+    assert len(dataset.train) + len(dataset.val) == len(made)
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "x.dcm").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"\.dcm: pydicom reads it"):
+        load(DataConfig(name=f"folder:{tmp_path}/scans"))
+
+
+def test_links_into_a_cache_are_followed_on_request_and_what_is_met_twice_counts_once(tmp_path: Path) -> None:
+    store = make_folder(tmp_path / "store", 8, sizes=False, classes=())
+    (tmp_path / "p" / "real").mkdir(parents=True)
+    for number, path in enumerate(sorted(store.iterdir())):
+        (tmp_path / "p" / f"link{number}{path.suffix}").symlink_to(path)
+    config = DataConfig(name=f"folder:{tmp_path}/p", cache=tmp_path / "cache")
+    with pytest.raises(InputError, match=r"--data\.links follow"):
+        load(config)
+    follow = config.model_copy(update={"links": "follow"})
+    dataset = load(follow)
+    assert len(dataset.train) + len(dataset.val) == 8 and dataset.looked["copies"] == 0
+    (tmp_path / "p" / "again").symlink_to(store, target_is_directory=True)  # what the links lead to, once more
+    (tmp_path / "p" / "real" / "loop").symlink_to(tmp_path / "p", target_is_directory=True)
+    cut(30, 24, 24).save(tmp_path / "p" / "real" / "own.png")
+    (tmp_path / "p" / "twice.png").symlink_to(tmp_path / "p" / "real" / "own.png")
+    dataset = load(follow)
+    assert len(dataset.train) + len(dataset.val) == 9
+
+
+def test_two_labels_under_one_stem_of_a_tar_are_refused_by_name(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("22.05", "22.06"):
+            content = io.BytesIO()
+            cut(len(name), 24, 24).save(content, "png")
+            for suffix, data in (("png", content.getvalue()), ("cls", b"3")):
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(InputError, match=r"22\.05\.cls and 22\.06\.cls label one sample.*first dot \(22\)"):
+        load(DataConfig(name=f"tar:{tmp_path}/x.tar", cache=tmp_path / "cache"))

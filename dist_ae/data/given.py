@@ -274,7 +274,10 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
         names = [name for pair in zip(folders, manifests, strict=True) for name in packed_names(*pair)]
         return Given(Split(Shards(parts)), names)
     if name.startswith(PREFIXES):
-        source = paged(open_source(name, config.exclude if name.startswith("folder:") else ()), config.pages)
+        source = paged(
+            open_source(name, config.exclude if name.startswith("folder:") else (), config.links == "follow"),
+            config.pages,
+        )
         return _decode_pictures(source.pictures(), source.count, shown(name), config, shapes)
     path = expand(name.removeprefix("array:"))
     if _is_picture(path.name):

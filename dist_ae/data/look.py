@@ -69,7 +69,7 @@ def look(name: str, config: DataConfig) -> Found:
 
 
 def _pictures(name: str, config: DataConfig) -> Found:
-    source = open_source(name, config.exclude)
+    source = open_source(name, config.exclude, config.links == "follow")
     form = form_of(config, "rgb", (SIDE, SIDE))
     facts: list[Facts] = []
     chosen: list[tuple[str, str | int | None, str | None]] = []  # name, label, split

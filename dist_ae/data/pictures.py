@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -30,7 +31,17 @@ from dist_ae.data.facts import DEEP, Facts, digest_of, small_copy
 from dist_ae.data.records import Array
 from dist_ae.terminal import first_line
 
-EXTENSIONS = frozenset(("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"))
+# What Pillow reads as pixels. Not PostScript, which is a program, and no containers of scientific data.
+_READ = """apng avif avifs bmp dib gif icns ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx pbm pcx pfm pgm png pnm ppm
+    psd qoi ras sgi tga tif tiff webp xbm xpm"""
+_HEIC = ("heic", "heif") if importlib.util.find_spec("pillow_heif") else ()
+EXTENSIONS = frozenset((*_READ.split(), *_HEIC))
+# What is no picture to Pillow, and who turns it into one that is.
+CONVERTERS = {
+    "heic": "pip install pillow-heif", "heif": "pip install pillow-heif", "dcm": "pydicom", "nii": "nibabel",
+    "h5": "h5py", "hdf5": "h5py", "zarr": "zarr", "raw": "rawpy", "dng": "rawpy", "nef": "rawpy", "cr2": "rawpy",
+    "svg": "cairosvg", "pdf": "pdf2image",
+}  # fmt: skip
 VALIDATION = ("val", "valid", "validation", "test")  # names of the split that is held out, the first that is there
 PREFIXES = ("folder:", "tar:", "hf:")
 MAX_MEMBER = 128 << 20  # bytes of a picture in a tar, which is held in memory; a sparse one may say anything
@@ -89,17 +100,18 @@ def shown(name: str | Path) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def open_source(name: str, exclude: Sequence[str] = ()) -> Source:
+def open_source(name: str, exclude: Sequence[str] = (), follow: bool = False) -> Source:
     """The source behind ``folder:PATH``, ``tar:PATTERN``, ``hf:NAME`` or the path of a folder.
 
     Args:
         exclude: patterns of the names of a folder's pictures that are left out, such as ``masks/*``.
+        follow: links of a folder are followed, wherever they lead.
 
     Raises:
         InputError: nothing of that name, no pictures in it, or it cannot be read.
     """
     if name.startswith("folder:") or os.path.isdir(expand(name)):
-        return folder(name.removeprefix("folder:"), exclude)
+        return folder(name.removeprefix("folder:"), exclude, follow)
     if exclude:
         raise InputError(
             f"data.exclude leaves out pictures of a folder or columns of a table, and {shown(name)} is none"
@@ -170,7 +182,7 @@ def _page_count(content: str | bytes) -> int:
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def folder(path: str, exclude: Sequence[str] = ()) -> Source:
+def folder(path: str, exclude: Sequence[str] = (), follow: bool = False) -> Source:
     """Pictures of a folder and its sub-folders, whose first level names the classes.
 
     Where there are ``train/`` and ``val/`` or ``test/``, they are the splits, and the level below names the classes. In
@@ -178,7 +190,7 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Source:
     score`, since weights and thresholds that are chosen on defects find none.
     """
     root = os.fspath(expand(path))
-    everything, ignored = scan(root)
+    everything, ignored = scan(root, follow)
     entries = [each for each in everything if not any(fnmatch.fnmatchcase(each[0], pattern) for pattern in exclude)]
     if len(entries) < len(everything):
         ignored["excluded"] += len(everything) - len(entries)
@@ -191,7 +203,7 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Source:
             )
         raise InputError(
             f"{shown(root)}: no pictures in it{f' (ignored: {beside})' if beside else ''}; expected files that end in "
-            f"{', '.join('.' + name for name in sorted(EXTENSIONS))}"
+            f".jpg, .png, .tif, .webp or whatever else Pillow reads{_way_out(root, ignored)}"
         )
     tops = {name.partition("/")[0] for name, _, _ in entries if "/" in name}
     inner = {tuple(name.split("/")[:2]) for name, _, _ in entries}
@@ -223,10 +235,21 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Source:
             yield Picture(name, os.path.join(root, name), None if label == parts[-1] else label, split)
 
     def identify() -> str:
-        return identity_of(each for each in scan(root)[0] if not any(fnmatch.fnmatchcase(each[0], p) for p in exclude))
+        return identity_of(
+            each for each in scan(root, follow)[0] if not any(fnmatch.fnmatchcase(each[0], p) for p in exclude)
+        )
 
     notes = _of_masks(kept)
     return Source(identity_of(entries), pictures, identify, len(kept), ignored=dict(ignored), notes=notes)
+
+
+def _way_out(root: str, ignored: Mapping[str, int]) -> str:
+    """What makes pictures of what lies in a folder without any."""
+    if ignored.get(LINKS_OUT) or ignored.get(LINKS_TO_FOLDERS):
+        return "; --data.links follow takes pictures that links lead to"
+    suffixes = Counter(name.rpartition(".")[2].lower() for _, _, names in os.walk(root) for name in names)
+    found = [suffix for suffix, _ in suffixes.most_common() if suffix in CONVERTERS]
+    return f"; .{found[0]}: {CONVERTERS[found[0]]} reads it" if found else ""
 
 
 def _only_good(names: Iterable[str]) -> bool:
@@ -262,32 +285,49 @@ def _of_masks(names: Sequence[str]) -> tuple[str, ...]:
 Entry = tuple[str, int, int]  # relative name, bytes, nanoseconds of the last change
 
 
-def scan(root: str) -> tuple[list[Entry], Counter[str]]:
+LINKS_OUT, LINKS_TO_FOLDERS = "links that lead out of the folder", "links to folders"
+
+
+def scan(root: str, follow: bool = False) -> tuple[list[Entry], Counter[str]]:
     """The pictures below a folder, sorted by name, and how much of what else was ignored.
 
     Opens no file: 10^5 pictures take about 1 s.
+
+    Args:
+        follow: links are followed. What is met twice, by a loop or by a link beside its target, counts once.
     """
     found: list[Entry] = []
     ignored: Counter[str] = Counter()
     pending, real = [""], os.path.realpath(root)
+    met = {real}
     try:
         while pending:
             prefix = pending.pop()
             with os.scandir(os.path.join(root, prefix)) as entries:
-                for entry in entries:
+                for entry in sorted(entries, key=lambda each: (each.is_symlink(), each.name)) if follow else entries:
                     name = entry.name
+                    is_link = entry.is_symlink()
                     if name.startswith("."):
                         ignored["hidden"] += 1
-                    elif entry.is_dir(follow_symlinks=False):
-                        pending.append(f"{prefix}{name}/")
+                    elif entry.is_dir(follow_symlinks=False) or (follow and is_link and os.path.isdir(entry.path)):
+                        if not follow:
+                            pending.append(f"{prefix}{name}/")
+                        elif (target := os.path.realpath(entry.path)) not in met:
+                            met.add(target)
+                            pending.append(f"{prefix}{name}/")
+                        else:
+                            ignored["met before by another link"] += 1
                     elif name.rpartition(".")[2].lower() not in EXTENSIONS:
-                        is_link = entry.is_symlink() and os.path.isdir(entry.path)
-                        ignored["links to folders" if is_link else "not pictures"] += 1
-                    elif entry.is_symlink() and not os.path.realpath(entry.path).startswith(real + os.sep):
-                        ignored["links that lead out of the folder"] += 1
-                    elif not (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()):
+                        ignored[LINKS_TO_FOLDERS if is_link and os.path.isdir(entry.path) else "not pictures"] += 1
+                    elif is_link and not follow and not os.path.realpath(entry.path).startswith(real + os.sep):
+                        ignored[LINKS_OUT] += 1
+                    elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
                         ignored["not files"] += 1
+                    elif follow and (target := os.path.realpath(entry.path)) in met:
+                        ignored["met before by another link"] += 1
                     else:
+                        if follow:
+                            met.add(target)
                         stat = entry.stat()
                         found.append((prefix + name, stat.st_size, stat.st_mtime_ns))
     except OSError as error:
@@ -364,6 +404,7 @@ def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
     held = 0  # bytes of the sample
     label: str | int | None = None
     key = None
+    labels: dict[str, str] = {}  # of the sample: the member that gave it, by its kind
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
@@ -374,7 +415,7 @@ def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
                     continue
                 if key != (folder_name, stem):
                     yield from (Picture(f"{base}/{name}", content, label) for name, content in sample)
-                    sample, label, key, held = [], None, (folder_name, stem), 0
+                    sample, label, key, held, labels = [], None, (folder_name, stem), 0, {}
                 if extension in EXTENSIONS or extension in ("cls", "json"):
                     is_picture = extension in EXTENSIONS
                     if member.size > (MAX_MEMBER if is_picture else MAX_LABEL):  # of a sparse one, what it expands to
@@ -393,6 +434,11 @@ def _tar_pictures(path: str, base: str) -> Iterator[Picture]:
                     if is_picture:
                         sample.append((member.name, content))
                     else:
+                        if (first := labels.setdefault(extension, member.name)) != member.name:
+                            raise InputError(
+                                f"{shown(path)}: {shown(first)} and {shown(member.name)} label one sample, since its "
+                                f"name ends at the first dot ({shown(stem)}); name members without further dots"
+                            )
                         label = _tar_label(content, extension, f"{shown(path)}: {shown(member.name)}", label)
             yield from (Picture(f"{base}/{name}", content, label) for name, content in sample)
             assert archive.fileobj is not None
@@ -552,6 +598,8 @@ def _opened(content: Content) -> Iterator[Image.Image]:
     if isinstance(content, Image.Image):
         yield content
         return
+    if _HEIC and isinstance(content, str) and content.lower().endswith(_HEIC):
+        importlib.import_module("pillow_heif").register_heif_opener()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures, odd tags and palettes, and reads them
         with _file(content) as image:

@@ -49,7 +49,7 @@ def load(config: DataConfig) -> Dataset:
             "it lies; leave it out, and where the images have moved, put their new place into data.name"
         )
     if name.startswith(PREFIXES):
-        packed = cached(name, open_source(name, config.exclude), config, _cache(config))
+        packed = cached(name, open_source(name, config.exclude, config.links == "follow"), config, _cache(config))
         return _pictures(shown(name), [packed], config)
     if name.startswith("packed:"):
         sets = packed_sets(name.removeprefix("packed:"))

@@ -252,6 +252,11 @@ def explained_rendezvous(seconds: float) -> Iterator[None]:
             raise
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".?")
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise Fault(
+                f"{where} is in use, most likely by another launch on this machine: give this one a port of its own "
+                "(accelerate launch --main_process_port PORT, torchrun --master-port PORT, or MASTER_PORT)"
+            ) from error
         raise Fault(
             f"host {socket.gethostname()} did not meet all {world} processes at {where} (time-out {seconds:g} s, "
             f"train.timeout): {reason}. Another process ended first, or a host cannot be reached; "
