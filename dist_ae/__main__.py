@@ -145,7 +145,7 @@ def pack(
     source: Annotated[str, tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.Positional],
     image_size: int | None = None,
-    fit: Literal["crop", "pad", "stretch"] = "crop",
+    fit: Literal["crop", "pad", "stretch", "whole"] = "crop",
     channels: Literal["auto", "grey", "rgb"] = "auto",
     background: str = "white",
     bits: Literal["auto", "8", "16"] = "auto",
@@ -202,6 +202,7 @@ def pack(
     skipped = f", {manifest.unreadable:,} skipped that cannot be read" if manifest.unreadable else ""
     ignored = "".join(f", {count:,} ignored: {what}" for what, count in manifest.ignored.items())
     shape = "×".join(map(str, manifest.record_shape or manifest.image_shape or ()))
+    shape = "their own sizes" if manifest.whole else shape
     say(f"{manifest.images:,} pictures of {shape}, {sum(sizes):,} bytes{skipped}{ignored}")
     for remark in (of_16_bits(manifest), of_pages(manifest), *remarks(manifest.looked)):
         if remark:

@@ -90,8 +90,10 @@ class DataConfig(Section):
     image_size: int | None = trajectory(
         None, "height and width that pictures get; left out, they must all have one size", gt=0, le=4096
     )
-    fit: Literal["crop", "pad", "stretch"] | None = trajectory(
-        None, "how a picture becomes square: crop its middle (the default), pad its shorter side, or stretch it"
+    fit: Literal["crop", "pad", "stretch", "whole"] | None = trajectory(
+        None,
+        "how a picture becomes square: crop its middle (the default), pad its shorter side, or stretch it; whole, the "
+        "default with data.crop: it keeps its shape, and image_size is its shorter side",
     )
     crop: int | None = trajectory(
         None,

@@ -11,12 +11,15 @@ import pytest
 from conftest import forked, metrics, relative_difference, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dist_ae
 from dist_ae import PRESETS, Config
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.crops import Crops, Whole, placed
-from dist_ae.data.records import Split, span
+from dist_ae.data.crops import Crops, placed
+from dist_ae.data.pack import pack_source
+from dist_ae.data.packed import examine_packed
+from dist_ae.data.records import Split, Whole, span
 from dist_ae.data.sources import load
 
 RANDOM = np.random.default_rng(0)
@@ -126,3 +129,37 @@ def test_an_epoch_takes_as_many_crops_of_a_picture_as_it_is_told(tmp_path: Path)
     pictures = len(PICTURES) - 2
     assert len(usual.train) == pictures * 2 * 3 and len(told.train) == pictures * 10 and len(told.val) == len(usual.val)
     assert span(usual.val, range(len(usual.val))).shape == (2 * 6, 3, 16, 16)
+
+
+def test_whole_pictures_of_any_sizes_are_packed_once_and_crops_are_cut_where_they_are_read(tmp_path: Path) -> None:
+    folder, sizes = tmp_path / "pictures", [(40, 61), (33, 20), (90, 35), (15, 80), (64, 64), (50, 41)]
+    folder.mkdir()
+    pictures = [RANDOM.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    packed = DataConfig(name=f"folder:{folder}", crop=16, cache=tmp_path / "cache", val_fraction=0.3)
+    dataset = load(packed)
+    found = [dataset.train.images, dataset.val.images]
+    assert all(isinstance(each, Crops) for each in found) and dataset.image_shape == (3, 16, 16)
+    crops = found[0]
+    assert isinstance(crops, Crops) and isinstance(crops.pictures, Whole)
+    for number, picture in enumerate(pictures):
+        assert np.array_equal(crops.pictures.picture(number), picture.transpose(2, 0, 1))
+    # The one that is too low for a crop is left out; each other is on one side.
+    sides = [set((side.rows >> 33).tolist()) for side in (dataset.train, dataset.val) if side.rows is not None]
+    assert sides[0] | sides[1] == {0, 1, 2, 4, 5} and not sides[0] & sides[1]
+    # Several shards, `image_size` as the shorter side, and 16 bits.
+    out = tmp_path / "out"
+    Image.fromarray(pictures[0][..., 0].astype(np.uint16) * 257 + 5).save(folder / "deep.png")
+    pack_source(f"folder:{folder}", out, DataConfig(name="digits", fit="whole", image_size=30), shard_bytes=12_000)
+    assert len(list(out.glob("images-*.npy"))) > 3 and all(whole for whole, _ in examine_packed(out))
+    again = load(DataConfig(name=f"packed:{out}", crop=16))
+    assert isinstance(again.train.images, Crops) and again.train.images.dtype == np.uint16
+    assert again.train.images.sizes.min(1).tolist() == [30] * 7
+    assert sorted(again.train.images.sizes.max(1).tolist()) == [30, 37, 46, 46, 50, 77, 160]
+    with pytest.raises(InputError, match=r"--data\.crop 64"):
+        load(DataConfig(name=f"packed:{out}"))
+    # Damage is found before anything is read.
+    (out / "sizes-00000.npy").write_bytes((out / "sizes-00000.npy").read_bytes()[:-8] + b"\xff" * 8)
+    with pytest.raises(InputError, match=r"sizes-00000\.npy"):
+        load(DataConfig(name=f"packed:{out}", crop=16))

@@ -18,8 +18,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.crops import Crops, Whole
+from dist_ae.data.crops import Crops
 from dist_ae.data.pictures import Form, braces, decode, open_source, scan
+from dist_ae.data.records import Whole
 from dist_ae.data.sources import load
 
 RGB = Form(None)

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.records import Array, Dataset, Shards, Split, is_mapped, read_ahead
+from dist_ae.data.records import Array, Dataset, Shards, Split, Whole, is_mapped, read_ahead
 from dist_ae.draws import philox
 from dist_ae.draws.keyed import stream_key
 from dist_ae.terminal import rank, say
 
 MOST_A_PICTURE = 64  # crops of one picture in an epoch, unless data.crops says otherwise
 MOST_HELD_OUT = 2000  # fixed crops of the held-out pictures, unless these are more: what an evaluation costs
-
-
-class Whole:
-    """Pictures of different sizes, one after the other in flat arrays as [H, W, C]."""
-
-    def __init__(self, parts: Sequence[Array], part: Array, start: Array, sizes: Array, channels: int) -> None:
-        """``part`` and ``start`` [N] say where a picture begins; ``sizes`` [N, 2] are heights and widths."""
-        self.parts, self._part, self._start = parts, part, start
-        self.sizes, self.channels = sizes, channels
-        self.dtype, self.nbytes = parts[0].dtype, sum(each.nbytes for each in parts)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def picture(self, number: int) -> Array:
-        """One picture [C, H, W], not copied."""
-        height, width = (int(side) for side in self.sizes[number])
-        start = int(self._start[number])
-        flat = np.asarray(self.parts[int(self._part[number])])[start : start + height * width * self.channels]
-        return flat.reshape(height, width, self.channels).transpose(2, 0, 1)
-
-    @classmethod
-    def of(cls, pictures: Sequence[Array]) -> Whole:
-        """Pictures [C, H, W] in memory."""
-        flat = [np.ascontiguousarray(picture.transpose(1, 2, 0)).ravel() for picture in pictures]
-        sizes = np.array([picture.shape[1:] for picture in pictures], np.int64)
-        return cls(flat, np.arange(len(flat)), np.zeros(len(flat), np.int64), sizes, pictures[0].shape[0])
 
 
 class Crops:

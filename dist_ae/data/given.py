@@ -268,6 +268,8 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
             manifest, records, labels = open_packed_table(folders[0])
             return Given(Split(arranged(records, shapes), labels), classes=tuple(manifest["classes"]))
         manifests = [read_manifest(folder) for folder in folders]
+        if any(m.whole for m in manifests):
+            raise InputError(f"{shown(name)}: whole pictures of different sizes; give the pictures themselves")
         if (other := next((m.image_shape for m in manifests if m.image_shape != shapes.image), None)) is not None:
             raise InputError(f"{shown(name)}: {_expected(shapes)}, got {list(other)}")
         parts = [part for pair in zip(folders, manifests, strict=True) for part in open_packed(*pair)]

@@ -14,8 +14,8 @@ import torch
 from filelock import FileLock
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.crops import Crops, Whole
-from dist_ae.data.records import Array, Split
+from dist_ae.data.crops import Crops
+from dist_ae.data.records import Array, Split, Whole
 from dist_ae.terminal import first_line
 
 

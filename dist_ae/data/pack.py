@@ -331,13 +331,22 @@ def _write_shards(
                     done.low, done.high = min(done.low, int(result.min())), max(done.high, int(result.max()))
                 if picture.pages > 1:
                     done.pages, done.paged_files = done.pages + picture.pages, done.paged_files + 1
-                if done.image_shape is None:
+                if done.whole:
+                    if result.ndim == 4:
+                        raise InputError(f"{what}: data.crop is of pictures, and data.pages volume makes none of them")
+                    if done.image_shape is None:
+                        done.image_shape = (len(result), 0, 0)
+                        _check_room(partial, source.count, result.nbytes)
+                elif done.image_shape is None:
                     if result.ndim == 4:
                         done.record_shape = result.shape
                     done.image_shape = (result.shape[0], math.prod(result.shape[1:-1]), result.shape[-1])
                     _check_room(partial, source.count, result.nbytes)
                 elif result.shape != (first := done.record_shape or done.image_shape):
-                    way_out = "give them one size with --data.image-size S (of `dist-ae pack`: --image-size S)"
+                    way_out = (
+                        "give them one size with --data.image-size S (of `dist-ae pack`: --image-size S), or train on "
+                        "crops of whole pictures with --data.crop 64 (of `dist-ae pack`: --fit whole)"
+                    )
                     if result.ndim == 4 and result.shape[1] != first[1]:
                         way_out = "give them one depth first, or take --data.pages each"
                     raise InputError(
@@ -426,7 +435,9 @@ class _Shard:
         self, folder: Path, number: int, image_shape: tuple[int, int, int], shard_bytes: int, dtype: str
     ) -> None:
         self.folder, self.number, self.image_shape, self.dtype = folder, number, image_shape, np.dtype(dtype)
-        self.capacity = max(1, shard_bytes // (self.dtype.itemsize * int(np.prod(image_shape))))
+        self.whole, self.shard_bytes = not image_shape[1], shard_bytes
+        self.sizes: list[tuple[int, int]] = []
+        self.capacity = max(1, shard_bytes // max(1, self.dtype.itemsize * int(np.prod(image_shape))))
         self.labels: list[int] = []
         self.keys: list[int] = []
         self.names: list[str] = []
@@ -434,10 +445,18 @@ class _Shard:
         self._temporary = folder / f".{file_name('images', number)}.tmp"
         self._file = self._temporary.open("w+b")
         self._digest = hashlib.sha256()
-        self._write(npy_header((self.capacity, *image_shape), self.dtype))
+        self._write(npy_header(self._shape(self.capacity), self.dtype))
+
+    def _shape(self, images: int) -> tuple[int, ...]:
+        """Of the array of images: flat for whole pictures, whose sizes are beside it."""
+        if self.whole:
+            return (self.image_shape[0] * sum(height * width for height, width in self.sizes),)
+        return (images, *self.image_shape)
 
     @property
     def full(self) -> bool:
+        if self.whole:
+            return self._shape(0)[0] * self.dtype.itemsize >= self.shard_bytes
         return len(self.labels) == self.capacity
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -445,6 +464,9 @@ class _Shard:
         self._file.write(data)
 
     def add(self, image: Array, label: int, key: int, name: str, facts: Facts) -> None:
+        if self.whole:
+            self.sizes.append((image.shape[1], image.shape[2]))
+            image = np.ascontiguousarray(image.transpose(1, 2, 0))
         self._write(image.data)
         self.facts.append(facts)
         self.labels.append(label)
@@ -453,9 +475,9 @@ class _Shard:
 
     def finish(self) -> ShardRecord:
         """Puts the shard on the disk under its names."""
-        if not self.full:  # the last shard: its header needs the true count, and the hash starts with the header
+        if self.whole or not self.full:  # its header needs the true count, and the hash starts with the header
             self._file.seek(0)
-            self._file.write(npy_header((len(self.labels), *self.image_shape), self.dtype))
+            self._file.write(npy_header(self._shape(len(self.labels)), self.dtype))
             self._file.seek(0)
             self._digest = sha256_of(self._file)
         self._file.flush()
@@ -469,6 +491,7 @@ class _Shard:
             ("keys", _npy(np.array(self.keys, np.uint64))),
             ("names", json.dumps(self.names).encode()),
             ("facts", _npy(table(self.facts))),
+            *([("sizes", _npy(np.array(self.sizes, np.int64)))] if self.whole else []),
         ):
             write_atomically(self.folder / file_name(kind, self.number), content)
             files[kind] = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

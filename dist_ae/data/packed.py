@@ -2,7 +2,8 @@
 
 A packed set is a folder of ``manifest.json`` and, for each shard:
 
-- ``images-00000.npy``: uint8 or uint16 [n, C, H, W].
+- ``images-00000.npy``: uint8 or uint16 [n, C, H, W]; of whole pictures one [H, W, C] after the other, flat.
+- ``sizes-00000.npy``: of whole pictures alone, int64 [n, 2], their heights and widths.
 - ``labels-00000.npy``: int64 [n], -1 where there is none.
 - ``keys-00000.npy``: uint64 [n], where a picture lies on [0, 2^64). Keys below the validation fraction are held out.
 - ``names-00000.json``: the relative names of the pictures.
@@ -19,7 +20,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -27,15 +28,17 @@ from pydantic import BaseModel, Field, ValidationError
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.deep import MOST
 from dist_ae.data.facts import RECORD
-from dist_ae.data.pictures import expand, shown
-from dist_ae.data.records import Array, Dataset, Shards, Split, folded
+from dist_ae.data.pictures import expand, fit_of, shown
+from dist_ae.data.records import Array, Dataset, Shards, Split, Whole, folded
 from dist_ae.files import Damaged, open_plainly, read_bounded
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 WAY_OUT = "; restore it from a copy, or pack again"
-KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json", "facts": "npy"}
+KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json", "facts": "npy", "sizes": "npy"}
+OPTIONAL = {"facts", "sizes"}
 MAX_MANIFEST = 64 << 20  # bytes: more than 100,000 shards
+MOST_PIXELS = 2**24  # of a side of a whole picture
 MAX_NAME = 16 << 10  # bytes of a picture's name in JSON
 WHOLE = 256 << 20  # bytes of a packed set that are compared with its manifest whenever it is opened
 VAL_KEY, TRAIN_KEY = 0, 2**64 - 1  # the keys of pictures whose source says on which side they are
@@ -58,7 +61,7 @@ class Manifest(BaseModel):
     identity: str
     settings: dict[str, Any]
     shard_bytes: int
-    image_shape: tuple[int, int, int] | None = None
+    image_shape: tuple[int, int, int] | None = None  # channels, 0 and 0 of whole pictures
     record_shape: tuple[int, int, int, int] | None = None  # of a volume: channels, depth, height, width
     pages: int = 0  # of the files that have several
     paged_files: int = 0
@@ -73,6 +76,11 @@ class Manifest(BaseModel):
     reasons: list[tuple[str, str]] = []  # the first unreadable ones
     shards: list[ShardRecord] = []
     looked: dict[str, Any] = {}  # what is said of the pictures, by ``facts.summary``; of an older version nothing
+
+    @property
+    def whole(self) -> bool:
+        """Whether pictures have sizes of their own."""
+        return self.settings.get("fit") == "whole"
 
     @property
     def images(self) -> int:
@@ -91,7 +99,7 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
     """
     return {
         "image_size": config.image_size,
-        "fit": config.fit or "crop",
+        "fit": fit_of(config),
         "channels": config.channels or "auto",
         "background": config.background or "white",
         **({} if config.group is None else {"group": config.group}),
@@ -152,9 +160,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{shown(path)} is damaged ({reason}); pack again") from None
     if manifest.format != FORMAT:
         raise InputError(f"{shown(path)}: format {manifest.format}; this version reads format {FORMAT}")
-    if manifest.image_shape is None or not manifest.shards or any(n < 1 for n in manifest.image_shape):
+    shape = manifest.image_shape
+    if shape is None or not manifest.shards or any(n < 1 for n in (shape[:1] if manifest.whole else shape)):
         raise InputError(f"{shown(path)} is damaged (no images); pack again")
-    if any(not set(KINDS) - {"facts"} <= set(shard.files) <= set(KINDS) for shard in manifest.shards):
+    if any(not set(KINDS) - OPTIONAL <= set(shard.files) <= set(KINDS) for shard in manifest.shards):
         raise InputError(f"{shown(path)} is damaged (files missing from it); pack again")
     return manifest
 
@@ -168,7 +177,8 @@ def examine_packed(folder: Path) -> Iterator[tuple[bool, str]]:
         return
     assert manifest.image_shape is not None
     deep = of_16_bits(manifest)
-    yield True, f"{MANIFEST}: {manifest.images:,} images of shape {list(manifest.image_shape)}{deep and f', {deep}'}"
+    form = "whole pictures" if manifest.whole else f"images of shape {list(manifest.image_shape)}"
+    yield True, f"{MANIFEST}: {manifest.images:,} {form}{deep and f', {deep}'}"
     for number, shard in enumerate(manifest.shards):
         wrong = []
         for kind, record in shard.files.items():
@@ -214,6 +224,7 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     parts: list[Array] = []
     labels: list[Array] = []
     keys: list[Array] = []
+    sizes: list[Array] = []
     classes: dict[str, int] = {}
     digest = hashlib.sha256()
     before: tuple[tuple[int, ...], str] | None = None
@@ -234,8 +245,9 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
         _check_settings(manifest, folder, config)
         numbers = np.array([classes.setdefault(each, len(classes)) for each in manifest.classes], np.int64)
         for number, shard in enumerate(manifest.shards):
-            images, own_labels, own_keys = _open_shard(folder, number, manifest)
+            images, own_labels, own_keys, own_sizes = _open_shard(folder, number, manifest)
             parts.append(images)
+            sizes += [] if own_sizes is None else [own_sizes]
             known = (own_labels >= 0) & (own_labels < len(numbers))
             if len(numbers) and known.any():
                 own_labels = np.where(known, numbers[np.where(known, own_labels, 0)], own_labels)
@@ -244,7 +256,11 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
             digest.update(f"{shard.files['images'].sha256}{shard.files['keys'].sha256}".encode())
         _check_content(folder, manifest)
     digest.update(f"{val_fraction!r}".encode())
-    all_keys, all_labels, whole = np.concatenate(keys), np.concatenate(labels), Shards(parts)
+    all_keys, all_labels = np.concatenate(keys), np.concatenate(labels)
+    # Of whole pictures `cropped` makes images: until then they have no one size.
+    whole: Any = Whole.of_parts(parts, sizes, form[0][0]) if sizes else Shards(parts)
+    if sizes and config.crop is None:
+        raise InputError(f"{name}: whole pictures of different sizes; --data.crop 64 trains on crops of them")
     if len(all_keys) < 2:
         raise InputError(
             f"{name}: {len(all_keys)} picture cannot be split into training and validation; at least 2 are needed"
@@ -264,7 +280,7 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
         rows = [np.flatnonzero(side) for side in (~held_out, held_out)]
     labelled = bool((all_labels >= 0).any())
     train, val, *test = (Split(whole, all_labels[side] if labelled else None, side) for side in rows)
-    bounds = np.searchsorted(rows[0], [*whole.starts, len(all_keys)])
+    bounds = np.searchsorted(rows[0], np.cumsum([0, *(len(each) for each in keys)]))
     counts = np.diff(bounds).tolist()
     looked = read_manifest(folders[0]).looked if len(folders) == 1 else {}
     filled = tuple(count for count in counts if count)
@@ -337,23 +353,43 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
             )
 
 
-def _open_shard(folder: Path, number: int, manifest: Manifest) -> tuple[Array, Array, Array]:
-    """A shard's images, memory-mapped, with their labels and keys. Here only sizes are compared with the manifest."""
+class _Opened(NamedTuple):
+    """A shard: images memory-mapped, flat where they are whole pictures, which have sizes [n, 2]."""
+
+    images: Array
+    labels: Array
+    keys: Array
+    sizes: Array | None
+
+
+def _open_shard(folder: Path, number: int, manifest: Manifest) -> _Opened:
+    """A shard of a packed set. Here only the sizes of its files are compared with the manifest.
+
+    Raises:
+        InputError: a file that is missing, or not what the manifest says.
+    """
     assert manifest.image_shape is not None
-    loaded, shard = {}, manifest.shards[number]
-    for kind, dtype, shape in (
-        ("images", np.dtype(manifest.dtype), (shard.images, *manifest.image_shape)),
-        ("labels", np.int64, (shard.images,)),
-        ("keys", np.uint64, (shard.images,)),
-    ):
+    loaded: dict[str, Array] = {}
+    shard, channels = manifest.shards[number], manifest.image_shape[0]
+    for kind in ("labels", "keys", *(["sizes"] if manifest.whole else []), "images"):
+        dtype = {"images": manifest.dtype, "keys": "uint64"}.get(kind, "int64")
+        shape: tuple[int, ...] = {"sizes": (shard.images, 2), "images": (shard.images, *manifest.image_shape)}.get(
+            kind, (shard.images,)
+        )
+        if kind == "images" and manifest.whole:
+            sides = loaded["sizes"]
+            if (sides < 1).any() or (sides > MOST_PIXELS).any():
+                raise InputError(f"{shown(folder / file_name('sizes', number))}: damaged{WAY_OUT}")
+            shape = (channels * int(sides.prod(1).sum()),)
         path = folder / file_name(kind, number)
         if not os.path.lexists(path):
             raise InputError(f"{shown(path)}: missing from the packed set{WAY_OUT}")
         try:
-            loaded[kind] = _array(path, np.dtype(dtype), shape, shard.files[kind].bytes, mapped=kind == "images")
+            size = shard.files[kind].bytes if kind in shard.files else 0
+            loaded[kind] = _array(path, np.dtype(dtype), shape, size, mapped=kind == "images")
         except Damaged as error:
             raise InputError(f"{shown(path)}: damaged, {error}{WAY_OUT}") from None
-    return loaded["images"], loaded["labels"], loaded["keys"]
+    return _Opened(loaded["images"], loaded["labels"], loaded["keys"], loaded.get("sizes"))
 
 
 def _array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int, mapped: bool) -> Array:
@@ -397,7 +433,7 @@ def packed_facts(folder: Path, manifest: Manifest) -> Array | None:
 
 def open_packed(folder: Path, manifest: Manifest) -> list[Array]:
     """The images of each shard of a packed set, memory-mapped."""
-    found = [_open_shard(folder, number, manifest)[0] for number in range(len(manifest.shards))]
+    found = [_open_shard(folder, number, manifest).images for number in range(len(manifest.shards))]
     _check_content(folder, manifest)
     return found
 

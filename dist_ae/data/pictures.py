@@ -544,6 +544,11 @@ class ColourMet(Exception):
     """A picture in colour where all were taken to be grey."""
 
 
+def fit_of(config: DataConfig) -> str:
+    """How the pictures of a set get their form: they stay whole where training takes crops of them."""
+    return config.fit or ("crop" if config.crop is None else "whole")
+
+
 def form_of(
     config: DataConfig, channels: str, size: tuple[int, int] | None = None, colour_is_news: bool = False
 ) -> Form:
@@ -556,10 +561,13 @@ def form_of(
         background = ImageColor.getrgb(config.background or "white")[:3]
     except (ValueError, AttributeError):
         raise InputError(f"data.background: expected a colour as white or #a0b0c0, got {config.background!r}") from None
+    fit = fit_of(config) if size is None else config.fit or "crop"
     if size is None and config.image_size is not None:
         size = (config.image_size, config.image_size)
+    elif fit == "whole" and size is not None:  # a use, at the model's size
+        fit = "crop"
     volume = config.pages == "volume"
-    return Form(size, config.fit or "crop", channels, background, colour_is_news, config.bits, volume)
+    return Form(size, fit, channels, background, colour_is_news, config.bits, volume)
 
 
 def decode(content: Content, form: Form) -> Array:
@@ -758,8 +766,12 @@ def _fitted(
         box = (left, top, extent[0] - left, extent[1] - top)
     elif fit == "pad":
         inner = (max(1, round(extent[0] * min(scales))), max(1, round(extent[1] * min(scales))))
+    elif fit == "whole":  # the shorter side gets the size
+        inner = (max(1, round(extent[0] * max(scales))), max(1, round(extent[1] * max(scales))))
+        if image.size == inner == extent:
+            return image
     resized = image.resize(inner, Image.Resampling.BICUBIC, box, reducing_gap=2.0)
-    if inner == (width, height):
+    if inner == (width, height) or fit == "whole":
         return resized
     canvas = Image.new(image.mode, (width, height), behind)
     canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))

@@ -79,6 +79,46 @@ class Shards:
             read_ahead(self.parts[number], rows[shard == number] - self.starts[number])
 
 
+class Whole:
+    """Pictures of different sizes, one after the other in flat arrays as [H, W, C]."""
+
+    def __init__(self, parts: Sequence[Array], part: Array, start: Array, sizes: Array, channels: int) -> None:
+        """``part`` and ``start`` [N] say where a picture begins; ``sizes`` [N, 2] are heights and widths."""
+        self.parts, self._part, self._start = parts, part, start
+        self.sizes, self.channels = sizes, channels
+        self.dtype, self.nbytes = parts[0].dtype, sum(each.nbytes for each in parts)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def picture(self, number: int) -> Array:
+        """One picture [C, H, W], not copied."""
+        height, width = (int(side) for side in self.sizes[number])
+        start = int(self._start[number])
+        flat = np.asarray(self.parts[int(self._part[number])])[start : start + height * width * self.channels]
+        return flat.reshape(height, width, self.channels).transpose(2, 0, 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, C, 0, 0]: height and width are those of each picture."""
+        return len(self), self.channels, 0, 0
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Array], sizes: Sequence[Array], channels: int) -> Whole:
+        """Flat arrays of pictures, and the sizes [n, 2] of those in each."""
+        part = np.repeat(np.arange(len(parts)), [len(each) for each in sizes])
+        pixels = [each.prod(1) * channels for each in sizes]
+        starts = [np.cumsum(each) - each for each in pixels]
+        return cls(parts, part, np.concatenate(starts), np.concatenate(sizes), channels)
+
+    @classmethod
+    def of(cls, pictures: Sequence[Array]) -> Whole:
+        """Pictures [C, H, W] in memory."""
+        flat = [np.ascontiguousarray(picture.transpose(1, 2, 0)).ravel() for picture in pictures]
+        sizes = np.array([picture.shape[1:] for picture in pictures], np.int64)
+        return cls(flat, np.arange(len(flat)), np.zeros(len(flat), np.int64), sizes, pictures[0].shape[0])
+
+
 Images = Array | Lazy
 
 
