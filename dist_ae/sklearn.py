@@ -35,6 +35,7 @@ from dist_ae.use.export import write_folder
 from dist_ae.use.trained import load
 
 PARAMETERS = "estimator.json"
+MANY_ROWS = 4096  # to train on; from there on steps take more of them
 ROWS_AT_ONCE = 4096
 
 
@@ -49,10 +50,10 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
         variational: bool = False,
         noise: float = 0.0,
         dropout: float = 0.0,
-        learning_rate: float = 1e-3,
+        learning_rate: float | None = None,
         weight_decay: float = 0.05,
-        batch_size: int = 64,
-        max_steps: int = 2000,
+        batch_size: int | None = None,
+        max_steps: int | None = None,
         patience: int | None = 8,
         validation_fraction: float = 0.1,
         missing: str = "refuse",
@@ -78,7 +79,11 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
 
     def _config(self, rows: int, columns: int, seed: int, run_dir: Path) -> Config:
         held_out = max(1, round(rows * self.validation_fraction))
-        steps_an_epoch = -(-(rows - held_out) // self.batch_size)
+        # Large batches at a higher rate: as good on many rows, in half of the time.
+        usual = (600, 256, 3e-3) if self.batch_size is None and rows - held_out >= MANY_ROWS else (2000, 64, 1e-3)
+        asked = self.max_steps, self.batch_size, self.learning_rate
+        steps, batch, rate = (each if own is None else own for own, each in zip(asked, usual, strict=True))
+        steps_an_epoch = -(-(rows - held_out) // max(1, int(batch)))
         return PRESETS["table"].override(
             {
                 "name": "table",
@@ -87,16 +92,16 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
                 "model.variational": bool(self.variational),
                 "model.dropout": float(self.dropout),
                 "objective.noise_std": float(self.noise),
-                "optim.lr": float(self.learning_rate),
+                "optim.lr": float(rate),
                 "optim.weight_decay": float(self.weight_decay),
                 "data.scale": "standard",
                 "data.missing": self.missing,
                 "data.val_fraction": float(self.validation_fraction),
-                "train.batch_size": max(1, min(int(self.batch_size), rows - held_out)),
-                "train.steps": int(self.max_steps),
-                "train.eval_every": max(50, min(steps_an_epoch, int(self.max_steps))),
+                "train.batch_size": max(1, min(int(batch), rows - held_out)),
+                "train.steps": int(steps),
+                "train.eval_every": max(50, min(steps_an_epoch, int(steps))),
                 "train.patience": self.patience,
-                "train.log_every": max(50, int(self.max_steps) // 10),
+                "train.log_every": max(50, int(steps) // 10),
                 "tracking.wandb": "off",
                 "tracking.pictures": self.run_dir is not None,
                 "seed": seed,
@@ -228,7 +233,8 @@ class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Fitted):  
         variational: a variational autoencoder; ``transform`` gives the means of its codes.
         noise: standard deviation, in those of each column, of noise on the input that it learns to remove.
         dropout: probability that a hidden unit is dropped.
-        max_steps: optimizer steps of ``batch_size`` rows each, at most.
+        learning_rate, batch_size, max_steps: peak rate, rows of a step, and steps at most. None: by the number of rows,
+            2,000 steps of 64 rows at 1e-3, or with 4,096 training rows and more 600 steps of 256 at 3e-3.
         patience: evaluations in a row without a better one after which training ends.
         validation_fraction: share of the rows that are held out to choose the best weights.
         missing: "refuse" NaN, or "mask": such entries are the mean at the input, count nothing, and are filled in.
@@ -299,10 +305,10 @@ class AutoencoderDetector(OutlierMixin, _Fitted):  # type: ignore[misc]
         variational: bool = False,
         noise: float = 0.0,
         dropout: float = 0.0,
-        learning_rate: float = 1e-3,
+        learning_rate: float | None = None,
         weight_decay: float = 0.05,
-        batch_size: int = 64,
-        max_steps: int = 2000,
+        batch_size: int | None = None,
+        max_steps: int | None = None,
         patience: int | None = 8,
         validation_fraction: float = 0.1,
         missing: str = "refuse",
