@@ -114,6 +114,16 @@ def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | No
     validation = Validation(dataset, config, runtime)
     if config.model.start == "pca" and state.step == 0 and config.init_from is None:
         validation.start(learner)
+    sigma = config.objective.sigma
+    if (
+        config.model.variational
+        and config.objective.likelihood == "gaussian"
+        and sigma != "learned"
+        and state.step == 0
+    ):
+        variances, unit = validation.variances(learner), 1.0 if learner.raw_model.standardized else 2.0
+        numbers = torch.Size(learner.raw_model.code_shape).numel()
+        display.say(sentences.collapse_foretold(variances, sigma, config.objective.beta, numbers, unit))
     learner.prepare()
     if runtime.world > 1:
         shares = [len(share(range(config.train.batch_size), rank, runtime.world)) for rank in range(runtime.world)]

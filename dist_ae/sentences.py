@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,6 +173,32 @@ def size_on_disk(run_dir: Path, total: int, optimizer: int) -> str:
         f"; `dist-ae prune {shlex.quote(str(run_dir))} --weights-only` frees them" if 2 * optimizer > total else ""
     )
     return f"{decimal(total)} in {run_dir}, {decimal(optimizer)} of them to train on{way_out}"
+
+
+def collapse_foretold(variances: Sequence[float], sigma: float, beta: float, numbers: int, unit: float) -> str:
+    """How many numbers of a VAE's code pay for themselves; "" where all do, or nothing is known.
+
+    A linear VAE keeps a direction of the data while its variance is above βσ² (Lucas et al. 2019, for β = 1), and a
+    decoder that is no linear one begins to use its code under the same condition.
+
+    Args:
+        variances: along the principal directions, largest first, on the model's scale.
+        sigma: of a pixel, on the scale of the images.
+        numbers: of the code.
+        unit: how much larger a deviation is on the model's scale.
+    """
+    price = beta * (unit * sigma) ** 2
+    kept = sum(variance > price for variance in variances)
+    if not variances or price <= 0 or kept == min(numbers, len(variances)):
+        return ""
+    if kept:
+        return f"note: at σ {sigma:g} and β {beta:g}, PCA lets {kept:,} of {numbers:,} numbers of the code pay off"
+    fifth = variances[min(5, len(variances)) - 1]
+    return (
+        f"WARNING: posterior collapse is foretold: at σ {sigma:g} and β {beta:g} no direction of the data varies "
+        f"enough to pay for a number of the code. Below objective.sigma {math.sqrt(fifth / beta) / unit:.2g} it would keep "
+        f"{min(5, len(variances))}"
+    )
 
 
 def used_weights(step: int, best: Best, total_steps: int) -> str:

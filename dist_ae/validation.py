@@ -36,6 +36,18 @@ class Validation:
         if self._components is not None and self._runtime.is_main:
             learner.start_from(self._components)
 
+    def variances(self, learner: Learner) -> list[float]:
+        """The variances along the principal directions of whole records, on the model's scale; none of patches.
+
+        Every process takes part. The components are kept until the baseline is known.
+        """
+        code = learner.raw_model.linear_code()
+        if code is None or code.patch is not None:
+            return []
+        if self._components is None:
+            self._components = pca.of_model(learner.raw_model, self._train(learner), self._runtime)
+        return [] if self._components is None else [float(each) for each in self._components.variances]
+
     def metrics(self, learner: Learner, pca_mse: float | None, stop: Stop) -> dict[str, float]:
         """The figures of ``evaluate`` on the held-out images, and two to compare them with.
 

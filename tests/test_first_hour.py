@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -278,3 +279,18 @@ def test_onnx_comes_from_python_too(five: tuple[Path, np.ndarray[Any, Any]], tmp
     assert np.abs(code - model.embed(images).numpy()).max() < 1e-3
     with pytest.raises(InputError, match=r"\.pt2 or \.onnx"):
         model.export(tmp_path / "model.bin")
+
+
+def test_collapse_is_foretold_and_runs_on_both_sides_of_the_bound_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dist_ae.PRESETS["vae"].override({**TINY, "train.steps": 150, "train.batch_size": 96})
+    config = config.override({"objective.likelihood": "gaussian", "model.latent_dim": 8})
+    bound = 0.0
+    for sigma, active in ((1.5, False), (None, True)):
+        wanted = {"objective.sigma": sigma or 0.6 * bound, "run_dir": tmp_path / str(active)}
+        found = dist_ae.train(config.override(wanted)).metrics["val.active_units"]
+        said = capsys.readouterr().out
+        foretold = re.search(r"collapse is foretold.*Below objective.sigma (\S+) it would keep 5", said)
+        assert (foretold is None) == active and (found > 0) == active, (sigma, found, said)
+        bound = bound if foretold is None else float(foretold[1])

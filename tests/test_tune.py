@@ -895,3 +895,21 @@ def test_optuna_goes_on_from_what_the_folder_knows(tmp_path: Path) -> None:
     late = [t.values for t in sweep.trials()[20:]]
     assert sum(v["model.latent_dim"] == 8 for v in late) >= 8
     assert np.median([abs(math.log10(v["optim.lr"]) + 2.5) for v in late]) < 0.4  # uniform sampling: 0.75
+
+
+def test_ray_gets_a_short_folder_where_the_usual_one_is_too_long_for_a_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tune.sweep import LONGEST_FOLDER, short_folder
+
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    assert short_folder() is None
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 60)))
+    found = short_folder()
+    assert found is not None and len(found) <= LONGEST_FOLDER
+    socket_path = f"{found}/session_2026-11-28_14-51-29_123456_1234567/sockets/plasma_store"
+    assert len(socket_path) <= 107
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="RAY_TMPDIR"):
+        short_folder()

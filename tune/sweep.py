@@ -11,12 +11,14 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dist_ae import PRESETS, Config, InputError, sweeping
 from dist_ae.sweeping import EXIT_STOPPED, first_line, say
@@ -26,6 +28,7 @@ from .results import Selection, results, retrained, select
 from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
+LONGEST_FOLDER = 40  # characters of the folder that Ray keeps its sockets in
 LOST_SECONDS = 3.0  # without an answer of this machine's own Ray, after which it is gone
 PROBED = 100  # points of an optimizer's space that are checked before it suggests its own
 
@@ -291,7 +294,9 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     # How often a report of several workers is fetched, in seconds. The workers wait for it.
     variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     variables |= {key: os.environ[key] for key in ("WANDB_BASE_URL", "OMP_NUM_THREADS") if key in os.environ}
-    here = {"include_dashboard": False, "num_cpus": _cores()} if settings.address == "local" else {}
+    here: dict[str, Any] = {"include_dashboard": False, "num_cpus": _cores()} if settings.address == "local" else {}
+    if here and (short := short_folder()) is not None:
+        here["_temp_dir"] = short
     environment = {"env_vars": variables}
     try:
         ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **here)
@@ -306,6 +311,26 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def short_folder() -> str | None:
+    """A folder for Ray's sockets where the usual one has too long a name; None where the usual one will do.
+
+    A socket's path has at most 107 bytes, and Ray puts some 60 behind the folder.
+
+    Raises:
+        InputError: there is no short one.
+    """
+    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(os.path.join(usual, "ray"))) <= LONGEST_FOLDER:
+        return None
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.access(folder, os.W_OK):
+            return os.path.join(folder, f"ray-{os.getuid()}")
+    raise InputError(
+        f"{usual}: too long a name for Ray's sockets, and no short folder can be written; set RAY_TMPDIR to a local "
+        f"folder whose path has at most {LONGEST_FOLDER - 4} characters"
+    )
 
 
 def _check_shared(sweep: Sweep) -> None:
