@@ -196,8 +196,8 @@ def collapse_foretold(variances: Sequence[float], sigma: float, beta: float, num
     fifth = variances[min(5, len(variances)) - 1]
     return (
         f"WARNING: posterior collapse is foretold: at σ {sigma:g} and β {beta:g} no direction of the data varies "
-        f"enough to pay for a number of the code. Below objective.sigma {math.sqrt(fifth / beta) / unit:.2g} it would keep "
-        f"{min(5, len(variances))}"
+        f"enough to pay for a number of the code. Below objective.sigma {math.sqrt(fifth / beta) / unit:.2g} it "
+        f"would keep {min(5, len(variances))}"
     )
 
 
