@@ -52,11 +52,12 @@ class Crops:
         y, x = (rows >> 16 & 0xFFFF) * room[:, 0] >> 16, (rows & 0xFFFF) * room[:, 1] >> 16
         places = zip(picture.tolist(), y.tolist(), x.tolist(), mirrored.tolist(), strict=True)
         for out, (number, top, left, flip) in zip(result, places, strict=True):
-            found = self._picture(number)[:, top : top + self.size, left : left + self.size]
+            found = self.picture(number)[:, top : top + self.size, left : left + self.size]
             out[:] = found[:, :, ::-1] if flip else found
         return result
 
-    def _picture(self, number: int) -> Array:
+    def picture(self, number: int) -> Array:
+        """The whole picture [C, H, W] that crops are cut from."""
         if isinstance(self.pictures, Whole):
             return self.pictures.picture(number)
         if isinstance(self.pictures, Shards):
