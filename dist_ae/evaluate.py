@@ -232,18 +232,3 @@ def _sums(
     entries = zero + present(images, missing)
     columns = (*errors, neg_elbo, rate, distortion, known.square().flatten(1).sum(1), entries, zero + 1)
     return torch.stack([column.to(runtime.exact).sum() for column in columns]), moments
-
-
-def selection(variational: bool, noise_std: float | tuple[float, float], standardized: bool) -> tuple[str, int]:
-    """What 'best' means for a run: (metric, +1 if larger is better else -1).
-
-    The metric is of the task that the run trains for, never its own training loss.
-
-    Args:
-        noise_std: of the noise that the run trains to remove.
-    """
-    if variational:
-        return "neg_elbo", -1
-    if not noise_std:
-        return "mse", -1
-    return ("denoised_mse", -1) if standardized else ("denoised_psnr", 1)

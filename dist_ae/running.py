@@ -22,7 +22,7 @@ from dist_ae.data.layout import named
 from dist_ae.data.memory import NAME
 from dist_ae.data.order import share
 from dist_ae.data.records import Dataset
-from dist_ae.evaluate import Stop, comparable, selection
+from dist_ae.evaluate import Stop, comparable
 from dist_ae.files import Damaged, write_atomically
 from dist_ae.models.cost import cost_of
 from dist_ae.outcome import NonFinite, Result, Stopped
@@ -37,7 +37,7 @@ from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.saved import read_weights, saved_weights
 from dist_ae.step import WEIGHTS, Learner
 from dist_ae.terminal import say
-from dist_ae.timeline import State, Timeline
+from dist_ae.timeline import State, Timeline, selection
 from dist_ae.validation import Validation
 
 LAST_SAVE_SECONDS = 30.0  # how long the end of a run waits for room on the disk

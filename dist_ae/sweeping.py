@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dist_ae.config import Config, Fault
 from dist_ae.files import Damaged, read_bounded, to_json, unique_keys, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, first_line, say, time_left
+from dist_ae.timeline import selection
 
 if TYPE_CHECKING:
     from dist_ae.data.reader import Reader
@@ -32,6 +33,7 @@ __all__ = [
     "probe_accuracy",
     "read_bounded",
     "say",
+    "selection",
     "tell_resources",
     "time_left",
     "to_json",

@@ -148,6 +148,21 @@ def due(line: Timeline, state: State, patience: int | None, asked: Asked) -> Due
     return Due(evaluates and not evaluated and not asked.stop, save, report, end)
 
 
+def selection(variational: bool, noise_std: float | tuple[float, float], standardized: bool) -> tuple[str, int]:
+    """What 'best' means for a run: (metric, +1 if larger is better else -1).
+
+    The metric is of the task that the run trains for, never its own training loss.
+
+    Args:
+        noise_std: of the noise that the run trains to remove.
+    """
+    if variational:
+        return "neg_elbo", -1
+    if not noise_std:
+        return "mse", -1
+    return ("denoised_mse", -1) if standardized else ("denoised_psnr", 1)
+
+
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of a step as a share of its peak: linear warm-up, then constant or falling to 0 at the end."""
     if step < config.warmup_steps:

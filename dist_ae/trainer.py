@@ -12,7 +12,7 @@ from dist_ae import sentences
 from dist_ae.begin import claimed, prepare
 from dist_ae.config import Config, InputError
 from dist_ae.data.memory import Handed
-from dist_ae.evaluate import better, collapsed, not_finite, selection
+from dist_ae.evaluate import better, collapsed, not_finite
 from dist_ae.models import Builder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.outcome import NonFinite, OutOfMemory, Report, Reporter, Result, Stopped
@@ -33,7 +33,7 @@ from dist_ae.running import (
     write_result,
 )
 from dist_ae.terminal import Waiting
-from dist_ae.timeline import Asked, Best, due
+from dist_ae.timeline import Asked, Best, due, selection
 
 __all__ = ["NonFinite", "OutOfMemory", "Report", "Result", "Stopped", "train"]
 

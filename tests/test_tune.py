@@ -670,6 +670,25 @@ def test_the_front_holds_no_trial_that_another_beats_in_size_and_error(tmp_path:
     assert [(row.latent_dim, row.value) for row in best] == [(2, 0.2), (8, 0.09), (32, 0.05)]
 
 
+def test_trials_are_ranked_by_the_weights_that_are_used_not_by_those_at_their_end(tmp_path: Path) -> None:
+    sweep = sweep_with(
+        tmp_path,
+        [
+            ("finished", {"model.latent_dim": 4}, mse(0.03)),
+            ("finished", {"model.latent_dim": 8}, mse(0.5)),
+            ("finished", {"model.latent_dim": 16}, mse(0.02)),
+        ],
+    )
+    # The second was at 0.01 before it got worse; every use takes those weights.
+    folder = sweep.trial_dir(sweep.trials()[1].id)
+    last = json.loads((folder / "reports.jsonl").read_text().splitlines()[-1])
+    with open(folder / "reports.jsonl", "w") as file:
+        for step, value in ((1, 0.2), (2, 0.01), (3, 0.5)):
+            file.write(json.dumps({**last, "step": step, **mse(value)}) + "\n")
+    rows = results(sweep)
+    assert [(row.trial.number, row.value) for row in rows] == [(1, 0.01), (2, 0.02), (0, 0.03)]
+
+
 def test_reports_forget_what_a_retry_did_again_and_what_a_kill_tore(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         append_report(tmp_path, {"step": step, "progress": step, "from": "first"})

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dist_ae import PRESETS, Config, InputError
-from dist_ae.sweeping import to_json, write_atomically
+from dist_ae.sweeping import selection, to_json, write_atomically
 
 from .spaces import MAX_TRIALS, METRICS, Metric, Space, Values, explained, shown
 
@@ -188,6 +188,20 @@ class Sweep:
         else:
             status = "unfinished" if reports or (self.run_dir(trial) / "checkpoints").exists() else "pending"
         return Outcome(status, said.get("error"), reports)
+
+    def value(self, trial: Trial, outcome: Outcome) -> float | None:
+        """A trial's value of the sweep's metric, for the weights that its run uses: those of its best evaluation.
+
+        A metric that comes with the last report alone, as a probe does, is of these weights already. A clone's run has
+        the evaluations since it was cloned, which its reports do not tell from those before: its last one counts.
+        """
+        config = self.answer(trial)
+        standardized = any("val.r2" in report for report in outcome.reports)
+        chosen, sign = selection(config.model.variational, config.objective.noise_std, standardized)
+        judged = [r for r in outcome.reports if math.isfinite(r.get(f"val.{chosen}", math.nan)) and self.metric in r]
+        if trial.generation or not judged or self.metric.startswith("val.probe"):
+            return outcome.metric(self.metric)
+        return float(max(judged, key=lambda report: sign * report[f"val.{chosen}"])[self.metric])
 
     def end_trial(self, trial_id: str, status: str, error: str | None = None) -> None:
         """Notes that a trial will not be continued, and why."""

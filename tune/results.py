@@ -22,7 +22,7 @@ ORDER = ("finished", "stopped", "unfinished", "pending", "failed")
 
 @dataclass(frozen=True)
 class Row:
-    """A trial and what has become of it. ``value`` is its last value of the sweep's metric, NaN if it has none."""
+    """A trial and what has become of it. ``value`` is that of the sweep's metric, NaN if it has none."""
 
     trial: Trial
     outcome: Outcome
@@ -36,7 +36,7 @@ def results(sweep: Sweep) -> list[Row]:
     rows = []
     for trial in sweep.trials():
         outcome = sweep.outcome(trial)
-        value = outcome.metric(sweep.metric)
+        value = sweep.value(trial, outcome)
         config = sweep.answer(trial)
         value = math.nan if value is None else value
         rows.append(Row(trial, outcome, value, config.model.latent_dim, _code_size(sweep, trial, config)))

@@ -167,7 +167,7 @@ class Planned(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._optimizer is not None:
             trial = self._given[trial_id]
-            self._optimizer.tell(trial, self._sweep.outcome(trial).metric(self._sweep.metric))
+            self._optimizer.tell(trial, self._sweep.value(trial, self._sweep.outcome(trial)))
 
     def save(self, checkpoint_path: str) -> None:
         """Writes the file that Ray expects. Sweeps are resumed from their own folder."""
@@ -187,7 +187,7 @@ class Optimizer:
         self._study = optuna.create_study(direction="maximize" if sweep.sign > 0 else "minimize", sampler=sampler)
         for trial, outcome in known:
             if outcome.status not in ("pending", "unfinished"):  # these are told when they are done
-                self.tell(trial, outcome.metric(sweep.metric))
+                self.tell(trial, sweep.value(trial, outcome))
 
     def _distributions(self, *presets: str) -> dict[str, BaseDistribution]:
         """In Optuna's terms: the choice of a preset, and the keys of each preset, which no other preset shares."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dist_ae.config import InputError
+from dist_ae.config import DataConfig, InputError
 from dist_ae.data import deep
 from dist_ae.data.given import Given, file_names
 from dist_ae.data.names import with_prefix
@@ -172,7 +172,7 @@ def write_picture(path: Path, pixels: Array, kept: Kept) -> None:
     image.save(path, exif=kept.exif, icc_profile=kept.profile, **quality)
 
 
-def pictures_of(images: str | Path, exclude: Sequence[str]) -> tuple[list[Picture], bool]:
+def pictures_of(images: str | Path, config: DataConfig) -> tuple[list[Picture], bool]:
     """The pictures of a source, and whether it is a single file.
 
     Raises:
@@ -180,7 +180,8 @@ def pictures_of(images: str | Path, exclude: Sequence[str]) -> tuple[list[Pictur
     """
     name = with_prefix(os.fspath(images))
     if name.startswith(PREFIXES):
-        return list(open_source(name, exclude if name.startswith("folder:") else ()).pictures()), False
+        exclude = config.exclude if name.startswith("folder:") else ()
+        return list(open_source(name, exclude, config.links == "follow").pictures()), False
     path = expand(name.removeprefix("array:"))
     if path.suffix.lower().lstrip(".") not in EXTENSIONS or not os.path.isfile(path):
         raise InputError(
@@ -260,7 +261,7 @@ def own_size(
     if trained.config.model.record_shape is not None or channels not in (1, 3):
         raise InputError("--size own is about pictures in grey or colour, and the run was trained on none")
     try:
-        pictures, single = pictures_of(images, trained.config.data.exclude)
+        pictures, single = pictures_of(images, trained.config.data)
     except InputError:
         if size == "own":
             raise
