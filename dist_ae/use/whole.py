@@ -65,9 +65,10 @@ def reconstructed(
 
     def taken(top: Any, left: Any) -> Tensor:
         """Rows and columns of the picture, as the model takes them."""
-        part = np.asarray(picture[:, top][:, :, left], np.float32)
+        place = (slice(None), top, left) if isinstance(top, slice) else (slice(None), top[:, None], left)
+        part = np.asarray(picture[place], np.float32)
         part = part / np.float32(largest) if largest > 1 else part
-        return torch.from_numpy(part if noise is None else part + noise[:, top][:, :, left]).to(device)
+        return torch.from_numpy(part if noise is None else part + noise[place]).to(device)
 
     pieces = (
         _pieces(model, picture.shape, taken) if model.reach() is not None else _windows(model, picture.shape, taken)
