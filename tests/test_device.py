@@ -373,7 +373,10 @@ def test_all_readers_of_a_process_share_half_of_its_share_of_a_gpu(monkeypatch: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_norm_of_a_gpu_is_the_cpus_and_keeps_the_order_of_channels(dtype: torch.dtype) -> None:
+def test_the_norm_of_a_gpu_is_the_cpus_and_keeps_the_order_of_channels(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "keeps_channels_last", lambda device: False)
     generator = torch.Generator().manual_seed(0)
     norm = torch.nn.GroupNorm(1, 6).to(torch.float64 if dtype == torch.float64 else torch.float32)
     torch.nn.init.uniform_(norm.weight, generator=generator)
