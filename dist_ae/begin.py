@@ -139,7 +139,8 @@ def _refuse_early(config: Config) -> None:
     Raises:
         InputError: as ``prepare`` would raise it with the data at hand.
     """
-    if config.init_from is not None:
+    begins = launched_world()[0] == 0 and not _begun(_precise(config).directory())
+    if config.init_from is not None and begins:  # a run that is resumed needs the other one no more
         run_config(config.init_from)
     if not config.data.name.startswith(PREFIXES):
         return
