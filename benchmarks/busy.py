@@ -1,10 +1,11 @@
 """How much a busy machine slows training: two trainings at once, and one beside a busy program of one thread.
 
-    python -m benchmarks.busy [--spins product 300000 10000 0] [--rounds 5]                    under four minutes
+    python -m benchmarks.busy [--spins 1000 300000 10000 0] [--rounds 5]                    under four minutes
 
-Each setting of GOMP_SPINCOUNT (how often an idle thread of libgomp looks for work before it sleeps; "product" is what
-the trainer sets by itself) has two trainings of its own, stopped but for their turns. Prints how many times longer a
-step takes than alone, and the speed alone beside that of libgomp's own default, on a machine with nothing else to do.
+Each setting of GOMP_SPINCOUNT (how often an idle thread of libgomp looks for work before it sleeps; the trainer takes
+1000 where the machine is busy at its start, else 10000) has two trainings of its own, stopped but for their turns.
+Prints how many times longer a step takes than alone, and the speed alone beside that of libgomp's own default, on a
+machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def rates(trainings: list[Contestant]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spins", nargs="+", default=["product", DEFAULT, "10000", "0"])
+    parser.add_argument("--spins", nargs="+", default=["1000", DEFAULT, "10000", "0"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
     options = parser.parse_args()
@@ -58,7 +59,7 @@ def main() -> None:
         os.kill(busy.pid, signal.SIGSTOP)
         try:
             for spins in options.spins:
-                variables = {} if spins == "product" else {"GOMP_SPINCOUNT": spins}
+                variables = {"GOMP_SPINCOUNT": spins}
                 call = f"ours({options.batch}, '--tracking.wandb', 'off')"
                 pairs[spins] = [Contestant(call, 1, Path(folder), HERE.parent, **variables) for _ in range(2)]
                 if not all(training.started() for training in pairs[spins]):

@@ -315,7 +315,15 @@ def test_idle_threads_leave_the_cores_to_others_unless_the_user_says_otherwise()
         return done.stdout + done.stderr
 
     # libgomp itself says what it took.
-    assert "GOMP_SPINCOUNT = '1000'" in seen("import dist_ae, torch", OMP_DISPLAY_ENV="verbose")
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert "GOMP_SPINCOUNT = '1000'" in seen("import dist_ae, torch", OMP_DISPLAY_ENV="verbose")
+    finally:
+        busy.kill()
+        busy.wait()
+    alone = "import os, builtins, io; real = open; builtins.open = lambda path, *more, **and_more: io.StringIO("
+    alone += "'0.1 0.1 0.1 1/99 7') if path == '/proc/loadavg' else real(path, *more, **and_more); "
+    assert seen(alone + "import dist_ae; print(os.environ['GOMP_SPINCOUNT'])").strip() == "10000"
     code = "import os, dist_ae; print(os.environ.get('GOMP_SPINCOUNT'))"
     assert seen(code, GOMP_SPINCOUNT="7").strip() == "7"
     assert seen(code, OMP_WAIT_POLICY="active").strip() == "None"
