@@ -13,6 +13,7 @@ import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -115,6 +116,20 @@ def goes_on(root: Path) -> int:
     return step
 
 
+def killed_at(point: int, work: Callable[[], object], log: Path) -> None:
+    """Does ``work`` in a process of its own, which SIGKILL ends at its file operation number ``point``."""
+
+    def die(number: int, name: str, args: tuple[Any, ...]) -> None:
+        if number == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(rank: int) -> None:
+        with watched(die):
+            work()
+
+    assert forked(1, watch, log) == [-signal.SIGKILL]
+
+
 @pytest.mark.slow
 def test_sigkill_at_every_file_operation_loses_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -125,16 +140,7 @@ def test_sigkill_at_every_file_operation_loses_no_checkpoint(
     for point in range(total):
         root = tmp_path / f"run-{point}"
         shutil.copytree(tmp_path / "start", root)
-
-        def die(number: int, name: str, args: tuple[Any, ...], point: int = point) -> None:
-            if number == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def work(rank: int, root: Path = root, die: Callable[..., None] = die) -> None:
-            with watched(die):
-                save_next(root)
-
-        assert forked(1, work, tmp_path / "log") == [-signal.SIGKILL]
+        killed_at(point, partial(save_next, root), tmp_path / "log")
         assert goes_on(root) in (3, 4)
         survived += 1
         shutil.rmtree(root)
@@ -512,16 +518,7 @@ def test_sigkill_at_every_file_operation_of_pruning_leaves_what_is_used(tmp_path
     for point in range(len(seen)):
         root = tmp_path / f"run-{point}"
         shutil.copytree(tmp_path / "start", root)
-
-        def die(number: int, name: str, args: tuple[Any, ...], point: int = point) -> None:
-            if number == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def work(rank: int, root: Path = root, die: Callable[..., None] = die) -> None:
-            with watched(die):
-                finish_it(root)
-
-        assert forked(1, work, tmp_path / "log") == [-signal.SIGKILL]
+        killed_at(point, partial(finish_it, root), tmp_path / "log")
         folder = RunDirectory(root)
         assert good(folder.latest(TEMPLATES)) == 4
         best = read_checkpoint(folder.checkpoints / "00000002", {WEIGHTS: TEMPLATES[WEIGHTS]}, part=True)

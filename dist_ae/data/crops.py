@@ -58,10 +58,8 @@ class Crops:
 
     def picture(self, number: int) -> Array:
         """The whole picture [C, H, W] that crops are cut from."""
-        if isinstance(self.pictures, Whole):
+        if not isinstance(self.pictures, np.ndarray):
             return self.pictures.picture(number)
-        if isinstance(self.pictures, Shards):
-            return self.pictures.one(number)
         picture: Array = np.asarray(self.pictures)[number]
         return picture
 

@@ -52,10 +52,10 @@ class Shards:
     def __getitem__(self, rows: Any) -> Array:
         return self.take(np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows))
 
-    def one(self, row: int) -> Array:
+    def picture(self, number: int) -> Array:
         """One image [C, H, W], not copied."""
-        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
-        found: Array = np.asarray(self.parts[shard])[row - self.starts[shard]]
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        found: Array = np.asarray(self.parts[shard])[number - self.starts[shard]]
         return found
 
     def take(self, rows: Array) -> Array:
