@@ -28,6 +28,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 # One thread a process: the machine has two cores, and thread pools of several processes would fight for them.
 os.environ.update({"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"})
+# Tests use onnxruntime themselves, and its uploader reads the environment while others set it.
+os.environ.update({"ORT_DISABLE_TELEMETRY": "1"})
 # Ray's workers have a low priority, and would wait for whatever other test runs beside them.
 os.environ.update({"RAY_worker_niceness": "0"})
 torch.set_num_threads(1)

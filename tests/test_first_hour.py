@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -280,6 +282,18 @@ def test_onnx_comes_from_python_too(five: tuple[Path, np.ndarray[Any, Any]], tmp
     assert np.abs(code - model.embed(images).numpy()).max() < 1e-3
     with pytest.raises(InputError, match=r"\.pt2 or \.onnx"):
         model.export(tmp_path / "model.bin")
+
+
+def test_an_export_to_onnx_leaves_no_thread_that_tells_others_of_it(
+    five: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    def export(rank: int) -> None:
+        del os.environ["ORT_DISABLE_TELEMETRY"]
+        model = dist_ae.load(five[0])
+        model.export(tmp_path / "model.onnx")
+        assert len(os.listdir("/proc/self/task")) == threading.active_count()  # none but Python's own
+
+    assert forked(1, export, tmp_path / "log") == [0], (tmp_path / "log-0.log").read_text()
 
 
 def test_collapse_is_foretold_and_runs_on_both_sides_of_the_bound_agree(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +110,9 @@ def onnx_bytes(model: Autoencoder, part: Part = "whole") -> bytes:
         InputError: the packages are missing.
         Fault: onnxruntime's results differ by more than ``ONNX_TOLERANCE``.
     """
+    # From 1.29 on, importing it starts a thread that tells Microsoft of each session, and that reads the environment
+    # without a lock: a run that began in the same process, and set a variable, could die of a segmentation fault.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  what torch.onnx translates with
