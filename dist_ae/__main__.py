@@ -144,7 +144,7 @@ def _written(path: Path) -> None:
 def pack(
     source: Annotated[str, tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.Positional],
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     fit: Literal["crop", "pad", "stretch", "whole"] = "crop",
     channels: Literal["auto", "grey", "rgb"] = "auto",
     background: str = "white",
@@ -163,8 +163,9 @@ def pack(
     Args:
         source: folder:PATH, tar:PATTERN, hf:NAME, table:PATH, array:PATH, or the path of a folder, table or .npy.
         out: the folder to make.
-        image_size: height and width that pictures get; left out, they must all have one size.
-        fit: how a picture becomes square: crop its middle, pad its shorter side, or stretch it.
+        image_size: pixels that pictures get: one number for height and width, or HEIGHTxWIDTH such as 32x128; left
+            out, they must all have one size.
+        fit: how a picture gets its proportions: crop its middle, pad it, or stretch it; whole: it keeps its shape.
         channels: colour; auto: grey where all pictures are, else rgb.
         background: colour behind transparent and padded pictures, by name or #rrggbb.
         bits: of a value; auto: 16 where a picture of the set has more than 8, else 8.
@@ -215,7 +216,7 @@ def look(
     out: Path | None = None,
     json: bool = False,
     exclude: tuple[str, ...] = (),
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     layout: Literal["auto", "table", "signals", "images", "images-last", "volumes"] = "auto",
 ) -> None:
     """Looks at pictures, an array or a table before anything is trained: one page, one table, JSON.
@@ -228,7 +229,7 @@ def look(
         out: .html, with the figures as .json beside it; left out, look-NAME.html in the current folder.
         json: print the figures as JSON in place of the table.
         exclude: patterns of the names of a folder's pictures, or columns of a table, to leave out.
-        image_size: that training is meant to use; left out, one is suggested.
+        image_size: that training is meant to use, such as 64 or 32x128; left out, one is suggested.
         layout: axes of an array, as of data.layout.
     """
     from dist_ae.config import DataConfig

@@ -161,8 +161,9 @@ def _refuse_early(config: Config) -> None:
             "smaller --train.batch-size"
         )
     if config.data.image_size is not None and config.model.architecture != "own":
-        size, channels = config.data.crop or config.data.image_size, 3 if config.data.channels == "rgb" else 1
-        _check_memory(config, (channels, size, size))
+        size = config.data.size if config.data.crop is None else (config.data.crop, config.data.crop)
+        assert size is not None
+        _check_memory(config, (3 if config.data.channels == "rgb" else 1, *size))
 
 
 def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:

@@ -49,6 +49,7 @@ LARGEST, SMALLEST = 1e6, 1e-6
 LONGEST = 10**12  # steps, epochs or images
 WIDEST = 2**20  # units of a layer
 LARGEST_IMAGE = 2**28  # numbers of one image
+LARGEST_SIDE = 4096  # pixels that a picture is brought to
 Side = typing.Annotated[int, Field(gt=0, le=2**20)]  # of an image
 
 
@@ -87,13 +88,15 @@ class DataConfig(Section):
         "regular expression on the names of pictures: those with the same match (or the same first group of it), such "
         "as one patient, clip or sheet, are on one side of the split",
     )
-    image_size: int | None = trajectory(
-        None, "height and width that pictures get; left out, they must all have one size", gt=0, le=4096
+    image_size: int | str | None = trajectory(
+        None,
+        "pixels that pictures get: one number for height and width, or HEIGHTxWIDTH such as 32x128; left out, they "
+        "must all have one size",
     )
     fit: Literal["crop", "pad", "stretch", "whole"] | None = trajectory(
         None,
-        "how a picture becomes square: crop its middle (the default), pad its shorter side, or stretch it; whole, the "
-        "default with data.crop: it keeps its shape, and image_size is its shorter side",
+        "how a picture gets its proportions: crop its middle (the default), pad it, or stretch it; whole, the default "
+        "with data.crop: it keeps its shape, and image_size is its shorter side",
     )
     crop: int | None = trajectory(
         None,
@@ -160,8 +163,32 @@ class DataConfig(Section):
 
     _home = field_validator("root", "cache")(home)
 
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _pixels(cls, given: Any) -> int | str | None:
+        """A square by one number, however it is written: so it has one name in a cache and in a run."""
+        if given is None:
+            return None
+        found = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*[xX×]\s*([0-9]{1,9}))?\s*", str(given))
+        sides = [int(each) for each in found.groups() if each is not None] if found else []
+        if not sides or not all(0 < side <= LARGEST_SIDE for side in sides):
+            raise ValueError(f"expected 1 to {LARGEST_SIDE:,} pixels, or height and width such as 32x128")
+        return sides[0] if len(set(sides)) == 1 else f"{sides[0]}x{sides[1]}"
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width that pictures get."""
+        height, _, width = str(self.image_size or "").partition("x")
+        return (int(height), int(width or height)) if height else None
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if isinstance(self.image_size, str) and (self.crop is not None or self.fit == "whole"):
+            why = "fit whole" if self.crop is None else "crop"
+            raise ValueError(
+                f"image_size {self.image_size}: with {why} pictures keep their shape, and it is one number, the "
+                "shorter side"
+            )
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
             raise ValueError(f"fold {self.fold} is none of the folds, of which there are {self.folds or 'no'}")
         return self

@@ -29,6 +29,7 @@ SHOWN = 48  # ordinary pictures on the page
 ODD = 12  # pictures of each kind of odd ones
 BATCHES = {"ae": 128, "conv": 32}
 SIZES = (16, 32, 64, 128, 256)  # that a size is suggested from
+OBLONG, ALIKE = 1.4, 1.15  # proportions that are no square, and that count as the same
 
 
 class Sheet(NamedTuple):
@@ -160,11 +161,8 @@ def _training(name: str, figures: dict[str, Any], config: DataConfig) -> dict[st
     if not count:
         return {}
     several = figures["sizes"]["different"] > 1 or max(figures["largest"]) > SIZES[-1]
-    shortest = min(figures["smallest"])
-    size = config.image_size or (
-        min(64, max(each for each in SIZES if each <= max(shortest, SIZES[0]))) if several else None
-    )
-    height, width = (size, size) if size else (figures["largest"][1], figures["largest"][0])
+    size = config.image_size or (_suggested(figures) if several else None)
+    height, width = DataConfig(image_size=size).size or (figures["largest"][1], figures["largest"][0])
     grey = all(mode.split()[-1] in ("L", "1", "LA", "I;16", "F", "I") for mode in figures["modes"])
     channels = 1 if grey else 3
     option = f" --data.image-size {size}" if size else ""
@@ -174,6 +172,18 @@ def _training(name: str, figures: dict[str, Any], config: DataConfig) -> dict[st
         "steps_an_epoch": {preset: math.ceil(0.9 * count / batch) for preset, batch in BATCHES.items()},
         "command": f"dist-ae train conv --data.name {shlex.quote(figures['source'])}{option}",
     }
+
+
+def _suggested(figures: dict[str, Any]) -> int | str:
+    """A size for training: a square, or where nearly all pictures have other proportions, these."""
+    shortest, (low, ratio, high) = min(figures["smallest"]), figures["ratio"]
+    side = min(64, max(each for each in SIZES if each <= max(shortest, SIZES[0])))
+    if max(ratio, 1 / ratio) < OBLONG or max(ratio / low, high / ratio) > ALIKE:
+        return side
+    longer = max(8, round(side * max(ratio, 1 / ratio) / 8) * 8)  # what three halvings of a convolution divide
+    if longer > SIZES[-1]:
+        return side
+    return f"{side}x{longer}" if ratio > 1 else f"{longer}x{side}"
 
 
 def _sheets(pictures: Any, records: Array, names: Sequence[str], form: Any) -> list[Sheet]:

@@ -40,7 +40,10 @@ def photos(config: DataConfig) -> tuple[Split, Split]:
     """
     from sklearn.datasets import load_sample_images
 
-    size = config.crop or config.image_size or PHOTO_SIZE
+    height, width = config.size or (PHOTO_SIZE, PHOTO_SIZE)
+    if height != width:
+        raise InputError(f"data.image_size: photos has square crops, got {config.image_size}")
+    size = config.crop or height
     if size > LARGEST_PHOTO:
         key = "crop" if config.crop else "image_size"
         raise InputError(f"data.{key}: photos has crops of at most {LARGEST_PHOTO} pixels, got {size}")

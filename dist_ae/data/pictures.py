@@ -562,8 +562,8 @@ def form_of(
     except (ValueError, AttributeError):
         raise InputError(f"data.background: expected a colour as white or #a0b0c0, got {config.background!r}") from None
     fit = fit_of(config) if size is None else config.fit or "crop"
-    if size is None and config.image_size is not None:
-        size = (config.image_size, config.image_size)
+    if size is None and config.size is not None:
+        size = config.size
     elif fit == "whole" and size is not None:  # a use, at the model's size
         fit = "crop"
     volume = config.pages == "volume"
