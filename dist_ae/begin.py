@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.filesize import decimal
 
-from dist_ae import devices, pca, timeline
+from dist_ae import devices, likeness, pca, timeline
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.layout import named
@@ -65,6 +65,9 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     config = config.override({"data.name": NAME if data is not None else absolute(config.data.name)})
     if own is not None:
         config = config.override({"model.architecture": "own"})
+    if (network := config.objective.perceptual) is not None:
+        known = {"objective.perceptual": network.resolve(), "objective.perceptual_sha256": likeness.sha256(network)}
+        config = config.override(known)
     if data is None and launched_world()[0] == 0:
         # The pictures of a run among the pictures that it is trained on would make other data of them.
         Reads(config.data.name).refuse(config.directory().resolve(), "--run-dir", folder=True)
@@ -85,11 +88,12 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         if getattr(config.data, key) != usual and not pictures:
             what = f"data.{key} is about pictures (folder:, tar:, hf:)"
             raise InputError(f"{what}, and {dataset.name} is none; leave it out")
-    if dataset.scale == "standard" and config.objective.likelihood != "gaussian":
+    if dataset.scale == "standard" and config.objective.likelihood not in ("gaussian", "laplace"):
         raise InputError(
             f"objective.likelihood {config.objective.likelihood} is of pixels on [0, 1], and the records of "
-            f"{dataset.name} are standardized; use gaussian, or data.scale range"
+            f"{dataset.name} are standardized; use gaussian or laplace, or data.scale range"
         )
+    likeness.check(config.objective, dataset.image_shape, dataset.shape is None and dataset.scale != "standard")
     config = _precise(config)
     label = config.label()
     config = _fewer_at_once(config.override({"run_dir": config.directory()}), dataset)  # named by what was asked for

@@ -248,13 +248,15 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimized, and what is done to the input."""
 
-    likelihood: Literal["gaussian", "bernoulli", "discretized"] = trajectory(
-        "gaussian", "distribution of a pixel given the code; discretized: a logistic over the 256 values of a byte"
+    likelihood: Literal["gaussian", "laplace", "charbonnier", "bernoulli", "discretized"] = trajectory(
+        "gaussian",
+        "distribution of a pixel given the code: gaussian is the squared error, laplace the absolute one, charbonnier "
+        "an absolute one that is round at 0, discretized a logistic over the 256 values of a byte",
     )
     # 8**-0.5 is the tutorial's scale: the distortion is then the squared error, summed over pixels on [-1, 1], up to an
     # additive constant.
     sigma: float | Literal["learned"] = trajectory(
-        8**-0.5, "standard deviation of a Gaussian or logistic pixel on [0, 1], or 'learned' as one parameter"
+        8**-0.5, "standard deviation of a pixel on [0, 1], or 'learned' as one parameter"
     )
     noise_std: float | tuple[float, float] = trajectory(
         0.0,
@@ -265,6 +267,19 @@ class ObjectiveConfig(Section):
     beta_warmup_steps: int = trajectory(
         0, "steps over which the weight of the rate rises linearly to beta", ge=0, le=LONGEST
     )
+    ms_ssim: float = trajectory(
+        0.0, "weight of 1 - MS-SSIM beside the likelihood, in nats per image; some hundreds count", ge=0, le=LARGEST
+    )
+    perceptual: Path | None = free(
+        None,
+        "a feature network (.pt2 of torch.export, or TorchScript) whose distance counts beside the likelihood, as "
+        "LPIPS: images [N, 3, H, W] on [0, 1] in, features [N, F, h, w] of one or several layers out. It is a program: "
+        "use one that you trust",
+    )
+    perceptual_weight: float = trajectory(1.0, "weight of that distance, in nats per image", ge=0, le=LARGEST)
+    perceptual_sha256: str | None = trajectory(None, "of that file; filled in")
+
+    _home = field_validator("perceptual")(home)
 
     @field_validator("noise_std")
     @classmethod
@@ -282,6 +297,8 @@ class ObjectiveConfig(Section):
             )
         if self.likelihood == "bernoulli" and self.sigma == "learned":
             raise ValueError("sigma='learned' is for gaussian and discretized pixels; a Bernoulli pixel has no sigma")
+        if self.likelihood == "charbonnier" and self.sigma == "learned":
+            raise ValueError("sigma='learned' is not for charbonnier; use laplace, which differs from it only near 0")
         return self
 
 

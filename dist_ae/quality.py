@@ -24,6 +24,7 @@ from dist_ae.data.reader import Reader
 from dist_ae.data.records import Array
 from dist_ae.draws import Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise, psnr
+from dist_ae.likeness import load
 from dist_ae.models import Autoencoder, Components, Output
 from dist_ae.objectives import present, squared_error, terms
 from dist_ae.processes.runtime import Processes
@@ -374,15 +375,7 @@ def feature_network(path: Path) -> nn.Module:
     Raises:
         InputError: there is no such file, or it is something else.
     """
-    if not path.is_file():
-        raise InputError(f"--features {path}: no such file; expected a TorchScript program of a feature network")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecated, but published feature networks come this way
-            network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise InputError(f"--features {path}: not a TorchScript program ({first_line(error)})") from None
-    return _Features(network)
+    return _Features(load(path, "--features"))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ae import devices, timeline
+from dist_ae import devices, likeness, timeline
 from dist_ae.capture import Graph, capture
 from dist_ae.config import Config, InputError
 from dist_ae.data.crops import Crops, drawn_from, placed
@@ -20,6 +20,7 @@ from dist_ae.data.reader import Reader
 from dist_ae.data.records import Dataset
 from dist_ae.draws import Step, draw, drawn_on
 from dist_ae.guard import Guard
+from dist_ae.likeness import Likeness
 from dist_ae.models import Autoencoder, Components
 from dist_ae.models.weights import weights_sha256
 from dist_ae.objectives import Terms, terms
@@ -49,6 +50,7 @@ class Learner:
         # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
         # images all processes saw.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
+        self._likeness = Likeness(config.objective, runtime.device) if likeness.wanted(config.objective) else None
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(drawn_from(dataset.train), runtime.device, runtime.dtype)
         self._split = dataset.train
@@ -129,7 +131,11 @@ class Learner:
             )  # fmt: skip
             last = part == self.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                losses = terms(self.model(images, draws), images, config.objective, self._beta)
+                output = self.model(images, draws)
+                losses = terms(output, images, config.objective, self._beta)
+                if self._likeness is not None:
+                    more = self._likeness(images, output.reconstruction)
+                    losses = losses._replace(loss=losses.loss + more)
                 if idle:
                     losses = Terms(*(term[:0] for term in losses))
                 total = losses.loss.sum()
@@ -287,6 +293,7 @@ class Learner:
             and config.train.gradient_type != "exact",
             "float64 keeps its learning rate on the host": config.precision == "fp64",
             "the images do not fit on the device": self.images.resident is None,
+            "a feature network is a program of its own": config.objective.perceptual is not None,
             "its random draws need Triton": config.has_draws() and not drawn_on(device),
         }
         reason = next((reason for reason, holds in obstacles.items() if holds), None)

@@ -13,9 +13,11 @@ from dist_ae.draws import Draws
 from dist_ae.models import LOGVAR_RANGE, Output, build
 from dist_ae.objectives import (
     bernoulli_distortion,
+    charbonnier_distortion,
     discretized_distortion,
     gaussian_distortion,
     gaussian_kl,
+    laplace_distortion,
     terms,
 )
 from dist_ae.presets import PRESETS
@@ -70,8 +72,21 @@ def test_likelihoods_equal_torch_distributions() -> None:
     sigma = 0.3
     gaussian = -D.Normal(raw, sigma).log_prob(images).flatten(1).sum(1)
     torch.testing.assert_close(gaussian_distortion(images, raw, math.log(sigma)), gaussian)
+    laplace = -D.Laplace(raw, sigma / math.sqrt(2)).log_prob(images).flatten(1).sum(1)
+    torch.testing.assert_close(laplace_distortion(images, raw, math.log(sigma)), laplace)
+    torch.testing.assert_close(charbonnier_distortion(images, raw, math.log(sigma), 1e-7), laplace, rtol=1e-5, atol=0)
     bernoulli = -D.Bernoulli(logits=raw, validate_args=False).log_prob(images).flatten(1).sum(1)
     torch.testing.assert_close(bernoulli_distortion(images, raw), bernoulli)
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.3])
+def test_charbonnier_s_penalty_is_a_density(sigma: float) -> None:
+    width = 40 * sigma + 1
+    values = torch.linspace(-width, width, 2_000_001, dtype=torch.float64)
+    found = charbonnier_distortion(
+        values.view(-1, 1, 1, 1), torch.zeros_like(values).view(-1, 1, 1, 1), math.log(sigma), 0.002
+    )
+    assert float(torch.trapezoid((-found).exp(), values)) == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [1e-4, 3e-3, 0.05, 3.0])
@@ -105,7 +120,7 @@ def test_the_discretized_likelihood_is_finite_in_fp32_and_learns_its_sigma() -> 
     assert loss.isfinite().all() and log_sigma.grad < 0 and output.raw.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "laplace"])
 def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
     config = PRESETS["vae"].override(
         {"objective.likelihood": likelihood, "objective.sigma": 0.2, "model.hidden_dims": (16,), "model.latent_dim": 3}
@@ -119,7 +134,11 @@ def test_training_loss_of_a_vae_is_the_negative_elbo(likelihood: str) -> None:
     posterior = D.Normal(mean, (logvar / 2).exp())
     z = posterior.mean + posterior.stddev * epsilon
     raw = model.decode_raw(z)
-    pixels = D.Bernoulli(logits=raw, validate_args=False) if likelihood == "bernoulli" else D.Normal((raw + 1) / 2, 0.2)
+    pixels: D.Distribution = {
+        "bernoulli": D.Bernoulli(logits=raw, validate_args=False),
+        "gaussian": D.Normal((raw + 1) / 2, 0.2),
+        "laplace": D.Laplace((raw + 1) / 2, 0.2 / math.sqrt(2)),
+    }[likelihood]
     elbo = pixels.log_prob(images).flatten(1).sum(1) - D.kl_divergence(
         posterior, D.Normal(torch.zeros_like(mean), 1.0)
     ).sum(1)

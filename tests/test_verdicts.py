@@ -420,7 +420,10 @@ def test_fid_is_that_of_the_given_network_s_features(runs: Path, tmp_path: Path)
     assert found["val.fid"] == pytest.approx(expected, rel=1e-3) and np.isfinite(found["val.kid"])
     assert "val.sample_fid" not in found
     (tmp_path / "text.pt").write_text("no network")
-    for path, expected_words in ((tmp_path / "none.pt", "no such file"), (tmp_path / "text.pt", "not a TorchScript")):
+    for path, expected_words in (
+        (tmp_path / "none.pt", "no such file"),
+        (tmp_path / "text.pt", "not a program of torch"),
+    ):
         with pytest.raises(InputError, match=expected_words):
             commands.evaluate_run(runs / "spoilt", features=path)
 
