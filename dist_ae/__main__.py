@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from dist_ae.config import Config, InputError, load_config
+from dist_ae.errors import install
 from dist_ae.presets import DESCRIPTIONS, PRESETS
 from dist_ae.terminal import EXIT_STOPPED, prepare_streams, rank, say, silence
 from dist_ae.use import commands
@@ -84,7 +85,7 @@ def sweep(arguments: list[str]) -> None:
         if spec is not None and spec.origin is not None and Path(spec.origin).parents[1] == Path(__file__).parents[1]:
             importlib.import_module(f"{name}.__main__").main(arguments, prog="dist-ae sweep")
             return
-    raise InputError('dist-ae sweep: the sweeps are not installed; pip install "dist-ae[tune]"')
+    raise InputError(f"dist-ae sweep: the sweeps are not installed; {install('tune')}")
 
 
 def _show_evaluation(found: Evaluated) -> None:

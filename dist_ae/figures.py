@@ -254,6 +254,16 @@ def _denoising(axis: Axes, denoising: dict[float, dict[str, float]]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def columns_beside(columns: dict[str, tuple[float, float]], path: Path) -> Path:
+    """r2 of a model and of PCA by column, lowest first."""
+    figure = Figure(figsize=(6, min(8.0, 1.4 + 0.16 * len(columns))), layout="constrained")
+    axis = figure.subplots()
+    _by_column(axis, {name: {"r2": own, "pca_r2": linear} for name, (own, linear) in columns.items()})
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
 def _by_column(axis: Axes, columns: dict[str, dict[str, float]]) -> None:
     """r2 of each column, lowest first, beside PCA's; the names of the columns where there is room for them."""
     names = sorted(columns, key=lambda name: columns[name]["r2"])

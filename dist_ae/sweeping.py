@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dist_ae.config import Config, Fault
+from dist_ae.errors import install
 from dist_ae.files import Damaged, read_bounded, to_json, unique_keys, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, first_line, say, time_left
 from dist_ae.timeline import selection
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dist_ae.data.reader import Reader
     from dist_ae.use.trained import TrainedModel
 
@@ -23,13 +26,14 @@ __all__ = [
     "Damaged",
     "Fault",
     "Images",
+    "Linear",
     "absolute",
     "can_retry",
     "check",
     "code_size",
     "first_line",
     "images_of",
-    "pca_errors",
+    "install",
     "probe_accuracy",
     "read_bounded",
     "say",
@@ -43,6 +47,7 @@ __all__ = [
 ]
 
 CHUNK = 4096  # images at once
+PICTURED = 8  # images beside what PCA makes of them
 
 
 class Images(NamedTuple):
@@ -119,48 +124,105 @@ def code_size(config: Config, image_shape: tuple[int, ...] | None) -> int:
     return math.prod(blank(config, image_shape).code_shape)
 
 
-def pca_errors(base: Config, configs: Iterable[Config], noisy: bool) -> dict[int, float]:
-    """Squared error per value of the best linear codes on validation images, by the numbers of a code.
+class Linear:
+    """The best linear codes of some data, beside which models are judged: PCA, or for a grid code PCA of patches."""
 
-    The codes are those of PCA, or for a grid code of PCA of patches.
-
-    Args:
+    def __init__(self, base: Config, configs: Iterable[Config]) -> None:
+        """Args:
         base: names the data, and the noise of an evaluation.
         configs: models whose linear counterparts are wanted.
-        noisy: the error of denoised images; else that of clean ones.
-    """
-    import torch
+        """
+        import torch
 
-    from dist_ae import pca
-    from dist_ae.data import sources
-    from dist_ae.data.reader import Reader
-    from dist_ae.evaluate import fixed_noise
-    from dist_ae.models import blank
-    from dist_ae.processes.runtime import Alone
+        from dist_ae import pca
+        from dist_ae.data import sources
+        from dist_ae.data.reader import Reader
+        from dist_ae.models import blank
+        from dist_ae.models.interface import Components
+        from dist_ae.processes.runtime import Alone
 
-    dataset, cpu = sources.load(base.data), torch.device("cpu")
-    train, val = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
-    sizes: dict[pca.Size | None, dict[int, int]] = {}  # numbers of a code by its size, by that of its patches
-    for config in configs:
-        code = blank(config, dataset.image_shape).linear_code()
-        if code is not None:
-            sizes.setdefault(code.patch, {})[code_size(config, dataset.image_shape)] = code.values
-    errors: dict[int, float] = {}
-    for patch, codes in sizes.items():
-        most = pca.vector_size(dataset.image_shape, patch)
-        components = pca.principal_components(train, min(max(codes.values()), most), patch, Alone(cpu))
-        squared, entries = dict.fromkeys(codes, 0.0), 0
-        for start in range(0, len(val.split), CHUNK):
-            span = range(start, min(start + CHUNK, len(val.split)))
-            images = val.span(span)
-            entries += int((~images.isnan()).sum())  # what is missing counts nothing
-            noise = fixed_noise(base.evaluation.noise_std, span, images.shape[1:], cpu) if noisy else 0
-            for size, values in codes.items():
-                leading = components._replace(basis=components.basis[:values])
-                decoded = pca.coded(leading, patch, images + noise)[1]
-                squared[size] += float((decoded - images).double().square().nansum())
-        errors |= {size: min(value / entries, errors.get(size, math.inf)) for size, value in squared.items()}
-    return errors
+        cpu = torch.device("cpu")
+        self._base, self._dataset = base, sources.load(base.data)
+        train, self._val = Reader(self._dataset.train, cpu), Reader(self._dataset.val, cpu)
+        self._values: dict[pca.Size | None, dict[int, int]] = {}  # of a patch, by the numbers of the whole code
+        for config in configs:
+            code = blank(config, self._dataset.image_shape).linear_code()
+            if code is not None:
+                self._values.setdefault(code.patch, {})[code_size(config, self._dataset.image_shape)] = code.values
+        self._components: dict[pca.Size | None, Components] = {}
+        for patch, codes in self._values.items():
+            most = min(max(codes.values()), pca.vector_size(self._dataset.image_shape, patch))
+            self._components[patch] = pca.principal_components(train, most, patch, Alone(cpu))
+
+    def _coded(self, patch: tuple[int, int] | None, values: int, images: Tensor) -> Tensor:
+        from dist_ae import pca
+
+        components = self._components[patch]
+        return pca.coded(components._replace(basis=components.basis[:values]), patch, images)[1]
+
+    def errors(self, noisy: bool) -> dict[int, float]:
+        """Squared error per value of validation images, by the numbers of a code.
+
+        Args:
+            noisy: the error of denoised images; else that of clean ones.
+        """
+        errors: dict[int, float] = {}
+        for patch, codes in self._values.items():
+            squared, entries = dict.fromkeys(codes, 0.0), 0
+            for start in range(0, len(self._val.split), CHUNK):
+                images, given = self._images(range(start, min(start + CHUNK, len(self._val.split))), noisy)
+                entries += int((~images.isnan()).sum())  # what is missing counts nothing
+                for size, values in codes.items():
+                    squared[size] += float((self._coded(patch, values, given) - images).double().square().nansum())
+            errors |= {size: min(value / entries, errors.get(size, math.inf)) for size, value in squared.items()}
+        return errors
+
+    def _images(self, span: range, noisy: bool) -> tuple[Tensor, Tensor]:
+        """Validation images, and what goes into a model in their place."""
+        from dist_ae.evaluate import fixed_noise
+
+        images = self._val.span(span)
+        if not noisy:
+            return images, images
+        return images, images + fixed_noise(self._base.evaluation.noise_std, span, images.shape[1:], images.device)
+
+    def picture(self, run_dir: Path, noisy: bool, path: Path) -> bool:
+        """Draws validation images, what a run makes of them, and what PCA with as many numbers does.
+
+        Of records that are no images, it draws r2 by column. Returns False where there is no such run, or no PCA.
+        """
+        import torch
+
+        from dist_ae import figures
+        from dist_ae.config import InputError
+        from dist_ae.processes.runtime import Alone
+        from dist_ae.quality import by_channel
+        from dist_ae.use.trained import load
+
+        try:
+            model = load(run_dir).model
+        except (InputError, Damaged, OSError):
+            return False
+        code = model.linear_code()
+        if code is None or code.patch not in self._components:
+            return False
+        if model.record_shape is not None:
+            if not model.standardized:
+                return False
+            leading = self._components[code.patch]
+            leading = leading._replace(basis=leading.basis[: code.values])
+            scores = by_channel(model, leading, self._val, CHUNK, Alone(torch.device("cpu")))
+            names = self._dataset.columns or [f"channel {number}" for number in range(model.image_shape[0])]
+            figures.columns_beside({name: (scores["r2"][i], scores["pca_r2"][i]) for i, name in enumerate(names)}, path)
+            return True
+        images, given = self._images(range(min(PICTURED, len(self._val.split))), noisy)
+        with torch.no_grad():
+            made = model(given, None).reconstruction
+        linear, name = self._coded(code.patch, code.values, given), "PCA" if code.patch is None else "patch PCA"
+        rows = {"original": images} | ({"noisy": given} if noisy else {}) | {"the answer": made, name: linear}
+        shown = {label: model.visible(each) for label, each in rows.items()}
+        figures.image_rows(shown, path)
+        return True
 
 
 def probe_accuracy(run_dir: Path) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from browser import opened
 from conftest import SMALL, run
 from pictures import make_folder
 
@@ -24,8 +25,6 @@ from dist_ae.use import commands
 
 pytestmark = pytest.mark.slow
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 IMAGES: Any = sources.load(PRESETS["ae"].data).val.images
 CONV = {"model.architecture": "conv", "model.widths": (4, 8), "model.latent_dim": 2}
 
@@ -37,16 +36,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = PRESETS[preset].override({**SMALL, **values, "train.steps": 60, "run_dir": str(root / name)})
         dist_ae.train(config)
     return root
-
-
-def opened(page: Path, width: int, fragment: str = "") -> str:
-    """The page's elements after its script ran, in a real browser without a network."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("needs a browser: apt-get install chromium")
-    place = [f"--user-data-dir={page.parent / 'browser'}", f"--window-size={width},900"]
-    command = [browser, *QUIET, *place, "--virtual-time-budget=100000", "--dump-dom", f"file://{page}{fragment}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def element(document: str, name: str) -> str:

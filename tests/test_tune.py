@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import dataclasses
+import html
 import io
 import json
 import math
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -20,10 +23,12 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
 import tyro
+from browser import opened
 from conftest import REPOSITORY, SMALL, digits_file
 
 import dist_ae
@@ -32,6 +37,7 @@ from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import sources
 from dist_ae.presets import PRESETS
 from tune.__main__ import Training, flat, main
+from tune.insight import End, ends, importance
 from tune.plan import (
     Settings,
     Sweep,
@@ -57,6 +63,7 @@ from tune.spaces import (
     parse_space,
 )
 from tune.sweep import check_data, checked
+from tune.trial import train_trial
 
 # -- spaces
 
@@ -523,7 +530,8 @@ def sweep_with(
     space = load_space(preset, None)
     sweep = new_sweep(folder / "s", space, {}, metric, Settings())
     for number, (status, values, metrics) in enumerate(outcomes):
-        trial = sweep.new_trial(number, preset, {"optim.lr": 1e-3, **values})
+        others = {key: d.grid()[1] for key, d in space.parts[preset].items()} | {"optim.lr": 1e-3}
+        trial = sweep.new_trial(number, preset, {**others, **values})
         if metrics is not None:
             progress = 100.0 if status == "finished" else 40.0
             for part in (progress / 2, progress):
@@ -766,10 +774,11 @@ def test_further_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:
 def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
     from sklearn.decomposition import PCA
 
-    from tune.report import pca_errors
+    from dist_ae.sweeping import Linear
 
     sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (2, 8, 64)])
-    found = pca_errors(sweep, results(sweep))
+    linear = Linear(PRESETS["ae"], [sweep.answer(trial) for trial in sweep.trials()])
+    found = linear.errors(noisy=False)
     dataset: Any = sources.load(DataConfig(name="digits"))
     train, val = (split.images.reshape(len(split), -1) / 255.0 for split in (dataset.train, dataset.val))
     for size in (2, 8):
@@ -777,13 +786,7 @@ def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
         expected = float(np.square(model.inverse_transform(model.transform(val)) - val).mean())
         assert found[size] == pytest.approx(expected, rel=1e-5)
     assert found[64] < 1e-12
-    noisy = sweep_with(
-        tmp_path / "noisy",
-        [("finished", {"model.latent_dim": size}, mse(0.1)) for size in (8, 64)],
-        "val.denoised_psnr",
-        "denoising",
-    )
-    found = pca_errors(noisy, results(noisy))
+    found = linear.errors(noisy=True)
     # All of the noise goes through, of variance 0.09, but in the few directions in which no image varies.
     assert 0.08 < found[64] < 0.09
     assert found[8] < found[64] / 2
@@ -802,14 +805,15 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
     page = (sweep.path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|<script', page), "nothing is fetched"
     for heading in (
-        "The answer: best",
+        "The answer",
         "Code size against error",
         "Learning curves",
         "Parameters and result",
         "Ranking",
     ):
         assert heading in page
-    assert "PCA, code of 16" in page and "NonFinite: step 3" in page
+    assert "best: ae with a code of 16, val.mse 0.012. It is" in page and "NonFinite: step 3" in page
+    assert "Importance: 4 finished trials are too few" in page
     charts = re.findall(r'alt="Chart: [^"]+" src="data:image/png;base64,([^"]+)"', page)
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(chart))).convert("L") for chart in charts]
     assert len(pictures) == 3 and all(p.width > 900 and np.asarray(p).std() > 5 for p in pictures), "empty charts"
@@ -817,6 +821,183 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
     assert [int(row["model.latent_dim"]) for row in rows] == [16, 8, 32, 2, 64]
     config = dist_ae.load_config(sweep.path / "best.json")
     assert (config.model.latent_dim, config.optim.lr, config.run_dir) == (16, 1e-4, None)
+
+
+def test_the_first_line_says_how_the_answer_compares_with_pca_and_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tune.report import write_report
+
+    cases = ((2, 0.04, "% better than PCA"), (2, 0.9, "% WORSE than PCA"), (64, 1e-6, "is exact"))
+    for number, (size, value, words) in enumerate(cases):
+        sweep = sweep_with(tmp_path / str(number), [("finished", {"model.latent_dim": size}, mse(value))])
+        write_report(sweep, Selection("best"))
+        first = capsys.readouterr().out.splitlines()[0]
+        page = (sweep.path / "report.html").read_text()
+        assert words in first and first in page.replace("&#34;", '"') and "The answer beside PCA" not in page
+        assert first.startswith("WARNING: ") == ("WORSE" in words)
+        assert ('class="warning">WARNING: best' in page) == ("WORSE" in words)
+    # A run that is there is drawn beside PCA of its size: images, and of a table r2 by column.
+    from sklearn.datasets import load_wine
+
+    rows = [",".join(map(str, row)) for row in load_wine().data]
+    (tmp_path / "wine.csv").write_text("\n".join([",".join(f"c{i}" for i in range(13)), *rows]))
+    own = {"data.name": f"table:{tmp_path}/wine.csv", "data.cache": str(tmp_path / "cache")}
+    for preset, overrides in (("ae", {}), ("denoising", {}), ("table", own)):
+        metric = load_space(preset, None).metric
+        sweep = sweep_with(tmp_path / preset, [], metric, preset)
+        sweep = dataclasses.replace(sweep, overrides={**overrides, "train.steps": 5, "tracking.wandb": "off"})
+        sweep.write()
+        others = {key: d.grid()[1] for key, d in sweep.space.parts[preset].items()}
+        trial = sweep.new_trial(0, preset, {**others, "model.latent_dim": 2, "optim.lr": 1e-3})
+        train_trial(sweep, trial, lambda report: None)
+        write_report(sweep, Selection("best"))
+        page = (sweep.path / "report.html").read_text()
+        (picture,) = re.findall(r'alt="[^"]*PCA[^"]*same size." src="data:image/png;base64,([^"]+)"', page)
+        drawn = PIL.Image.open(io.BytesIO(base64.b64decode(picture))).convert("L")
+        assert np.asarray(drawn).std() > 5 and ("r2 of each column" in page) == (preset == "table")
+
+
+def with_settings(
+    folder: Path, count: int, value: Callable[[dict[str, Any], random.Random], float], seed: int = 0
+) -> Sweep:
+    """A sweep over a code size, a learning rate and a dropout that finished with ``value`` of them."""
+    keys = {"model.latent_dim": {"choice": [2, 4, 8, 16]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}
+    space = parse_space({"presets": {"dropout": {**keys, "model.dropout": {"uniform": [0.0, 0.4]}}}}, "s")
+    sweep, rng = new_sweep(folder, space, {}, "val.mse", Settings()), random.Random(seed)
+    for number in range(count):
+        preset, values = space.sample(seed, number)
+        trial = sweep.new_trial(number, preset, values)
+        report = {"step": 9, "progress": 100.0, **mse(value(values, rng)), "seconds": 1}
+        append_report(sweep.trial_dir(trial.id), report)
+        write_json(sweep.run_dir(trial) / "result.json", {"steps": 9})
+    sweep.write()
+    return sweep
+
+
+def test_importance_tells_what_matters_from_chance_and_says_where_it_cannot(tmp_path: Path) -> None:
+    def error(values: dict[str, Any], rng: random.Random) -> float:
+        return float(math.exp(abs(math.log10(values["optim.lr"]) + 3) + 0.02 * rng.gauss(0, 1)))
+
+    few = with_settings(tmp_path / "few", 6, error)
+    assert importance(few, results(few)) == []
+    some = with_settings(tmp_path / "some", 24, error)
+    found = {each.key: each for each in importance(some, results(some))}
+    assert found["optim.lr"].tells and found["optim.lr"].share > 0.3
+    assert not found["model.dropout"].tells and "may be chance" in str(found["model.dropout"])
+    by_chance = [
+        each.tells
+        for seed in range(4)
+        for sweep in [with_settings(tmp_path / f"none-{seed}", 16, lambda values, rng: rng.uniform(1, 2), seed)]
+        for each in importance(sweep, results(sweep))
+    ]
+    assert len(by_chance) == 12 and sum(by_chance) <= 1, "intervals of 95 % that hold 0 less often than they say"
+
+
+def test_a_winner_at_the_end_of_a_range_is_said_with_the_range_to_try_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tune.report import write_report
+
+    part = {
+        "model.latent_dim": {"choice": [2, 4, 8]},
+        "optim.lr": {"loguniform": [1e-4, 1e-2]},
+        "model.dropout": {"uniform": [0.0, 0.4]},
+        "model.hidden_dims": {"choice": [[64, 32], [128, 64], [256, 128]]},
+        "train.batch_size": {"randint": [10, 110]},
+        "optim.warmup_steps": {"choice": [0, 10]},
+    }
+
+    def said(**values: Any) -> dict[str, End]:
+        inside = {"model.latent_dim": 4, "optim.lr": 1e-3, "model.dropout": 0.2, "model.hidden_dims": [128, 64]}
+        inside |= {"train.batch_size": 60, "optim.warmup_steps": 0}
+        space = parse_space({"presets": {"dropout": part}}, "s")
+        sweep = new_sweep(tmp_path / str(len(list(tmp_path.iterdir()))), space, {}, "val.mse", Settings())
+        trial = sweep.new_trial(0, "dropout", inside | {key.replace("__", "."): v for key, v in values.items()})
+        append_report(sweep.trial_dir(trial.id), {"step": 9, "progress": 100.0, **mse(0.01), "seconds": 1})
+        write_json(sweep.run_dir(trial) / "result.json", {"steps": 9})
+        sweep.write()
+        found = {each.key: each for each in ends(sweep, results(sweep)[0])}
+        write_report(sweep, Selection("best"))
+        out, page = capsys.readouterr().out.splitlines(), html.unescape((sweep.path / "report.html").read_text())
+        assert all(str(each) in out and str(each) in page for each in found.values())
+        for each in found.values():  # what is said to try next is a space that can be searched, and goes on from here
+            check(parse_space({"presets": {"dropout": {each.key: each.next}}}, "s"), {}, 1)
+        return found
+
+    assert said() == {}
+    assert said(optim__lr=9e-3)["optim.lr"].next == {"loguniform": [0.0009, 0.09]}
+    assert said(optim__lr=1e-4)["optim.lr"].next == {"loguniform": [1e-5, 1e-3]}
+    assert said(train__batch_size=109)["train.batch_size"].next == {"randint": [59, 159]}
+    assert said(train__batch_size=11)["train.batch_size"].next == {"randint": [1, 61]}
+    assert said(model__dropout=0.39)["model.dropout"].next == {"uniform": [0.19, 0.59]}
+    assert said(model__dropout=0.01) == {}, "nothing is legal below 0"
+    assert said(optim__warmup_steps=10) == {}, "of two values one is always the last"
+    assert said(model__hidden_dims=[256, 128])["model.hidden_dims"].next == {
+        "choice": [[256, 128], [512, 256], [1024, 512]]
+    }
+    largest = said(model__latent_dim=8)["model.latent_dim"]
+    assert largest.next == {"choice": [8, 16, 32]} and largest.expected and "WARNING" not in str(largest)
+    assert said(model__latent_dim=2)["model.latent_dim"].next == {"choice": [1, 2]}
+    assert str(said(optim__lr=9e-3)["optim.lr"]) == (
+        "WARNING: optim.lr 0.009 of the answer lies at the upper end of what was searched: a better one may lie beyond."
+        ' So try "optim.lr" = {loguniform = [0.0009, 0.09]} next'
+    )
+
+
+# Shows a page in a frame of a width, since a browser's own window has at least 500 pixels, and counts what a reader
+# would have to scroll sideways for, or could not see at all.
+FRAME = """<iframe width="{width}" height="800" style="border: 0" srcdoc="{page}"></iframe><script>
+document.querySelector("iframe").onload = event => {{
+  const inner = event.target.contentWindow
+  const cut = [...inner.document.querySelectorAll("h1, h2, p, dt, dd, td, th, img, .bar span")].filter(each => {{
+    const box = each.getBoundingClientRect()
+    return box.width && (box.left < 0 || box.right > inner.innerWidth || each.scrollWidth > each.clientWidth + 1)
+  }})
+  const across = inner.document.documentElement.scrollWidth - inner.document.documentElement.clientWidth
+  document.body.dataset.measured = [inner.innerWidth, cut.length, across].join(" ")
+}}
+</script>"""
+
+
+@pytest.mark.slow
+def test_the_page_is_whole_on_a_telephone(tmp_path: Path) -> None:
+    from tune.report import write_report
+
+    trials = [("finished", {"model.latent_dim": 2 + i}, mse(0.01 + 0.1 / (i + 1))) for i in range(12)]
+    sweep = sweep_with(tmp_path, [*trials, ("failed", {"model.latent_dim": 64}, {"val.mse": math.nan})], preset="ae")
+    sweep.end_trial(sweep.trials()[-1].id, "failed", "Fault: " + "x" * 200)
+    write_report(sweep, Selection("best"))
+    page = tmp_path / "page.html"
+    for width in (390, 1360):
+        written = html.escape((sweep.path / "report.html").read_text())
+        page.write_text(FRAME.format(width=width, page=written))
+        document = opened(page, 1500)
+        assert f'data-measured="{width} 0 0"' in document, re.findall("data-measured=[^>]*", document)
+
+
+@pytest.mark.parametrize("spread", [1.0001, 1.02, 1.7, 8, 1000])
+def test_no_axis_of_a_chart_says_a_number_twice(spread: float, tmp_path: Path) -> None:
+    from tune.report import LOOK, charts
+
+    rates, sizes = [1e-3 * spread ** (i / 5) for i in range(6)], [2, 4, 4, 8, 8, 16]
+    trials = [
+        ("finished", {"model.latent_dim": size, "optim.lr": rate}, mse(0.01 * spread ** (i / 5)))
+        for i, (rate, size) in enumerate(zip(rates, sizes, strict=True))
+    ]
+    sweep = sweep_with(tmp_path, trials)
+    rows = results(sweep)
+    with matplotlib.rc_context(LOOK):
+        figures = [figure for _, _, figure in charts(sweep, rows, rows[0], {2: 0.05, 4: 0.02})]
+    assert len(figures) == 3
+    for figure in figures:
+        figure.draw_without_rendering()
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            labels = [tick.label1.get_text() for tick in axis.get_major_ticks() if tick.label1.get_visible()]
+            at = axis.get_majorticklocs()
+            seen = [text for text, place in zip(labels, at, strict=False) if low <= place <= high and text]
+            assert len(seen) == len(set(seen)), seen
 
 
 def test_a_report_of_many_trials_and_hostile_words_stays_small_and_inert(tmp_path: Path) -> None:

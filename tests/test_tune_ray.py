@@ -188,9 +188,10 @@ def test_a_sweep_on_a_table_answers_beside_pca_in_share_of_variance(tmp_path: Pa
     sweep = read_sweep(tmp_path / "runs/sweeps/wine")
     best = next(row for row in results(sweep) if row.outcome.status == "finished")
     page = (sweep.path / "report.html").read_text()
-    found = re.search(r"unexplained share of variance beside PCA, code of (\d+)\D+?([\d.]+) beside ([\d.]+)", page)
+    found = re.search(r"with a code of (\d+), .*: unexplained share of variance (\d\.\d+) beside (\d\.\d+)", page)
     assert found is not None and float(found[2]) <= float(found[3])
     pca = best.outcome.metric("val.pca_mse")
+    assert "r2 of each column" in page and "PCA with a code of the same size" in page
     assert best.size != int(found[1]) or pca == pytest.approx(float(found[3]), rel=1e-2)
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from dist_ae import Config, InputError
-from dist_ae.sweeping import EXIT_STOPPED, Fault, say
+from dist_ae.sweeping import EXIT_STOPPED, Fault, install, say
 
 from .plan import Settings
 from .results import parse_selection
@@ -78,9 +78,11 @@ def sweep(
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
         training: options of dist-ae train that hold for every trial.
     """
-    for needed in ("ray", "optuna", "jinja2"):
-        if importlib.util.find_spec(needed) is None:
-            raise InputError(f'a sweep needs {needed}, which is not installed; pip install "dist-ae[tune]"')
+    missing = [name for name in ("ray", "optuna", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"a sweep needs {' and '.join(missing)}, not installed here; this installs it: {install('tune')}"
+        )
     selection = parse_selection(select)
     if not 0 <= retrain <= 1000:
         raise InputError(f"--retrain {retrain}: 0 to 1000 seeds")

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from dist_ae import PRESETS, sweeping
-from dist_ae.sweeping import say
+from dist_ae import PRESETS
+from dist_ae.sweeping import Linear, say
 
+from .insight import LEAST, ends, importance
 from .plan import Sweep
 from .results import Row, Selection, front, number, results, select, spread, table, write_best, write_table
 from .spaces import METRICS
@@ -52,14 +54,18 @@ LOOK: Any = {
 def write_report(sweep: Sweep, selection: Selection) -> bool:
     """Writes the three files and says where they are. Returns False where no trial finished."""
     rows = results(sweep)
-    cells, pca = table(sweep, rows), pca_errors(sweep, rows)
+    linear = _linear(sweep, rows)
+    cells, pca = table(sweep, rows), linear.errors(_denoises(sweep)) if linear else {}
     write_table(sweep, cells)
     winner = select(rows, selection, sweep)
     if winner is None and any(row.outcome.status == "finished" for row in rows):
         say(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
         winner = select(rows, Selection("best"), sweep)
     statuses = [row.outcome.status for row in rows]
-    answer = _answer(sweep, winner, pca) if winner else {}
+    found = importance(sweep, rows)
+    said = [] if winner is None else [headline(sweep, selection, winner, pca), *map(str, ends(sweep, winner, found))]
+    with matplotlib.rc_context(LOOK):
+        drawn = [(heading, note, _drawn(figure)) for heading, note, figure in charts(sweep, rows, winner, pca)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
@@ -67,10 +73,13 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
         judged_by=METRICS[sweep.metric][1],
         counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
         steps=sum(row["steps"] for row in cells),
-        selection=selection,
-        answer=answer,
-        charts=_charts(sweep, rows, winner, pca),
-        pictures=_pictures(sweep, winner) if winner else [],
+        seconds=sum(row["seconds"] for row in cells),
+        said=said,
+        answer=_answer(sweep, winner) if winner else {},
+        charts=drawn,
+        pictures=_pictures(sweep, winner, linear) if winner else [],
+        importance=found,
+        no_importance=no_importance(rows),
         ranking=_ranking(sweep, cells),
         num_trials=len(rows),
     )
@@ -78,10 +87,24 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
     if winner is None:
         return False
     write_best(sweep, winner)
-    say(f"{selection}: {', '.join(f'{name} {value}' for name, value in answer.items())}")
+    for line in said:
+        say(line)
+    say(", ".join(f"{name} {value}" for name, value in _answer(sweep, winner).items()))
+    shares = "; ".join(map(str, found))
+    say(f"importance for the ranking, 95 % intervals: {shares}" if found else no_importance(rows))
     again = f"dist-ae train --config {shlex.quote(str(sweep.path / 'best.json'))} trains it again"
     say(f"{sweep.path}/report.html, trials.csv, best.json ({again})")
     return True
+
+
+def no_importance(rows: Sequence[Row]) -> str:
+    """Why nothing is said about importance."""
+    count = sum(row.outcome.status == "finished" for row in rows)
+    if count >= LEAST:
+        return "Importance: all finished trials have the same settings or the same result."
+    return (
+        f"Importance: {count} finished trials are too few to tell settings that matter from chance ({LEAST} at least)."
+    )
 
 
 # -- PCA
@@ -104,27 +127,40 @@ def _denoises(sweep: Sweep) -> bool:
     return sweep.metric == "val.denoised_psnr"
 
 
-def pca_errors(sweep: Sweep, rows: Sequence[Row]) -> dict[int, float]:
-    """The same error of the best linear code, by code size: that of PCA, or for a grid code that of PCA of patches."""
-    if not rows:
-        return {}
+def _linear(sweep: Sweep, rows: Sequence[Row]) -> Linear | None:
+    """The linear codes of the sizes that were tried."""
     base = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
-    return sweeping.pca_errors(base, [sweep.answer(row.trial) for row in rows if row.outcome.reports], _denoises(sweep))
+    configs = [sweep.answer(row.trial) for row in rows if row.outcome.reports]
+    return Linear(base, configs) if configs else None
+
+
+def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, float]) -> str:
+    """The answer beside PCA with as many numbers, in a line; a WARNING where it is worse."""
+    config = sweep.answer(winner.trial)
+    said = f"{selection}: {winner.trial.preset} with a code of {winner.size}, {sweep.metric} {number(winner.value)}"
+    error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.size)
+    if error is None or linear is None:
+        return said
+    name = "PCA" if config.model.architecture == "mlp" or config.model.code == "vector" else "PCA of patches"
+    what = "squared error" if winner.outcome.metric("val.r2") is None else "unexplained share of variance"
+    if linear <= EXACT:
+        return f"{said}. {name} with as many numbers is exact: a code of this size saves nothing"
+    both = f"{what} {number(error)} beside {number(linear)}"
+    change = error / linear - 1
+    if change > 0.005:
+        ways_out = "train longer (--train.epochs), widen the search, or use PCA"
+        return f"WARNING: {said}. It is {change:.0%} WORSE than {name} with as many numbers: {both}; {ways_out}"
+    better = "no better than" if change > -0.005 else f"{-change:.0%} better than"
+    return f"{said}. It is {better} {name} with as many numbers: {both}"
 
 
 # -- page
 
 
-def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
+def _answer(sweep: Sweep, winner: Row) -> dict[str, str]:
     facts = {"trial": winner.trial.id, "preset": winner.trial.preset}
     facts |= {key: number(value) for key, value in winner.trial.values.items()}
     facts[sweep.metric] = number(winner.value)
-    error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.size)
-    if error is not None and linear:
-        change = f"{100 * (error / linear - 1):+.0f} %" if linear > EXACT else "PCA has a component for each pixel"
-        what = "squared error" if winner.outcome.metric("val.r2") is None else "unexplained share of variance"
-        name = f"{what} beside PCA, code of {winner.size}"
-        facts[name] = f"{number(error)} beside {number(linear)} ({change})"
     if again := spread(sweep, winner.trial):
         values, mean, deviation = again
         facts[f"{len(values)} further seeds"] = f"{number(mean)} ± {number(deviation)} (mean ± standard deviation)"
@@ -134,14 +170,21 @@ def _answer(sweep: Sweep, winner: Row, pca: dict[int, float]) -> dict[str, str]:
     return facts
 
 
-def _pictures(sweep: Sweep, winner: Row) -> list[tuple[str, str]]:
-    """(caption, data URI) of the pictures that the winner's run drew."""
-    words = {
-        "reconstructions": "Validation images and what the answer makes of them.",
-        "samples": "New images, decoded from z ~ N(0, I).",
-    }
-    paths = {sweep.run_dir(winner.trial) / "figures" / f"{name}.png": caption for name, caption in words.items()}
-    return [(caption, _uri(path.read_bytes())) for path, caption in paths.items() if path.is_file()]
+def _pictures(sweep: Sweep, winner: Row, linear: Linear | None) -> list[tuple[str, str]]:
+    """(caption, data URI): the answer beside PCA, and samples of a variational model."""
+    run_dir = sweep.run_dir(winner.trial)
+    with tempfile.TemporaryDirectory() as folder:
+        beside = Path(folder) / "beside.png"
+        images = winner.outcome.metric("val.r2") is None
+        what = "Validation images, what the answer makes of them, and what PCA does with a code of the same size."
+        what = what if images else "r2 of each column: the answer's, and that of PCA with a code of the same size."
+        made = []
+        if linear is not None and linear.picture(run_dir, _denoises(sweep), beside):
+            made.append((what, _uri(beside.read_bytes())))
+    samples = run_dir / "figures" / "samples.png"
+    if samples.is_file():
+        made.append(("New images, decoded from z ~ N(0, I).", _uri(samples.read_bytes())))
+    return made
 
 
 def _ranking(sweep: Sweep, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -158,16 +201,16 @@ def _ranking(sweep: Sweep, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
 Chart = tuple[str, str, Figure]  # heading, what the chart shows
 
 
-def _charts(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> list[tuple[str, str, str]]:
-    """(heading, what the chart shows, data URI) of the charts for which there is something to draw."""
-    made = []
-    with matplotlib.rc_context(LOOK):
-        for chart in (_front(sweep, rows, winner, pca), _curves(sweep, rows, winner), _effects(sweep, rows, winner)):
-            if chart is not None:
-                content = io.BytesIO()
-                chart[2].savefig(content, format="png", pil_kwargs={"optimize": True})
-                made.append((chart[0], chart[1], _uri(content.getvalue())))
-    return made
+def charts(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> list[Chart]:
+    """The charts for which there is something to draw."""
+    made = (_front(sweep, rows, winner, pca), _curves(sweep, rows, winner), _effects(sweep, rows, winner))
+    return [chart for chart in made if chart is not None]
+
+
+def _drawn(figure: Figure) -> str:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", pil_kwargs={"optimize": True})
+    return _uri(content.getvalue())
 
 
 def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> Chart | None:

@@ -107,22 +107,27 @@ class Distribution(BaseModel):
         """Draws one value."""
         if self.kind == "choice":
             return rng.choice(self.values)
-        return rng.randint(*self.values) if self.kind == "randint" else self._at(rng.random())
+        return rng.randint(*self.values) if self.kind == "randint" else self.clip(self.at(rng.random()))
 
     def grid(self) -> list[Any]:
         """All values of a choice; ``GRID_POINTS`` evenly spaced values of a range, or of its logarithm."""
         if self.kind == "choice":
             return self.values
-        inner = (self._at(i / (GRID_POINTS - 1)) for i in range(1, GRID_POINTS - 1))
+        inner = (self.clip(self.at(i / (GRID_POINTS - 1))) for i in range(1, GRID_POINTS - 1))
         return list(dict.fromkeys([self.values[0], *inner, self.values[1]]))
 
-    def _at(self, share: float) -> Any:
-        """The value at a share of a range, or of its logarithm."""
+    def at(self, share: float) -> Any:
+        """The value at a share of a range, or of its logarithm: beyond its ends below 0 and above 1."""
         logarithmic = "log" in self.kind
         low, high = map(math.log, self.values) if logarithmic else self.values
         value = low + (high - low) * share
         value = math.exp(value) if logarithmic else value
-        return self.clip(round(value) if "int" in self.kind else value)
+        return round(value) if "int" in self.kind else value
+
+    def share(self, value: float) -> float:
+        """Where a value lies in a range, or in its logarithm: 0 at the lower end, 1 at the upper one."""
+        low, high, value = map(math.log, (*self.values, value)) if "log" in self.kind else (*self.values, value)
+        return float((value - low) / (high - low))
 
     def probes(self) -> list[Any]:
         """Values that stand for all: every value of a choice; the ends of a range and ten values inside it.

@@ -29,6 +29,7 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data import deep
 from dist_ae.data.facts import DEEP, Facts, digest_of, small_copy
 from dist_ae.data.records import Array
+from dist_ae.errors import install
 from dist_ae.terminal import first_line
 
 # What Pillow reads as pixels. Not PostScript, which is a program, and no containers of scientific data.
@@ -474,7 +475,7 @@ def hugging_face(name: str) -> Source:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"hf:{shown(name)} needs the datasets library: pip install 'dist-ae[hf]'") from None
+        raise InputError(f"hf:{shown(name)} needs the datasets library: {install('hf')}") from None
     path = expand(name)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

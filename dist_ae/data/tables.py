@@ -27,6 +27,7 @@ from filelock import FileLock
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.pictures import braces, expand, shown
 from dist_ae.data.records import Array, npy_header
+from dist_ae.errors import install
 from dist_ae.files import MAX_JSON, Damaged, open_plainly, read_json, sync, write_new
 from dist_ae.terminal import first_line, say
 
@@ -171,7 +172,7 @@ def _pyarrow() -> Any:
         import pyarrow.csv
         import pyarrow.parquet
     except ImportError:
-        raise InputError("tables need pyarrow: pip install 'dist-ae[table]'") from None
+        raise InputError(f"tables need pyarrow: {install('table')}") from None
     return pyarrow
 
 

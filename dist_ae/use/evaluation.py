@@ -11,6 +11,7 @@ import torch
 from dist_ae import quality
 from dist_ae.config import Config, InputError
 from dist_ae.data.reader import Reader
+from dist_ae.errors import install
 from dist_ae.evaluate import ACTIVE_VARIANCE, collapsed
 from dist_ae.files import to_json
 from dist_ae.models import Autoencoder, Components
@@ -55,7 +56,7 @@ def assess(
         denoised = quality.denoising(model, reader, levels, bm3d, subset, config, runtime)
         remarks.append(f"denoising: of {min(count, quality.denoised_images(subset, model)):,} evenly spaced images")
         if not quality.has_non_local_means():
-            remarks.append("no non-local means: it needs scikit-image, pip install 'dist-ae[evaluate]'")
+            remarks.append(f"no non-local means: it needs scikit-image, {install('evaluate')}")
     elif model.standardized:
         scores = quality.by_channel(model, components, reader, batch, runtime)
         names = config.data.columns or [f"channel {number}" for number in range(model.image_shape[0])]

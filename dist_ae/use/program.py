@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ae.config import Fault, InputError
+from dist_ae.errors import install
 from dist_ae.models import Autoencoder
 from dist_ae.models.conv import Conv
 
@@ -117,7 +118,7 @@ def onnx_bytes(model: Autoencoder, part: Part = "whole") -> bytes:
         import onnxruntime
         import onnxscript  # noqa: F401  what torch.onnx translates with
     except ImportError as error:
-        raise InputError(f"--format onnx needs {error.name}: pip install 'dist-ae[onnx]'") from None
+        raise InputError(f"--format onnx needs {error.name}: {install('onnx')}") from None
     module = Exported(copy.deepcopy(model), part).cpu().eval()  # the caller's stays where it is
     given, results = module.names
     generator = torch.Generator().manual_seed(0)

@@ -21,6 +21,7 @@ from dist_ae.data.given import Given
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Array
+from dist_ae.errors import install
 from dist_ae.files import Damaged, inside
 from dist_ae.run.directory import FILES, FOLDERS
 from dist_ae.saved import EXPORTED_WEIGHTS
@@ -187,9 +188,7 @@ def write_table(out: Path, records: Given, columns: Mapping[str, Tensor | Sequen
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise InputError(
-                f"--out {shown(out)} needs pyarrow: pip install 'dist-ae[parquet]', or write .csv"
-            ) from None
+            raise InputError(f"--out {shown(out)} needs pyarrow: {install('parquet')}; or write .csv") from None
         plain = {name: each.numpy() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
         keys = list(range(len(paths))) if records.names is None else [shown(path) for path in paths]
         named = {first: keys if first == "row" else list(map(str, keys)), **plain}
