@@ -26,6 +26,7 @@ from dist_ae.processes.runtime import Processes
 from dist_ae.processes.stop import StopRequested
 
 SCORES = ("error", "neg_elbo", "mahalanobis")
+CONFIDENCE = 0.95  # of the interval of a threshold
 SAMPLE = 10_000  # most images that a calibration looks at, of either split, which bounds its time
 FULL_COVARIANCE = 2048  # numbers of a code; of a longer one only the variances are kept (16 MiB at this size)
 
@@ -59,6 +60,19 @@ class Calibration(NamedTuple):
         if not 0 < quantile < 1:
             raise InputError(f"quantile: expected a share between 0 and 1, such as 0.99, got {quantile}")
         return float(np.quantile(self.scores[score].numpy(), quantile, method="inverted_cdf"))
+
+    def interval(self, score: str, quantile: float) -> tuple[float, float]:
+        """Two kept scores between which the quantile of all normal images lies with 95 % confidence.
+
+        They are order statistics: how many of n scores lie below the quantile is binomial, whatever the distribution of
+        the scores. Of few images nothing bounds it from above: the upper end is infinite, or the lower one for a small
+        quantile.
+        """
+        from scipy.stats import binom
+
+        values, outside = self.scores[score].tolist(), (1 - CONFIDENCE) / 2
+        low, high = (int(binom.ppf(share, len(values), quantile)) for share in (outside, 1 - outside))
+        return values[low - 1] if low else -math.inf, values[high] if high < len(values) else math.inf
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors as one file keeps them."""

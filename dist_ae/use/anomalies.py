@@ -15,20 +15,35 @@ from torch.nn import functional as F
 from dist_ae import pca
 from dist_ae.config import InputError
 from dist_ae.data.given import Given, blocks, file_names, floats, picked
+from dist_ae.data.pictures import shown
 from dist_ae.data.reader import Reader
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Array, Dataset
+from dist_ae.files import to_json
 from dist_ae.processes.runtime import Alone
 from dist_ae.quality import structural_similarity
+from dist_ae.scores import CONFIDENCE
+from dist_ae.use.pixels import localized, masks_by_name
+from dist_ae.use.results import Scored
 from dist_ae.use.trained import TrainedModel
 from dist_ae.use.write import SHOWN, refuse_targets, with_ending, write_whole
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
 MVTEC_NORMAL = "good"  # MVTec AD's name for its folder of pictures without a defect
 EXTREMES, ROC = "-extremes.png", "-roc.png"  # endings of the pictures beside the scores
+VERDICT = "-verdict.json"  # of the threshold and the figures
 ODD_PLACES = 3  # columns of a row, or positions of a signal, that the scores name
 ODD_WINDOWS = 32  # of a signal, each of which is named by its oddest position alone: neighbours tell the same
 SATURATED = 0.01  # share of images whose map may exceed the one scale of all maps
+
+
+class Limit(NamedTuple):
+    """A threshold, and where it comes from."""
+
+    value: float
+    basis: str  # in words
+    interval: tuple[float, float] | None = None  # of a quantile; its ends may be infinite
+    remarks: tuple[str, ...] = ()
 
 
 class Separation(NamedTuple):
@@ -72,6 +87,36 @@ def truth_of(names: Sequence[str] | None, what: str) -> Array | None:
     return truth
 
 
+def best_threshold(truth: Array, scores: Tensor) -> float:
+    """The threshold above which images are flagged with the largest F1, halfway to the next lower score.
+
+    Of several that are equally good it is the highest, which flags the fewest.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    known = truth >= 0
+    values = scores.double().numpy()[known]
+    precision, recall, candidates = precision_recall_curve(truth[known], values)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    lowest = float(candidates[np.flatnonzero(f1[:-1] == f1[:-1].max())[-1]])  # the lowest score that is flagged
+    below = values[values < lowest]
+    if not len(below):
+        return float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
+    middle = float(np.float32((lowest + below.max()) / 2))  # scores are float32, and so is what they are compared with
+    return middle if middle < lowest else float(below.max())
+
+
+def flagging(truth: Array, scores: Tensor, threshold: float) -> dict[str, float]:
+    """Precision, recall and F1 of flagging what scores above a threshold, over the images whose truth is known."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    known = truth >= 0
+    found = precision_recall_fscore_support(
+        truth[known], (scores > threshold).numpy()[known], average="binary", zero_division=0.0
+    )
+    return dict(zip(("precision", "recall", "f1"), map(float, found), strict=False))
+
+
 def separation(truth: Array, scores: Tensor) -> Separation:
     """Area under the ROC curve, average precision and the curve itself, over the images whose truth is known."""
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -81,6 +126,60 @@ def separation(truth: Array, scores: Tensor) -> Separation:
     false_positives, true_positives, _ = roc_curve(labels, values)
     auroc, precision = float(roc_auc_score(labels, values)), float(average_precision_score(labels, values))
     return Separation(auroc, precision, false_positives, true_positives)
+
+
+def limit_of(
+    trained: TrainedModel,
+    name: str,
+    quantile: float,
+    threshold: float | Literal["from-labels"] | None,
+    truth: Array | None,
+    scores: Tensor,
+    what: str,
+) -> Limit:
+    """The threshold: as it is given, the best on labelled images, or a quantile of the validation images.
+
+    Raises:
+        InputError: there are no labels, or no validation images.
+    """
+    if threshold is None:
+        return _quantile(trained, name, quantile)
+    if not isinstance(threshold, str):
+        return Limit(threshold, "as given")
+    if truth is None:
+        raise InputError(
+            f"--threshold from-labels: no folder of {what} says which images are anomalous; expected {NORMAL}/ and "
+            f"{ANOMALOUS}/, or {MVTEC_NORMAL}/ and a folder a defect"
+        )
+    value = best_threshold(truth, scores)
+    remarks = ["the threshold was chosen on these very images, which flatters precision, recall and F1"]
+    try:
+        usual = _quantile(trained, name, quantile)
+    except InputError as error:
+        remarks.append(f"no quantile beside it: {error}")
+    else:
+        found = ", ".join(f"{key} {each:.4g}" for key, each in flagging(truth, scores, usual.value).items())
+        remarks += [f"beside it {usual.basis}: {usual.value:.6g}, with {found}", *usual.remarks]
+    known = truth[truth >= 0]
+    basis = f"the best F1 on {int(known.sum()):,} anomalous and {int((1 - known).sum()):,} normal images"
+    return Limit(value, basis, None, tuple(remarks))
+
+
+def _quantile(trained: TrainedModel, name: str, quantile: float) -> Limit:
+    """The threshold at a quantile of the validation images, and between which scores that of all normal ones lies."""
+    value, kept = trained.threshold(quantile, name), trained.calibration()
+    count, (low, high) = len(kept.scores[name]), kept.interval(name, quantile)
+    between = f"{low:.4g} to {high:.4g}" if math.isfinite(low) else f"at most {high:.4g}"
+    between = between if math.isfinite(high) else f"{low:.4g} or more" if math.isfinite(low) else "anything"
+    basis = f"the {100 * quantile:g} % quantile of {count:,} validation images (95 % interval: {between})"
+    remarks = []
+    if count * (1 - quantile) < 1:
+        above = 1 - (1 - CONFIDENCE) ** (1 / count)
+        remarks.append(
+            f"the threshold is the largest score of {count:,} validation images: too few for a quantile. Up to "
+            f"{above:.1%} of normal images may lie above it (95 % confidence)"
+        )
+    return Limit(value, basis, (low, high), tuple(remarks))
 
 
 def pca_scores(trained: TrainedModel, dataset: Dataset, records: Given) -> Tensor | None:
@@ -158,9 +257,7 @@ def odd_places(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
     return {f"odd_{rank + 1}": [name(*row[rank]) for row in places] for rank in range(len(places[0]))}
 
 
-def draw_extremes(
-    trained: TrainedModel, out: Path, records: Given, scores: Tensor, name: str, limit: float, basis: str
-) -> Path:
+def draw_extremes(trained: TrainedModel, out: Path, records: Given, scores: Tensor, name: str, limit: Limit) -> Path:
     order = scores.argsort(descending=True, stable=True)
     count = min(SHOWN, len(order))
     places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
@@ -168,9 +265,9 @@ def draw_extremes(
         label: trained.pictures(floats(picked(records, index.numpy()), range(count))) for label, index in places.items()
     }
     notes = [[f"{value:.3g}" for value in scores[index].tolist()] for index in places.values()]
-    alarms = [(scores[index] > limit).tolist() for index in places.values()]
-    flagged = int((scores > limit).sum())
-    title = f"{name}: {flagged:,} of {len(scores):,} above {limit:.3g}, {basis} (red)"
+    alarms = [(scores[index] > limit.value).tolist() for index in places.values()]
+    flagged = int((scores > limit.value).sum())
+    title = f"{name}: {flagged:,} of {len(scores):,} above {limit.value:.3g}, {limit.basis.partition(' (')[0]} (red)"
 
     def draw(path: Path) -> None:
         from dist_ae.figures import extremes
@@ -181,9 +278,11 @@ def draw_extremes(
 
 
 def judge(
-    trained: TrainedModel, records: Given, truth: Array, scores: Tensor, name: str, out: Path
+    trained: TrainedModel, records: Given, truth: Array, scores: Tensor, name: str, out: Path, limit: float
 ) -> tuple[dict[str, float], Path, list[str]]:
-    """AUROC and average precision of the scores and of PCA's, the picture of the ROC, and remarks on them."""
+    """AUROC and average precision of the scores and of PCA's, what the threshold ``limit`` tells apart beside the best
+    one, the picture of the ROC, and remarks on them.
+    """
     remarks = []
     found = {name: separation(truth, scores)}
     try:
@@ -197,6 +296,9 @@ def judge(
     figures: dict[str, float] = {}
     for key, each in zip(("", "pca."), found.values(), strict=False):
         figures |= {f"{key}auroc": each.auroc, f"{key}average_precision": each.average_precision}
+    best = best_threshold(truth, scores)
+    figures |= flagging(truth, scores, limit)
+    figures |= {"best_f1": flagging(truth, scores, best)["f1"], "best_f1_threshold": best}
     known = truth[truth >= 0]
     if len(known) < len(truth):
         remarks.append(f"{len(truth) - len(known):,} images lie in neither kind of folder and are not in these figures")
@@ -212,6 +314,32 @@ def judge(
         roc(curves, path, title)
 
     return figures, write_whole(with_ending(out, ROC), draw), remarks
+
+
+def judge_maps(
+    trained: TrainedModel, records: Given, truth: Array | None, kind: str, masks: Path
+) -> tuple[dict[str, float], list[str]]:
+    """Pixel AUROC and AUPRO of the heat maps against a folder of masks, and remarks on them."""
+    if records.names is None:
+        return {}, ["no figures of pixels: masks are found by the names of pictures, which these have not"]
+    found = masks_by_name(masks, records.names)
+    if not found:
+        return {}, [f"no figures of pixels: {shown(masks)} holds no mask of these pictures"]
+    unknown = np.full(len(records.names), -1) if truth is None else truth
+    maps = ((place, values.numpy()) for place, _, _, values in maps_of(trained, records, kind))
+    return localized(maps, records.names, unknown, found, trained.config.data)
+
+
+def write_verdict(found: Scored, out: Path) -> Path:
+    """Writes the threshold, where it comes from, and the figures as JSON beside the scores."""
+    low, high = found.interval or (None, None)
+    content = {
+        "score": found.score, "threshold": found.threshold, "basis": found.basis,
+        "interval": None if found.interval is None else {"low": low, "high": high, "confidence": CONFIDENCE},
+        "images": len(found.scores), "flagged": int(found.flagged.sum()),
+        "figures": found.figures, "remarks": found.remarks,
+    }  # fmt: skip
+    return write_whole(with_ending(out, VERDICT), lambda path: path.write_bytes(to_json(content)))
 
 
 def write_maps(

@@ -345,20 +345,25 @@ def score_run(
     data_root: Root = None,
     score: Literal["error", "neg_elbo", "mahalanobis"] | None = None,
     quantile: float = 0.99,
-    threshold: float | None = None,
+    threshold: float | Literal["from-labels"] | None = None,
     maps: Path | None = None,
     map: Literal["error", "ssim"] = "error",
+    masks: Path | None = None,
 ) -> Scored:
     """Writes an anomaly score for each image and flags those above a quantile of the validation scores.
 
     Args:
-        out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv.
+        out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv. Threshold
+            and figures are in -verdict.json beside it.
         score: error: squared error per pixel; neg_elbo: nats, of a variational run; mahalanobis: distance of the code
             from those of training images; left out, neg_elbo of a variational run, else error.
         quantile: flag above this quantile of the validation images' scores.
-        threshold: flag above this score instead.
+        threshold: flag above this score instead; from-labels: the one with the best F1 on these images, whose folders
+            say which are anomalous.
         maps: a folder for heat maps, a .png for each image, all on one scale.
         map: what they show: the squared error, smoothed, or 1 - SSIM.
+        masks: a folder of masks, of broken/000.png broken/000_mask.png: pixel AUROC and AUPRO of the heat maps; left
+            out, MVTec's ground_truth/ beside a folder test/.
     """
     import torch
     from torch import Tensor
@@ -366,51 +371,68 @@ def score_run(
     from dist_ae.data import sources
     from dist_ae.data.pictures import shown
     from dist_ae.scores import check_score
-    from dist_ae.use.anomalies import EXTREMES, ROC, draw_extremes, judge, odd_places, truth_of, write_maps
+    from dist_ae.use.anomalies import (
+        EXTREMES,
+        ROC,
+        VERDICT,
+        draw_extremes,
+        judge,
+        judge_maps,
+        limit_of,
+        odd_places,
+        truth_of,
+        write_maps,
+        write_verdict,
+    )
+    from dist_ae.use.pixels import masks_folder
     from dist_ae.use.trained import images_of, load
     from dist_ae.use.write import destination, reads_of, write_array, write_table
 
     trained = load(run_dir, which)
     trained.config = sources.located(trained.config, data_root)
     name = check_score(trained.model, score)
-    if threshold is not None and not math.isfinite(threshold):
+    if isinstance(threshold, float | int) and not math.isfinite(threshold):
         raise InputError(f"--threshold: expected a score, got {threshold}")
-    reads = reads_of(run_dir, trained, images)
-    out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=(EXTREMES, ROC))
+    marked = masks_folder(images, masks)
+    reads = reads_of(run_dir, trained, images, marked)
+    beside = (EXTREMES, ROC, VERDICT)
+    out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=beside)
     if maps is not None and trained.config.model.record_shape is not None:
         raise InputError("--maps: heat maps are of images; the scores name the columns or positions that are odd")
     if maps is not None:
         maps = destination(reads, run_dir, maps, "", ("",), "--maps")
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
-    limit = trained.threshold(quantile, name) if threshold is None else threshold
-    basis = "as given"
-    remarks: list[str] = []
     if threshold is None:
-        count = len(trained.calibration().scores[name])
-        basis = f"the {100 * quantile:g} % quantile of {count:,} validation images"
-        if count * (1 - quantile) < 1:
-            remarks.append(f"the threshold is the largest score of {count:,} validation images: too few for a quantile")
+        trained.threshold(quantile, name)  # what is wrong is found before anything is computed
     records = images_of(trained, images)
     truth = truth_of(records.names, what)
     scores = trained.score(records, score=name)
+    limit = limit_of(trained, name, quantile, threshold, truth, scores, what)
 
-    columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit}
+    columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit.value}
     shape = trained.config.model.record_shape
     if shape is not None and len(shape) <= 2 and name != "mahalanobis" and out.suffix != ".npy":
         columns |= odd_places(trained, records)
     if truth is not None:
         columns["anomalous"] = torch.from_numpy(truth)
     path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, records, columns)
-    pictures = [] if shape is not None else [draw_extremes(trained, out, records, scores, name, limit, basis)]
+    pictures = [] if shape is not None else [draw_extremes(trained, out, records, scores, name, limit)]
     figures: dict[str, float] = {}
+    remarks = list(limit.remarks)
     if truth is not None:
-        figures, picture, more = judge(trained, records, truth, scores, name, out)
+        figures, picture, more = judge(trained, records, truth, scores, name, out, limit.value)
         pictures.append(picture)
         remarks += more
+    if marked is not None and shape is None:
+        of_pixels, more = judge_maps(trained, records, truth, map, marked)
+        figures |= of_pixels
+        remarks += more
     if maps is not None:
-        pictures.append(write_maps(trained, records, scores, name, limit, maps, map, reads))
+        pictures.append(write_maps(trained, records, scores, name, limit.value, maps, map, reads))
     names = None if records.names is None else [shown(each) for each in records.names]
-    return Scored(path, name, scores, limit, basis, names, figures, pictures, remarks)
+    found = Scored(path, name, scores, limit.value, limit.basis, limit.interval, names, figures, pictures, remarks)
+    write_verdict(found, out)
+    return found
 
 
 def export_run(

@@ -31,8 +31,9 @@ class Scored:
     scores: Tensor  # [N]
     threshold: float
     basis: str  # where the threshold comes from, in words
+    interval: tuple[float, float] | None  # of a quantile, with 95 % confidence; its ends may be infinite
     names: list[str] | None
-    figures: dict[str, float]  # AUROC and average precision, where folders say what is anomalous
+    figures: dict[str, float]  # AUROC, F1 and so on, where folders say what is anomalous; of pixels where masks do
     pictures: list[Path]
     remarks: list[str]
 
