@@ -62,8 +62,8 @@ def test_the_threshold_from_labels_has_the_best_f1_of_all() -> None:
         draw = np.random.default_rng(seed)
         count = int(draw.integers(3, 40))
         truth = np.append([0, 1], draw.integers(-1, 2, count))
-        scores = np.round(truth * draw.uniform(0, 2) + draw.normal(size=len(truth)), int(draw.integers(0, 4)))
-        scores = torch.from_numpy(scores.astype(np.float32))
+        values = np.round(truth * draw.uniform(0, 2) + draw.normal(size=len(truth)), int(draw.integers(0, 4)))
+        scores = torch.from_numpy(values.astype(np.float32))
         known = truth >= 0
         f1s = []
         for place in [float(scores.min()) - 1, *scores.tolist()]:
@@ -228,7 +228,7 @@ def test_masks_are_taken_from_where_they_are_named_and_what_is_missing_is_said(
         ({"images": root / "test" / "good", "threshold": "from-labels"}, "--threshold from-labels: no folder of"),
         ({"masks": tmp_path / "masks", "maps": tmp_path / "masks"}, "which this command reads|would replace"),
     ):
-        given = {"images": root / "test", "out": tmp_path / "x.csv", **more}
+        given: dict[str, Any] = {"images": root / "test", "out": tmp_path / "x.csv", **more}
         with pytest.raises(InputError, match=expected):
             commands.score_run(run, **given)
     cut(1, 48, 48).save(tmp_path / "one.png")
