@@ -509,6 +509,7 @@ def test_nothing_is_removed_where_the_last_or_the_best_checkpoint_is_damaged(tmp
         assert len(list((root / "checkpoints").glob("0*"))) == 4
 
 
+@pytest.mark.slow
 def test_sigkill_at_every_file_operation_of_pruning_leaves_what_is_used(tmp_path: Path) -> None:
     finished(tmp_path / "start")
     shutil.copytree(tmp_path / "start", tmp_path / "counted")

@@ -111,6 +111,7 @@ def test_a_mixed_set_is_widened_exactly_and_said(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "data.bits is about pictures" in refused.stderr
 
 
+@pytest.mark.slow
 def test_12_bits_in_16_are_said_stretched_and_come_out_in_their_own_units(tmp_path: Path) -> None:
     pictures = levels(60, 4095)
     source = folder(tmp_path / "twelve", pictures)
@@ -141,6 +142,7 @@ def test_12_bits_in_16_are_said_stretched_and_come_out_in_their_own_units(tmp_pa
     assert len(np.unique(first)) > 60 and np.abs(first - expected.clip(0)).max() <= 1  # not 17 levels of grey
 
 
+@pytest.mark.slow
 def test_every_use_takes_and_writes_16_bits(tmp_path: Path) -> None:
     grey = folder(tmp_path / "grey", levels(40, 50_000), ".tif")
     colour = folder(tmp_path / "colour", levels(40, 3000, 3))
@@ -171,6 +173,7 @@ def test_every_use_takes_and_writes_16_bits(tmp_path: Path) -> None:
             assert np.allclose(model.score(other), model.score(str(source)), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_of_8_bits_takes_pictures_of_16_and_the_other_way_round(tmp_path: Path) -> None:
     wide = levels(40, 65535)
     source = folder(tmp_path / "wide", wide)

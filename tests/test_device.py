@@ -109,6 +109,7 @@ def in_one_process(cases: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> N
     assert group.wait(240) == [0], group.output()[-4000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset", ["ae", "denoising", "dropout", "vae", "conv", "conv-denoising", "conv-dropout", "conv-vae"]
 )
@@ -223,6 +224,7 @@ def learner(more: dict[str, Any]) -> Learner:
     return made
 
 
+@pytest.mark.slow
 def test_gradients_of_two_processes_travel_in_one_piece_in_the_graph_if_asked(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         import dist_ae
@@ -447,6 +449,7 @@ def test_nvidias_own_variable_for_tf32_is_refused(monkeypatch: pytest.MonkeyPatc
         check_environment()
 
 
+@pytest.mark.slow
 def test_processes_wait_for_one_that_works_for_all_longer_than_for_one_that_is_silent(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         runtime = Runtime(PRESETS["ae"].override({**SMALL, "train.timeout": 2}))

@@ -188,6 +188,7 @@ def test_long_work_says_how_far_it_is_and_how_long_it_still_takes(
     assert said[0] == "packing: 30 of 1,000 pictures, about 16 min left" and len(said) == 3
 
 
+@pytest.mark.slow
 def test_readme_s_commands_for_pictures_work_in_order(tmp_path: Path) -> None:
     """The block "Your own pictures", its placeholders filled in."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()

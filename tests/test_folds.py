@@ -73,6 +73,7 @@ def test_what_is_tested_on_takes_no_part_in_training(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], same[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_mean_and_spread_beside_pca_on_one_and_two_processes(tmp_path: Path) -> None:
     np.savetxt(tmp_path / "wine.csv", load_wine().data, delimiter=",", header=",".join("abcdefghijklm"), comments="")
     found = {}
@@ -103,6 +104,7 @@ def test_mean_and_spread_beside_pca_on_one_and_two_processes(tmp_path: Path) -> 
         assert each["test_r2"] == pytest.approx(1 - ((seen - tested) ** 2).sum() / (tested**2).sum(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_fold_the_same_call_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     def folds(rank: int, name: str, dies: bool) -> None:
         from unittest import mock

@@ -457,6 +457,7 @@ def test_a_packed_table_of_a_stranger_is_one_sentence(harm: str, tmp_path: Path)
 # -- packed by hand
 
 
+@pytest.mark.slow
 def test_tables_and_arrays_are_packed_verified_and_trained_from(tmp_path: Path) -> None:
     data = load_breast_cancer().data.astype(np.float32)
     np.save(tmp_path / "own.npy", data)

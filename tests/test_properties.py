@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ ANYTHING = st.recursive(
 KEYS = [key for key, _ in Config().flat()]
 
 
+@pytest.mark.slow
 @FAST
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=20), ANYTHING, max_size=4))
 def test_a_configuration_is_made_or_refused_naming_the_key(values: dict[str, Any]) -> None:

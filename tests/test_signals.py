@@ -106,6 +106,7 @@ def test_a_shifted_signal_gets_the_shifted_code() -> None:
     torch.testing.assert_close(code.roll(2, -1)[..., 10:-10], moved[..., 10:-10])
 
 
+@pytest.mark.slow
 def test_signals_with_missing_values_follow_the_float64_rule_on_1_2_and_3_processes(tmp_path: Path) -> None:
     signals = heartbeats(150, 30)
     signals[np.random.default_rng(0).random(signals.shape) < 0.05] = np.nan

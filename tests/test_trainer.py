@@ -117,6 +117,7 @@ def test_a_moving_average_is_evaluated_kept_and_loaded(tmp_path: Path) -> None:
     assert float(dist_ae.load(ema.run_dir).score(images).mean()) == pytest.approx(ema.metrics["val.mse"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_slow_moving_average_begins_at_the_start_and_follows_the_weights(tmp_path: Path) -> None:
     # With a decay of 0.9999, the random weights that PCA replaced would weigh 98 % after 240 steps.
     plain, slow = (

@@ -148,6 +148,7 @@ def test_pictures_keep_size_bits_exif_and_profile(denoiser: Path, tmp_path: Path
     assert np.load(small).shape == (1, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_an_onnx_model_takes_pictures_of_any_size(denoiser: Path, tmp_path: Path) -> None:
     path, *_ = commands.export_run(denoiser, tmp_path / "model.onnx", format="onnx")
     session = onnxruntime.InferenceSession(path)
