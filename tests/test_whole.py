@@ -139,6 +139,13 @@ def test_pictures_keep_size_bits_exif_and_profile(denoiser: Path, tmp_path: Path
     assert np.abs(upright.astype(int) - before).mean() < 20
     sixteen = decode(os.fspath(out / "deep/colour.png"), form_of(DataConfig(), "rgb"))
     assert sixteen.dtype == np.uint16 and sixteen.shape == wide.shape and (sixteen % 257 != 0).any()
+    # From Python it is the same.
+    assert np.array_equal(dist_ae.load(denoiser).whole_picture(before), upright)
+    floats = dist_ae.load(denoiser).whole_picture(before / 255)
+    assert floats.dtype == np.float64 and np.abs(floats * 255 - upright).max() <= 0.51
+    for wrong in (before[:, :, :2], before.astype(np.int32), before[:0]):
+        with pytest.raises(InputError, match="whole_picture: expected"):
+            dist_ae.load(denoiser).whole_picture(wrong)
     # A single picture can be named, and comes out in the form of its name.
     one = commands.reconstruct_run(denoiser, folder / "one.jpg", out=tmp_path / "one.webp")
     with Image.open(one) as image:

@@ -14,6 +14,7 @@ from dist_ae.config import InputError
 from dist_ae.data.given import Given, picked
 from dist_ae.data.pictures import expand, shown
 from dist_ae.data.reader import Reader
+from dist_ae.data.records import Array
 from dist_ae.evaluate import evaluate
 from dist_ae.models import Builder
 from dist_ae.processes.runtime import Alone
@@ -23,6 +24,7 @@ from dist_ae.use.explore import explore_page
 from dist_ae.use.explore_records import records_page
 from dist_ae.use.program import Part, onnx_bytes, program, torch_bytes
 from dist_ae.use.trained import Images, TrainedModel, images_of
+from dist_ae.use.whole import reconstructed
 from dist_ae.use.write import write_whole
 
 MOST_ON_A_MAP = 10_000
@@ -54,6 +56,30 @@ class Model(TrainedModel):
         if components is not None:
             found["pca_mse"] = pca.baseline(self.model, components, reader, alone)
         return found
+
+    def whole_picture(self, picture: Array) -> Array:
+        """What the model makes of one picture at its own size, in bounded memory: its size and type, noise taken out.
+
+        As `dist-ae denoise --size own`: a convolution that normalizes positions gives its result for the whole picture,
+        any other model windows of its own size that fade into each other.
+
+        Args:
+            picture: [H, W] or [H, W, C], uint8, uint16 or floats on [0, 1], as ``np.asarray`` makes of Pillow's.
+
+        Raises:
+            InputError: the model is of records that are no pictures, or the picture has other channels or another type.
+        """
+        channels = self.model.image_shape[0]
+        if self.model.record_shape is not None or self.model.standardized:
+            raise InputError("whole_picture is for models of pictures, and this one is of other records")
+        found = np.asarray(picture)
+        shape = found.shape if found.ndim == 3 else (*found.shape, 1)
+        if found.ndim not in (2, 3) or shape[2] != channels or 0 in shape:
+            raise InputError(f"whole_picture: expected [H, W, {channels}], got {list(found.shape)}")
+        if found.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
+            raise InputError(f"whole_picture: expected uint8, uint16 or floats on [0, 1], got {found.dtype}")
+        whole = reconstructed(self.model, found.reshape(shape).transpose(2, 0, 1))
+        return whole.transpose(1, 2, 0).reshape(found.shape)
 
     def explore(self, out: Path | str, images: Images = None, num: int = MOST_ON_A_MAP) -> Path:
         """Writes the page of `dist-ae explore`.
