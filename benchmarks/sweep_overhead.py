@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 from tune.plan import Settings, read_sweep
-from tune.results import Selection
 from tune.spaces import load_space
-from tune.sweep import check_data, checked, cluster, plan_trials, retrain, run
+from tune.sweep import check_data, checked, cluster, plan_trials, run
 
 
 def main() -> None:
@@ -41,7 +40,6 @@ def main() -> None:
             started = time.monotonic()
             plan_trials(sweep)
             run(sweep)
-            retrain(sweep, Selection("best"), 0)
             wall = time.monotonic() - started
         sweep = read_sweep(sweep.path)
         seconds = [sweep.outcome(trial).reports[-1]["seconds"] for trial in sweep.trials()]

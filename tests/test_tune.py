@@ -37,6 +37,7 @@ from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import sources
 from dist_ae.presets import PRESETS
 from tune.__main__ import Training, flat, main
+from tune.confirm import confirmation, next_runs, undecided
 from tune.insight import End, ends, importance
 from tune.plan import (
     Settings,
@@ -50,7 +51,7 @@ from tune.plan import (
     read_sweep,
     write_json,
 )
-from tune.results import Selection, front, parse_selection, results, retrained, select, spread
+from tune.results import Selection, front, parse_selection, results, select
 from tune.spaces import (
     IMAGE_SHAPES,
     SPACES,
@@ -490,7 +491,8 @@ REFUSED = {
         ["ae", "--gpus-per-worker", "nan"],
         "--gpus-per-worker: Input should be a finite number",
     ),
-    "seeds without end": (["ae", "--retrain", "1000000000"], "0 to 1000"),
+    "seeds without end": (["ae", "--confirm", "1000000000"], "2 to 100"),
+    "one seed": (["ae", "--confirm", "1"], "says nothing about spread"),
     "nested value": (["ae", "--set", "train.epochs=" + "[" * 100_000], "train.epochs"),
     "dotted option without a value": (["ae", "--train.epochs"], "Missing value for argument '--train.epochs'"),
     "dotted option unknown": (["ae", "--model.latent", "3"], "--model.latent-dim"),
@@ -601,7 +603,7 @@ def test_the_command_that_goes_on_with_a_sweep_is_whole(tmp_path: Path) -> None:
     sweep = new_sweep(tmp_path / "my runs" / "s", load_space("ae", None), {}, "val.mse", Settings())
     words = shlex.split(resuming(sweep, Selection("best-under", 32), 3))
     assert words[:3] == ["dist-ae", "sweep", "--resume"] and words[3] == "s"
-    assert words[4:] == ["--storage", str(tmp_path / "my runs"), "--select", "best-under-32", "--retrain", "3"]
+    assert words[4:] == ["--storage", str(tmp_path / "my runs"), "--select", "best-under-32", "--confirm", "3"]
 
 
 def test_a_trial_too_large_for_its_device_is_tried_twice_and_then_given_up(
@@ -756,16 +758,71 @@ def test_a_trial_that_lost_a_peer_is_tried_again_and_not_given_up(
     assert sweep.outcome(sweep.trials()[0]).status == "pending"
 
 
-def test_further_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:
-    sweep = sweep_with(tmp_path, [("finished", {"model.latent_dim": 4}, mse(0.1))])
-    winner = sweep.trials()[0]
-    again = retrained(sweep, winner)
-    for number, value in enumerate((0.1, 0.12, 0.14), 1):
-        trial = again.new_trial(number, "ae", {**winner.values, "seed": number})
-        append_report(again.trial_dir(trial.id), {"step": 9, "progress": 100.0, "val.mse": value, "seconds": 1})
-        write_json(again.run_dir(trial) / "result.json", {"steps": 9})
-    found: Any = spread(sweep, winner)
-    assert found == (pytest.approx([0.1, 0.12, 0.14]), pytest.approx(0.12), pytest.approx(0.02))
+def with_fresh_seeds(sweep: Sweep, values: dict[int, list[float]]) -> Sweep:
+    """A sweep whose trials, by number, had these values with fresh seeds."""
+    made = confirmation(sweep)
+    for trial in sweep.trials():
+        for seed, value in enumerate(values.get(trial.number, []), 1):
+            again = made.new_trial(trial.number * 1000 + seed, trial.preset, {**trial.values, "seed": seed})
+            append_report(made.trial_dir(again.id), {"step": 9, "progress": 100.0, **mse(value), "seconds": 1})
+            write_json(made.run_dir(again) / "result.json", {"steps": 9})
+    return sweep
+
+
+def test_fresh_seeds_decide_and_what_they_cannot_tell_apart_goes_to_the_smaller_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tune.report import write_report
+
+    def answer(name: str, values: dict[int, list[float]]) -> tuple[str, str, list[dict[str, str]]]:
+        sizes = ((16, 0.010), (8, 0.0101), (4, 0.0102), (2, 0.09))
+        trials = [("finished", {"model.latent_dim": size}, mse(value)) for size, value in sizes]
+        sweep = with_fresh_seeds(sweep_with(tmp_path / name, trials), values)
+        write_report(sweep, Selection("best"))
+        table = list(csv.DictReader((sweep.path / "trials.csv").read_text().splitlines()))
+        return capsys.readouterr().out, (sweep.path / "report.html").read_text(), table
+
+    out, page, table = answer("apart", {0: [0.012, 0.0121, 0.0122], 1: [0.010, 0.0101, 0.0102], 2: [0.02, 0.021]})
+    assert "best: ae with a code of 8" in out and "leads with 3 fresh seeds, too: " in out and "worse by 0.002" in out
+    assert [row["model.latent_dim"] for row in table] == ["8", "16", "4", "2"]
+    assert [float(table[0][f"confirm.{name}"]) for name in ("mean", "low", "high")] == pytest.approx(
+        [0.0101, 0.0101 - 4.3027 * 1e-4 / 3**0.5, 0.0101 + 4.3027 * 1e-4 / 3**0.5], rel=1e-4
+    )
+    assert table[0]["behind.low"] == table[3]["confirm.seeds"] == "" and float(table[2]["behind.low"]) > 0
+    assert "leads with 3 fresh seeds" in page and ">behind, 95 %<" in page
+    out, page, table = answer("alike", {0: [0.010, 0.012], 1: [0.012, 0.010], 2: [0.03, 0.031]})
+    said = re.search(r"(\S+)-0000 is not distinguishable from (\S+)-0001 with 2 fresh seeds; the smaller code", out)
+    assert said and said[0] in page and "best: ae with a code of 8" in out
+    out, *_ = answer("failed", {0: [0.010, math.nan], 1: [0.012, 0.0121]})
+    assert "best: ae with a code of 8" in out and "0000 failed" in out
+
+
+def spend(truth: dict[str, float], noise: float, most: int, seed: int) -> tuple[str, dict[str, list[float]]]:
+    """(best by the fresh seeds, runs) of a search over trials of a true loss, each seen once, then confirmed."""
+    rng = random.Random(seed)
+    searched = sorted(((name, rng.gauss(loss, noise)) for name, loss in truth.items()), key=lambda each: each[1])
+    found: dict[str, list[float]] = {}
+    while runs := next_runs(searched, found, most):
+        for name, place in runs:
+            assert len(found.setdefault(name, [])) == place - 1, "a seed was left out"
+            found[name].append(rng.gauss(truth[name], noise))
+    return undecided(found)[0], found
+
+
+def test_only_as_many_runs_are_spent_as_tell_the_leader_from_the_next() -> None:
+    clear = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    best, found = spend(clear, 0.01, 10, 0)
+    assert best == "a" and {name: len(runs) for name, runs in found.items()}.keys() == {"a", "b"}
+    assert sum(map(len, found.values())) <= 6
+    same = dict.fromkeys("abcdefgh", 1.0)
+    _, found = spend(same, 0.1, 4, 0)
+    assert len(found) <= 5 and max(map(len, found.values())) == 4
+    # A trial that one lucky seed put in front does not stay there, and one that seeds put third is looked at.
+    close = {"a": 1.0, "b": 1.3, "c": 1.35, "d": 1.4, "e": 9.0}
+    chosen = [spend(close, 0.2, 8, seed)[0] for seed in range(60)]
+    draws = [random.Random(seed) for seed in range(60)]
+    one_seed = [min((draw.gauss(loss, 0.2), name) for name, loss in close.items())[1] for draw in draws]
+    assert chosen.count("a") >= 50 > one_seed.count("a")
 
 
 # -- report

@@ -140,7 +140,7 @@ def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
         "4",
         "--name",
         "first",
-        "--retrain",
+        "--confirm",
         "2",
         "--set",
         "train.epochs=2",
@@ -150,7 +150,8 @@ def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
     process = command(*arguments, "--set", "tracking.wandb=offline", cwd=tmp_path)
     out, _ = process.communicate(timeout=280)
     assert process.returncode == 0, out
-    assert "± " in out and out.count(" finished ") == 6
+    # Two of the four lead, and each is trained with two fresh seeds; what looks alike then may bring in a third.
+    assert " fresh seeds" in out and out.count(" finished ") >= 8 and "95 % interval" in out
     sweep = read_sweep(tmp_path / "runs/sweeps/first")
     rows = results(sweep)
     assert [row.outcome.status for row in rows] == ["finished"] * 4

@@ -17,6 +17,7 @@ from pydantic_core import to_jsonable_python
 from dist_ae import Config, InputError
 from dist_ae.sweeping import EXIT_STOPPED, Fault, install, say
 
+from .confirm import MOST_SEEDS
 from .plan import Settings
 from .results import parse_selection
 from .spaces import OWN, Metric, Values, load_space, parse_overrides
@@ -54,7 +55,7 @@ def sweep(
     select: str = "best",
     name: str | None = None,
     resume: str | None = None,
-    retrain: int = 0,
+    confirm: int = 0,
     storage: Path = Path("runs/sweeps"),
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
     training: Annotated[Training, tyro.conf.arg(name="")] = {},  # noqa: B006
@@ -73,7 +74,7 @@ def sweep(
             best-under-SIZE (the best of codes up to SIZE).
         name: the sweep's folder under the storage, and its group in W&B; left out, the space and the time.
         resume: name of an interrupted sweep to go on with.
-        retrain: train the winner with this many further seeds and report mean and standard deviation.
+        confirm: train the leading trials with up to so many fresh seeds each, until the leader stands alone.
         storage: folder of sweeps; on a cluster, one that all nodes share.
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
         training: options of dist-ae train that hold for every trial.
@@ -84,17 +85,17 @@ def sweep(
             f"a sweep needs {' and '.join(missing)}, not installed here; this installs it: {install('tune')}"
         )
     selection = parse_selection(select)
-    if not 0 <= retrain <= 1000:
-        raise InputError(f"--retrain {retrain}: 0 to 1000 seeds")
+    if confirm != 0 and not 2 <= confirm <= MOST_SEEDS:
+        raise InputError(f"--confirm {confirm}: 2 to {MOST_SEEDS} seeds, since one alone says nothing about spread")
     overrides = flat(training) | parse_overrides(set)
     if resume is not None:
         refuse_on_resume(which, space, settings, metric, name, set, flat(training))
-        made = go_on(storage.resolve() / resume, settings, selection, retrain)
+        made = go_on(storage.resolve() / resume, settings, selection, confirm)
     else:
         chosen = load_space(which, space)
         name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
         made = checked(chosen, overrides, metric, settings, name, storage)
-        start(made, selection, retrain)
+        start(made, selection, confirm)
 
     from .report import write_report
 
@@ -120,7 +121,7 @@ def refuse_on_resume(
     if wrong:
         raise InputError(
             f"--resume goes on with the sweep as it was begun; leave out {', '.join(wrong)}. It takes --address, "
-            "--max-concurrent, --select and --retrain. For another search, begin another sweep"
+            "--max-concurrent, --select and --confirm. For another search, begin another sweep"
         )
 
 

@@ -20,9 +20,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from dist_ae import PRESETS
 from dist_ae.sweeping import Linear, say
 
+from .confirm import Standing, contenders, verdict
 from .insight import LEAST, ends, importance
 from .plan import Sweep
-from .results import Row, Selection, front, number, results, select, spread, table, write_best, write_table
+from .results import Row, Selection, front, number, results, select, table, write_best, write_table
 from .spaces import METRICS
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
@@ -54,16 +55,26 @@ LOOK: Any = {
 def write_report(sweep: Sweep, selection: Selection) -> bool:
     """Writes the three files and says where they are. Returns False where no trial finished."""
     rows = results(sweep)
-    linear = _linear(sweep, rows)
-    cells, pca = table(sweep, rows), linear.errors(_denoises(sweep)) if linear else {}
-    write_table(sweep, cells)
     winner = select(rows, selection, sweep)
+    confirmed = verdict(sweep, contenders(rows, selection, sweep))
+    standings = confirmed.standings if confirmed else {}
+    if confirmed:
+        winner = confirmed.row
+        order = list(standings)
+        rows = sorted(rows, key=lambda row: order.index(row.trial.id) if row.trial.id in standings else len(order))
+    linear = _linear(sweep, rows)
+    cells, pca = table(sweep, rows, standings), linear.errors(_denoises(sweep)) if linear else {}
+    write_table(sweep, cells)
     if winner is None and any(row.outcome.status == "finished" for row in rows):
         say(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
         winner = select(rows, Selection("best"), sweep)
     statuses = [row.outcome.status for row in rows]
     found = importance(sweep, rows)
-    said = [] if winner is None else [headline(sweep, selection, winner, pca), *map(str, ends(sweep, winner, found))]
+    said, answer = [], {}
+    if winner is not None:
+        said = [headline(sweep, selection, winner, pca), *([confirmed.sentence] if confirmed else [])]
+        said += map(str, ends(sweep, winner, found))
+        answer = _answer(sweep, winner, standings.get(winner.trial.id))
     with matplotlib.rc_context(LOOK):
         drawn = [(heading, note, _drawn(figure)) for heading, note, figure in charts(sweep, rows, winner, pca)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -75,7 +86,7 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
         steps=sum(row["steps"] for row in cells),
         seconds=sum(row["seconds"] for row in cells),
         said=said,
-        answer=_answer(sweep, winner) if winner else {},
+        answer=answer,
         charts=drawn,
         pictures=_pictures(sweep, winner, linear) if winner else [],
         importance=found,
@@ -89,7 +100,7 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
     write_best(sweep, winner)
     for line in said:
         say(line)
-    say(", ".join(f"{name} {value}" for name, value in _answer(sweep, winner).items()))
+    say(", ".join(f"{name} {value}" for name, value in answer.items()))
     shares = "; ".join(map(str, found))
     say(f"importance for the ranking, 95 % intervals: {shares}" if found else no_importance(rows))
     again = f"dist-ae train --config {shlex.quote(str(sweep.path / 'best.json'))} trains it again"
@@ -157,13 +168,13 @@ def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, flo
 # -- page
 
 
-def _answer(sweep: Sweep, winner: Row) -> dict[str, str]:
+def _answer(sweep: Sweep, winner: Row, standing: Standing | None) -> dict[str, str]:
     facts = {"trial": winner.trial.id, "preset": winner.trial.preset}
     facts |= {key: number(value) for key, value in winner.trial.values.items()}
     facts[sweep.metric] = number(winner.value)
-    if again := spread(sweep, winner.trial):
-        values, mean, deviation = again
-        facts[f"{len(values)} further seeds"] = f"{number(mean)} ± {number(deviation)} (mean ± standard deviation)"
+    if standing is not None:
+        bounds = f"{number(standing.low)} to {number(standing.high)}"
+        facts[f"{standing.seeds} fresh seeds"] = f"mean {number(standing.mean)}, 95 % interval {bounds}"
     if winner.trial.donors:
         where = f"best.json holds the last values, the weights are in trials/{winner.trial.id}"
         facts["trained by"] = f"{len(winner.trial.donors)} clonings; {where}"
@@ -189,11 +200,23 @@ def _pictures(sweep: Sweep, winner: Row, linear: Linear | None) -> list[tuple[st
 
 def _ranking(sweep: Sweep, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The first rows of the table, with the columns that say most, as a person reads them."""
+    cells = [dict(row) for row in cells[:SHOWN]]
     found = {name for row in cells for name, value in row.items() if value not in (None, "")}
     metrics = [name for name in dict.fromkeys([sweep.metric, *METRICS, "val.rate"]) if name in found]
     names = ["rank", "trial", "status", "preset", *sweep.space.searched(), *metrics, "steps", "seconds"]
+    if "confirm.seeds" in found:
+        for row in cells:
+            row["seeds"] = row["confirm.seeds"]
+            row["mean, 95 %"] = _interval(row, "confirm")
+            row["behind, 95 %"] = _interval(row, "behind")
+        names[4:4] = ["seeds", "mean, 95 %", "behind, 95 %"]
     names += ["error"] if "error" in found else []
-    return [{name: number(row[name])[:300] for name in names} for row in cells[:SHOWN]]
+    return [{name: number(row[name])[:300] for name in names} for row in cells]
+
+
+def _interval(row: dict[str, Any], name: str) -> str | None:
+    low, high = row[f"{name}.low"], row[f"{name}.high"]
+    return None if low is None else f"{number(low)} to {number(high)}"
 
 
 # -- charts

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import math
 import re
-import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_ae import Config, InputError
 from dist_ae.sweeping import code_size, write_atomically
 
 from .plan import Outcome, Sweep, Trial, read_object, write_json
 from .spaces import shown
+
+if TYPE_CHECKING:
+    from .confirm import Standing
 
 ORDER = ("finished", "stopped", "unfinished", "pending", "failed")
 
@@ -103,20 +105,6 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
     return best
 
 
-def retrained(sweep: Sweep, winner: Trial) -> Sweep:
-    """The sweep in which a winner is trained again, with a folder of its own and no scheduler."""
-    settings = sweep.settings.model_copy(update={"scheduler": "none", "search": "random", "num_trials": 0})
-    path, name = sweep.path / f"retrain-{winner.id}", f"{sweep.name}-retrain"
-    return dataclasses.replace(sweep, path=path, name=name, settings=settings, key=f"{winner.id}s")
-
-
-def spread(sweep: Sweep, winner: Trial) -> tuple[list[float], float, float] | None:
-    """(values, mean, standard deviation) of the winner over its further seeds, if two or more of them finished."""
-    rows = results(retrained(sweep, winner))
-    values = [row.value for row in rows if row.outcome.status == "finished" and math.isfinite(row.value)]
-    return (values, statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
-
-
 def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
     """The Pareto front of code size against error: the trials that no trial of the same size or smaller beats.
 
@@ -129,7 +117,7 @@ def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
     return best
 
 
-def table(sweep: Sweep, rows: list[Row]) -> list[dict[str, Any]]:
+def table(sweep: Sweep, rows: list[Row], standings: Mapping[str, Standing] = {}) -> list[dict[str, Any]]:
     """Cells by column for the trials in the order of the ranking: values, last metrics, steps and seconds."""
     keys = [key for key in sweep.space.searched() if key != "model.latent_dim"]
     reports = [report for row in rows for report in row.outcome.reports]
@@ -143,6 +131,9 @@ def table(sweep: Sweep, rows: list[Row]) -> list[dict[str, Any]]:
         cells |= {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         cells |= {name: last.get(name) for name in metrics}
         cells |= {"steps": last.get("step", 0), "seconds": round(last.get("seconds", 0.0), 3)}
+        if standings:
+            none = dict.fromkeys(next(iter(standings.values())).cells())
+            cells |= standings[row.trial.id].cells() if row.trial.id in standings else none
         made.append({**cells, "cloned_from": " ".join(row.trial.donors), "error": row.outcome.error})
     return made
 

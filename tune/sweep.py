@@ -23,8 +23,9 @@ from typing import Any
 from dist_ae import PRESETS, Config, InputError, sweeping
 from dist_ae.sweeping import EXIT_STOPPED, first_line, say
 
+from .confirm import contenders, plan_runs
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
-from .results import Selection, results, retrained, select
+from .results import Selection, results
 from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
@@ -182,7 +183,7 @@ def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
 
 
 def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
-    """Plans and runs a new sweep, then trains its winner with further seeds, if any are asked for.
+    """Plans and runs a new sweep, then trains its leading trials with fresh seeds, if any are asked for.
 
     Raises:
         InputError: there is a sweep of that name, or its data or cluster is not there.
@@ -199,7 +200,7 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
         with cluster(sweep):
             plan_trials(sweep)
             run(sweep, resuming(sweep, selection, seeds))
-            retrain(sweep, selection, seeds)
+            confirm(sweep, selection, seeds)
 
 
 def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Sweep:
@@ -218,7 +219,7 @@ def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Swe
             check_data(sweep)
             with cluster(sweep):
                 run(sweep, resuming(sweep, selection, seeds))
-                retrain(sweep, selection, seeds)
+                confirm(sweep, selection, seeds)
         return sweep
 
 
@@ -226,24 +227,14 @@ def resuming(sweep: Sweep, selection: Selection, seeds: int) -> str:
     """The command that goes on with a sweep."""
     words = ["dist-ae", "sweep", "--resume", sweep.name, "--storage", str(sweep.path.parent)]
     words += ["--select", str(selection)] if selection.kind != "best" else []
-    return shlex.join([*words, "--retrain", str(seeds)] if seeds else words)
+    return shlex.join([*words, "--confirm", str(seeds)] if seeds else words)
 
 
-def retrain(sweep: Sweep, selection: Selection, seeds: int) -> None:
-    """Trains the winner with further seeds, as trials in a folder of their own.
-
-    The winner's own seed was chosen for its luck, so it is not among them.
-    """
-    winner = select(results(sweep), selection, sweep)
-    if not seeds or winner is None:
-        return
-    again, seed = retrained(sweep, winner.trial), sweep.answer(winner.trial).seed
-    for number in range(1, seeds + 1):
-        if not (again.trial_dir(f"{again.key}-{number:04d}") / "trial.json").exists():
-            values = {**winner.trial.values, "seed": (seed + number) % 2**63}
-            again.new_trial(number, winner.trial.preset, values)
-    again.write()
-    run(again, resuming(sweep, selection, seeds))
+def confirm(sweep: Sweep, selection: Selection, seeds: int) -> None:
+    """Trains the leading trials with fresh seeds, up to so many each, until the leader stands alone."""
+    rows = contenders(results(sweep), selection, sweep)
+    while seeds and (made := plan_runs(sweep, rows, seeds)) is not None:
+        run(made, resuming(sweep, selection, seeds))
 
 
 def _tracking(sweep: Sweep) -> Values:
