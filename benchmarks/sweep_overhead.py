@@ -39,7 +39,7 @@ def main() -> None:
         with cluster(sweep):
             started = time.monotonic()
             plan_trials(sweep)
-            run(sweep)
+            run(sweep, "")
             wall = time.monotonic() - started
         sweep = read_sweep(sweep.path)
         seconds = [sweep.outcome(trial).reports[-1]["seconds"] for trial in sweep.trials()]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dist_ae.config import Config, Fault
 from dist_ae.errors import install
 from dist_ae.files import Damaged, read_bounded, to_json, unique_keys, write_atomically
-from dist_ae.terminal import EXIT_STOPPED, first_line, say, time_left
+from dist_ae.terminal import EXIT_STOPPED, first_line, say
 from dist_ae.timeline import selection
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ __all__ = [
     "say",
     "selection",
     "tell_resources",
-    "time_left",
     "to_json",
     "unique_keys",
     "wandb_mode",

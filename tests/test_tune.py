@@ -37,6 +37,7 @@ from dist_ae.config import Config, DataConfig, InputError
 from dist_ae.data import sources
 from dist_ae.presets import PRESETS
 from tune.__main__ import Training, flat, main
+from tune.budget import RUNGS, Budget, bounds, time_left
 from tune.confirm import confirmation, next_runs, undecided
 from tune.insight import End, ends, importance
 from tune.plan import (
@@ -492,6 +493,8 @@ REFUSED = {
         "--gpus-per-worker: Input should be a finite number",
     ),
     "seeds without end": (["ae", "--confirm", "1000000000"], "2 to 100"),
+    "budget of clones": (["ae", "--budget", "5", "--scheduler", "pbt"], "leave out --scheduler pbt"),
+    "budget of no time": (["ae", "--budget", "0"], "--budget: Input should be greater than or equal to 1"),
     "one seed": (["ae", "--confirm", "1"], "says nothing about spread"),
     "nested value": (["ae", "--set", "train.epochs=" + "[" * 100_000], "train.epochs"),
     "dotted option without a value": (["ae", "--train.epochs"], "Missing value for argument '--train.epochs'"),
@@ -823,6 +826,103 @@ def test_only_as_many_runs_are_spent_as_tell_the_leader_from_the_next() -> None:
     draws = [random.Random(seed) for seed in range(60)]
     one_seed = [min((draw.gauss(loss, 0.2), name) for name, loss in close.items())[1] for draw in draws]
     assert chosen.count("a") >= 50 > one_seed.count("a")
+
+
+# -- time
+
+
+class Machine:
+    """A simulated machine that trains trials of a budget, with ASHA's rule at its rungs, and changes its speed once."""
+
+    def __init__(self, seed: int, minutes: float, slots: int, seconds: float, change: float, wanted: int = 0) -> None:
+        self.rng, self.now, self.finished, self.begun = random.Random(seed), 0.0, 0, 0
+        self.budget = Budget(minutes, 0.0, slots, wanted, clock=lambda: self.now)
+        self.now = self.rng.uniform(4, 12)  # until Ray is there
+        self._rungs: dict[float, list[float]] = {rung: [] for rung in RUNGS[1:]}
+        self._changes, self._change, self._seconds = self.rng.uniform(0.1, 0.8) * 60 * minutes, change, seconds
+
+    def run(self) -> float:
+        """Seconds until the answer is there."""
+        running: dict[str, list[float]] = {}  # progress, seconds of a whole trial, quality
+        while not self.budget.is_over():
+            while len(running) < self.budget.slots and self.budget.may_begin() and self._wants_more():
+                name, self.begun = f"t{self.begun}", self.begun + 1
+                whole = self._seconds * self.rng.uniform(0.7, 1.4)
+                running[name] = [-300 / whole, whole, self.rng.random()]  # it loads for three seconds
+                self.budget.started(name)
+            if not running:
+                break
+            self.now += 0.5
+            speed = self._change if self.now > self._changes else 1.0
+            for name, (before, whole, quality) in list(running.items()):
+                after = min(100.0, before + 50 * speed / whole)
+                running[name][0] = after
+                if int(after / 100 * 27) > int(before / 100 * 27):  # an evaluation
+                    self.budget.reported(name, after)
+                if after == 100 or self._stops(before, after, quality):
+                    self.finished += after == 100
+                    del running[name]
+        return self.now + self.rng.uniform(2, 20)  # stopping, and the report
+
+    def _wants_more(self) -> bool:
+        return self.begun < (self.budget.wanted or 10**6)
+
+    def _stops(self, before: float, after: float, quality: float) -> bool:
+        for rung, seen in self._rungs.items():
+            if before < rung <= after:
+                seen.append(quality)
+                return self.budget.rung() <= rung and quality < sorted(seen)[-max(1, len(seen) // 3)]
+        return False
+
+
+@pytest.mark.parametrize("change", [0.5, 1.5, 1.0])
+def test_a_budget_ends_in_time_with_an_answer_on_a_machine_that_changes_its_speed(change: float) -> None:
+    for seed in range(10):
+        for slots, seconds in ((1, 30.0), (2, 90.0), (2, 5.0), (4, 180.0)):
+            machine = Machine(seed, 10, slots, seconds, change)
+            ended = machine.run()
+            assert 8 * 60 <= ended <= 10.5 * 60, (seed, slots, seconds, ended)
+            assert machine.finished >= 1, (seed, slots, seconds)
+
+
+def test_a_budget_plans_rungs_so_that_as_many_trials_fit_as_are_wanted() -> None:
+    rungs = {}
+    for seconds in (5.0, 30.0, 60.0, 200.0):
+        machine = Machine(0, 10, 2, seconds, 1.0, wanted=16)
+        machine.run()
+        rungs[seconds] = machine.budget.rung()
+        assert machine.begun >= (16 if seconds < 200 else 8), "without stopping, 5 would fit"
+    assert rungs[5.0] == 100 and sorted(rungs.values(), reverse=True) == list(rungs.values()) and rungs[200.0] < 12
+    held = Budget(10, 0.0, 2, held=6, clock=lambda: 100.0)
+    before = held.deadline
+    held.started("a")
+    held.clock = lambda: 130.0
+    held.reported("a", 50.0)
+    assert held.deadline == before - 3 * 60 and not held.fits(20) and held.fits(4)
+
+
+def test_the_time_that_is_left_is_told_rightly_from_the_second_finished_trial_on() -> None:
+    told, right = 0, 0
+    for seed in range(40):
+        rng, slots, count = random.Random(seed), 2, 16
+        costs = [rng.lognormvariate(4, 0.3) for _ in range(count)]
+        free, ends, starts = [0.0] * slots, [], []
+        for cost in costs:
+            place = free.index(min(free))
+            starts.append(free[place])
+            free[place] += cost
+            ends.append(free[place])
+        order = sorted(range(count), key=lambda i: ends[i])
+        for done in range(2, count):
+            now = ends[order[done - 1]]
+            running = [now - starts[i] for i in order[done:] if starts[i] < now]
+            low, high = bounds([costs[i] for i in order[:done]], running, count - done - len(running), slots)
+            told, right = told + 1, right + (low <= max(free) - now <= high)
+    assert right / told > 0.9
+    assert bounds([50.0], [3.0], 4, 2) == (0.0, math.inf) and time_left([50.0], [3.0], 4, 2) == ""
+    assert re.fullmatch(r", \d+ to \d+ min left", time_left([50.0, 60.0], [3.0], 20, 2))
+    slow = bounds([50.0] * 8 + [100.0] * 8, [0.0], 7, 1)
+    assert slow[0] <= 800 <= slow[1] and slow[0] > 400, "the costs of a machine that became slower count"
 
 
 # -- report

@@ -68,7 +68,7 @@ def sweep(
     Args:
         which: space to search: ae, denoising, dropout, vae, conv, or all, which chooses among the first four.
         space: your own space, a JSON or TOML file (docs/sweeps.md shows one).
-        settings: how it is run; of these, --resume takes only an address and a limit of trials at once.
+        settings: how it is run; of these, --resume takes only an address, a limit of trials at once, and a budget.
         metric: what trials are judged by; left out, the space's own.
         select: the answer: best, smallest-within-PCT (the smallest code within PCT percent of the best),
             best-under-SIZE (the best of codes up to SIZE).
@@ -100,7 +100,7 @@ def sweep(
     from .report import write_report
 
     if not write_report(made, selection):
-        raise Fault("no trial finished; the reasons stand in trials.csv and in trials/*/error.txt")
+        raise Fault("no trial came to anything; the reasons stand in trials.csv and in trials/*/error.txt")
     return made.path
 
 
@@ -115,13 +115,13 @@ def refuse_on_resume(
 ) -> None:
     """Raises InputError for what a sweep decided when it began; only an address and a limit may change."""
     given = {"SPACE": which, "--space": space, "--metric": metric, "--name": name, "--set": set}
-    changed = settings.model_dump(exclude={"address", "max_concurrent"}, exclude_defaults=True)
+    changed = settings.model_dump(exclude={"address", "max_concurrent", "budget"}, exclude_defaults=True)
     given |= {f"--{key.replace('_', '-')}": value or "0" for key, value in (changed | training).items()}
     wrong = [option for option, value in given.items() if value]
     if wrong:
         raise InputError(
             f"--resume goes on with the sweep as it was begun; leave out {', '.join(wrong)}. It takes --address, "
-            "--max-concurrent, --select and --confirm. For another search, begin another sweep"
+            "--max-concurrent, --budget, --select and --confirm. For another search, begin another sweep"
         )
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import rich.progress
 from ray.tune import Callback
 
-from dist_ae.sweeping import time_left
-
+from .budget import Budget, time_left
 from .plan import Sweep
 from .results import number
 
@@ -20,14 +19,20 @@ QUIET_SECONDS = 45.0  # without a line, after which a report of a trial says how
 class Progress(Callback):  # type: ignore[misc]
     """Shows what ended, the best so far, and an estimate of the time left."""
 
-    def __init__(self, sweep: Sweep, total: int, before: dict[str, dict[str, Any]]) -> None:
-        """``before``: the last reports of trials that an earlier driver ran."""
-        self._sweep, self._total, self._running = sweep, total, set[str]()
+    def __init__(
+        self, sweep: Sweep, total: int, before: dict[str, dict[str, Any]], slots: int, budget: Budget | None
+    ) -> None:
+        """Args:
+        before: the last reports of trials that an earlier driver ran.
+        slots: trials that run at once.
+        """
+        self._sweep, self._total, self._slots, self._budget = sweep, total, slots, budget
+        self._running: dict[str, float] = {}  # when each began
+        self._costs: list[float] = []  # seconds of those that ended
         self._last: dict[str, dict[str, Any]] = dict(before)
         self.bar = rich.progress.Progress(disable=not rich.get_console().is_terminal, refresh_per_second=2)
-        self._task = self.bar.add_task(sweep.name, total=100 * total, completed=round(self._reached()))
-        self._first, self._begun = self._reached(), time.monotonic()
-        self._said = self._begun
+        self._task = self.bar.add_task(sweep.name, total=100 * total or None, completed=round(self._reached()))
+        self._said = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray pickles the whole experiment, and nothing here reads that pickle
@@ -35,12 +40,16 @@ class Progress(Callback):  # type: ignore[misc]
     # -- what Ray calls
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._running.add(trial.config["id"])
+        self._running[trial.config["id"]] = time.monotonic()
+        if self._budget is not None:
+            self._budget.started(trial.config["id"])
         self._update()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         if self._sweep.metric in result:
             self._last[trial.config["id"]] = result
+            if self._budget is not None:
+                self._budget.reported(trial.config["id"], result.get("progress", 0.0))
             self._update()
             if not self.bar.console.is_terminal and time.monotonic() - self._said > QUIET_SECONDS:
                 self._say(self._summary())
@@ -51,7 +60,8 @@ class Progress(Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         planned = self._sweep.trial(trial.config["id"])
         outcome = self._sweep.outcome(planned)
-        self._running.discard(planned.id)
+        if planned.id in self._running:
+            self._costs.append(time.monotonic() - self._running.pop(planned.id))
         self._last.setdefault(planned.id, {})
         self._update()
         values = "  ".join(f"{key}={number(v)}" for key, v in planned.values.items())
@@ -74,9 +84,13 @@ class Progress(Callback):  # type: ignore[misc]
         values = [r.get(self._sweep.metric, math.nan) for r in self._last.values()]
         best = max(filter(math.isfinite, values), key=lambda value: self._sweep.sign * value, default=None)
         done = len(self._last.keys() - self._running)
-        reached, seconds = self._reached(), time.monotonic() - self._begun
-        left = time_left(seconds, reached - self._first, 100 * self._total - reached)
-        return f"{done} of {self._total} trials, {len(self._running)} running, best {number(best)}{left}"
+        rest = f", {self._budget}"
+        of = ""
+        if self._budget is None:
+            now, of = time.monotonic(), f" of {self._total}"
+            waiting = max(0, self._total - len(self._last.keys() | self._running.keys()))
+            rest = time_left(self._costs, [now - began for began in self._running.values()], waiting, self._slots)
+        return f"{done}{of} trials, {len(self._running)} running, best {number(best)}{rest}"
 
     def _say(self, line: str) -> None:
         self._said = time.monotonic()

@@ -51,6 +51,9 @@ class Settings(BaseModel):
     )
     address: str | None = Field(None, description="local, the default; auto: this machine's cluster; or HOST:PORT")
     seed: int = Field(0, description="of the search")
+    budget: float | None = Field(
+        None, ge=1, le=100_000, description="minutes in which to end with an answer; plans trials and stops weak ones"
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -70,6 +73,9 @@ class Settings(BaseModel):
                 "--scheduler pbt works with --workers-per-trial 1 only: Ray Train owns the checkpoints of a trial of "
                 "several workers, and Ray Tune would skip the cloning without a word. Use --scheduler asha"
             )
+        if self.budget is not None and self.scheduler in ("median", "pbt"):
+            said = "--budget stops weak trials by ASHA's rule, as time allows"
+            raise InputError(f"{said}; leave out --scheduler {self.scheduler}")
         if self.scheduler == "pbt" and self.search == "optuna":
             reason = "changes the values of running trials, which would mislead --search optuna"
             raise InputError(f"--scheduler pbt {reason}; use --search random")

@@ -68,11 +68,16 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
     if winner is None and any(row.outcome.status == "finished" for row in rows):
         say(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
         winner = select(rows, Selection("best"), sweep)
+    cut = "" if winner else "WARNING: no trial finished in time. The answer was cut off, and is the best of such; "
+    if winner is None and sweep.settings.budget is not None:
+        winner = next((row for row in rows if math.isfinite(row.value) and row.outcome.status != "failed"), None)
+        cut += f"dist-ae sweep --resume {sweep.name} --storage {sweep.path.parent} goes on with it"
     statuses = [row.outcome.status for row in rows]
     found = importance(sweep, rows)
     said, answer = [], {}
     if winner is not None:
-        said = [headline(sweep, selection, winner, pca), *([confirmed.sentence] if confirmed else [])]
+        first = headline(sweep, selection, winner, pca)
+        said = [line for line in (cut, first, confirmed.sentence if confirmed else "") if line]
         said += map(str, ends(sweep, winner, found))
         answer = _answer(sweep, winner, standings.get(winner.trial.id))
     with matplotlib.rc_context(LOOK):
@@ -121,7 +126,7 @@ def no_importance(rows: Sequence[Row]) -> str:
 # -- PCA
 
 
-def errors(sweep: Sweep, rows: Sequence[Row]) -> dict[str, float]:
+def errors(sweep: Sweep, rows: Sequence[Row], status: str = "finished") -> dict[str, float]:
     """Each finished trial's squared error per pixel, by trial id.
 
     It is the error of denoised images where the sweep is about denoising, and of clean images otherwise.
@@ -129,7 +134,7 @@ def errors(sweep: Sweep, rows: Sequence[Row]) -> dict[str, float]:
     found = {}
     for row in rows:
         value = row.outcome.metric("val.denoised_psnr" if _denoises(sweep) else "val.mse")
-        if row.outcome.status == "finished" and value is not None and math.isfinite(value):
+        if row.outcome.status == status and value is not None and math.isfinite(value):
             found[row.trial.id] = 10 ** (-value / 10) if _denoises(sweep) else value
     return found
 
@@ -149,7 +154,7 @@ def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, flo
     """The answer beside PCA with as many numbers, in a line; a WARNING where it is worse."""
     config = sweep.answer(winner.trial)
     said = f"{selection}: {winner.trial.preset} with a code of {winner.size}, {sweep.metric} {number(winner.value)}"
-    error, linear = errors(sweep, [winner]).get(winner.trial.id), pca.get(winner.size)
+    error, linear = errors(sweep, [winner], winner.outcome.status).get(winner.trial.id), pca.get(winner.size)
     if error is None or linear is None:
         return said
     name = "PCA" if config.model.architecture == "mlp" or config.model.code == "vector" else "PCA of patches"

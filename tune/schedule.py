@@ -20,8 +20,9 @@ from ray.tune import schedulers
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from .budget import Budget
 from .plan import Sweep, Trial
-from .spaces import Distribution, Values
+from .spaces import MAX_TRIALS, Distribution, Values
 from .trial import free_workers
 
 # Schedulers count in percent of a trial's own budget, so trials of different batch sizes compare, and 100 is the end.
@@ -31,11 +32,11 @@ MEDIAN_GRACE, MEDIAN_SAMPLES = 10.0, 3
 PERTURB_EVERY = 10.0
 
 
-def scheduler(sweep: Sweep) -> TrialScheduler:
+def scheduler(sweep: Sweep, budget: Budget | None = None) -> TrialScheduler:
     """The scheduler of a sweep. The metric and its direction come from TuneConfig."""
     kind = sweep.settings.scheduler
-    if kind == "asha":
-        return _Asha(sweep, time_attr=TIME, max_t=100, grace_period=GRACE, reduction_factor=REDUCTION)
+    if kind == "asha" or (budget is not None and sweep.path.name != "confirm"):
+        return _Asha(sweep, budget=budget, time_attr=TIME, max_t=100, grace_period=GRACE, reduction_factor=REDUCTION)
     if kind == "median":
         return _Median(sweep, time_attr=TIME, grace_period=MEDIAN_GRACE, min_samples_required=MEDIAN_SAMPLES)
     if kind == "pbt":
@@ -55,6 +56,19 @@ class FreeWorkers(ray.tune.Callback):  # type: ignore[misc]
     on_trial_error = on_trial_recover = on_trial_complete
 
 
+class InTime(ray.tune.Stopper):  # type: ignore[misc]
+    """Stops all trials at the end of a budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._budget.is_over()
+
+
 class _Gone(NamedTuple):
     """A stand-in for a trial of an earlier driver."""
 
@@ -68,9 +82,9 @@ class _Recorded:
     earlier driver.
     """
 
-    def __init__(self, sweep: Sweep, **arguments: Any) -> None:
+    def __init__(self, sweep: Sweep, budget: Budget | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._sweep, self._replayed = sweep, False
+        self._sweep, self._budget, self._replayed = sweep, budget, False
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         super().on_trial_add(controller, trial)  # type: ignore[misc]
@@ -93,6 +107,8 @@ class _Recorded:
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
         if decision == TrialScheduler.STOP and result[TIME] < 100 and not result.get("failed"):
+            if self._budget is not None and result[TIME] < self._budget.rung():
+                return str(TrialScheduler.CONTINUE)  # there is time for it
             self._sweep.end_trial(trial.config["id"], "stopped")
         return decision
 
@@ -147,17 +163,27 @@ class _Pbt(schedulers.PopulationBasedTraining):  # type: ignore[misc]
 class Planned(Searcher):  # type: ignore[misc]
     """Hands out the trials that are planned and not done. With an optimizer, plans more trials as results come in."""
 
-    def __init__(self, sweep: Sweep, todo: list[Trial], optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self, sweep: Sweep, todo: list[Trial], optimizer: Optimizer | None = None, budget: Budget | None = None
+    ) -> None:
         super().__init__(metric=sweep.metric, mode="max" if sweep.sign > 0 else "min")
-        self._sweep, self._todo, self._optimizer = sweep, list(todo), optimizer
+        self._sweep, self._todo, self._optimizer, self._budget = sweep, list(todo), optimizer, budget
         self._number = len(sweep.trials())
         self._given: dict[str, Trial] = {}
 
     def suggest(self, trial_id: str) -> Any:
+        settings = self._sweep.settings
+        most = settings.num_trials or (MAX_TRIALS if self._budget is not None else 0)
+        if self._budget is not None and not self._budget.may_begin():
+            return Searcher.FINISHED
         if self._todo:
             trial = self._todo.pop(0)
-        elif self._optimizer is not None and self._number < self._sweep.settings.num_trials:
+        elif self._optimizer is not None and self._number < most:
             trial = self._sweep.new_trial(self._number, *self._optimizer.ask())
+            self._number += 1
+        elif settings.search == "random" and self._number < most and self._sweep.path.name != "confirm":
+            # As many as there is time for.
+            trial = self._sweep.new_trial(self._number, *self._sweep.space.sample(settings.seed, self._number))
             self._number += 1
         else:
             return Searcher.FINISHED

@@ -23,6 +23,7 @@ from typing import Any
 from dist_ae import PRESETS, Config, InputError, sweeping
 from dist_ae.sweeping import EXIT_STOPPED, first_line, say
 
+from .budget import Budget
 from .confirm import contenders, plan_runs
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
 from .results import Selection, results
@@ -64,7 +65,7 @@ def checked(space: Space, overrides: Values, metric: str | None, settings: Setti
 
 def _count(space: Space, settings: Settings) -> int:
     if settings.search != "grid":
-        return settings.num_trials or 16
+        return settings.num_trials or (16 if settings.budget is None else 0)
     size = space.grid_size()
     if settings.num_trials not in (0, size):
         asked, ways_out = settings.num_trials, "leave --num-trials out, or use --search random"
@@ -164,7 +165,7 @@ def check_data(sweep: Sweep) -> None:
 
 def _plan(space: Space, settings: Settings) -> list[tuple[str, Values]]:
     """The trials to come, as far as they are known. For an optimizer, these are points that it might suggest."""
-    count = PROBED if settings.search == "optuna" else settings.num_trials
+    count = PROBED if settings.search == "optuna" or not settings.num_trials else settings.num_trials
     return space.plan(settings.search, count, settings.seed)
 
 
@@ -172,7 +173,7 @@ def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
     an_epoch = -(-num_images // config.train.batch_size)
     steps = config.train.steps or config.train.epochs * an_epoch
     evaluations = steps // (config.train.eval_every or an_epoch)
-    if sweep.settings.scheduler != "none" and evaluations < 4:
+    if sweep.settings.scheduler != "none" and sweep.settings.budget is None and evaluations < 4:
         raise InputError(
             f"--scheduler {sweep.settings.scheduler} compares trials while they run, and these are evaluated "
             f"{evaluations} times in {steps} steps; use --train.eval-every {max(1, steps // 10)}, or longer trials"
@@ -189,8 +190,11 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
         InputError: there is a sweep of that name, or its data or cluster is not there.
         Interrupted: Ctrl-C or SIGTERM came; ``--resume`` goes on.
     """
+    budget = _budget(sweep.settings, seeds)
     with only_driver(sweep.path, new=True):
-        say(f"sweep {sweep.name} of {sweep.settings.num_trials} trials → {sweep.path}")
+        size = f" of {sweep.settings.num_trials} trials" if sweep.settings.num_trials else ""
+        size += "" if budget is None else f" of {budget.minutes:g} minutes"
+        say(f"sweep {sweep.name}{size} → {sweep.path}")
         try:
             check_data(sweep)
         except InputError:
@@ -199,27 +203,28 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
         sweep = dataclasses.replace(sweep, overrides=_absolute(sweep.overrides) | _tracking(sweep))
         with cluster(sweep):
             plan_trials(sweep)
-            run(sweep, resuming(sweep, selection, seeds))
-            confirm(sweep, selection, seeds)
+            run(sweep, resuming(sweep, selection, seeds), budget)
+            confirm(sweep, selection, seeds, budget)
 
 
 def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Sweep:
-    """Resumes a sweep, with the given address and limit of trials at once.
+    """Resumes a sweep, with the given address, limit of trials at once, and budget.
 
     Finished, stopped and failed trials stay as they are. The others continue from their checkpoints.
     """
     with only_driver(path, new=False):
         sweep = read_sweep(path)
         new = given.model_dump(include={"address", "max_concurrent"}, exclude_none=True)
-        settings = Settings(**sweep.settings.model_dump() | new)
+        settings = Settings(**sweep.settings.model_dump() | new | {"budget": given.budget})
+        budget = _budget(settings, seeds)
         sweep = dataclasses.replace(sweep, settings=settings)
         _check_local(settings)
         _check_address(settings)
         if left(sweep) or seeds:
             check_data(sweep)
             with cluster(sweep):
-                run(sweep, resuming(sweep, selection, seeds))
-                confirm(sweep, selection, seeds)
+                run(sweep, resuming(sweep, selection, seeds), budget)
+                confirm(sweep, selection, seeds, budget)
         return sweep
 
 
@@ -230,11 +235,24 @@ def resuming(sweep: Sweep, selection: Selection, seeds: int) -> str:
     return shlex.join([*words, "--confirm", str(seeds)] if seeds else words)
 
 
-def confirm(sweep: Sweep, selection: Selection, seeds: int) -> None:
-    """Trains the leading trials with fresh seeds, up to so many each, until the leader stands alone."""
+def _budget(settings: Settings, seeds: int) -> Budget | None:
+    """The budget, which begins to be spent now. It keeps time for two leading trials with fresh seeds."""
+    if settings.budget is None:
+        return None
+    return Budget(settings.budget, time.monotonic(), wanted=settings.num_trials, held=2 * seeds)
+
+
+def confirm(sweep: Sweep, selection: Selection, seeds: int, budget: Budget | None) -> None:
+    """Trains the leading trials with fresh seeds, up to so many each, until the leader stands alone, or time is up."""
     rows = contenders(results(sweep), selection, sweep)
+    if budget is not None:
+        budget.held = 0
     while seeds and (made := plan_runs(sweep, rows, seeds)) is not None:
-        run(made, resuming(sweep, selection, seeds))
+        runs = len(unfinished(made))
+        if budget is not None and not budget.fits(runs):
+            say(f"no time is left for {runs} runs with fresh seeds; later: {resuming(sweep, selection, seeds)}")
+            return
+        run(made, resuming(sweep, selection, seeds), budget)
 
 
 def _tracking(sweep: Sweep) -> Values:
@@ -354,11 +372,12 @@ def _check_shared(sweep: Sweep) -> None:
         token.unlink(missing_ok=True)
 
 
-def run(sweep: Sweep, command: str) -> None:
+def run(sweep: Sweep, command: str, budget: Budget | None = None) -> None:
     """Runs what is planned and not done, on the Ray that is connected.
 
     Args:
         command: goes on with the sweep, should it be interrupted.
+        budget: ends it in time.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came.
@@ -366,16 +385,19 @@ def run(sweep: Sweep, command: str) -> None:
     import ray.tune
 
     from .live import Progress
-    from .schedule import FreeWorkers, Optimizer, Planned, scheduler
+    from .schedule import FreeWorkers, InTime, Optimizer, Planned, scheduler
     from .trial import RETRIES, run_distributed_trial, run_trial
 
     settings, todo = sweep.settings, unfinished(sweep)
     several, pbt = settings.workers_per_trial > 1, settings.scheduler == "pbt"
-    if not left(sweep):
+    open_ended = budget is not None and not settings.num_trials and sweep.path.name != "confirm"
+    if not left(sweep) and not open_ended:
         return
+    if budget is not None:
+        budget.slots = min(_fits(settings), left(sweep) or MAX_TRIALS)
     optimizer = Optimizer(sweep) if settings.search == "optuna" else None
     done = {t.id: o.reports[-1] for t in sweep.trials() for o in [sweep.outcome(t)] if o.reports and t not in todo}
-    progress = Progress(sweep, len(done) + left(sweep), done)
+    progress = Progress(sweep, len(done) + left(sweep), done, _fits(settings), budget)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     if several:
         # The driver of several workers computes nothing, and they hold the resources. Ray wants it to hold something.
@@ -390,9 +412,9 @@ def run(sweep: Sweep, command: str) -> None:
         tune_config=ray.tune.TuneConfig(
             metric=sweep.metric,
             mode="max" if sweep.sign > 0 else "min",
-            num_samples=1 if pbt else left(sweep),
-            search_alg=None if pbt else Planned(sweep, todo, optimizer),
-            scheduler=scheduler(sweep),
+            num_samples=1 if pbt else MAX_TRIALS if open_ended else left(sweep),
+            search_alg=None if pbt else Planned(sweep, todo, optimizer, budget),
+            scheduler=scheduler(sweep, budget),
             max_concurrent_trials=_concurrency(settings),
             reuse_actors=not several,
             trial_name_creator=lambda trial: trial.config["id"],
@@ -403,22 +425,26 @@ def run(sweep: Sweep, command: str) -> None:
             storage_path=str(sweep.path / "ray"),
             failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
             callbacks=[FreeWorkers(sweep), progress],
+            stop=None if budget is None else InTime(budget),
             verbose=0,
         ),
     )
     # At SIGTERM or a closed terminal, Tune shall do what it does at Ctrl-C: stop the trials and return.
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
     old = {n: signal.signal(n, lambda number, frame: os.kill(os.getpid(), signal.SIGINT)) for n in numbers}
+    interrupted = False
     try:
         with progress.bar, _ending_without_ray(command, LOST_SECONDS if settings.address == "local" else 60.0):
             tuner.fit()
     except KeyboardInterrupt:
-        pass
+        interrupted = True
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
     remaining = left(sweep)
-    if remaining:
+    if remaining and budget is not None and not interrupted:
+        say(f"the budget of {budget.minutes:g} minutes is spent; {command} goes on with {remaining} trials")
+    elif remaining:
         raise Interrupted(f"{remaining} trials are not finished; this goes on with them: {command}")
     shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt, also copies of checkpoints
 
@@ -461,8 +487,11 @@ def _ending_without_ray(command: str, patience: float) -> Iterator[None]:
 
 def _concurrency(settings: Settings) -> int | None:
     """Most trials at once. A driver of several workers needs next to nothing, so Tune is told what the workers need."""
-    if settings.workers_per_trial == 1:
-        return settings.max_concurrent
+    return settings.max_concurrent if settings.workers_per_trial == 1 else _fits(settings)
+
+
+def _fits(settings: Settings) -> int:
+    """How many trials run at once."""
     import ray
 
     have, each = ray.cluster_resources(), {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
