@@ -181,7 +181,7 @@ def pack(
     from dist_ae.data.array_files import pack_numbers
     from dist_ae.data.facts import remarks
     from dist_ae.data.pack import pack_source
-    from dist_ae.data.packed import of_16_bits, of_pages
+    from dist_ae.data.packed import left_pages, of_16_bits
 
     numbers = pack_numbers(source, out, DataConfig(label=label, exclude=exclude), each)
     if numbers is not None:
@@ -206,7 +206,7 @@ def pack(
     shape = "×".join(map(str, manifest.record_shape or manifest.image_shape or ()))
     shape = "their own sizes" if manifest.whole else shape
     say(f"{manifest.images:,} pictures of {shape}, {sum(sizes):,} bytes{skipped}{ignored}")
-    for remark in (of_16_bits(manifest), of_pages(manifest), *remarks(manifest.looked)):
+    for remark in (of_16_bits(manifest), left_pages(manifest), *remarks(manifest.looked)):
         if remark:
             say(remark)
     say(f"train from it: dist-ae train ae --data.name {shlex.quote(f'packed:{out}')}")
@@ -256,6 +256,8 @@ def look(
         say(f"note: {remark}")
     if found.figures["training"]:
         say(f"train on it: {found.figures['training']['command']}")
+    if "crops" in found.figures["training"]:
+        say(f"or on crops of whole pictures: {found.figures['training']['crops']}")
     for path in paths:
         _written(path)
 

@@ -146,6 +146,38 @@ def test_look_finds_leaks_across_a_given_split_and_what_is_mostly_ignored(tmp_pa
     assert "more is ignored than taken: 40 files against 14 pictures (40 .raw)" in said
 
 
+def test_frames_on_both_sides_of_a_given_split_and_pages_of_tiffs_are_said(tmp_path: Path) -> None:
+    for clip in range(6):
+        picture = np.asarray(cut(10 * clip + 3, 60, 60)).astype(int)
+        for frame, side in enumerate(("train", "train", "val")):
+            (tmp_path / "p" / side).mkdir(parents=True, exist_ok=True)
+            noisy = picture + np.random.default_rng(9 * clip + frame).integers(-1, 2, picture.shape)
+            image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+            image.save(tmp_path / "p" / side / f"{clip}_{frame}.png")
+    cut(7, 60, 60).save(tmp_path / "p" / "val" / "alone.png")
+    shutil.copy(tmp_path / "p" / "train" / "0_0.png", tmp_path / "p" / "val" / "copy.png")
+    pages = [cut(100 + number, 60, 60) for number in range(4)]
+    for number in range(2):
+        pages[number].save(tmp_path / "p" / "train" / f"{number}.tif", save_all=True, append_images=pages[2:])
+    figures, said, _ = look_at(f"folder:{tmp_path / 'p'}", tmp_path)
+    assert figures["given_split"] and (figures["leaks"], figures["near_leaks"]) == (1, 6)
+    assert "6 of the pictures held out by the source look nearly like a training picture" in said
+    assert (figures["paged_files"], figures["pages"]) == (2, 6)
+    assert "2 files hold 6 pages, and the first of each is used; --data.pages each makes" in said
+    packed = load(DataConfig(name=f"folder:{tmp_path}/p", cache=tmp_path / "cache")).looked
+    assert packed["near_leaks"] == 6
+
+
+def test_crops_are_proposed_for_photographs_of_many_sizes_alone(tmp_path: Path) -> None:
+    for name, least in (("large", 130), ("small", 60)):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            cut(number, least + number, least + 9).save(tmp_path / name / f"{number}.png")
+        figures, said, page = look_at(str(tmp_path / name), tmp_path)
+        for text in (figures["training"].get("crops", ""), said, page):
+            assert ("--data.crop 64" in text) == (name == "large")
+
+
 def test_look_asks_the_same_of_arrays_and_tables(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(50, 4))
     values[7] = values[3]

@@ -83,6 +83,18 @@ def leaks(records: Array, held_out: Array) -> int:
     return int(np.isin(records["digest"][held_out], records["digest"][~held_out]).sum())
 
 
+def near_leaks(records: Array, held_out: Array, alike: Sequence[tuple[int, int]]) -> int:
+    """How many of the pictures that are held out look like one of the others, and are no copies of any.
+
+    Args:
+        alike: pairs of pictures, as ``look_alikes`` gives them, which are the first ones of their copies.
+    """
+    first = twins(records)
+    trained = set(first[~held_out].tolist())
+    near = {pair[1 - side] for pair in alike for side in (0, 1) if pair[side] in trained} - trained
+    return int(np.isin(first[held_out], sorted(near)).sum())
+
+
 def flat(records: Array) -> Array:
     """Which pictures have one level everywhere."""
     return np.asarray(records["high"] <= records["low"])
@@ -113,11 +125,16 @@ def look_alikes(records: Array) -> list[tuple[int, int]]:
     return sorted({(min(pair), max(pair)) for pair in found})
 
 
-def summary(records: Array) -> dict[str, Any]:
-    """What the facts say of a set, JSON-ready: the figures of ``dist-ae look``."""
+def summary(records: Array, held_out: Array, alike: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """What the facts say of a set, JSON-ready: the figures of ``dist-ae look``.
+
+    Args:
+        held_out: which pictures the source itself holds out, bool [N].
+        alike: what ``look_alikes`` gives.
+    """
     if not len(records):
-        return {"pictures": 0}
-    first, alike, plain = twins(records), look_alikes(records), flat(records)
+        return {"pictures": 0, "given_split": False, "leaks": 0, "near_leaks": 0}
+    first, plain = twins(records), flat(records)
     counts = np.bincount(first, minlength=len(records))
     near = {row for pair in alike for row in pair}
     sizes = Counter(zip(records["width"].tolist(), records["height"].tolist(), strict=True))
@@ -137,6 +154,9 @@ def summary(records: Array) -> dict[str, Any]:
         "copies": int((counts[first] > 1).sum()),
         "extra_copies": int((counts - 1).clip(0).sum()),
         "near_duplicates": len(near),
+        "given_split": bool(held_out.any()),
+        "leaks": leaks(records, held_out),
+        "near_leaks": near_leaks(records, held_out, alike),
         "flat": int(plain.sum()),
         "nearly_black": int((~deep & ~plain & (records["small"].max((1, 2)) < BLACK)).sum()),
     }
@@ -156,6 +176,11 @@ def remarks(looked: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{looked['leaks']:,} of the pictures held out by the source are copies of training pictures: the error on "
             "them says nothing about new ones"
+        )
+    if looked.get("near_leaks", 0) > count / 1000:
+        found.append(
+            f"{looked['near_leaks']:,} of the pictures held out by the source look nearly like a training picture, as "
+            "frames of one clip do"
         )
     if looked.get("copies"):
         found.append(

@@ -16,10 +16,11 @@ import numpy as np
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.arrays import read_array
 from dist_ae.data.decode import decoded
-from dist_ae.data.facts import Facts, flat, leaks, look_alikes, remarks, summary, table, twins
+from dist_ae.data.facts import Facts, flat, look_alikes, remarks, summary, table, twins
 from dist_ae.data.layout import laid_out, named
 from dist_ae.data.names import with_prefix
-from dist_ae.data.pictures import PREFIXES, Picture, decode_all, expand, form_of, open_source, shown
+from dist_ae.data.packed import of_pages
+from dist_ae.data.pictures import PREFIXES, Picture, decode_all, expand, form_of, open_source, paged, shown
 from dist_ae.data.records import CHUNK_BYTES, Array
 from dist_ae.data.tables import Table, column_types, table_paths
 from dist_ae.terminal import Waiting
@@ -29,6 +30,7 @@ SHOWN = 48  # ordinary pictures on the page
 ODD = 12  # pictures of each kind of odd ones
 BATCHES = {"ae": 128, "conv": 32}
 SIZES = (16, 32, 64, 128, 256)  # that a size is suggested from
+CROP = 64  # side of the crops that are suggested, for pictures that are twice as large
 OBLONG, ALIKE = 1.4, 1.15  # proportions that are no square, and that count as the same
 
 
@@ -70,16 +72,18 @@ def look(name: str, config: DataConfig) -> Found:
 
 
 def _pictures(name: str, config: DataConfig) -> Found:
-    source = open_source(name, config.exclude, config.links == "follow")
+    source = paged(open_source(name, config.exclude, config.links == "follow"), config.pages)
     form = form_of(config, "rgb", (SIDE, SIDE))
     facts: list[Facts] = []
     chosen: list[tuple[str, str | int | None, str | None]] = []  # name, label, split
     unreadable: list[tuple[str, str]] = []
     seen: set[str] = set()
+    several: list[int] = []  # pages of the files that have more than one
     waiting = Waiting("looking", source.count, "pictures")
     for picture, (image, known) in decoded(source.pictures(), form, source.count):
         waiting()
         seen.add(picture.name)
+        several += [picture.pages] if picture.pages > 1 else []
         if known is None:
             unreadable.append((shown(picture.name), str(image)))
         else:
@@ -87,24 +91,32 @@ def _pictures(name: str, config: DataConfig) -> Found:
             chosen.append((picture.name, picture.label, picture.split))
     records = table(facts)
     held_out = np.array([split == "val" for _, _, split in chosen], bool)
+    alike = look_alikes(records) if len(records) else []
     labels = Counter(_class_name(label, source.classes) for _, label, _ in chosen if label is not None)
     figures: dict[str, Any] = {
         "source": shown(name),
         "kind": "pictures",
-        **summary(records),
+        **summary(records, held_out, alike),
         "unreadable": len(unreadable),
         "unreadable_first": unreadable[:5],
         "suffixes": dict(Counter(_suffix(name) for name, _, _ in chosen).most_common()),
         "ignored": dict(source.ignored),
         "ignored_suffixes": _ignored_suffixes(name, seen),
         "classes": dict(labels.most_common()),
-        "given_split": bool(held_out.any()),
         "splits": dict(Counter(split for _, _, split in chosen if split is not None)),
-        "leaks": leaks(records, held_out) if len(records) else 0,
+        "paged_files": len(several),
+        "pages": sum(several),
     }
-    figures["remarks"] = [*_of_ignored(figures), *source.notes, *remarks(figures), *_of_classes(labels)]
+    pages = of_pages(len(several), sum(several))
+    figures["remarks"] = [
+        *_of_ignored(figures),
+        *([pages] if pages else []),
+        *source.notes,
+        *remarks(figures),
+        *_of_classes(labels),
+    ]
     figures["training"] = _training(name, figures, config)
-    return Found(figures, _sheets(source.pictures(), records, [name for name, _, _ in chosen], form))
+    return Found(figures, _sheets(source.pictures(), records, [name for name, _, _ in chosen], form, alike))
 
 
 def _class_name(label: str | int, classes: Sequence[str]) -> str:
@@ -166,11 +178,15 @@ def _training(name: str, figures: dict[str, Any], config: DataConfig) -> dict[st
     grey = all(mode.split()[-1] in ("L", "1", "LA", "I;16", "F", "I") for mode in figures["modes"])
     channels = 1 if grey else 3
     option = f" --data.image-size {size}" if size else ""
+    command = f"dist-ae train conv --data.name {shlex.quote(figures['source'])}"
+    # Photographs of many sizes lose most of themselves when they are shrunk to one.
+    crops = figures["sizes"]["different"] > 1 and min(figures["smallest"]) >= 2 * CROP and config.image_size is None
     return {
+        **({"crops": f"{command} --data.crop {CROP}"} if crops else {}),
         "image_size": size,
         "bytes": count * channels * height * width,
         "steps_an_epoch": {preset: math.ceil(0.9 * count / batch) for preset, batch in BATCHES.items()},
-        "command": f"dist-ae train conv --data.name {shlex.quote(figures['source'])}{option}",
+        "command": f"{command}{option}",
     }
 
 
@@ -186,12 +202,14 @@ def _suggested(figures: dict[str, Any]) -> int | str:
     return f"{side}x{longer}" if ratio > 1 else f"{longer}x{side}"
 
 
-def _sheets(pictures: Any, records: Array, names: Sequence[str], form: Any) -> list[Sheet]:
+def _sheets(
+    pictures: Any, records: Array, names: Sequence[str], form: Any, alike: Sequence[tuple[int, int]]
+) -> list[Sheet]:
     """The ordinary and the odd, decoded again: what all pictures take would not fit into memory."""
     count = len(records)
     if not count:
         return []
-    first, alike = twins(records), look_alikes(records)
+    first = twins(records)
     copies = [row for row in range(count) if first[row] != row][: ODD // 2]
     ratio = np.abs(np.log(records["width"] / np.maximum(records["height"], 1)))
     area = records["width"].astype(np.int64) * records["height"]

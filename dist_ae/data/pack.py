@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.decode import CHUNK, INLINE, DecoderKilled, decoded, some
 from dist_ae.data.deep import widened
-from dist_ae.data.facts import Facts, leaks, summary, table
+from dist_ae.data.facts import Facts, look_alikes, summary, table
 from dist_ae.data.packed import (
     FORMAT,
     MANIFEST,
@@ -220,7 +220,7 @@ def _looked(folder: Path, manifest: Manifest) -> dict[str, Any]:
         return {}
     keys = [np.load(folder / file_name("keys", number), allow_pickle=False) for number in range(len(manifest.shards))]
     held_out = np.concatenate(keys) == VAL_KEY
-    return {**summary(facts), "given_split": bool(held_out.any()), "leaks": leaks(facts, held_out)}
+    return summary(facts, held_out, look_alikes(facts))
 
 
 def _write_all(

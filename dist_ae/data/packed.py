@@ -108,16 +108,21 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def of_pages(manifest: Manifest) -> str:
-    """What is left out of files of several pages, in one line; "" where nothing is."""
-    if not manifest.paged_files or "pages" in manifest.settings:
+def of_pages(files: int, pages: int) -> str:
+    """What is left out of files of several pages, in one line; "" where there are none."""
+    if not files:
         return ""
-    one = manifest.paged_files == 1
+    one = files == 1
     hold = "file holds" if one else "files hold"
     return (
-        f"{manifest.paged_files:,} {hold} {manifest.pages:,} pages, and the first of {'them' if one else 'each'} is "
+        f"{files:,} {hold} {pages:,} pages, and the first of {'them' if one else 'each'} is "
         "used; --data.pages each makes a picture of every page, volume one record of all"
     )
+
+
+def left_pages(manifest: Manifest) -> str:
+    """What a packed set leaves out of files of several pages, in one line; "" where nothing is."""
+    return "" if "pages" in manifest.settings else of_pages(manifest.paged_files, manifest.pages)
 
 
 def of_16_bits(manifest: Manifest, scale: str = "auto") -> str:

@@ -14,7 +14,7 @@ from dist_ae.data.crops import cropped
 from dist_ae.data.memory import NAME
 from dist_ae.data.names import IN_A_PATH, absolute, with_prefix
 from dist_ae.data.pack import cached
-from dist_ae.data.packed import of_16_bits, of_pages, packed_dataset, packed_sets, read_manifest
+from dist_ae.data.packed import left_pages, of_16_bits, packed_dataset, packed_sets, read_manifest
 from dist_ae.data.pictures import PREFIXES, expand, open_source, shown
 from dist_ae.data.records import Dataset, Split, fingerprint
 from dist_ae.data.scaling import scaling_of
@@ -111,7 +111,7 @@ def packed_table_dataset(name: str, folder: Path, config: DataConfig) -> Dataset
 def _pictures(name: str, folders: list[Path], config: DataConfig) -> Dataset:
     dataset = packed_dataset(name, folders, config, config.val_fraction)
     for manifest in map(read_manifest, folders):
-        for note in (of_16_bits(manifest, config.scale), of_pages(manifest)):
+        for note in (of_16_bits(manifest, config.scale), left_pages(manifest)):
             if note and rank() == 0:
                 say(f"note: {name}: {note}", sys.stderr)
     return _formed(dataset, config)

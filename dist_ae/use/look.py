@@ -101,6 +101,10 @@ def _of_pictures(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("width to height", "{:g} to {:g}, median {:g}".format(*(figures["ratio"][i] for i in (0, 2, 1)))),
         ("formats and modes", _counts(figures["modes"])),
         ("values", "{:g} to {:g}".format(*figures["range"])),
+        (
+            "pages",
+            f"{figures['paged_files']:,} files hold {figures['pages']:,} pages" if figures["pages"] else "one each",
+        ),
         ("twins", f"{figures['copies']:,} pictures have one of the same bytes"),
         ("look-alikes", f"{figures['near_duplicates']:,}, by grey copies of 8 × 9"),
         ("one colour, nearly black", f"{figures['flat']:,}, {figures['nearly_black']:,}"),
@@ -110,9 +114,8 @@ def _of_pictures(figures: dict[str, Any]) -> list[tuple[str, str]]:
         low, high = figures["deep"]["range"]
         found.append(("more than 8 bits", f"{figures['deep']['pictures']:,} pictures, values {low:g} to {high:g}"))
     if figures["given_split"]:
-        found.append(
-            ("given split", f"{_counts(figures['splits'])}; {figures['leaks']:,} held out are twins of others")
-        )
+        across = f"{figures['leaks']:,} held out are twins of others, {figures['near_leaks']:,} look like one"
+        found.append(("given split", f"{_counts(figures['splits'])}; {across}"))
     return found
 
 
@@ -129,7 +132,12 @@ def page(found: Found) -> str:
     table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows(figures)[1:])
     parts.append(f"<table>{table}</table>")
     if figures["training"]:
-        parts.append(f"<h2>To train on it</h2><code>{escape(figures['training']['command'])}</code>")
+        parts.append("<h2>To train on it</h2>")
+        parts += [
+            f"<code>{escape(figures['training'][key])}</code>"
+            for key in ("command", "crops")
+            if key in figures["training"]
+        ]
     if figures["kind"] == "table":
         cells = "".join(
             f"<tr><th>{escape(name)}</th><td>{each['low']:g} to {each['high']:g}, {each['missing']:,} missing"
