@@ -10,13 +10,13 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 
 from dist_ae.config import InputError
-from dist_ae.data.pictures import Form, Page, Picture, Read, decode_all
+from dist_ae.data.pictures import Content, Form, Page, Picture, Read, decode_all
 
 CHUNK = 32  # pictures that a decoding process gets at once
 CHUNK_BYTES = 32 << 20  # of pictures that come as bytes: a chunk, or what is looked at first, ends there
@@ -28,20 +28,29 @@ class DecoderKilled(InputError):
     """A decoding process was killed. What is packed so far can still be used."""
 
 
-def decoded(pictures: Iterator[Picture], form: Form, count: int | None) -> Iterator[tuple[Picture, Read]]:
-    """Each picture and what became of it, in order; decoded on all cores, a bounded number of pictures at a time."""
+def decoded(
+    pictures: Iterator[Picture],
+    form: Form,
+    count: int | None,
+    work: Callable[[list[Content], Form], list[Read]] = decode_all,
+) -> Iterator[tuple[Picture, Read]]:
+    """Each picture and what became of it, in order; decoded on all cores, a bounded number of pictures at a time.
+
+    Args:
+        work: what is done to some of them, in a process of its own.
+    """
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     head = some(pictures, INLINE)
     if workers == 1 or (len(head) < INLINE and size_of(head) < CHUNK_BYTES) or count == len(head):
         for picture in itertools.chain(head, pictures):
-            yield picture, decode_all([picture.content], form)[0]
+            yield picture, work([picture.content], form)[0]
         return
     chunks = _chunks(itertools.chain(head, pictures))
     executor = ProcessPoolExecutor(workers, mp_context=_Context(), initializer=_begin)
     try:
         pending: deque[tuple[list[Picture], Future[list[Read]]]] = deque()
         for chunk in chunks:
-            pending.append((chunk, executor.submit(decode_all, [picture.content for picture in chunk], form)))
+            pending.append((chunk, executor.submit(work, [picture.content for picture in chunk], form)))
             while len(pending) >= 3 * workers or sum(size_of(waiting) for waiting, _ in pending) > HELD_BYTES:
                 yield from _delivered(*pending.popleft())
         while pending:

@@ -20,7 +20,17 @@ from dist_ae.data.facts import Facts, flat, look_alikes, remarks, summary, table
 from dist_ae.data.layout import laid_out, named
 from dist_ae.data.names import with_prefix
 from dist_ae.data.packed import of_pages
-from dist_ae.data.pictures import PREFIXES, Picture, decode_all, expand, form_of, open_source, paged, shown
+from dist_ae.data.pictures import (
+    PREFIXES,
+    Picture,
+    decode_all,
+    expand,
+    facts_of_all,
+    form_of,
+    open_source,
+    paged,
+    shown,
+)
 from dist_ae.data.records import CHUNK_BYTES, Array
 from dist_ae.data.tables import Table, column_types, table_paths
 from dist_ae.terminal import Waiting
@@ -80,7 +90,7 @@ def _pictures(name: str, config: DataConfig) -> Found:
     seen: set[str] = set()
     several: list[int] = []  # pages of the files that have more than one
     waiting = Waiting("looking", source.count, "pictures")
-    for picture, (image, known) in decoded(source.pictures(), form, source.count):
+    for picture, (image, known) in decoded(source.pictures(), form, source.count, facts_of_all):
         waiting()
         seen.add(picture.name)
         several += [picture.pages] if picture.pages > 1 else []

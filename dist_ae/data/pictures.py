@@ -46,6 +46,7 @@ CONVERTERS = {
 VALIDATION = ("val", "valid", "validation", "test")  # names of the split that is held out, the first that is there
 PREFIXES = ("folder:", "tar:", "hf:")
 MAX_MEMBER = 128 << 20  # bytes of a picture in a tar, which is held in memory; a sparse one may say anything
+MAX_HELD = 16 << 20  # bytes of a file that is held while it is decoded
 MAX_LABEL = 1 << 20  # bytes of a label in a tar
 MAX_NAMES = 100_000  # that braces may stand for
 
@@ -584,6 +585,7 @@ def decode(content: Content, form: Form) -> Array:
 
 def examined(content: Content, form: Form) -> tuple[Array, Facts]:
     """A picture as ``decode`` gives it, and what it says about itself; raises what that does."""
+    content = _in_memory(content)
     with _opened(content) as image:
         mode, kind = image.mode, image.format or ""
         pixels, (width, height) = _shaped(image, form, content)
@@ -593,6 +595,14 @@ def examined(content: Content, form: Form) -> tuple[Array, Facts]:
     seen = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels
     seen = seen if seen.dtype == np.uint8 else deep.narrowed(seen)
     return pixels, Facts(width, height, mode, kind, float(values.min()), float(values.max()), digest, small_copy(seen))
+
+
+def _in_memory(content: Content) -> Content:
+    """The bytes of a file that is not large, which is then read once and not twice."""
+    if not isinstance(content, str) or content.lower().endswith(("heic", "heif")):
+        return content
+    with open(content, "rb") as file:
+        return file.read() if os.fstat(file.fileno()).st_size <= MAX_HELD else content
 
 
 @contextmanager
@@ -800,6 +810,11 @@ def decode_all(contents: Sequence[Any], form: Form) -> list[Read]:
         except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
             results.append(Read(reason(error)))
     return results
+
+
+def facts_of_all(contents: Sequence[Any], form: Form) -> list[Read]:
+    """What pictures say about themselves, or why they cannot be read: their pixels would only be carried about."""
+    return [read if read.facts is None else Read(None, read.facts) for read in decode_all(contents, form)]
 
 
 def reason(error: Exception) -> str:
