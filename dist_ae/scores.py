@@ -144,6 +144,8 @@ def score_images(
         epsilon = fixed_epsilon(rows, model.code_shape, images.device).to(images.dtype)
         raw = model.decode_raw(mean + torch.exp(0.5 * logvar) * epsilon)
         kind = model.bernoulli, model.standardized, model.missing
+        if model.bernoulli:  # beyond [0, 1] its likelihood has no lower bound: the most damaged image would score best
+            images = images.clamp(0, 1)
         output = Output(raw, mean, logvar, model.log_sigma, *kind)
         found["neg_elbo"] = terms(output, images, config.objective, beta=1.0).loss
     if "mahalanobis" in wanted:

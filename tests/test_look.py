@@ -19,6 +19,7 @@ from PIL import Image
 import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.packed import packed_names, packed_sets, read_manifest
+from dist_ae.data.pictures import open_source
 from dist_ae.data.sources import load
 
 
@@ -236,6 +237,30 @@ def test_links_into_a_cache_are_followed_on_request_and_what_is_met_twice_counts
     (tmp_path / "p" / "twice.png").symlink_to(tmp_path / "p" / "real" / "own.png")
     dataset = load(follow)
     assert len(dataset.train) + len(dataset.val) == 9
+
+
+def test_a_link_and_the_picture_that_it_leads_to_count_once(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "p", 6, sizes=False)
+    first = root / "flower" / "00000.png"
+    (root / "again").mkdir()
+    (root / "again" / "one.png").symlink_to(first)
+    (root / "again" / "two.png").symlink_to(root / "again" / "one.png")
+    (root / ".store").mkdir()  # what is hidden has no name of its own among the pictures
+    cut(40, 24, 24).save(root / ".store" / "x.png")
+    for name in ("three.png", "four.png"):
+        (root / "again" / name).symlink_to(root / ".store" / "x.png")
+    source = open_source(f"folder:{root}")
+    names = [picture.name for picture in source.pictures()]
+    assert source.count == len(names) == 7 and "again/four.png" in names and "flower/00000.png" in names
+    assert source.ignored["links to pictures that are taken themselves"] == 3
+    # A split that is made of links into a folder beside it stays a split.
+    for number, path in enumerate(sorted((root / "temple").iterdir())):
+        side = tmp_path / "q" / ("val" if number else "train")
+        side.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "q" / "all").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "q" / "all" / path.name)
+        (side / path.name).symlink_to(tmp_path / "q" / "all" / path.name)
+    assert [picture.split for picture in open_source(f"folder:{tmp_path}/q").pictures()] == ["train", "val", "val"]
 
 
 def test_two_labels_under_one_stem_of_a_tar_are_refused_by_name(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dist_ae.objectives import (
     terms,
 )
 from dist_ae.presets import PRESETS
+from dist_ae.scores import score_images
 from dist_ae.timeline import beta
 
 G = torch.Generator().manual_seed(0)
@@ -179,3 +180,16 @@ def test_beta_warms_up_linearly_and_weighs_the_rate() -> None:
     model = build(preset, (1, 4, 4))
     found = terms(model(torch.rand(4, 1, 4, 4)), torch.rand(4, 1, 4, 4), preset.objective)
     torch.testing.assert_close(found.loss, found.distortion + 3 * found.rate)
+
+
+def test_no_image_far_from_0_1_scores_better_than_a_bernoulli_model_allows() -> None:
+    config = PRESETS["vae"].override({"model.hidden_dims": (16,), "model.latent_dim": 4})
+    torch.manual_seed(0)
+    model = build(config, (1, 8, 8)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+        images = torch.rand(64, 1, 8, 8)
+        damaged = images + 4 * (model.decode(model.encode(images)[0]) - 0.5).sign()  # where the model is sure, and more
+        found = score_images(model, damaged, range(64), config, ("neg_elbo",), None)["neg_elbo"]
+    assert config.objective.likelihood == "bernoulli" and bool((found >= 0).all())

@@ -192,7 +192,7 @@ def folder(path: str, exclude: Sequence[str] = (), follow: bool = False) -> Sour
     score`, since weights and thresholds that are chosen on defects find none.
     """
     root = os.fspath(expand(path))
-    everything, ignored = scan(root, follow)
+    everything, ignored, links = scan(root, follow)
     entries = [each for each in everything if not any(fnmatch.fnmatchcase(each[0], pattern) for pattern in exclude)]
     if len(entries) < len(everything):
         ignored["excluded"] += len(everything) - len(entries)
@@ -226,6 +226,8 @@ def folder(path: str, exclude: Sequence[str] = (), follow: bool = False) -> Sour
             ignored["pictures beside the splits"] += 1
         else:
             kept.append(name)
+    if links:
+        kept = _once(kept, links, os.path.realpath(root), ignored)
 
     def pictures() -> Iterator[Picture]:
         for name in kept:
@@ -243,6 +245,20 @@ def folder(path: str, exclude: Sequence[str] = (), follow: bool = False) -> Sour
 
     notes = _of_masks(kept)
     return Source(identity_of(entries), pictures, identify, len(kept), ignored=dict(ignored), notes=notes)
+
+
+def _once(names: Sequence[str], links: Mapping[str, str], root: str, ignored: Counter[str]) -> list[str]:
+    """The names without links to pictures that are taken under another one: a picture counts once."""
+    taken = {f"{root}/{name}" for name in names if name not in links}
+    kept = []
+    for name in names:
+        if name in links:
+            if links[name] in taken:
+                ignored["links to pictures that are taken themselves"] += 1
+                continue
+            taken.add(links[name])
+        kept.append(name)
+    return kept
 
 
 def _way_out(root: str, ignored: Mapping[str, int]) -> str:
@@ -290,8 +306,8 @@ Entry = tuple[str, int, int]  # relative name, bytes, nanoseconds of the last ch
 LINKS_OUT, LINKS_TO_FOLDERS = "links that lead out of the folder", "links to folders"
 
 
-def scan(root: str, follow: bool = False) -> tuple[list[Entry], Counter[str]]:
-    """The pictures below a folder, sorted by name, and how much of what else was ignored.
+def scan(root: str, follow: bool = False) -> tuple[list[Entry], Counter[str], dict[str, str]]:
+    """The pictures below a folder, sorted by name; how much of what else was ignored; and where links among them lead.
 
     Opens no file: 10^5 pictures take about 1 s.
 
@@ -300,11 +316,12 @@ def scan(root: str, follow: bool = False) -> tuple[list[Entry], Counter[str]]:
     """
     found: list[Entry] = []
     ignored: Counter[str] = Counter()
-    pending, real = [""], os.path.realpath(root)
-    met = {real}
+    real = os.path.realpath(root)
+    pending = [("", real)]  # folders that are still to be read, and where they really lie
+    met, links = {real}, dict[str, str]()
     try:
         while pending:
-            prefix = pending.pop()
+            prefix, place = pending.pop()
             with os.scandir(os.path.join(root, prefix)) as entries:
                 for entry in sorted(entries, key=lambda each: (each.is_symlink(), each.name)) if follow else entries:
                     name = entry.name
@@ -313,10 +330,10 @@ def scan(root: str, follow: bool = False) -> tuple[list[Entry], Counter[str]]:
                         ignored["hidden"] += 1
                     elif entry.is_dir(follow_symlinks=False) or (follow and is_link and os.path.isdir(entry.path)):
                         if not follow:
-                            pending.append(f"{prefix}{name}/")
+                            pending.append((f"{prefix}{name}/", f"{place}/{name}"))
                         elif (target := os.path.realpath(entry.path)) not in met:
                             met.add(target)
-                            pending.append(f"{prefix}{name}/")
+                            pending.append((f"{prefix}{name}/", target))
                         else:
                             ignored["met before by another link"] += 1
                     elif name.rpartition(".")[2].lower() not in EXTENSIONS:
@@ -325,17 +342,19 @@ def scan(root: str, follow: bool = False) -> tuple[list[Entry], Counter[str]]:
                         ignored[LINKS_OUT] += 1
                     elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
                         ignored["not files"] += 1
-                    elif follow and (target := os.path.realpath(entry.path)) in met:
+                    elif follow and (target := os.path.realpath(entry.path) if is_link else f"{place}/{name}") in met:
                         ignored["met before by another link"] += 1
                     else:
                         if follow:
                             met.add(target)
+                        elif is_link:
+                            links[prefix + name] = os.path.realpath(entry.path)
                         stat = entry.stat()
                         found.append((prefix + name, stat.st_size, stat.st_mtime_ns))
     except OSError as error:
         raise InputError(f"{shown(error.filename or root)}: cannot be read ({error.strerror})") from None
     found.sort()
-    return found, ignored
+    return found, ignored, links
 
 
 def identity_of(entries: Iterable[Entry]) -> str:
