@@ -958,7 +958,14 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
         for i, (size, value) in enumerate(pairs, 2)
     ]
     sweep = sweep_with(tmp_path, [*trials, ("failed", {"model.latent_dim": 64}, {"val.mse": math.nan})])
-    assert write_report(sweep, Selection("best"))
+    answer = write_report(sweep, Selection("best"))
+    assert answer is not None
+    assert answer.path == sweep.path and dist_ae.load_config(sweep.path / "best.json") == answer.best
+    assert [row["model.latent_dim"] for row in answer.trials] == [16, 8, 32, 2, 64]
+    assert [row["model.latent_dim"] for row in answer.front] == [2, 8, 16] and answer.importance == []
+    assert answer.run_dir == sweep.trial_dir(answer.trials[0]["trial"]) and "PCA" in str(answer)
+    shown = answer._repr_html_()
+    assert shown.count("<tr>") == 6 and 'src="data:image/png;base64,' in shown and answer.sentences[0] in shown
     page = (sweep.path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|<script', page), "nothing is fetched"
     for heading in (

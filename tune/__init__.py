@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .answer import Answer
 
 
-def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) -> Path:
-    """Runs a sweep as ``dist-ae sweep`` does, and returns its folder: best.json, trials.csv, report.html, trials/.
+def search(space: str | Path, settings: Mapping[str, Any] = {}, **options: Any) -> Answer:
+    """Runs a sweep as ``dist-ae sweep`` does, and returns what it found; in a notebook, a table and pictures.
 
     Args:
         space: ae, denoising, dropout, vae, conv or all; or the path of a space of your own (docs/sweeps.md).

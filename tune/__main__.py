@@ -17,6 +17,7 @@ from pydantic_core import to_jsonable_python
 from dist_ae import Config, InputError
 from dist_ae.sweeping import EXIT_STOPPED, Fault, install, say
 
+from .answer import Answer
 from .confirm import MOST_SEEDS
 from .plan import Settings
 from .results import parse_selection
@@ -59,7 +60,7 @@ def sweep(
     storage: Path = Path("runs/sweeps"),
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
     training: Annotated[Training, tyro.conf.arg(name="")] = {},  # noqa: B006
-) -> Path:
+) -> Answer:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
     Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial. A key that is given one
@@ -99,9 +100,10 @@ def sweep(
 
     from .report import write_report
 
-    if not write_report(made, selection):
+    answer = write_report(made, selection)
+    if answer is None:
         raise Fault("no trial came to anything; the reasons stand in trials.csv and in trials/*/error.txt")
-    return made.path
+    return answer
 
 
 def refuse_on_resume(

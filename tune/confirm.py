@@ -64,6 +64,12 @@ def undecided(found: Losses) -> list[str]:
     return [name for name in order if name == order[0] or behind(found[name], found[order[0]])[0] <= 0]
 
 
+def choose(found: Losses, sizes: Mapping[str, int]) -> str:
+    """The smallest code of those that cannot be told from the leader; of one size, the best mean."""
+    still = undecided(found)
+    return min(still, key=lambda name: (sizes[name], still.index(name)))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's 95 % interval of a mean; of values that are not all finite, it is infinitely far."""
     if not all(map(math.isfinite, values)):
@@ -184,7 +190,7 @@ def verdict(sweep: Sweep, rows: list[Row]) -> Verdict | None:
         common = min(len(found[leader]), len(found[order[1]]))
         said = f"{order[1]} is worse by {number(low)} to {number(high)}" if math.isfinite(low) else f"{order[1]} failed"
         return Verdict(by_id[leader], f"{leader} leads with {common} fresh seeds, too: {said}", standings)
-    chosen = min(still, key=lambda name: (by_id[name].size, still.index(name)))
+    chosen = choose(found, {name: by_id[name].size for name in found})
     others = " and ".join(still[1:]) if len(still) < 4 else f"{', '.join(still[1:-1])} and {still[-1]}"
     sizes = {by_id[name].size for name in still}
     way = f"the smaller code is chosen, {chosen} with {by_id[chosen].size} numbers"

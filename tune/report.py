@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from dist_ae import PRESETS
 from dist_ae.sweeping import Linear, say
 
+from .answer import Answer
 from .confirm import Standing, contenders, verdict
 from .insight import LEAST, ends, importance
 from .plan import Sweep
@@ -52,8 +53,8 @@ LOOK: Any = {
 }
 
 
-def write_report(sweep: Sweep, selection: Selection) -> bool:
-    """Writes the three files and says where they are. Returns False where no trial finished."""
+def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
+    """Writes the three files, says where they are, and returns what is in them; None where no trial finished."""
     rows = results(sweep)
     winner = select(rows, selection, sweep)
     confirmed = verdict(sweep, contenders(rows, selection, sweep))
@@ -82,6 +83,7 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
         answer = _answer(sweep, winner, standings.get(winner.trial.id))
     with matplotlib.rc_context(LOOK):
         drawn = [(heading, note, _drawn(figure)) for heading, note, figure in charts(sweep, rows, winner, pca)]
+    pictures, ranking = _pictures(sweep, winner, linear) if winner else [], _ranking(sweep, cells)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
@@ -93,15 +95,15 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
         said=said,
         answer=answer,
         charts=drawn,
-        pictures=_pictures(sweep, winner, linear) if winner else [],
+        pictures=pictures,
         importance=found,
         no_importance=no_importance(rows),
-        ranking=_ranking(sweep, cells),
+        ranking=ranking,
         num_trials=len(rows),
     )
     (sweep.path / "report.html").write_text(page, encoding="utf-8")
     if winner is None:
-        return False
+        return None
     write_best(sweep, winner)
     for line in said:
         say(line)
@@ -110,7 +112,18 @@ def write_report(sweep: Sweep, selection: Selection) -> bool:
     say(f"importance for the ranking, 95 % intervals: {shares}" if found else no_importance(rows))
     again = f"dist-ae train --config {shlex.quote(str(sweep.path / 'best.json'))} trains it again"
     say(f"{sweep.path}/report.html, trials.csv, best.json ({again})")
-    return True
+    on_front = {row.trial.id for row in front(rows, errors(sweep, rows))}
+    return Answer(
+        path=sweep.path,
+        best=sweep.answer(winner.trial),
+        run_dir=sweep.run_dir(winner.trial),
+        sentences=said,
+        trials=cells,
+        front=sorted((row for row in cells if row["trial"] in on_front), key=lambda row: int(row["model.latent_dim"])),
+        importance=found,
+        ranking=ranking,
+        pictures=[*((note, image) for _, note, image in drawn[:1]), *pictures],
+    )
 
 
 def no_importance(rows: Sequence[Row]) -> str:
