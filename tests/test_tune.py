@@ -16,7 +16,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -168,9 +167,8 @@ def test_the_known_image_shapes_are_the_datas(fashion_mnist: Path) -> None:
 # -- refusals
 
 
-def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, float]:
-    """(exit status, stderr, seconds) of `python -m tune`; any import of ray makes it fail."""
-    began = time.monotonic()
+def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str]:
+    """(exit status, stderr) of `python -m tune`; an import that takes seconds makes it fail."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **more}
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "tune", *arguments],
@@ -180,14 +178,9 @@ def command(*arguments: str, cwd: Path, **more: str) -> tuple[int, str, float]:
         text=True,
         timeout=60,
     )
-    seconds = time.monotonic() - began
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
-    assert not imported & {"ray", "torch"}, "help and refusals need neither"
-    return (
-        done.returncode,
-        "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:")),
-        seconds,
-    )
+    assert not imported & {"ray", "torch", "sklearn", "scipy", "optuna"}, "help and refusals need none of them"
+    return done.returncode, "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -508,18 +501,16 @@ REFUSED = {
 def test_bad_input_is_one_message_and_status_2_before_ray(case: str, tmp_path: Path) -> None:
     arguments, word = REFUSED[case]
     (tmp_path / "empty.toml").write_text('[presets.ae]\n"optim.lr" = {uniform = [2, 1]}\n')
-    status, err, seconds = command(*arguments, cwd=tmp_path)
+    status, err = command(*arguments, cwd=tmp_path)
     assert status == 2, err
     assert word in re.sub(r"[│\s]+", " ", err)
     assert "Traceback" not in err
-    assert seconds < 3
     assert not list(tmp_path.rglob("sweep.json"))
 
 
 def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
-    status, err, seconds = command("--help", cwd=tmp_path)
+    status, err = command("--help", cwd=tmp_path)
     assert (status, err) == (0, "")
-    assert seconds < 3
 
 
 # -- folder and choice
