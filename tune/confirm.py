@@ -93,7 +93,8 @@ def behind(losses: Sequence[float], leader: Sequence[float]) -> tuple[float, flo
 
 def confirmation(sweep: Sweep) -> Sweep:
     """The sweep in which leading trials are trained again, with a folder of its own and no scheduler."""
-    settings = sweep.settings.model_copy(update={"scheduler": "none", "search": "random", "num_trials": 0})
+    fixed = {"scheduler": "none", "search": "random", "num_trials": 0, "budget": None}  # it searches nothing
+    settings = sweep.settings.model_copy(update=fixed)
     path, name = sweep.path / "confirm", f"{sweep.name}-confirm"
     return dataclasses.replace(sweep, path=path, name=name, settings=settings, key=f"{sweep.key}c")
 

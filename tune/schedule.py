@@ -35,7 +35,7 @@ PERTURB_EVERY = 10.0
 def scheduler(sweep: Sweep, budget: Budget | None = None) -> TrialScheduler:
     """The scheduler of a sweep. The metric and its direction come from TuneConfig."""
     kind = sweep.settings.scheduler
-    if kind == "asha" or (budget is not None and sweep.path.name != "confirm"):
+    if kind == "asha" or sweep.settings.budget is not None:
         return _Asha(sweep, budget=budget, time_attr=TIME, max_t=100, grace_period=GRACE, reduction_factor=REDUCTION)
     if kind == "median":
         return _Median(sweep, time_attr=TIME, grace_period=MEDIAN_GRACE, min_samples_required=MEDIAN_SAMPLES)
@@ -173,7 +173,7 @@ class Planned(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> Any:
         settings = self._sweep.settings
-        most = settings.num_trials or (MAX_TRIALS if self._budget is not None else 0)
+        most = settings.num_trials or (MAX_TRIALS if settings.budget is not None else 0)
         if self._budget is not None and not self._budget.may_begin():
             return Searcher.FINISHED
         if self._todo:
@@ -181,7 +181,7 @@ class Planned(Searcher):  # type: ignore[misc]
         elif self._optimizer is not None and self._number < most:
             trial = self._sweep.new_trial(self._number, *self._optimizer.ask())
             self._number += 1
-        elif settings.search == "random" and self._number < most and self._sweep.path.name != "confirm":
+        elif settings.search == "random" and self._number < most:
             # As many as there is time for.
             trial = self._sweep.new_trial(self._number, *self._sweep.space.sample(settings.seed, self._number))
             self._number += 1

@@ -390,7 +390,7 @@ def run(sweep: Sweep, command: str, budget: Budget | None = None) -> None:
 
     settings, todo = sweep.settings, unfinished(sweep)
     several, pbt = settings.workers_per_trial > 1, settings.scheduler == "pbt"
-    open_ended = budget is not None and not settings.num_trials and sweep.path.name != "confirm"
+    open_ended = settings.budget is not None and not settings.num_trials
     if not left(sweep) and not open_ended:
         return
     if budget is not None:
