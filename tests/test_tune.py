@@ -721,6 +721,25 @@ def test_a_name_is_used_once_and_by_one_driver(tmp_path: Path) -> None:
     assert again.space == sweep.space
 
 
+def test_the_search_of_a_budget_leaves_time_for_fresh_seeds_whatever_a_trial_that_just_began_says() -> None:
+    now = 0.0
+    budget = Budget(10, 0.0, slots=2, held=4, clock=lambda: now)
+    for number in range(2):
+        budget.started(str(number))
+        now += 5
+        budget.reported(str(number), 20)
+        now += 20
+        budget.reported(str(number), 100)
+    assert budget.pace() == pytest.approx(25)
+    budget.started("late")
+    now += 10  # most of it its start
+    budget.reported("late", 1)
+    assert budget.pace() == pytest.approx(25)
+    now = budget.deadline + 10  # the search took a while to end
+    budget.held = 0
+    assert budget.fits(4)
+
+
 def test_a_plan_that_never_began_is_planned_anew(tmp_path: Path) -> None:
     sweep = checked(load_space("ae", None), {}, None, Settings(num_trials=2), "mine", tmp_path)
     sweep.new_trial(5, "ae", {})  # what a driver leaves that dies before sweep.json is written

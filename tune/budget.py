@@ -12,6 +12,7 @@ RECENT = 8  # ended trials that an estimate looks at: a machine's speed changes
 RUNGS = (100.0, 100 / 3, 100 / 9, 100 / 27)  # percent of a trial at which ASHA may first stop it; the gentlest first
 ENOUGH = 16  # trials to make room for, where none are asked for
 SHARE, LEAST, MOST = 0.04, 20.0, 40.0  # of the budget, and its bounds in seconds: what ending and reporting may take
+BETWEEN = 15.0  # seconds from the end of a search to the first run with a fresh seed
 
 
 def time_left(costs: Sequence[float], running: Sequence[float], waiting: int, slots: int) -> str:
@@ -69,7 +70,7 @@ class Budget:
     def deadline(self) -> float:
         """When training must stop."""
         seconds = 60 * self.minutes
-        kept = (self.pace() or 0.0) * math.ceil(self.held / self.slots)
+        kept = (self.pace() or 0.0) * math.ceil(self.held / self.slots) + (BETWEEN if self.held else 0.0)
         return self.begun + seconds - min(MOST, max(LEAST, SHARE * seconds)) - min(kept, seconds / 2)
 
     def started(self, trial: str) -> None:
@@ -83,6 +84,8 @@ class Budget:
             # A trial's first report holds its start, which is no part of the pace of the rest.
             now, begun = self.clock(), self._started[trial]
             at, done = self._first.setdefault(trial, (now, progress))
+            if progress == done < 100 and self._took:
+                return  # what other trials took says more
             self._took.pop(trial, None)  # the latest last
             rate = (now - at) / (progress - done) if progress > done else (now - begun) / progress
             self._took[trial] = at - begun + (100 - done) * rate
