@@ -154,6 +154,8 @@ def pack(
     corrupt: Literal["refuse", "skip"] = "refuse",
     label: str | None = None,
     exclude: tuple[str, ...] = (),
+    include: tuple[str, ...] = (),
+    links: Literal["inside", "follow"] = "inside",
     each: Literal["record", "records"] | None = None,
     group: str | None = None,
 ) -> None:
@@ -173,7 +175,9 @@ def pack(
         pages: of a TIFF of several pages: the first, a picture of each, or all as the depth of a volume.
         corrupt: what to do about pictures that cannot be read.
         label: column of a table that is no input: the classes of its rows.
-        exclude: columns of a table to leave out.
+        exclude: patterns of the names of a folder's pictures, or columns of a table, to leave out.
+        include: patterns of the names of a folder's pictures, such as 'images/*': others are left out.
+        links: follow takes pictures that links of a folder lead to, wherever they lie.
         each: what each .npy of a folder is: one record, or an array of records.
         group: regular expression on the names of pictures; those with the same match are on one side of the split.
     """
@@ -183,12 +187,6 @@ def pack(
     from dist_ae.data.pack import pack_source
     from dist_ae.data.packed import left_pages, of_16_bits
 
-    numbers = pack_numbers(source, out, DataConfig(label=label, exclude=exclude), each)
-    if numbers is not None:
-        of = "×".join(map(str, numbers["shape"]))
-        say(f"{numbers['rows']:,} records of {of}, {sum(numbers['missing']):,} entries missing")
-        say(f"train from it: dist-ae train table --data.name {shlex.quote(f'packed:{out}')}")
-        return
     config = DataConfig(
         image_size=image_size,
         fit=fit,
@@ -197,8 +195,18 @@ def pack(
         bits=bits,
         pages=pages,
         corrupt=corrupt,
+        label=label,
+        exclude=exclude,
+        include=include,
+        links=links,
         group=group,
     )
+    numbers = pack_numbers(source, out, config, each)
+    if numbers is not None:
+        of = "×".join(map(str, numbers["shape"]))
+        say(f"{numbers['rows']:,} records of {of}, {sum(numbers['missing']):,} entries missing")
+        say(f"train from it: dist-ae train table --data.name {shlex.quote(f'packed:{out}')}")
+        return
     manifest = pack_source(source, out, config)
     sizes = [record.bytes for shard in manifest.shards for record in shard.files.values()]
     skipped = f", {manifest.unreadable:,} skipped that cannot be read" if manifest.unreadable else ""
@@ -217,6 +225,8 @@ def look(
     out: Path | None = None,
     json: bool = False,
     exclude: tuple[str, ...] = (),
+    include: tuple[str, ...] = (),
+    links: Literal["inside", "follow"] = "inside",
     image_size: int | str | None = None,
     layout: Literal["auto", "table", "signals", "images", "images-last", "volumes"] = "auto",
 ) -> None:
@@ -230,13 +240,16 @@ def look(
         out: .html, with the figures as .json beside it; left out, look-NAME.html in the current folder.
         json: print the figures as JSON in place of the table.
         exclude: patterns of the names of a folder's pictures, or columns of a table, to leave out.
+        include: patterns of the names of a folder's pictures, such as 'images/*': others are left out.
+        links: follow takes pictures that links of a folder lead to, wherever they lie.
         image_size: that training is meant to use, such as 64 or 32x128; left out, one is suggested.
         layout: axes of an array, as of data.layout.
     """
     from dist_ae.config import DataConfig
     from dist_ae.use.look import look_at, rows
 
-    found, paths = look_at(source, DataConfig(exclude=exclude, image_size=image_size, layout=layout), out)
+    config = DataConfig(exclude=exclude, include=include, links=links, image_size=image_size, layout=layout)
+    found, paths = look_at(source, config, out)
     if json:
         from dist_ae.files import to_json
 

@@ -146,15 +146,17 @@ def _refuse_early(config: Config) -> None:
     begins = launched_world()[0] == 0 and not _begun(_precise(config).directory())
     if config.init_from is not None and begins:  # a run that is resumed needs the other one no more
         run_config(config.init_from)
+    if config.data.name.startswith("packed:") and (config.data.include or config.data.exclude):
+        raise InputError(
+            f"{config.data.name} is taken whole: leave data.include and data.exclude out, and pack again with "
+            "`dist-ae pack --include` or `--exclude`"
+        )
     if not config.data.name.startswith(PREFIXES):
         return
     preset, batch = PRESETS.get(config.name), config.train.batch_size
     typed = preset is None or batch != preset.train.batch_size
-    count = (
-        open_source(config.data.name, config.data.exclude, config.data.links == "follow").count
-        if config.data.name.startswith("folder:")
-        else None
-    )
+    is_folder = config.data.name.startswith("folder:")
+    count = open_source(config.data.name, config.data).count if is_folder else None
     if count is not None and count < 2:
         raise InputError(
             f"{config.data.name}: {count} picture cannot be split into training and validation; at least 2 are needed"

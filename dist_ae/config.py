@@ -154,6 +154,9 @@ class DataConfig(Section):
     exclude: tuple[str, ...] = trajectory(
         (), "columns of a table to leave out, or patterns of the names of a folder's pictures, such as 'masks/*'"
     )
+    include: tuple[str, ...] = trajectory(
+        (), "patterns of the names of a folder's pictures, such as 'images/*': others are left out; left out, all"
+    )
     links: Literal["inside", "follow"] = trajectory(
         "inside", "follow takes pictures that links of a folder lead to, wherever they lie, as in caches of data tools"
     )

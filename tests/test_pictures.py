@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import cli
 from pictures import cut, make_folder, make_tar
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.crops import Crops
 from dist_ae.data.pictures import Form, braces, decode, open_source, scan
@@ -398,3 +400,35 @@ def test_masks_beside_pictures_are_named_and_can_be_left_out(
     dataset = load(config.model_copy(update={"exclude": (pattern,)}))
     assert len(dataset.train) + len(dataset.val) == 4
     assert "look like masks" not in capsys.readouterr().err
+
+
+def test_a_choice_of_pictures_is_the_same_for_training_packing_and_looking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [*(f"images/a/{each}.png" for each in "abcd"), "images/a/bad.png", "other/e.png"]
+    root = layout(tmp_path / "set", names)
+    np.save(root / "notes.npy", np.zeros(3))  # beside pictures: no set of arrays
+    (tmp_path / "away").mkdir()
+    (root / "images/a/a.png").rename(tmp_path / "away/a.png")
+    (root / "images/a/a.png").symlink_to(tmp_path / "away/a.png")
+    chosen = {"include": ("images/*", "*/f.png"), "exclude": ("*bad*",), "links": "follow"}
+    config = DataConfig.model_validate({"name": f"folder:{root}", "cache": tmp_path / "cache", **chosen})
+    dataset = load(config)
+    assert "left out of folder:" in (said := capsys.readouterr().err) and "2 pictures left out by data.include" in said
+    assert len(dataset.train) + len(dataset.val) == 4 and dataset.classes == ("images",)
+    assert load(config.model_copy(update={"exclude": ()})).fingerprint != dataset.fingerprint
+    assert len(list((tmp_path / "cache/packed").iterdir())) == 2
+    options = ["--include", *chosen["include"], "--exclude", *chosen["exclude"], "--links", "follow"]
+    done = cli("pack", str(root), str(tmp_path / "out"), *options)
+    assert done.returncode == 0 and "4 pictures" in done.stdout and "2 ignored" in done.stdout, done.stderr
+    assert load(DataConfig(name=f"packed:{tmp_path}/out")).fingerprint == dataset.fingerprint
+    done = cli("look", str(root), "--out", str(tmp_path / "look.html"), *options)
+    assert done.returncode == 0, done.stderr
+    assert "--data.include 'images/*' '*/f.png' --data.exclude '*bad*' --data.links follow" in done.stdout
+    with pytest.raises(InputError, match=r"none of its 6 .* by data\.include and data\.exclude.*such as images/a"):
+        load(config.model_copy(update={"include": ("a.png",)}))
+    for name in ("digits", f"tar:{root}/x.tar", f"packed:{tmp_path}/out"):
+        wanted = {"data.name": name, "data.include": ("a*",), "run_dir": tmp_path / "run"}
+        make_tar(root / "x.tar", 3)
+        with pytest.raises(InputError, match=r"data\.include"):
+            dist_ae.train(dist_ae.PRESETS["ae"].override(wanted))

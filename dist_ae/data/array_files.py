@@ -14,7 +14,7 @@ import numpy as np
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.arrays import read_array, typed, value_range
 from dist_ae.data.names import with_prefix
-from dist_ae.data.pictures import expand, shown
+from dist_ae.data.pictures import expand, scan, shown
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import CHUNK_BYTES, Array, npy_header
 from dist_ae.data.tables import FORMAT, MANIFEST, RECORDS, Table, pack_table, packed_whole
@@ -29,8 +29,12 @@ def pack_numbers(name: str, out: Path, config: DataConfig, each: Each | None) ->
     out, name = Path(os.path.abspath(expand(out))), with_prefix(name)
     kind, _, path = name.partition(":")
     files = array_files(expand(path)) if kind in ("array", "folder") else []
+    if kind == "folder" and files and each is None and scan(os.fspath(expand(path)))[0]:
+        files = []  # an array beside pictures, which training takes
     if kind != "table" and not files:
         return None
+    if config.include:
+        raise InputError("--include chooses among the pictures of a folder, and this packs numbers; leave it out")
     Reads(name).refuse(out, "OUT", folder=True)
     return pack_table(Table(path, config), out) if kind == "table" else pack_arrays(files, out, each)
 

@@ -34,6 +34,7 @@ from dist_ae.data.pictures import (
     expand,
     form_of,
     not_there,
+    of_others,
     open_source,
     paged,
     pages_of,
@@ -276,10 +277,7 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
         names = [name for pair in zip(folders, manifests, strict=True) for name in packed_names(*pair)]
         return Given(Split(Shards(parts)), names)
     if name.startswith(PREFIXES):
-        source = paged(
-            open_source(name, config.exclude if name.startswith("folder:") else (), config.links == "follow"),
-            config.pages,
-        )
+        source = paged(open_source(name, of_others(config, name)), config.pages)
         return _decode_pictures(source.pictures(), source.count, shown(name), config, shapes)
     path = expand(name.removeprefix("array:"))
     if _is_picture(path.name):

@@ -82,7 +82,7 @@ def look(name: str, config: DataConfig) -> Found:
 
 
 def _pictures(name: str, config: DataConfig) -> Found:
-    source = paged(open_source(name, config.exclude, config.links == "follow"), config.pages)
+    source = paged(open_source(name, config), config.pages)
     form = form_of(config, "rgb", (SIDE, SIDE))
     facts: list[Facts] = []
     chosen: list[tuple[str, str | int | None, str | None]] = []  # name, label, split
@@ -188,7 +188,7 @@ def _training(name: str, figures: dict[str, Any], config: DataConfig) -> dict[st
     grey = all(mode.split()[-1] in ("L", "1", "LA", "I;16", "F", "I") for mode in figures["modes"])
     channels = 1 if grey else 3
     option = f" --data.image-size {size}" if size else ""
-    command = f"dist-ae train conv --data.name {shlex.quote(figures['source'])}"
+    command = f"dist-ae train conv --data.name {shlex.quote(figures['source'])}{_chosen(config)}"
     # Photographs of many sizes lose most of themselves when they are shrunk to one.
     crops = figures["sizes"]["different"] > 1 and min(figures["smallest"]) >= 2 * CROP and config.image_size is None
     return {
@@ -198,6 +198,13 @@ def _training(name: str, figures: dict[str, Any], config: DataConfig) -> dict[st
         "steps_an_epoch": {preset: math.ceil(0.9 * count / batch) for preset, batch in BATCHES.items()},
         "command": f"{command}{option}",
     }
+
+
+def _chosen(config: DataConfig) -> str:
+    """The options that chose among the pictures of a folder."""
+    lists = [(key, getattr(config, key)) for key in ("include", "exclude")]
+    chosen = "".join(f" --data.{key} {shlex.join(map(shown, patterns))}" for key, patterns in lists if patterns)
+    return chosen + (" --data.links follow" if config.links == "follow" else "")
 
 
 def _suggested(figures: dict[str, Any]) -> int | str:
@@ -338,7 +345,8 @@ def _table(name: str, config: DataConfig) -> Found:
     figures["remarks"] = _of_numbers(figures, rows, "rows")
     if text:
         figures["remarks"].append(f"{len(text):,} columns hold no numbers: {', '.join(map(shown, text[:5]))}")
-    exclude = f" --data.exclude {shlex.join(map(shown, text))}" if text else ""
+    left_out = (*config.exclude, *text)
+    exclude = f" --data.exclude {shlex.join(map(shown, left_out))}" if left_out else ""
     mask = " --data.missing mask" if figures["missing"] else ""
     command = f"dist-ae train table --data.name {shlex.quote(shown(name))}{exclude}{mask}"
     figures["training"] = {"bytes": 4 * rows * len(columns), "command": command}

@@ -552,7 +552,7 @@ def pack_source(name: str, out: Path, config: DataConfig, shard_bytes: int | Non
     from dist_ae.data.reads import Reads  # which knows all sources, this one too
 
     Reads(name).refuse(out, "OUT", folder=True)
-    return pack(open_source(name), out, config, shown(name), shard_bytes)
+    return pack(open_source(name, config), out, config, shown(name), shard_bytes)
 
 
 def cached(name: str, source: Source, config: DataConfig, cache: Path) -> Path:

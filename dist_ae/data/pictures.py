@@ -102,22 +102,20 @@ def shown(name: str | Path) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def open_source(name: str, exclude: Sequence[str] = (), follow: bool = False) -> Source:
+def open_source(name: str, config: DataConfig | None = None) -> Source:
     """The source behind ``folder:PATH``, ``tar:PATTERN``, ``hf:NAME`` or the path of a folder.
 
     Args:
-        exclude: patterns of the names of a folder's pictures that are left out, such as ``masks/*``.
-        follow: links of a folder are followed, wherever they lead.
+        config: its ``include``, ``exclude`` and ``links`` say which pictures of a folder are taken.
 
     Raises:
         InputError: nothing of that name, no pictures in it, or it cannot be read.
     """
     if name.startswith("folder:") or os.path.isdir(expand(name)):
-        return folder(name.removeprefix("folder:"), exclude, follow)
-    if exclude:
-        raise InputError(
-            f"data.exclude leaves out pictures of a folder or columns of a table, and {shown(name)} is none"
-        )
+        return folder(name.removeprefix("folder:"), config or DataConfig())
+    for key in ("include", "exclude"):
+        if config is not None and getattr(config, key):
+            raise InputError(f"data.{key} chooses among the pictures of a folder, and {shown(name)} is none")
     for prefix, make in (("tar:", tars), ("hf:", hugging_face)):
         if name.startswith(prefix):
             return make(name.removeprefix(prefix))
@@ -184,7 +182,18 @@ def _page_count(content: str | bytes) -> int:
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def folder(path: str, exclude: Sequence[str] = (), follow: bool = False) -> Source:
+def of_others(config: DataConfig, name: str) -> DataConfig:
+    """The settings of a run for pictures that it was not trained on: in another folder, its choice says little."""
+    return config.model_copy(update={"include": (), "exclude": config.exclude if name.startswith("folder:") else ()})
+
+
+def _is_taken(name: str, config: DataConfig) -> bool:
+    """Whether the picture of this relative name is among those that are asked for."""
+    taken = not config.include or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.include)
+    return taken and not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.exclude)
+
+
+def folder(path: str, config: DataConfig) -> Source:
     """Pictures of a folder and its sub-folders, whose first level names the classes.
 
     Where there are ``train/`` and ``val/`` or ``test/``, they are the splits, and the level below names the classes. In
@@ -192,10 +201,17 @@ def folder(path: str, exclude: Sequence[str] = (), follow: bool = False) -> Sour
     score`, since weights and thresholds that are chosen on defects find none.
     """
     root = os.fspath(expand(path))
+    follow = config.links == "follow"
     everything, ignored, links = scan(root, follow)
-    entries = [each for each in everything if not any(fnmatch.fnmatchcase(each[0], pattern) for pattern in exclude)]
+    entries = [each for each in everything if _is_taken(each[0], config)]
     if len(entries) < len(everything):
-        ignored["excluded"] += len(everything) - len(entries)
+        keys = " and ".join(f"data.{key}" for key in ("include", "exclude") if getattr(config, key))
+        ignored[f"pictures left out by {keys}"] += len(everything) - len(entries)
+        if not entries:
+            raise InputError(
+                f"{shown(root)}: none of its {len(everything):,} pictures is left by {keys}; patterns are of "
+                f"names such as {shown(everything[0][0])}, and * stands for slashes, too"
+            )
     if not entries:
         beside = ", ".join(f"{count:,} {what}" for what, count in ignored.items())
         if any(each.endswith(".npy") for each in os.listdir(root)):
@@ -239,9 +255,7 @@ def folder(path: str, exclude: Sequence[str] = (), follow: bool = False) -> Sour
             yield Picture(name, os.path.join(root, name), None if label == parts[-1] else label, split)
 
     def identify() -> str:
-        return identity_of(
-            each for each in scan(root, follow)[0] if not any(fnmatch.fnmatchcase(each[0], p) for p in exclude)
-        )
+        return identity_of(each for each in scan(root, follow)[0] if _is_taken(each[0], config))
 
     notes = _of_masks(kept)
     return Source(identity_of(entries), pictures, identify, len(kept), ignored=dict(ignored), notes=notes)

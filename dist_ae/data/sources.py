@@ -49,14 +49,19 @@ def load(config: DataConfig) -> Dataset:
             "it lies; leave it out, and where the images have moved, put their new place into data.name"
         )
     if name.startswith(PREFIXES):
-        packed = cached(name, open_source(name, config.exclude, config.links == "follow"), config, _cache(config))
+        packed = cached(name, open_source(name, config), config, _cache(config))
         return _pictures(shown(name), [packed], config)
     if name.startswith("packed:"):
         sets = packed_sets(name.removeprefix("packed:"))
         if len(sets) == 1 and is_packed_table(sets[0]):
             return packed_table_dataset(shown(name), sets[0], config)
         return _pictures(shown(name), sets, config)
-    _refuse_settings(config, but=("image_size", "channels") if name == "photos" else ())
+    if config.include and name.startswith("table:"):
+        raise InputError(
+            "data.include chooses among the pictures of a folder; --data.columns chooses columns of a table"
+        )
+    about_others = ("image_size", "channels") if name == "photos" else ()
+    _refuse_settings(config, but=("exclude",) if name.startswith("table:") else about_others)
     if name.startswith("table:"):
         table = Table(name.removeprefix("table:"), config)
         out = _cache(config) / "tables" / f"{plain_name(shown(name))[:40] or 'table'}-{table.identity[:16]}"
@@ -144,8 +149,8 @@ def located(config: Config, root: Path | None) -> Config:
 
 
 def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
-    for key in ("image_size", "fit", "channels", "background", "group"):
-        if getattr(config, key) is not None and key not in but:
+    for key in ("image_size", "fit", "channels", "background", "group", "include", "exclude"):
+        if getattr(config, key) not in (None, ()) and key not in but:
             raise InputError(
                 f"data.{key} is about pictures (folder:, tar:, hf: and photos), "
                 f"and {shown(config.name)} is none; leave it out"

@@ -28,6 +28,7 @@ from dist_ae.data.pictures import (
     decode,
     expand,
     form_of,
+    of_others,
     open_source,
     reason,
     shown,
@@ -181,8 +182,7 @@ def pictures_of(images: str | Path, config: DataConfig) -> tuple[list[Picture], 
     """
     name = with_prefix(os.fspath(images))
     if name.startswith(PREFIXES):
-        exclude = config.exclude if name.startswith("folder:") else ()
-        return list(open_source(name, exclude, config.links == "follow").pictures()), False
+        return list(open_source(name, of_others(config, name)).pictures()), False
     path = expand(name.removeprefix("array:"))
     if path.suffix.lower().lstrip(".") not in EXTENSIONS or not os.path.isfile(path):
         raise InputError(
