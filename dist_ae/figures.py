@@ -286,14 +286,15 @@ class HeatMaps:
 
     PANEL, GAP, CAPTION, BAR = 192, 8, 22, 92  # pixels
 
-    def __init__(self, height: int, width: int, upper: float, label: str) -> None:
+    def __init__(self, height: int, width: int, upper: float, label: str, largest: int) -> None:
         """Args:
         height, width: of an image.
         upper: the value at the upper end of the scale, which begins at 0.
         label: what the map shows.
+        largest: pixels of the longer side, to which larger images are shrunk.
         """
         longer = max(height, width)
-        zoom = max(1, round(self.PANEL / longer)) if longer <= 2 * self.PANEL else 2 * self.PANEL / longer
+        zoom = max(1, round(self.PANEL / longer)) if longer <= largest else largest / longer
         self.size = max(1, round(width * zoom)), max(1, round(height * zoom))
         panel = max(self.size[0], 90)  # wide enough for its caption
         tall = max(self.size[1], 100)

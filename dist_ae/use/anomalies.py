@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,18 +14,18 @@ from torch.nn import functional as F
 
 from dist_ae import pca
 from dist_ae.config import InputError
-from dist_ae.data.given import Given, blocks, file_names, floats, picked
+from dist_ae.data.given import Given, blocks, file_names, floats
 from dist_ae.data.pictures import shown
 from dist_ae.data.reader import Reader
 from dist_ae.data.reads import Reads
-from dist_ae.data.records import Array, Dataset
+from dist_ae.data.records import Array
 from dist_ae.files import to_json
 from dist_ae.processes.runtime import Alone
-from dist_ae.quality import structural_similarity
 from dist_ae.scores import CONFIDENCE
 from dist_ae.use.pixels import localized, masks_by_name
 from dist_ae.use.results import Scored
 from dist_ae.use.trained import TrainedModel
+from dist_ae.use.views import Kind, View
 from dist_ae.use.write import SHOWN, refuse_targets, with_ending, write_whole
 
 NORMAL, ANOMALOUS = "normal", "anomalous"
@@ -129,7 +129,7 @@ def separation(truth: Array, scores: Tensor) -> Separation:
 
 
 def limit_of(
-    trained: TrainedModel,
+    view: View,
     name: str,
     quantile: float,
     threshold: float | Literal["from-labels"] | None,
@@ -143,7 +143,7 @@ def limit_of(
         InputError: there are no labels, or no validation images.
     """
     if threshold is None:
-        return _quantile(trained, name, quantile)
+        return _quantile(view, name, quantile)
     if not isinstance(threshold, str):
         return Limit(threshold, "as given")
     if truth is None:
@@ -154,7 +154,7 @@ def limit_of(
     value = best_threshold(truth, scores)
     remarks = ["the threshold was chosen on these very images, which flatters precision, recall and F1"]
     try:
-        usual = _quantile(trained, name, quantile)
+        usual = _quantile(view, name, quantile)
     except InputError as error:
         remarks.append(f"no quantile beside it: {error}")
     else:
@@ -165,68 +165,45 @@ def limit_of(
     return Limit(value, basis, None, tuple(remarks))
 
 
-def _quantile(trained: TrainedModel, name: str, quantile: float) -> Limit:
-    """The threshold at a quantile of the validation images, and between which scores that of all normal ones lies."""
-    value, kept = trained.threshold(quantile, name), trained.calibration()
+def _quantile(view: View, name: str, quantile: float) -> Limit:
+    """The threshold at a quantile of the held-out images, and between which scores that of all normal ones lies."""
+    kept = view.normal(name)
+    value = kept.threshold(name, quantile)
     count, (low, high) = len(kept.scores[name]), kept.interval(name, quantile)
     between = f"{low:.4g} to {high:.4g}" if math.isfinite(low) else f"at most {high:.4g}"
     between = between if math.isfinite(high) else f"{low:.4g} or more" if math.isfinite(low) else "anything"
-    basis = f"the {100 * quantile:g} % quantile of {count:,} validation images (95 % interval: {between})"
+    basis = f"the {100 * quantile:g} % quantile of {count:,} {view.held_out} (95 % interval: {between})"
     remarks = []
     if count * (1 - quantile) < 1:
         above = 1 - (1 - CONFIDENCE) ** (1 / count)
         remarks.append(
-            f"the threshold is the largest score of {count:,} validation images: too few for a quantile. Up to "
+            f"the threshold is the largest score of {count:,} {view.held_out}: too few for a quantile. Up to "
             f"{above:.1%} of normal images may lie above it (95 % confidence)"
         )
     return Limit(value, basis, (low, high), tuple(remarks))
 
 
-def pca_scores(trained: TrainedModel, dataset: Dataset, records: Given) -> Tensor | None:
+def pca_scores(view: View) -> Tensor | None:
     """The squared error per pixel of the training images' PCA (or PCA of patches), with as many numbers as the code.
 
     None for a model that has no linear counterpart.
+
+    Raises:
+        InputError: the run's training images are not there.
     """
-    code = trained.model.linear_code()
+    model = view.trained.model
+    code = model.linear_code()
     if code is None:
         return None
-    alone = Alone(torch.device("cpu"))
-    components = pca.of_model(trained.model, Reader(dataset.train, alone.device), alone)
+    dataset, alone = view.trained.dataset(), Alone(torch.device("cpu"))
+    components = pca.of_model(model, Reader(dataset.train, alone.device), alone)
     assert components is not None
-    seen = (trained.model.to_units(floats(records, rows).to(trained.device)).cpu() for rows in blocks(records))
-    return torch.cat([pca.errors(components, code.patch, images) for images in seen])
+    return view.each(lambda images, rows: pca.errors(components, code.patch, images.cpu()))
 
 
-def error_maps(images: Tensor, reconstructions: Tensor, kind: str) -> Tensor:
-    """Where images and reconstructions [B, C, H, W] differ, [B, H, W].
-
-    ``error``: squared error, mean over channels, smoothed by a Gaussian of 1/32 of the shorter side, at least one
-    pixel. ``ssim``: 1 - structural similarity, [0, 2], in windows of 11 × 11.
-    """
-    if kind == "ssim":
-        return 1 - structural_similarity(images, reconstructions)[1].mean(1)
-    from torchvision.transforms.v2 import functional
-
-    squared = (images - reconstructions).square().mean(1, keepdim=True)
-    sigma = max(1.0, min(images.shape[-2:]) / 32)
-    # A window of three σ to each side, as far as the image is that large.
-    widths = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:]]
-    blurred: Tensor = functional.gaussian_blur(squared, [widths[1], widths[0]], [sigma, sigma])
-    return blurred[:, 0]
-
-
-def maps_of(trained: TrainedModel, records: Given, kind: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Place, image, reconstruction [C, H, W] and map [H, W] of every image."""
-    for rows in blocks(records):
-        images = floats(records, rows)
-        images, reconstructions = (trained.pictures(each) for each in (images, trained.reconstruct(images)))
-        maps = error_maps(images, reconstructions, kind)
-        yield from zip(rows, images, reconstructions, maps, strict=True)
-
-
-def scale_of(trained: TrainedModel, records: Given, kind: str) -> float:
+def scale_of(view: View, kind: Kind) -> float:
     """The upper end of the one scale of all maps. In one image of a hundred, the largest value exceeds it."""
-    largest = [float(values.max()) for _, _, _, values in maps_of(trained, records, kind)]
+    largest = [float(found.values.max()) for found in view.maps(kind)]
     return max(float(np.quantile(largest, 1 - SATURATED, method="inverted_cdf")), 1e-6)
 
 
@@ -257,13 +234,11 @@ def odd_places(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
     return {f"odd_{rank + 1}": [name(*row[rank]) for row in places] for rank in range(len(places[0]))}
 
 
-def draw_extremes(trained: TrainedModel, out: Path, records: Given, scores: Tensor, name: str, limit: Limit) -> Path:
+def draw_extremes(view: View, out: Path, scores: Tensor, name: str, limit: Limit) -> Path:
     order = scores.argsort(descending=True, stable=True)
     count = min(SHOWN, len(order))
     places = {"highest": order[:count], "lowest": order.flip(0)[:count]}
-    rows = {
-        label: trained.pictures(floats(picked(records, index.numpy()), range(count))) for label, index in places.items()
-    }
+    rows = {label: view.shown(index.tolist()) for label, index in places.items()}
     notes = [[f"{value:.3g}" for value in scores[index].tolist()] for index in places.values()]
     alarms = [(scores[index] > limit.value).tolist() for index in places.values()]
     flagged = int((scores > limit.value).sum())
@@ -278,7 +253,7 @@ def draw_extremes(trained: TrainedModel, out: Path, records: Given, scores: Tens
 
 
 def judge(
-    trained: TrainedModel, records: Given, truth: Array, scores: Tensor, name: str, out: Path, limit: float
+    view: View, truth: Array, scores: Tensor, name: str, out: Path, limit: float
 ) -> tuple[dict[str, float], Path, list[str]]:
     """AUROC and average precision of the scores and of PCA's, what the threshold ``limit`` tells apart beside the best
     one, the picture of the ROC, and remarks on them.
@@ -286,12 +261,12 @@ def judge(
     remarks = []
     found = {name: separation(truth, scores)}
     try:
-        linear = pca_scores(trained, trained.dataset(), records)
+        linear = pca_scores(view)
     except InputError as error:
         linear = None
         remarks.append(f"no PCA beside: the run's training images are not there ({error})")
     if linear is not None:
-        numbers = math.prod(trained.model.code_shape)
+        numbers = math.prod(view.trained.model.code_shape)
         found[f"PCA, {numbers:,} numbers"] = separation(truth, linear)
     figures: dict[str, float] = {}
     for key, each in zip(("", "pca."), found.values(), strict=False):
@@ -316,18 +291,17 @@ def judge(
     return figures, write_whole(with_ending(out, ROC), draw), remarks
 
 
-def judge_maps(
-    trained: TrainedModel, records: Given, truth: Array | None, kind: str, masks: Path
-) -> tuple[dict[str, float], list[str]]:
+def judge_maps(view: View, truth: Array | None, kind: Kind, masks: Path) -> tuple[dict[str, float], list[str]]:
     """Pixel AUROC and AUPRO of the heat maps against a folder of masks, and remarks on them."""
-    if records.names is None:
+    names = view.records.names
+    if names is None:
         return {}, ["no figures of pixels: masks are found by the names of pictures, which these have not"]
-    found = masks_by_name(masks, records.names)
+    found = masks_by_name(masks, names)
     if not found:
         return {}, [f"no figures of pixels: {shown(masks)} holds no mask of these pictures"]
-    unknown = np.full(len(records.names), -1) if truth is None else truth
-    maps = ((place, values.numpy()) for place, _, _, values in maps_of(trained, records, kind))
-    return localized(maps, records.names, unknown, found, trained.config.data)
+    unknown = np.full(len(names), -1) if truth is None else truth
+    maps = ((each.place, each.values.numpy()) for each in view.maps(kind))
+    return localized(maps, names, unknown, found, view.masks, view.size)
 
 
 def write_verdict(found: Scored, out: Path) -> Path:
@@ -342,27 +316,20 @@ def write_verdict(found: Scored, out: Path) -> Path:
     return write_whole(with_ending(out, VERDICT), lambda path: path.write_bytes(to_json(content)))
 
 
-def write_maps(
-    trained: TrainedModel,
-    records: Given,
-    scores: Tensor,
-    name: str,
-    limit: float,
-    folder: Path,
-    kind: Literal["error", "ssim"],
-    reads: Reads,
-) -> Path:
+def write_maps(view: View, scores: Tensor, name: str, limit: float, folder: Path, kind: Kind, reads: Reads) -> Path:
     """Writes a picture of every image with its heat map, all on one scale; each is there as soon as it is drawn."""
     from dist_ae.figures import HeatMaps
 
-    _, height, width = trained.model.image_shape
-    label = "squared error" if kind == "error" else "1 - SSIM"
-    maps = HeatMaps(height, width, scale_of(trained, records, kind), label)
-    targets = [folder / name for name in file_names(records)]
+    label, upper = "squared error" if kind == "error" else "1 - SSIM", scale_of(view, kind)
+    panels: dict[torch.Size, HeatMaps] = {}
+    targets = [folder / name for name in file_names(view.records)]
     refuse_targets(folder, targets, reads, "--maps")
-    for place, image, reconstruction, values in maps_of(trained, records, kind):
+    for place, image, reconstruction, values in view.maps(kind):
+        if values.shape not in panels:
+            height, width = values.shape
+            panels = {values.shape: HeatMaps(height, width, upper, label, view.largest)}
         value = float(scores[place])
         note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
-        picture = maps.picture(image, reconstruction, values, note, value > limit)
+        picture = panels[values.shape].picture(image, reconstruction, values, note, value > limit)
         write_whole(targets[place], picture.save)  # one by one: what is there when it is stopped stays
     return folder

@@ -56,6 +56,13 @@ Size = Annotated[
         "crops (--data.crop)."
     ),
 ]
+ScoredSize = Annotated[
+    Literal["own", "model"] | None,
+    tyro.conf.arg(
+        help="of pictures: their own, where the score is that of their oddest square, or the model's; left out, their "
+        "own where the run was trained on crops (--data.crop)."
+    ),
+]
 
 
 def evaluate_run(
@@ -341,6 +348,7 @@ def score_run(
     run_dir: RunDir,
     images: Scorable = None,
     out: Path | None = None,
+    size: ScoredSize = None,
     which: Which = "best",
     data_root: Root = None,
     score: Literal["error", "neg_elbo", "mahalanobis"] | None = None,
@@ -385,7 +393,8 @@ def score_run(
         write_verdict,
     )
     from dist_ae.use.pixels import masks_folder
-    from dist_ae.use.trained import images_of, load
+    from dist_ae.use.trained import load
+    from dist_ae.use.views import view_of
     from dist_ae.use.write import destination, reads_of, write_array, write_table
 
     trained = load(run_dir, which)
@@ -404,10 +413,11 @@ def score_run(
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
     if threshold is None:
         trained.threshold(quantile, name)  # what is wrong is found before anything is computed
-    records = images_of(trained, images)
+    view = view_of(trained, images, size)
+    records = view.records
     truth = truth_of(records.names, what)
-    scores = trained.score(records, score=name)
-    limit = limit_of(trained, name, quantile, threshold, truth, scores, what)
+    scores = view.scores(name)
+    limit = limit_of(view, name, quantile, threshold, truth, scores, what)
 
     columns: dict[str, Tensor | list[str]] = {"score": scores, "flagged": scores > limit.value}
     shape = trained.config.model.record_shape
@@ -416,19 +426,19 @@ def score_run(
     if truth is not None:
         columns["anomalous"] = torch.from_numpy(truth)
     path = write_array(out, scores) if out.suffix == ".npy" else write_table(out, records, columns)
-    pictures = [] if shape is not None else [draw_extremes(trained, out, records, scores, name, limit)]
+    pictures = [] if shape is not None else [draw_extremes(view, out, scores, name, limit)]
     figures: dict[str, float] = {}
     remarks = list(limit.remarks)
     if truth is not None:
-        figures, picture, more = judge(trained, records, truth, scores, name, out, limit.value)
+        figures, picture, more = judge(view, truth, scores, name, out, limit.value)
         pictures.append(picture)
         remarks += more
     if marked is not None and shape is None:
-        of_pixels, more = judge_maps(trained, records, truth, map, marked)
+        of_pixels, more = judge_maps(view, truth, map, marked)
         figures |= of_pixels
         remarks += more
     if maps is not None:
-        pictures.append(write_maps(trained, records, scores, name, limit.value, maps, map, reads))
+        pictures.append(write_maps(view, scores, name, limit.value, maps, map, reads))
     names = None if records.names is None else [shown(each) for each in records.names]
     found = Scored(path, name, scores, limit.value, limit.basis, limit.interval, names, figures, pictures, remarks)
     write_verdict(found, out)

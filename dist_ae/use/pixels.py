@@ -116,7 +116,12 @@ class Localization:
 
 
 def localized(
-    maps: Iterable[tuple[int, Array]], names: Sequence[str], truth: Array, masks: dict[str, Path], config: DataConfig
+    maps: Iterable[tuple[int, Array]],
+    names: Sequence[str],
+    truth: Array,
+    masks: dict[str, Path],
+    config: DataConfig,
+    size: str,
 ) -> tuple[dict[str, float], list[str]]:
     """Pixel AUROC and AUPRO of maps [H, W], each with the place of its picture, and remarks on them.
 
@@ -124,6 +129,8 @@ def localized(
 
     Args:
         truth: 1 of anomalous pictures, 0 of normal ones, -1 where nothing says so, [N].
+        config: how masks are brought to the size of the maps.
+        size: that size in words.
     """
     sums, left_out, lost = Localization(), 0, 0
     for place, values in maps:
@@ -138,9 +145,9 @@ def localized(
     if left_out:
         remarks.append(f"{left_out:,} anomalous pictures have no mask and are not in the figures of pixels")
     if lost:
-        remarks.append(f"of {lost:,} masks nothing is left at the model's size")
+        remarks.append(f"of {lost:,} masks nothing is left at {size}")
     if figures:
-        remarks.append(f"figures of pixels: {sums.regions:,} regions in {len(masks):,} masks, at the model's size")
+        remarks.append(f"figures of pixels: {sums.regions:,} regions in {len(masks):,} masks, at {size}")
     else:
         remarks.append("no figures of pixels: the masks mark none, or all of them")
     return figures, remarks

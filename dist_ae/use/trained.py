@@ -76,7 +76,7 @@ class TrainedModel:
 
         Noisy images come out denoised, and missing entries filled in.
         """
-        return self._map(lambda x, rows: self.model.outside(self.model(x, None).reconstruction), images, batch_size)
+        return self.each(lambda x, rows: self.model.outside(self.model(x, None).reconstruction), images, batch_size)
 
     def pictures(self, images: Tensor) -> Tensor:
         """Images [..., C, H, W] in their own units as pictures on [0, 1], for the eye."""
@@ -92,13 +92,13 @@ class TrainedModel:
             error = (self.model(x, None).reconstruction - x).square()
             return torch.where(x.isnan(), 0.0, error) if self.model.missing else error
 
-        found = self._map(squared, images, batch_size)
+        found = self.each(squared, images, batch_size)
         shape = self.config.model.record_shape
         return found if shape is None else found.reshape(-1, *shape)
 
     def embed(self, images: Images, batch_size: int = 1000) -> Tensor:
         """Codes [N, *code_shape]; of a variational model, their means."""
-        return self._map(lambda x, rows: self.model.encode(x)[0], images, batch_size)
+        return self.each(lambda x, rows: self.model.encode(x)[0], images, batch_size)
 
     def score(self, images: Images, batch_size: int = 1000, score: str | None = None) -> Tensor:
         """How little the model expects each image, [N].
@@ -118,7 +118,7 @@ class TrainedModel:
         def scores(batch: Tensor, rows: range) -> Tensor:
             return score_images(self.model, batch, rows, self.config, (name,), moments)[name]
 
-        return self._map(scores, images, batch_size)
+        return self.each(scores, images, batch_size)
 
     def threshold(self, quantile: float = 0.99, score: str | None = None) -> float:
         """The score that this share of the run's validation images does not exceed. Above it, an image is flagged.
@@ -265,7 +265,8 @@ class TrainedModel:
         )
 
     @torch.no_grad()
-    def _map(self, function: Callable[[Tensor, range], Tensor], images: Images, batch_size: int) -> Tensor:
+    def each(self, function: Callable[[Tensor, range], Tensor], images: Images, batch_size: int = 1000) -> Tensor:
+        """What a function makes of records [B, C, H, W] on the model's scale, given their places, joined."""
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         found = self.given(images)

@@ -62,23 +62,32 @@ def reconstructed(
     """
     largest = 1.0 if picture.dtype.kind == "f" else float(np.iinfo(picture.dtype).max)
     result = np.empty(picture.shape, picture.dtype)
-    device = next(model.parameters()).device
 
     def taken(top: Any, left: Any) -> Tensor:
         """Rows and columns of the picture, as the model takes them."""
         place = (slice(None), top, left) if isinstance(top, slice) else (slice(None), top[:, None], left)
-        part = np.asarray(picture[place], np.float32)
-        part = part / np.float32(largest) if largest > 1 else part
-        return torch.from_numpy(part if noise is None else part + noise[place]).to(device)
+        part = on_scale(model, np.asarray(picture[place]))
+        return part if noise is None else part + torch.from_numpy(noise[place]).to(part.device)
 
     pieces = (
         _pieces(model, picture.shape, taken) if model.reach() is not None else _windows(model, picture.shape, taken)
     )
+    device = next(model.parameters()).device
     for rows, columns, values in pieces:
-        found = values.clamp(0, 1).cpu().numpy()
-        result[:, rows, columns] = found if largest == 1 else np.rint(found * np.float32(largest))
+        found = model.from_units(values.to(device)).cpu().numpy()
+        if model.units_scale is None:
+            found = found * np.float32(largest)
+        result[:, rows, columns] = found if largest == 1 else np.rint(found.clip(0, largest))
         advance(rows.stop / picture.shape[1])
     return result
+
+
+def on_scale(model: Autoencoder, picture: Array) -> Tensor:
+    """Pixels [C, H, W] as they are stored, as the model takes them, on its device."""
+    part = np.asarray(picture, np.float32)
+    if model.units_scale is None and picture.dtype.kind != "f":
+        part = part / np.float32(np.iinfo(picture.dtype).max)
+    return model.to_units(torch.from_numpy(part).to(next(model.parameters()).device))
 
 
 Taken = Callable[[Any, Any], Tensor]
