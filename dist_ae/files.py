@@ -17,6 +17,8 @@ from typing import Any
 
 MAX_JSON = 1 << 20  # bytes. Ours are a few KB; a larger file was not written here and is not parsed
 MAX_LINES = 1 << 30  # bytes of metrics.jsonl: some five million lines
+# Windows has none of the first two, and without the third would translate the ends of lines.
+_PLAINLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Damaged(Exception):
@@ -28,7 +30,7 @@ class Damaged(Exception):
 
 def write_new(path: Path, data: bytes) -> None:
     """Writes a file that must not exist yet, and syncs its content."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAINLY, 0o644)
     try:
         view = memoryview(data)
         while view:
@@ -39,7 +41,9 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Syncs a folder's names or a file's content."""
+    """Syncs a folder's names or a file's content; on Windows, which opens no folder, it does nothing."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,9 +86,8 @@ def append(path: Path, data: bytes) -> int:
         Damaged: a link, a pipe or a folder lies there.
         OSError: the disk takes nothing.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise Damaged(f"{path.parent.name}/{path.name}: not a regular file") from None
@@ -95,6 +98,13 @@ def append(path: Path, data: bytes) -> int:
         return os.write(descriptor, data)
     finally:
         os.close(descriptor)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A descriptor. Raises OSError, ELOOP of a link."""
+    if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return os.open(path, flags | _PLAINLY, 0o644)
 
 
 def plain_name(path: str) -> str:
@@ -172,7 +182,7 @@ def open_plainly(path: Path) -> int:
     """
     where = f"{path.parent.name}/{path.name}"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = _opened(path, os.O_RDONLY)
     except (OSError, ValueError) as error:
         link = isinstance(error, OSError) and error.errno == errno.ELOOP
         raise Damaged(f"{where}: {'a symbolic link' if link else getattr(error, 'strerror', error)}") from None

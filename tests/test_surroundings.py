@@ -28,7 +28,8 @@ from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.records import at_once
 from dist_ae.presets import PRESETS
-from dist_ae.processes.runtime import Runtime
+from dist_ae.processes.environment import use_cpu
+from dist_ae.processes.runtime import Runtime, check_device
 from dist_ae.step import Learner
 from dist_ae.use.doctor import examine, replay
 
@@ -44,6 +45,93 @@ def config(run_dir: Path, **more: Any) -> Config:
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+# -- other systems
+
+# Python as it is on Windows, for this package's own code: what others need of Linux they have imported before.
+WINDOWS = """
+import importlib.abc, os, pathlib, signal, sys, errno
+import accelerate, filelock, numpy, PIL.Image, psutil, pydantic, rich.console, rich.progress, safetensors.torch
+import sklearn.datasets, sklearn.linear_model, torch.distributed.tensor, tyro, multiprocessing.pool, concurrent.futures
+
+LACKING = ("resource", "fcntl", "pwd", "grp", "termios")
+
+class Refusing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in LACKING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+filelock.FileLock = filelock.SoftFileLock  # which of the others is made for Linux
+for name in LACKING:
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Refusing())
+for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_CLOEXEC", "fork", "register_at_fork", "getuid", "geteuid",
+             "killpg", "setsid", "mkfifo", "uname", "sched_getaffinity", "posix_fallocate", "getpgid"):
+    delattr(os, name)
+for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGALRM", "alarm"):
+    delattr(signal, name)
+usual = os.open
+def opened(path, *more, **named):
+    if os.path.isdir(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+    return usual(path, *more, **named)
+os.open = opened
+
+folder = pathlib.Path(sys.argv[1])
+import dist_ae
+from dist_ae import sklearn
+small = {"model.latent_dim": 8, "model.hidden_dims": (32, 16), "train.steps": 6, "tracking.wandb": "off"}
+run = dist_ae.train(dist_ae.PRESETS["ae"].override({**small, "run_dir": folder / "run"})).run_dir
+images = numpy.random.default_rng(0).random((5, 1, 8, 8), numpy.float32)
+model = dist_ae.load(run)
+assert model.reconstruct(images).shape == (5, 1, 8, 8) and model.score(images).shape == (5,)
+assert model.threshold() > 0
+for index in range(70):  # enough that other processes decode them
+    PIL.Image.fromarray((255 * images[index % 5, 0]).astype("uint8")).save(folder / "in" / f"{index}.png")
+from dist_ae.__main__ import main
+from dist_ae.files import Damaged, read_json
+assert read_json(run / "config.json")
+(folder / "link.json").symlink_to(run / "config.json")
+try:
+    read_json(folder / "link.json")
+    raise AssertionError
+except Damaged:
+    pass
+for words in (
+    ["score", str(run), "--images", str(folder / "in"), "--out", str(folder / "scores.csv")],
+    ["reconstruct", str(run), "--images", str(folder / "in"), "--out", str(folder / "out")],
+    ["pack", str(folder / "in"), str(folder / "packed")],
+    ["look", str(folder / "in"), "--out", str(folder / "look.html")],
+    ["doctor", str(run)],
+):
+    sys.argv = ["dist-ae", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+"""
+
+
+def test_what_windows_lacks_is_missed_by_nothing_that_trains_or_uses_a_model(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", WINDOWS, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scores.csv").is_file() and len(list((tmp_path / "out").iterdir())) == 70
+    assert (tmp_path / "packed/manifest.json").is_file() and (tmp_path / "look.html").is_file()
+
+
+def test_a_macs_gpu_is_left_alone_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    for asked, on_cpu, said in (("", True, True), ("false", False, False), ("true", True, False)):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+        check_device(PRESETS["ae"])
+        assert use_cpu() == on_cpu and ("ACCELERATE_USE_CPU=false" in capsys.readouterr().err) == said
 
 
 # -- full disk

@@ -40,7 +40,8 @@ def decoded(
         work: what is done to some of them, in a process of its own; None: they are decoded.
     """
     work = work or decode_all
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Windows lets 61 processes be waited for.
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else min(61, os.cpu_count() or 1)
     head = some(pictures, INLINE)
     if workers == 1 or (len(head) < INLINE and size_of(head) < CHUNK_BYTES) or count == len(head):
         for picture in itertools.chain(head, pictures):

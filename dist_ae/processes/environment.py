@@ -67,7 +67,13 @@ def use_cpu() -> bool:
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     if asked not in YES + NO:
         raise InputError(f"the environment variable ACCELERATE_USE_CPU is {asked!r}; expected true or false")
-    return asked in YES or not torch.accelerator.is_available()
+    return asked in YES or not torch.accelerator.is_available() or leaves_mps()
+
+
+def leaves_mps() -> bool:
+    """Whether a Mac's GPU is left alone: nobody asked for it, and nothing here was ever run on one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is not None and device.type == "mps" and not os.environ.get("ACCELERATE_USE_CPU")
 
 
 def check_environment() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, Protocol
@@ -23,10 +24,12 @@ from dist_ae.processes.environment import (
     explained_rendezvous,
     interface_to_main,
     launched_world,
+    leaves_mps,
     use_cpu,
     whole_number,
     without_accelerates_variables,
 )
+from dist_ae.terminal import rank, say
 
 PATIENCE = 3600.0  # seconds that processes wait for work of one of them that is alive
 PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -50,6 +53,9 @@ def check_device(config: Config) -> None:
         InputError: with the reason and what to use instead.
     """
     on_cpu = use_cpu()
+    if on_cpu and leaves_mps() and rank() == 0:
+        text = "note: on the CPU, since nothing was ever run on a Mac's GPU (MPS); ACCELERATE_USE_CPU=false takes that"
+        say(text, sys.stderr)
     here, gpus = whole_number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if not on_cpu and torch.cuda.is_available() and here > gpus:
         raise InputError(
