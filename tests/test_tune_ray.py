@@ -22,6 +22,7 @@ import pytest
 from conftest import REPOSITORY, environment, free_port
 
 import dist_ae
+import tune
 from dist_ae.config import InputError
 from dist_ae.models.weights import weights_sha256
 from dist_ae.run.checkpoint import OPTIMIZER, WEIGHTS
@@ -354,6 +355,14 @@ def test_one_and_two_workers_give_the_same_trials(cluster: Cluster, tmp_path: Pa
         for a, b in zip(first, second, strict=True):
             for name in ("val.mse", "val.denoised_psnr"):
                 assert a[name] == pytest.approx(b[name], rel=1e-9)
+    # Beside each other, nothing but the workers differs, and neither is ahead by anything that could be read.
+    single, double = tmp_path / "1" / "s", tmp_path / "2" / "s"
+    beside = tune.compare(single, double, page=tmp_path / "both.html")
+    assert beside.differs["--workers-per-trial"] == {str(single): "1", str(double): "2"}
+    assert set(beside.differs) == {"--workers-per-trial", "finished trials", "training steps", "seconds of trials"}
+    assert re.search(r"with one seed$", beside.sentences[0]) and len(beside.levels) == 1
+    values = [best.value for best in beside.levels[0].best.values()]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
 
 
 def test_a_killed_actor_a_wrong_trial_and_a_diverging_one(cluster: Cluster, tmp_path: Path) -> None:

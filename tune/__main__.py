@@ -17,9 +17,9 @@ from pydantic_core import to_jsonable_python
 from dist_ae import Config, InputError
 from dist_ae.sweeping import EXIT_STOPPED, Fault, install, say
 
-from .answer import Answer
+from .answer import Answer, Comparison
 from .confirm import MOST_SEEDS
-from .plan import Settings
+from .plan import Settings, check_name, read_sweep
 from .results import parse_selection
 from .spaces import OWN, Metric, Values, load_space, parse_overrides
 from .sweep import checked, start
@@ -56,11 +56,12 @@ def sweep(
     select: str = "best",
     name: str | None = None,
     resume: str | None = None,
+    compare: list[str] = [],  # noqa: B006
     confirm: int = 0,
     storage: Path = Path("runs/sweeps"),
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
     training: Annotated[Training, tyro.conf.arg(name="")] = {},  # noqa: B006
-) -> Answer:
+) -> Answer | Comparison:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
     Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial. A key that is given one
@@ -75,22 +76,25 @@ def sweep(
             best-under-SIZE (the best of codes up to SIZE).
         name: the sweep's folder under the storage, and its group in W&B; left out, the space and the time.
         resume: name of an interrupted sweep to go on with.
+        compare: sweeps to put beside each other, by name or folder, on one page; nothing is trained.
         confirm: train the leading trials with up to so many fresh seeds each, until the leader stands alone.
         storage: folder of sweeps; on a cluster, one that all nodes share.
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
         training: options of dist-ae train that hold for every trial.
     """
-    missing = [name for name in ("ray", "optuna", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"a sweep needs {' and '.join(missing)}, not installed here; this installs it: {install('tune')}"
-        )
+    overridden = flat(training)
+    if compare:
+        changed = settings.model_dump(exclude_defaults=True) | overridden
+        refuse(_given(which, space, metric, None, set, changed) | {"--resume": resume, "--confirm": confirm}, COMPARING)
+        return compared(compare, select, storage, name)
+    missing(("ray", "optuna", "jinja2"))
     selection = parse_selection(select)
     if confirm != 0 and not 2 <= confirm <= MOST_SEEDS:
         raise InputError(f"--confirm {confirm}: 2 to {MOST_SEEDS} seeds, since one alone says nothing about spread")
-    overrides = flat(training) | parse_overrides(set)
+    overrides = overridden | parse_overrides(set)
     if resume is not None:
-        refuse_on_resume(which, space, settings, metric, name, set, flat(training))
+        changed = settings.model_dump(exclude={"address", "max_concurrent", "budget"}, exclude_defaults=True)
+        refuse(_given(which, space, metric, name, set, changed | overridden), RESUMING)
         made = go_on(storage.resolve() / resume, settings, selection, confirm)
     else:
         chosen = load_space(which, space)
@@ -106,25 +110,57 @@ def sweep(
     return answer
 
 
-def refuse_on_resume(
-    which: str | None,
-    space: Path | None,
-    settings: Settings,
-    metric: str | None,
-    name: str | None,
-    set: list[str],
-    training: Values,
-) -> None:
-    """Raises InputError for what a sweep decided when it began; only an address and a limit may change."""
-    given = {"SPACE": which, "--space": space, "--metric": metric, "--name": name, "--set": set}
-    changed = settings.model_dump(exclude={"address", "max_concurrent", "budget"}, exclude_defaults=True)
-    given |= {f"--{key.replace('_', '-')}": value or "0" for key, value in (changed | training).items()}
+def compared(
+    sweeps: Sequence[str | Path],
+    select: str = "best",
+    storage: Path = Path("runs/sweeps"),
+    name: str | None = None,
+    page: str | Path | None = None,
+) -> Comparison:
+    """Puts sweeps beside each other. A name is that of a folder under the storage, or its path."""
+    missing(("jinja2",))
+    selection = parse_selection(select)
+    paths = [under if (under := storage / each).is_dir() else Path(each) for each in map(str, sweeps)]
+    for path, given in zip(paths, sweeps, strict=True):
+        read_sweep(path if path.is_dir() else storage / given)
+    from .beside import compare
+
+    name = name or "-".join(path.resolve().name for path in paths)[:100]
+    check_name(name)
+    return compare(
+        [path.resolve() for path in paths], selection, Path(page or paths[0].resolve().parent / f"{name}.html")
+    )
+
+
+def missing(names: Sequence[str]) -> None:
+    """Raises InputError where a library is not installed."""
+    lacking = [name for name in names if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise InputError(
+            f"a sweep needs {' and '.join(lacking)}, not installed here; this installs it: {install('tune')}"
+        )
+
+
+RESUMING = (
+    "--resume goes on with the sweep as it was begun; leave out {}. It takes --address, --max-concurrent, --budget, "
+    "--select and --confirm. For another search, begin another sweep"
+)
+COMPARING = "--compare trains nothing; leave out {}. It takes --select, --storage and --name"
+
+
+def _given(
+    which: str | None, space: Path | None, metric: str | None, name: str | None, set: list[str], others: Values
+) -> Values:
+    """What the command line gave, by option."""
+    named = {"SPACE": which, "--space": space, "--metric": metric, "--name": name, "--set": set}
+    return named | {f"--{key.replace('_', '-')}": value or "0" for key, value in others.items()}
+
+
+def refuse(given: Values, said: str) -> None:
+    """Raises InputError for options that say nothing in this use of the command."""
     wrong = [option for option, value in given.items() if value]
     if wrong:
-        raise InputError(
-            f"--resume goes on with the sweep as it was begun; leave out {', '.join(wrong)}. It takes --address, "
-            "--max-concurrent, --budget, --select and --confirm. For another search, begin another sweep"
-        )
+        raise InputError(said.format(", ".join(wrong)))
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Values:

@@ -199,3 +199,9 @@ def verdict(sweep: Sweep, rows: list[Row]) -> Verdict | None:
     common = min(len(found[name]) for name in still)
     said = f"{leader} is not distinguishable from {others} with {common} fresh seeds; {way}"
     return Verdict(by_id[chosen], said, standings)
+
+
+def chosen(sweep: Sweep, rows: list[Row], selection: Selection) -> tuple[Row | None, Verdict | None]:
+    """The answer of a sweep, and what fresh seeds say of it, where there are any."""
+    found = verdict(sweep, contenders(rows, selection, sweep))
+    return (found.row, found) if found else (select(rows, selection, sweep), None)

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from dist_ae import PRESETS
-from dist_ae.sweeping import Linear, say
+from dist_ae import PRESETS, Config
+from dist_ae.sweeping import Linear, say, write_atomically
 
 from .answer import Answer
-from .confirm import Standing, contenders, verdict
+from .confirm import Standing, chosen
 from .insight import LEAST, ends, importance
 from .plan import Sweep
 from .results import Row, Selection, front, number, results, select, table, write_best, write_table
@@ -56,15 +56,13 @@ LOOK: Any = {
 def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
     """Writes the three files, says where they are, and returns what is in them; None where no trial finished."""
     rows = results(sweep)
-    winner = select(rows, selection, sweep)
-    confirmed = verdict(sweep, contenders(rows, selection, sweep))
+    winner, confirmed = chosen(sweep, rows, selection)
     standings = confirmed.standings if confirmed else {}
     if confirmed:
-        winner = confirmed.row
         order = list(standings)
         rows = sorted(rows, key=lambda row: order.index(row.trial.id) if row.trial.id in standings else len(order))
-    linear = _linear(sweep, rows)
-    cells, pca = table(sweep, rows, standings), linear.errors(_denoises(sweep)) if linear else {}
+    linear = linear_codes(sweep, rows)
+    cells, pca = table(sweep, rows, standings), linear.errors(denoises(sweep)) if linear else {}
     write_table(sweep, cells)
     if winner is None and any(row.outcome.status == "finished" for row in rows):
         say(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
@@ -82,11 +80,11 @@ def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
         said += map(str, ends(sweep, winner, found))
         answer = _answer(sweep, winner, standings.get(winner.trial.id))
     with matplotlib.rc_context(LOOK):
-        drawn = [(heading, note, _drawn(figure)) for heading, note, figure in charts(sweep, rows, winner, pca)]
-    pictures, ranking = _pictures(sweep, winner, linear) if winner else [], _ranking(sweep, cells)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    page = template.render(
+        drawn = [(heading, note, as_uri(figure)) for heading, note, figure in charts(sweep, rows, winner, pca)]
+    pictures, ranking = pictures_of(sweep, winner, linear) if winner else [], _ranking(sweep, cells)
+    write_page(
+        sweep.path / "report.html",
+        "report.html.jinja",
         sweep=sweep,
         judged_by=METRICS[sweep.metric][1],
         counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
@@ -101,7 +99,6 @@ def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
         ranking=ranking,
         num_trials=len(rows),
     )
-    (sweep.path / "report.html").write_text(page, encoding="utf-8")
     if winner is None:
         return None
     write_best(sweep, winner)
@@ -126,6 +123,13 @@ def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
     )
 
 
+def write_page(path: Path, template: str, **parts: Any) -> None:
+    """Writes a page that loads nothing from elsewhere."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    write_atomically(path, environment.get_template(template).render(**parts).encode())
+
+
 def no_importance(rows: Sequence[Row]) -> str:
     """Why nothing is said about importance."""
     count = sum(row.outcome.status == "finished" for row in rows)
@@ -146,31 +150,38 @@ def errors(sweep: Sweep, rows: Sequence[Row], status: str = "finished") -> dict[
     """
     found = {}
     for row in rows:
-        value = row.outcome.metric("val.denoised_psnr" if _denoises(sweep) else "val.mse")
+        value = row.outcome.metric("val.denoised_psnr" if denoises(sweep) else "val.mse")
         if row.outcome.status == status and value is not None and math.isfinite(value):
-            found[row.trial.id] = 10 ** (-value / 10) if _denoises(sweep) else value
+            found[row.trial.id] = 10 ** (-value / 10) if denoises(sweep) else value
     return found
 
 
-def _denoises(sweep: Sweep) -> bool:
+def denoises(sweep: Sweep) -> bool:
+    """Whether a sweep is about denoised images."""
     return sweep.metric == "val.denoised_psnr"
 
 
-def _linear(sweep: Sweep, rows: Sequence[Row]) -> Linear | None:
+def linear_codes(sweep: Sweep, rows: Sequence[Row]) -> Linear | None:
     """The linear codes of the sizes that were tried."""
     base = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
     configs = [sweep.answer(row.trial) for row in rows if row.outcome.reports]
     return Linear(base, configs) if configs else None
 
 
-def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, float]) -> str:
+def linear_name(config: Config) -> str:
+    """What the linear codes are that a model stands beside."""
+    return "PCA" if config.model.architecture == "mlp" or config.model.code == "vector" else "PCA of patches"
+
+
+def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, float], name: str = "") -> str:
     """The answer beside PCA with as many numbers, in a line; a WARNING where it is worse."""
     config = sweep.answer(winner.trial)
-    said = f"{selection}: {winner.trial.preset} with a code of {winner.size}, {sweep.metric} {number(winner.value)}"
+    figure = f"{sweep.metric} {number(winner.value)}"
+    said = f"{name}{selection}: {winner.trial.preset} with a code of {winner.size}, {figure}"
     error, linear = errors(sweep, [winner], winner.outcome.status).get(winner.trial.id), pca.get(winner.size)
     if error is None or linear is None:
         return said
-    name = "PCA" if config.model.architecture == "mlp" or config.model.code == "vector" else "PCA of patches"
+    name = linear_name(config)
     what = "squared error" if winner.outcome.metric("val.r2") is None else "unexplained share of variance"
     if linear <= EXACT:
         return f"{said}. {name} with as many numbers is exact: a code of this size saves nothing"
@@ -199,7 +210,7 @@ def _answer(sweep: Sweep, winner: Row, standing: Standing | None) -> dict[str, s
     return facts
 
 
-def _pictures(sweep: Sweep, winner: Row, linear: Linear | None) -> list[tuple[str, str]]:
+def pictures_of(sweep: Sweep, winner: Row, linear: Linear | None) -> list[tuple[str, str]]:
     """(caption, data URI): the answer beside PCA, and samples of a variational model."""
     run_dir = sweep.run_dir(winner.trial)
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +219,7 @@ def _pictures(sweep: Sweep, winner: Row, linear: Linear | None) -> list[tuple[st
         what = "Validation images, what the answer makes of them, and what PCA does with a code of the same size."
         what = what if images else "r2 of each column: the answer's, and that of PCA with a code of the same size."
         made = []
-        if linear is not None and linear.picture(run_dir, _denoises(sweep), beside):
+        if linear is not None and linear.picture(run_dir, denoises(sweep), beside):
             made.append((what, _uri(beside.read_bytes())))
     samples = run_dir / "figures" / "samples.png"
     if samples.is_file():
@@ -248,7 +259,8 @@ def charts(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     return [chart for chart in made if chart is not None]
 
 
-def _drawn(figure: Figure) -> str:
+def as_uri(figure: Figure) -> str:
+    """A figure as a PNG within a page."""
     content = io.BytesIO()
     figure.savefig(content, format="png", pil_kwargs={"optimize": True})
     return _uri(content.getvalue())
@@ -259,13 +271,9 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
     shown = [row for row in rows if row.trial.id in error]
     if not shown:
         return None
-    # PCA with as many components as pixels is exact. On a logarithmic axis, that point would press all others flat.
-    pca = {size: value for size, value in sorted(pca.items()) if value > min(error.values()) / 10}
     best = front(rows, error)
-    line = [row.size for row in best], [error[row.trial.id] for row in best]
-    figure, (axes,) = _axes()
-    axes.plot(list(pca), list(pca.values()), "s--", color=PCA, markersize=3.5, linewidth=1.2, label="PCA")
-    axes.plot(*line, color=ACCENT, linewidth=1.8, label="Pareto front")
+    figure, axes, pca = size_axes({"PCA": pca}, min(error.values()))
+    axes.plot(*line_of(best, error), color=ACCENT, linewidth=1.8, label="Pareto front")
     for row in shown:
         size, alpha = (7, 1) if row in best else (5, 0.45)
         look = {**_look(row, None), "markersize": size, "alpha": alpha}
@@ -273,18 +281,47 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
         if row is winner:
             ring: Any = {"color": ACCENT, "markersize": 13, "fillstyle": "none", "markeredgewidth": 1}
             axes.plot(row.size, error[row.trial.id], "o", **ring)
-    axes.set(xlabel="code size", ylabel="squared error per pixel")
-    _log(axes, "x")
-    _log(axes, "y")
-    _legend(figure)
+    finish_sizes(figure)
     compared = [row for row in best if row.size in pca]
     below = [row for row in compared if error[row.trial.id] < pca[row.size]]
-    note = f"Error of the {'denoised images' if _denoises(sweep) else 'reconstructions'}, pixels on [0, 1]. "
-    note += "A larger code reconstructs better, all else equal: compare trials of one size. The ring is the answer. "
+    note = f"{size_note(sweep)} compare trials of one size. The ring is the answer. "
     if any(row.outcome.status == "stopped" for row in rows):
         note += "Trials that were stopped early are not shown. "
     note += f"Better than PCA at {len(below)} of {len(compared)} code sizes on the front." if compared else ""
     return "Code size against error", note, figure
+
+
+def size_axes(linear: dict[str, dict[int, float]], lowest: float) -> tuple[Figure, Axes, dict[int, float]]:
+    """Axes of code size against error, with linear codes by name and size; and those of them that are drawn."""
+    figure, (axes,) = _axes()
+    drawn: dict[int, float] = {}
+    for name, found in linear.items():
+        # PCA with as many components as pixels is exact. On a logarithmic axis, that point would press all others flat.
+        kept = {size: value for size, value in sorted(found.items()) if value > lowest / 10}
+        style: Any = {"markersize": 3.5, "linewidth": 1.2, "label": name}
+        axes.plot(list(kept), list(kept.values()), "s--" if name == "PCA" else "D:", color=PCA, **style)
+        drawn |= kept
+    return figure, axes, drawn
+
+
+def line_of(best: Sequence[Row], error: dict[str, float]) -> tuple[list[int], list[float]]:
+    """Sizes and errors of a front, to be drawn."""
+    return [row.size for row in best], [error[row.trial.id] for row in best]
+
+
+def finish_sizes(figure: Figure) -> None:
+    """Names and scales of axes of code size against error, once everything is drawn on them."""
+    (axes,) = figure.axes
+    axes.set(xlabel="code size", ylabel="squared error per pixel")
+    _log(axes, "x")
+    _log(axes, "y")
+    _legend(figure)
+
+
+def size_note(sweep: Sweep) -> str:
+    """What a picture of code size against error shows."""
+    what = "denoised images" if denoises(sweep) else "reconstructions"
+    return f"Error of the {what}, pixels on [0, 1]. A larger code reconstructs better, all else equal:"
 
 
 def _curves(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:

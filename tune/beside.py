@@ -1,0 +1,326 @@
+"""Sweeps of one question beside each other: which is better at which size of the code, and whether that is certain."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from dist_ae import PRESETS, Config, InputError
+from dist_ae.sweeping import say
+
+from .answer import Best, Comparison, Level, setting_rows
+from .confirm import again, chosen
+from .plan import Settings, Sweep, read_object, read_sweep, write_json
+from .report import (
+    COLORS,
+    LOOK,
+    as_uri,
+    denoises,
+    errors,
+    finish_sizes,
+    headline,
+    line_of,
+    linear_codes,
+    linear_name,
+    pictures_of,
+    size_axes,
+    size_note,
+    write_page,
+)
+from .results import Row, Selection, front, number, results
+from .spaces import METRICS
+from .sweep import resuming
+
+MOST = 8  # sweeps on one page
+TRAINING_ONLY = ("data.flip", "data.crops", "data.window")  # they change no validation image
+HOW = ("address", "max_concurrent")  # settings that change no answer
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the sweeps."""
+
+    name: str
+    sweep: Sweep
+    rows: list[Row]
+    winner: Row
+
+
+def compare(paths: Sequence[Path], selection: Selection, page: Path) -> Comparison:
+    """Writes a page and a JSON file about two sweeps or more, and returns what is in them.
+
+    Args:
+        paths: folders of sweeps, which may still be running.
+        page: where to write; the JSON file has the same name.
+
+    Raises:
+        InputError: they do not answer one question, or one has no answer yet; says what differs.
+    """
+    if not 2 <= len(paths) <= MOST or len({path.resolve() for path in paths}) < len(paths):
+        raise InputError(f"--compare takes 2 to {MOST} different sweeps")
+    sweeps = [read_sweep(path) for path in paths]
+    short = [sweep.name for sweep in sweeps]
+    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    _check_question(dict(zip(names, sweeps, strict=True)))
+    sides = []
+    for name, sweep in zip(names, sweeps, strict=True):
+        rows = results(sweep)
+        winner, _ = chosen(sweep, rows, selection)
+        if winner is None:
+            raise InputError(f"--compare {name}: no trial has finished there that --select {selection} could choose")
+        sides.append(_Side(name, sweep, rows, winner))
+    levels, differs = [*_levels(sides)], _differences(sides)
+    linear = {side.name: linear_codes(side.sweep, side.rows) for side in sides}
+    pca = {name: found.errors(denoises(sweeps[0])) if found else {} for name, found in linear.items()}
+    said = _sentences(levels, sides, selection)
+    said += [headline(side.sweep, selection, side.winner, pca[side.name], f"{side.name}, ") for side in sides]
+    sizes = [_size_row(level, sides) for level in levels]
+    picture = _fronts(sides, pca)
+    pictures = [
+        (side.name, caption, image)
+        for side in sides
+        for caption, image in pictures_of(side.sweep, side.winner, linear[side.name])
+    ]
+    write_page(
+        page,
+        "beside.html.jinja",
+        names=names,
+        metric=sweeps[0].metric,
+        judged_by=METRICS[sweeps[0].metric][1],
+        said=said,
+        note=f"{size_note(sweeps[0])} compare at one size. The rings are the answers.",
+        fronts=picture,
+        pictures=pictures,
+        sizes=sizes,
+        differs=setting_rows(differs),
+    )
+    answers = {
+        side.name: {"path": str(side.sweep.path), "trial": side.winner.trial.id, "size": side.winner.size}
+        | {"value": side.winner.value, "pca": pca[side.name].get(side.winner.size), "front": _front(side)}
+        for side in sides
+    }
+    written: dict[str, Any] = {"metric": sweeps[0].metric, "select": str(selection), "said": said, "sweeps": answers}
+    written["levels"] = [{**asdict(level), "verdict": level.verdict} for level in levels]
+    write_json(page.with_suffix(".json"), {**written, "differs": differs})
+    for line in said:
+        say(line)
+    say(f"{page}, {page.with_suffix('.json').name}")
+    return Comparison(page, said, levels, differs, sizes, picture)
+
+
+# -- one question
+
+
+def _configs(sweep: Sweep) -> Iterator[Config]:
+    return (PRESETS[preset].override(sweep.overrides) for preset in sweep.space.parts)
+
+
+def _check_question(sweeps: dict[str, Sweep]) -> None:
+    """Raises InputError unless all sweeps are judged by the same figure of the same validation images."""
+    (first, one), *others = sweeps.items()
+    for name, other in others:
+        for key in (asked := _question(one)) | (there := _question(other)):
+            if asked.get(key) != there.get(key):
+                both = f"{number(asked.get(key))} in {first} and {number(there.get(key))} in {name}"
+                raise InputError(f"--compare: {key} is {both}, so they do not answer one question")
+
+
+def _question(sweep: Sweep) -> dict[str, Any]:
+    """What decides which figure of which images a sweep is judged by."""
+    found: dict[str, Any] = {"metric": sweep.metric}
+    for config in _configs(sweep):
+        values = config.trajectory_values()
+        data = {key: value for key, value in values.items() if key.startswith("data.") and key not in TRAINING_ONLY}
+        contents = _fingerprints(sweep)
+        if contents:  # the same images may lie in another place
+            data |= {"data.name": "", "the content of the data": " and ".join(contents)}
+        found |= data
+        if denoises(sweep):
+            found["evaluation.noise_std"] = config.evaluation.noise_std
+        if sweep.metric == "val.neg_elbo":
+            found["objective.likelihood"] = config.objective.likelihood
+    return found
+
+
+def _fingerprints(sweep: Sweep) -> list[str]:
+    """What identifies the content of the data that a sweep's trials were trained on."""
+    kept = (read_object(sweep.run_dir(trial) / "config.json") or {} for trial in sweep.trials())
+    return sorted({str(each["trajectory"]["data.fingerprint"])[:12] for each in kept if each.get("trajectory")})
+
+
+# -- which is better
+
+
+def _levels(sides: Sequence[_Side]) -> Iterator[Level]:
+    """The sizes that two sweeps or more have finished trials of.
+
+    Where there is none, as between an MLP's codes and a convolution's grids, it is the sizes at which a sweep's best
+    with at most so many numbers changes.
+    """
+    fresh = {side.name: again(side.sweep) for side in sides}
+    good = {side.name: [row for row in side.rows if _is_good(row)] for side in sides}
+    had = Counter(size for rows in good.values() for size in {row.size for row in rows})
+    common = sorted(size for size, count in had.items() if count > 1)
+    before: dict[str, Best] = {}
+    for numbers in common or sorted(had):
+        found = {}
+        for side in sides:
+            rows = [row for row in good[side.name] if row.size == numbers or (not common and row.size < numbers)]
+            row, _ = chosen(side.sweep, rows, Selection("best"))
+            if row is not None:
+                losses = tuple(fresh[side.name].get(row.trial.id, ()))
+                losses = losses if len(losses) > 1 else (-side.sweep.sign * row.value,)
+                value = -side.sweep.sign * statistics.mean(losses)
+                found[side.name] = Best(row.trial.id, row.size, value, losses)
+        if len(found) > 1 and found != before:
+            order = sorted(found, key=lambda name: statistics.mean(found[name].losses))
+            behind = {name: _behind(found[name], found[order[0]]) for name in order[1:]}
+            yield Level(numbers, not common, {name: found[name] for name in order}, behind)
+            before = found
+
+
+def _is_good(row: Row) -> bool:
+    return row.outcome.status == "finished" and math.isfinite(row.value)
+
+
+def _behind(other: Best, leader: Best) -> tuple[float, float] | None:
+    """Welch's 95 % interval of by how much one is worse, the seeds of both being fresh; None without them."""
+    if not other.seeds or not leader.seeds:
+        return None
+    if not all(map(math.isfinite, (*other.losses, *leader.losses))):
+        return (math.inf, math.inf) if math.isfinite(sum(leader.losses)) else (-math.inf, math.inf)
+    from scipy.stats import ttest_ind
+
+    interval = ttest_ind(other.losses, leader.losses, equal_var=False).confidence_interval()
+    gap = statistics.mean(other.losses) - statistics.mean(leader.losses)
+    spread = math.isfinite(interval.low)  # without any, both are what they are
+    return (float(interval.low), float(interval.high)) if spread else (gap, gap)
+
+
+def _sentences(levels: Sequence[Level], sides: Sequence[_Side], selection: Selection) -> list[str]:
+    """A sentence for each run of sizes with one verdict."""
+    runs: list[list[Level]] = []
+    for level in levels:
+        same = runs and (runs[-1][0].leader, runs[-1][0].verdict) == (level.leader, level.verdict)
+        runs[-1].append(level) if same else runs.append([level])
+    said = []
+    for run in runs:
+        *others, last = [str(level.numbers) for level in run]
+        sizes = f"{', '.join(others)} and {last}" if others else last
+        most = "at most " if run[0].at_most else ""
+        parts = [_said(name, kind, run, sides[0].sweep) for name, kind in run[0].verdict.items()]
+        said.append(f"With {most}{sizes} numbers, {'; '.join(parts)}")
+    lacking = {name for level in levels for name, best in level.best.items() if not best.seeds}
+    if any("one seed" in level.verdict.values() for level in levels):
+        ways = [resuming(side.sweep, selection, 3) for side in sides if side.name in lacking]
+        way = f"fresh seeds of the answers can: {'; '.join(ways)}"
+        said.append(f"One seed cannot tell luck from a difference; {way}")
+    return said
+
+
+def _said(name: str, kind: str, run: Sequence[Level], sweep: Sweep) -> str:
+    """What a run of sizes says about the leader and another sweep."""
+    leader, gaps = run[0].leader, []
+    for level in run:
+        ours, theirs = level.best[leader].value, level.best[name].value
+        gaps.append(abs(theirs - ours) / (abs(theirs) or 1) if sweep.metric == "val.mse" else abs(theirs - ours))
+    shown = [f"{gap:.1%}" if sweep.metric == "val.mse" else number(gap) for gap in (min(gaps), max(gaps))]
+    by = shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
+    unit = {"val.denoised_psnr": " dB", "val.neg_elbo": " nats"}.get(sweep.metric, "")
+    if kind == "alike":
+        seeds = min(min(level.best[each].seeds for each in (leader, name)) for level in run)
+        return f"{leader} and {name} cannot be told apart with {seeds} fresh seeds"
+    if kind == "worse":
+        return f"{leader} is better than {name} by {by}{unit}, which its fresh seeds confirm"
+    if max(gaps) == 0:
+        return f"{leader} and {name} are equal, with one seed"
+    return f"{leader} is ahead of {name} by {by}{unit}, with one seed"
+
+
+def _size_row(level: Level, sides: Sequence[_Side]) -> dict[str, str]:
+    """A line of the table of sizes."""
+    cells = {"at most" if level.at_most else "numbers": str(level.numbers)}
+    for side in sides:
+        best = level.best.get(side.name)
+        if best is None:
+            cells[side.name] = "–"
+            continue
+        told = [f"{best.size} numbers"] if level.at_most else []
+        told += [f"{best.seeds} fresh seeds"] if best.seeds else []
+        cells[side.name] = number(best.value) + (f" ({', '.join(told)})" if told else "")
+    words = {"worse": "worse", "alike": "not distinguishable", "one seed": "behind, one seed"}
+    rest = "; ".join(f"{name} {words[kind]}" for name, kind in level.verdict.items())
+    return {**cells, "verdict": f"{level.leader} leads; {rest}"}
+
+
+# -- what differs
+
+
+def _differences(sides: Sequence[_Side]) -> dict[str, dict[str, str]]:
+    """Searched ranges, fixed settings and the way of searching that are not the same in all; and what each took."""
+    keys = [key for key, _ in Config().flat() if key not in ("name", "run_dir") and not key.startswith("tracking.")]
+    found = {"presets": {side.name: ", ".join(side.sweep.space.parts) for side in sides}}
+    found |= {key: {side.name: _told(side.sweep, key) for side in sides} for key in keys}
+    for key in Settings.model_fields:
+        if key not in HOW:
+            values = {side.name: number(getattr(side.sweep.settings, key)) for side in sides}
+            found[f"--{key.replace('_', '-')}"] = values
+    found = {key: values for key, values in found.items() if len(set(values.values())) > 1}
+    for what in ("finished trials", "training steps", "seconds of trials"):
+        found[what] = {side.name: f"{_taken(side, what):,.0f}" for side in sides}
+    return found
+
+
+def _told(sweep: Sweep, key: str) -> str:
+    """What a sweep does with a setting: what it searches, or the value that it keeps."""
+    texts = {}
+    for (preset, part), config in zip(sweep.space.parts.items(), _configs(sweep), strict=True):
+        values = f"{part[key].kind} {number(part[key].values)}" if key in part else number(dict(config.flat())[key])
+        texts[preset] = values
+    same = len(set(texts.values())) == 1
+    return next(iter(texts.values())) if same else "; ".join(f"{preset}: {text}" for preset, text in texts.items())
+
+
+def _taken(side: _Side, what: str) -> float:
+    if what == "finished trials":
+        return sum(row.outcome.status == "finished" for row in side.rows)
+    name = "step" if what == "training steps" else "seconds"
+    return float(sum(row.outcome.reports[-1].get(name, 0) for row in side.rows if row.outcome.reports))
+
+
+# -- the picture
+
+
+def _front(side: _Side) -> list[dict[str, Any]]:
+    """The Pareto front of a sweep: code size against squared error."""
+    error = errors(side.sweep, side.rows)
+    return [{"trial": row.trial.id, "size": row.size, "error": error[row.trial.id]} for row in front(side.rows, error)]
+
+
+def _fronts(sides: Sequence[_Side], pca: dict[str, dict[int, float]]) -> str:
+    """The fronts over each other, with the linear codes."""
+    linear: dict[str, dict[int, float]] = {}
+    for side in sides:
+        for config in map(side.sweep.answer, (row.trial for row in side.rows)):
+            linear.setdefault(linear_name(config), {}).update(pca[side.name])
+    error = {side.name: errors(side.sweep, side.rows) for side in sides}
+    with matplotlib.rc_context(LOOK):
+        figure, axes, _ = size_axes(linear, min(min(each.values(), default=math.inf) for each in error.values()))
+        for side, color in zip(sides, [*dict.fromkeys(COLORS.values()), "#0f766e", "#be185d", "#111827"], strict=False):
+            own = error[side.name]
+            for row in side.rows:
+                if row.trial.id in own:
+                    axes.plot(row.size, own[row.trial.id], "o", color=color, markersize=5, alpha=0.35)
+            axes.plot(*line_of(front(side.rows, own), own), "o-", color=color, linewidth=1.8, label=side.name)
+            if side.winner.trial.id in own:
+                ring: Any = {"color": color, "markersize": 13, "fillstyle": "none", "markeredgewidth": 1}
+                axes.plot(side.winner.size, own[side.winner.trial.id], "o", **ring)
+        finish_sizes(figure)
+        return as_uri(figure)
