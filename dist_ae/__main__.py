@@ -147,7 +147,7 @@ def pack(
     out: Annotated[Path, tyro.conf.Positional],
     image_size: int | str | None = None,
     fit: Literal["crop", "pad", "stretch", "whole"] = "crop",
-    channels: Literal["auto", "grey", "rgb"] = "auto",
+    channels: Literal["auto", "grey", "rgb", "rgba"] = "auto",
     background: str = "white",
     bits: Literal["auto", "8", "16"] = "auto",
     pages: Literal["first", "each", "volume"] = "first",
@@ -169,7 +169,7 @@ def pack(
         image_size: pixels that pictures get: one number for height and width, or HEIGHTxWIDTH such as 32x128; left
             out, they must all have one size.
         fit: how a picture gets its proportions: crop its middle, pad it, or stretch it; whole: it keeps its shape.
-        channels: colour; auto: grey where all pictures are, else rgb.
+        channels: colour; auto: grey where all pictures are, else rgb; rgba: transparency is a fourth channel.
         background: colour behind transparent and padded pictures, by name or #rrggbb.
         bits: of a value; auto: 16 where a picture of the set has more than 8, else 8.
         pages: of a TIFF of several pages: the first, a picture of each, or all as the depth of a volume.

@@ -108,6 +108,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         "model.record_shape": dataset.shape,
         "data.scale": dataset.scale,
         "data.columns": dataset.columns or None,
+        "data.channels": "rgba" if dataset.rgba else config.data.channels,
         "data.pages": "volume" if pictures and dataset.shape is not None else config.data.pages,
         "data.bits": {"uint8": "8", "uint16": "16"}.get(str(dataset.train.images.dtype), "auto")
         if pictures
@@ -169,7 +170,7 @@ def _refuse_early(config: Config) -> None:
     if config.data.image_size is not None and config.model.architecture != "own":
         size = config.data.size if config.data.crop is None else (config.data.crop, config.data.crop)
         assert size is not None
-        _check_memory(config, (3 if config.data.channels == "rgb" else 1, *size))
+        _check_memory(config, ({"rgb": 3, "rgba": 4}.get(config.data.channels or "", 1), *size))
 
 
 def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:

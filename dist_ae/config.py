@@ -111,8 +111,10 @@ class DataConfig(Section):
         gt=0,
         le=LONGEST,
     )
-    channels: Literal["auto", "grey", "rgb"] | None = trajectory(
-        None, "colour of pictures; auto, the default: grey where all of them are, else rgb"
+    channels: Literal["auto", "grey", "rgb", "rgba"] | None = trajectory(
+        None,
+        "colour of pictures; auto, the default: grey where all of them are, else rgb; rgba: transparency is a fourth "
+        "channel, and what is wholly transparent has the background's colour",
     )
     background: str | None = trajectory(
         None, "colour behind transparent and padded pictures, by name or #rrggbb; left out, white"
@@ -192,6 +194,8 @@ class DataConfig(Section):
                 f"image_size {self.image_size}: with {why} pictures keep their shape, and it is one number, the "
                 "shorter side"
             )
+        if self.channels == "rgba" and self.bits == "16":
+            raise ValueError("channels rgba has 8 bits; leave bits 16 out, or take channels rgb")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
             raise ValueError(f"fold {self.fold} is none of the folds, of which there are {self.folds or 'no'}")
         return self

@@ -328,6 +328,8 @@ class HeatMaps:
 
     @staticmethod
     def _pixels(image: Tensor) -> Any:
+        if len(image) == 4:  # colour and transparency, as it is seen on white
+            image = image[:3] * image[3:] + 1 - image[3:]
         bytes_ = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         return bytes_ if bytes_.shape[2] == 3 else np.repeat(bytes_[..., :1], 3, 2)
 

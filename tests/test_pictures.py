@@ -432,3 +432,67 @@ def test_a_choice_of_pictures_is_the_same_for_training_packing_and_looking(
         make_tar(root / "x.tar", 3)
         with pytest.raises(InputError, match=r"data\.include"):
             dist_ae.train(dist_ae.PRESETS["ae"].override(wanted))
+
+
+def see_through(index: int, side: int = 24) -> Image.Image:
+    """A piece of a photograph in a disc whose edge is half transparent, and nothing behind it but hidden noise."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    alpha = (255 * np.clip(side / 2 - 2 - np.hypot(y, x), 0, 1)).astype(np.uint8)
+    pixels = np.asarray(cut(index, side, side)).copy()
+    pixels[alpha == 0] = np.random.default_rng(index).integers(0, 256, (int((alpha == 0).sum()), 3), np.uint8)
+    return Image.fromarray(np.dstack([pixels, alpha]))
+
+
+def test_transparency_is_a_fourth_channel_where_it_is_asked_for_and_comes_out_again(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    for index in range(30):
+        see_through(index).save(root / f"{index:02}.png")
+    cut(77, 24, 24).save(root / "opaque.jpg")
+    see_through(78).quantize(64, method=Image.Quantize.FASTOCTREE).save(root / "palette.png")
+    form = Form(None, channels="rgba", background=(255, 0, 0))
+    original = np.asarray(see_through(5))
+    pixels = decode(str(root / "05.png"), form)
+    seen = original[..., 3] > 0
+    assert (pixels[3] == original[..., 3]).all() and (pixels[3] % 255 > 0).sum() > 0
+    assert (pixels[:3, seen] == original[seen, :3].T).all() and (pixels[:3, ~seen].T == (255, 0, 0)).all()
+    assert (decode(str(root / "opaque.jpg"), form)[3] == 255).all()
+    assert (decode(str(root / "palette.png"), form)[3] == 0).any()
+    tall = decode(str(root / "05.png"), form._replace(size=(48, 24), fit="pad"))
+    assert (tall[3, :12] == 0).all() and (tall[:3, 0, 0] == (255, 0, 0)).all()  # beside it there is nothing
+
+    done = cli("look", str(root), "--out", str(tmp_path / "look.html"))
+    assert "31 of 32 pictures are partly transparent" in done.stdout and "--data.channels rgba" in done.stdout
+    common = {"data.name": f"folder:{root}", "data.channels": "rgba", "data.cache": tmp_path / "cache"}
+    common |= {"tracking.wandb": "off", "train.batch_size": 8, "optim.warmup_steps": 0, "precision": "fp32"}
+    fixed = {"run_dir": tmp_path / "fixed", "model.latent_dim": 31, "train.steps": 1, "optim.lr": 1e-9}
+    run = dist_ae.train(dist_ae.PRESETS["ae"].override({**common, **fixed, "model.hidden_dims": (64,)})).run_dir
+    model = dist_ae.load(run)
+    assert model.model.image_shape == (4, 24, 24)
+    done = cli("reconstruct", str(run), "--images", str(root), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert {Image.open(path).mode for path in (tmp_path / "out").iterdir()} == {"RGBA"}
+    again = np.asarray(Image.open(tmp_path / "out" / "05.png"))  # as many numbers as pictures: PCA nearly draws them
+    assert np.abs(again[..., 3].astype(int) - original[..., 3]).mean() < 8
+    for words in (
+        ["explore", "--images", str(root)],
+        ["score", "--images", str(root), "--maps", str(tmp_path / "maps")],
+    ):
+        done = cli(words[0], str(run), *words[1:])
+        assert done.returncode == 0, done.stderr
+
+    own = {"run_dir": tmp_path / "own", "data.crop": 16, "train.steps": 2, "model.widths": (4, 8)}
+    run = dist_ae.train(dist_ae.PRESETS["conv-denoising"].override({**common, **own})).run_dir
+    see_through(3, 40).save(tmp_path / "one.png")
+    for out, ok in (("own.png", True), ("own.webp", True), ("own.jpg", False)):
+        done = cli("denoise", str(run), "--images", str(tmp_path / "one.png"), "--out", str(tmp_path / out))
+        assert (done.returncode == 0) == ok and "Traceback" not in done.stderr, done.stderr
+        if ok:
+            assert (Image.open(tmp_path / out).mode, Image.open(tmp_path / out).size) == ("RGBA", (40, 40))
+    with pytest.raises(InputError, match="channels rgba has 8 bits"):
+        DataConfig(channels="rgba", bits="16")
+    done = cli("pack", str(root), str(tmp_path / "packed"), "--channels", "rgba")
+    assert done.returncode == 0, done.stderr
+    packed = {**common, **fixed, "data.name": str(tmp_path / "packed"), "data.channels": None}
+    run = dist_ae.train(dist_ae.PRESETS["ae"].override({**packed, "run_dir": tmp_path / "of-packed"})).run_dir
+    assert dist_ae.load(run).reconstruct(tmp_path / "one.png").shape == (1, 4, 24, 24)

@@ -32,6 +32,7 @@ class Facts(NamedTuple):
     high: float
     digest: int  # of the file's bytes: 64 bits of BLAKE2
     small: bytes  # SIDE × (SIDE + 1) grey levels
+    clear: bool = False  # some of it is transparent; not kept with packed sets
 
 
 RECORD = np.dtype(

@@ -30,6 +30,7 @@ from dist_ae.data.pictures import (
     PREFIXES,
     Form,
     Picture,
+    colour_of,
     examined,
     expand,
     form_of,
@@ -185,9 +186,10 @@ def arranged(images: Array, shapes: Shapes) -> Array:
 
 def _form(config: DataConfig, shapes: Shapes) -> Form:
     channels, (height, width) = shapes.image[0], (shapes.outside or shapes.image)[-2:]
-    if channels not in (1, 3) or (shapes.outside is not None) != (config.pages == "volume"):
+    colour = colour_of(config, channels)
+    if colour is None or (shapes.outside is not None) != (config.pages == "volume"):
         raise InputError(f"pictures are grey or in colour, and {_expected(shapes)}; give an array")
-    form = form_of(config, "grey" if channels == 1 else "rgb", (height, width))
+    form = form_of(config, colour, (height, width))
     # Where the model takes numbers as they are stored, they must be of as many bits as those that it was trained on.
     return form._replace(bits="8") if shapes.units is not None and config.bits != "16" else form
 

@@ -118,8 +118,10 @@ def _pictures(name: str, config: DataConfig) -> Found:
         "pages": sum(several),
     }
     pages = of_pages(len(several), sum(several))
+    figures["transparent"] = sum(each.clear for each in facts)
     figures["remarks"] = [
         *_of_ignored(figures),
+        *_of_transparent(figures, config),
         *([pages] if pages else []),
         *source.notes,
         *remarks(figures),
@@ -166,6 +168,15 @@ def _of_ignored(figures: dict[str, Any]) -> list[str]:
         count = f"{figures['unreadable']:,} picture{'s' if figures['unreadable'] > 1 else ''}"
         found.append(f"{count} cannot be read ({first}); --data.corrupt skip leaves them out")
     return found
+
+
+def _of_transparent(figures: dict[str, Any], config: DataConfig) -> list[str]:
+    if not figures["transparent"]:
+        return []
+    return [
+        f"{figures['transparent']:,} of {figures['pictures']:,} pictures are partly transparent, and get the colour "
+        f"{config.background or 'white'} there; --data.channels rgba keeps transparency as a fourth channel"
+    ]
 
 
 def _of_classes(labels: Counter[str]) -> list[str]:

@@ -227,11 +227,11 @@ def _write_all(
     source: Source, partial: Path, done: Manifest, wanted: Manifest, config: DataConfig, what: str, check: Check
 ) -> Manifest:
     """Writes the shards; where all pictures seemed grey, or of 8 bits, and one is not, writes them again."""
-    guess = (config.channels or "auto") == "auto"
+    guess, rgba = (config.channels or "auto") == "auto", config.channels == "rgba"
     colour = config.channels == "rgb" or (done.image_shape is not None and done.image_shape[0] == 3)
     if config.bits == "16":
         done.dtype = "uint16"
-    if done.image_shape is None and (guess or config.bits == "auto"):
+    if done.image_shape is None and not rgba and (guess or config.bits == "auto"):
         # Most sets are all grey or all in colour, so the first pictures tell. A wrong guess costs what was packed until
         # the first picture in colour, or of 16 bits.
         contents = [picture.content for picture in some(source.pictures(), INLINE)]
@@ -240,7 +240,8 @@ def _write_all(
         if any(isinstance(image, np.ndarray) and image.dtype == np.uint16 for image in first):
             done.dtype = "uint16"
     while True:
-        form = form_of(config, "rgb" if colour else "grey", colour_is_news=guess and not colour)
+        kind = "rgba" if rgba else "rgb" if colour else "grey"
+        form = form_of(config, kind, colour_is_news=guess and not colour)
         try:
             return _write_shards(source, partial, done, form, config, what, check)
         except _AllAnew as met:

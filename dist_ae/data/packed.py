@@ -287,7 +287,8 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     train, val, *test = (Split(whole, all_labels[side] if labelled else None, side) for side in rows)
     bounds = np.searchsorted(rows[0], np.cumsum([0, *(len(each) for each in keys)]))
     counts = np.diff(bounds).tolist()
-    looked = read_manifest(folders[0]).looked if len(folders) == 1 else {}
+    first = read_manifest(folders[0])
+    looked = first.looked if len(folders) == 1 else {}
     filled = tuple(count for count in counts if count)
     return Dataset(
         name,
@@ -298,6 +299,7 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
         tuple(classes),
         shape=volume,
         looked=looked,
+        rgba=first.settings.get("channels") == "rgba",
         test=test[0] if test else None,
     )
 

@@ -568,7 +568,7 @@ class Form(NamedTuple):
 
     size: tuple[int, int] | None  # height, width; None: as it is
     fit: str = "crop"
-    channels: str = "rgb"  # or grey
+    channels: str = "rgb"  # or grey, or rgba
     background: tuple[int, int, int] = (255, 255, 255)
     colour_is_news: bool = False  # a picture in colour is reported rather than made grey
     bits: str = "8"  # 16; auto: 16 of a picture that has more than 8, else 8
@@ -601,8 +601,16 @@ def form_of(
         size = config.size
     elif fit == "whole" and size is not None:  # a use, at the model's size
         fit = "crop"
-    volume = config.pages == "volume"
-    return Form(size, fit, channels, background, colour_is_news, config.bits, volume)
+    volume, bits = config.pages == "volume", "8" if channels == "rgba" else config.bits
+    return Form(size, fit, channels, background, colour_is_news, bits, volume)
+
+
+def colour_of(config: DataConfig, channels: int) -> str | None:
+    """The colour of pictures that a model of so many channels takes; None where it takes none.
+
+    A fourth channel is transparency only where the run says so.
+    """
+    return {1: "grey", 3: "rgb", 4: "rgba" if config.channels == "rgba" else None}.get(channels)
 
 
 def decode(content: Content, form: Form) -> Array:
@@ -622,12 +630,14 @@ def examined(content: Content, form: Form) -> tuple[Array, Facts]:
     with _opened(content) as image:
         mode, kind = image.mode, image.format or ""
         pixels, (width, height) = _shaped(image, form, content)
-        values = np.asarray(image) if mode.startswith(DEEP) and not form.volume else pixels
+        clear = _is_clear(image)
+        values = np.asarray(image) if mode.startswith(DEEP) and not form.volume else pixels[:3]
     whole = isinstance(content, str | bytes | np.ndarray)  # a page is known by its pixels: its file may be large
     digest = digest_of(content if whole else pixels if isinstance(content, Page) else np.asarray(content))
-    seen = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels
+    seen = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels[:3]  # not the transparency
     seen = seen if seen.dtype == np.uint8 else deep.narrowed(seen)
-    return pixels, Facts(width, height, mode, kind, float(values.min()), float(values.max()), digest, small_copy(seen))
+    low, high = float(values.min()), float(values.max())
+    return pixels, Facts(width, height, mode, kind, low, high, digest, small_copy(seen), clear)
 
 
 def _in_memory(content: Content) -> Content:
@@ -718,8 +728,12 @@ def _formed_flat(image: Image.Image, form: Form) -> Array:
         extent = drafted and drafted[1][2:]  # without the rest of the last blocks
     image.load()
     orientation = _orientation(image)
-    image = _flat(image, "L" if form.channels == "grey" else "RGB", form.background)
+    image = _flat(image, {"grey": "L", "rgb": "RGB", "rgba": "RGBA"}[form.channels], form.background)
     behind = Image.new("RGB", (1, 1), form.background).convert(image.mode).getpixel((0, 0))
+    if form.channels == "rgba":
+        pixels = np.array(_upright(image, form, orientation, (*form.background, 0), extent))
+        pixels[pixels[..., 3] == 0, :3] = form.background  # what a file says there is never seen
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
     pixels = np.asarray(_upright(image, form, orientation, behind, extent))
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -768,6 +782,14 @@ ORIENTATIONS = {  # EXIF's, and what brings a picture upright
 SIDEWAYS = (5, 6, 7, 8)
 
 
+def _is_clear(image: Image.Image) -> bool:
+    """Whether some of a picture that is loaded is transparent."""
+    if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
+        image = image.convert("RGBA")
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
+    return has_alpha and bool((np.asarray(image.getchannel(len(image.getbands()) - 1)) < 255).any())
+
+
 def _has_colour(image: Image.Image) -> bool:
     if image.mode == "P":
         palette = np.frombuffer(bytes(image.getpalette("RGB") or b""), np.uint8).reshape(-1, 3)
@@ -776,19 +798,26 @@ def _has_colour(image: Image.Image) -> bool:
 
 
 def _flat(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
-    """8 bits a channel, nothing transparent."""
+    """8 bits a channel, nothing transparent unless the mode is RGBA."""
     if image.mode == "F" or image.mode.startswith("I"):
         clear = image.info.get("transparency")  # of a PNG: the one value that is not seen
         seen = None if not isinstance(clear, int) else np.asarray(image) != clear
         image = Image.fromarray(deep.narrowed(deep.grey_of(image)))
         if seen is not None and not seen.all():
+            mask = Image.fromarray((seen * 255).astype(np.uint8))
+            if mode == "RGBA":
+                image = image.convert("RGBA")
+                image.putalpha(mask)
+                return image
             behind = Image.new("RGB", image.size, background)
-            behind.paste(image.convert("RGB"), mask=Image.fromarray((seen * 255).astype(np.uint8)))
+            behind.paste(image.convert("RGB"), mask=mask)
             image = behind
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
         front = image.convert("RGBA")
+        if mode == "RGBA":
+            return front
         image = Image.alpha_composite(Image.new("RGBA", front.size, (*background, 255)), front).convert("RGB")
     elif image.mode not in ("L", "RGB", "1"):
         image = image.convert("RGB")

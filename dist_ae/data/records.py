@@ -166,6 +166,7 @@ class Dataset:
     columns: tuple[str, ...] = ()  # names of the columns of a table
     scale: Literal["auto", "none", "standard", "range"] = "none"  # never auto: what that stood for
     looked: Mapping[str, Any] = field(default_factory=dict)  # of pictures: what was found in them (``facts.summary``)
+    rgba: bool = False  # the fourth channel is transparency
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -255,7 +255,7 @@ def _tiled(images: Tensor, columns: int) -> Array:
 
 
 def _data_uri(picture: Array, kind: str, quality: int = 80) -> str:
-    if picture.shape[2] not in (1, 3):  # neither grey nor colour: its first channel
+    if picture.shape[2] not in (1, 3, 4):  # neither grey nor colour, transparent or not: its first channel
         picture = picture[..., :1]
     file = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(file, kind, quality=quality)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_ae.config import InputError
 from dist_ae.data.given import Given, blocks, file_names, floats
-from dist_ae.data.pictures import shown
+from dist_ae.data.pictures import colour_of, shown
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Array
 from dist_ae.evaluate import fixed_noise
@@ -30,7 +30,8 @@ def forms(trained: TrainedModel, name: str, out: Path | None) -> tuple[str, tupl
     """
     shape, channels = trained.config.model.record_shape, trained.model.image_shape[0]
     if shape is None:
-        reason = "" if channels in (1, 3) else f"the model's images have {channels} channels"
+        is_colour = colour_of(trained.config.data, channels) is not None
+        reason = "" if is_colour else f"the model's images have {channels} channels"
         if not reason and trained.model.units_scale is not None and trained.config.data.bits == "auto":
             reason = "the model's images have units of their own"  # those of pictures are the numbers of their files
         if reason and out is not None and not out.suffix:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.crops import Crops
 from dist_ae.data.given import Given, blocks, floats, picked
-from dist_ae.data.pictures import Picture, decode, form_of, reason, shown
+from dist_ae.data.pictures import Picture, colour_of, decode, form_of, reason, shown
 from dist_ae.data.records import Array, Split, Whole, at_once
 from dist_ae.quality import structural_similarity
 from dist_ae.scores import Calibration, score_images
@@ -82,7 +82,7 @@ class AtOwnSize:
         self.records = Given(Split(np.empty((len(pictures), 0))), [picture.name for picture in pictures])
         self.masks = trained.config.data.model_copy(update={"crop": None, "fit": "stretch"})
         channels, self._side, _ = trained.model.image_shape
-        self._form = form_of(trained.config.data, "grey" if channels == 1 else "rgb")
+        self._form = form_of(trained.config.data, colour_of(trained.config.data, channels) or "rgb")
         self._oddest: list[int] = []  # the square of each picture that gave its score
 
     def _open(self, number: int) -> Array:

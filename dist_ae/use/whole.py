@@ -25,6 +25,7 @@ from dist_ae.data.pictures import (
     PREFIXES,
     Content,
     Picture,
+    colour_of,
     decode,
     expand,
     form_of,
@@ -167,9 +168,9 @@ class Kept(NamedTuple):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                exif, bands = image.getexif(), len(image.getbands())
+                exif, modes = image.getexif(), ("RGB", "RGBA") if channels > 1 else ("L", "LA", "I", "I;16", "F")
                 exif.pop(ORIENTATION, None)  # the pixels are upright now
-                profile = image.info.get("icc_profile") if bands in (channels, channels + 1) else None
+                profile = image.info.get("icc_profile") if image.mode in modes else None
                 return cls(exif, profile)
 
 
@@ -206,7 +207,7 @@ def write_whole_pictures(
 ) -> Path:
     """Writes what the model makes of pictures at their own size: into a folder, or a single one to a file."""
     model, config = trained.model, trained.config.data.model_copy(update={"image_size": None})
-    form = form_of(config, "grey" if model.image_shape[0] == 1 else "rgb")
+    form = form_of(config, colour_of(config, model.image_shape[0]) or "rgb")
     endings = (".tif", ".tiff")
     names = file_names(Given(Split(np.empty((len(pictures), 0))), [picture.name for picture in pictures]), endings)
 
@@ -268,7 +269,7 @@ def own_size(
             raise InputError("--size own is about pictures; name some")
         return None
     channels = trained.model.image_shape[0]
-    if trained.config.model.record_shape is not None or channels not in (1, 3):
+    if trained.config.model.record_shape is not None or colour_of(trained.config.data, channels) is None:
         raise InputError("--size own is about pictures in grey or colour, and the run was trained on none")
     try:
         pictures, single = pictures_of(images, trained.config.data)
@@ -276,7 +277,9 @@ def own_size(
         if size == "own":
             raise
         return None  # arrays and packed sets have the model's size
-    endings = ONE if single else ("",)
+    endings: tuple[str, ...] = ONE if single else ("",)
+    if channels == 4:  # JPEG has no transparency
+        endings = tuple(each for each in endings if each not in (".jpg", ".jpeg"))
     if size is None and out is not None and out.suffix and out.suffix not in endings:
         return None  # one file of many pictures
     return pictures, endings
