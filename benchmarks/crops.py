@@ -1,9 +1,10 @@
 """What random crops and flips cost a step: beside the same images cut once, in one process, in turns.
 
-    python -m benchmarks.crops [--turns 15] [--data folder:~/Pictures]
+    python -m benchmarks.crops [--turns 15] [--data folder:~/Pictures] [--encoded]
 
 Both learners are `conv` on 64 × 64 pixels in colour; one takes crops of whole pictures, mirrored or not, the other a
-.npy file of such crops. A turn is ten steps; the ratio is of neighbouring turns.
+.npy file of such crops. With `--encoded` the first decodes the files in every step, and the other finds their pixels
+packed. A turn is ten steps; the ratio is of neighbouring turns.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--data", default="photos")
+    parser.add_argument("--encoded", action="store_true", help="of a folder: files that stay encoded, beside pixels")
     arguments = parser.parse_args()
-    crops = {"data.name": arguments.data, "data.crop": 64, "data.flip": True}
+    crops: dict[str, Any] = {"data.name": arguments.data, "data.crop": 64, "data.flip": True}
     with tempfile.TemporaryDirectory() as folder:
         split = sources.load(dist_ae.PRESETS["conv"].override(crops).data).val
         np.save(f"{folder}/cut.npy", split.images.take(split.rows))
         cut = {"data.name": f"array:{folder}/cut.npy"}
-        both = [learner(each, Path(folder) / name) for name, each in (("crops", crops), ("cut", cut))]
+        pair = (("encoded", {**crops, "data.budget": 1e-9}), ("crops", crops)) if arguments.encoded else None
+        both = [learner(each, Path(folder) / name) for name, each in pair or (("crops", crops), ("cut", cut))]
         ratios, step = [], 0
         for turn in range(arguments.turns + 1):
             spent = []
@@ -57,9 +60,8 @@ def main() -> None:
             if turn:  # the first one warms up
                 ratios.append(spent[0] / spent[1])
     least, most = min(ratios), max(ratios)
-    print(
-        f"a step on random crops : on images that are cut: {statistics.median(ratios):.3f} ({least:.3f} - {most:.3f})"
-    )
+    what = "crops of encoded files : of pixels" if arguments.encoded else "random crops : on images that are cut"
+    print(f"a step on {what}: {statistics.median(ratios):.3f} ({least:.3f} - {most:.3f})")
 
 
 if __name__ == "__main__":

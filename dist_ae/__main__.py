@@ -158,6 +158,7 @@ def pack(
     links: Literal["inside", "follow"] = "inside",
     each: Literal["record", "records"] | None = None,
     group: str | None = None,
+    budget: float | None = None,
 ) -> None:
     """Packs pictures, a table or arrays into a folder that `train --data.name packed:OUT` reads, here or elsewhere.
 
@@ -180,6 +181,7 @@ def pack(
         links: follow takes pictures that links of a folder lead to, wherever they lie.
         each: what each .npy of a folder is: one record, or an array of records.
         group: regular expression on the names of pictures; those with the same match are on one side of the split.
+        budget: with fit whole, GB of pixels beyond which the set keeps the files' own bytes.
     """
     from dist_ae.config import DataConfig
     from dist_ae.data.array_files import pack_numbers
@@ -200,6 +202,7 @@ def pack(
         include=include,
         links=links,
         group=group,
+        budget=budget,
     )
     numbers = pack_numbers(source, out, config, each)
     if numbers is not None:

@@ -111,6 +111,13 @@ class DataConfig(Section):
         gt=0,
         le=LONGEST,
     )
+    budget: float | None = trajectory(
+        None,
+        "with data.crop, GB of pixels beyond which a set is packed as the bytes of its files, which are decoded where "
+        "they are read; left out, it is packed as pixels",
+        gt=0,
+        le=1e9,
+    )
     channels: Literal["auto", "grey", "rgb", "rgba"] | None = trajectory(
         None,
         "colour of pictures; auto, the default: grey where all of them are, else rgb; rgba: transparency is a fourth "
@@ -196,6 +203,8 @@ class DataConfig(Section):
             )
         if self.channels == "rgba" and self.bits == "16":
             raise ValueError("channels rgba has 8 bits; leave bits 16 out, or take channels rgb")
+        if self.budget is not None and (self.pages != "first" or (self.fit or (self.crop and "whole")) != "whole"):
+            raise ValueError("budget keeps whole files: it goes with crop (or fit whole), and with pages first")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
             raise ValueError(f"fold {self.fold} is none of the folds, of which there are {self.folds or 'no'}")
         return self

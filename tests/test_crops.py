@@ -17,6 +17,7 @@ import dist_ae
 from dist_ae import PRESETS, Config
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.crops import Crops, placed
+from dist_ae.data.encoded import Encoded
 from dist_ae.data.pack import pack_source
 from dist_ae.data.packed import examine_packed
 from dist_ae.data.records import Split, Whole, span
@@ -163,3 +164,69 @@ def test_whole_pictures_of_any_sizes_are_packed_once_and_crops_are_cut_where_the
     (out / "sizes-00000.npy").write_bytes((out / "sizes-00000.npy").read_bytes()[:-8] + b"\xff" * 8)
     with pytest.raises(InputError, match=r"sizes-00000\.npy"):
         load(DataConfig(name=f"packed:{out}", crop=16))
+
+
+def test_a_set_beyond_its_budget_keeps_its_files_and_gives_the_same_crops_and_the_same_run(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90°
+    for number, picture in enumerate(PICTURES):
+        image = Image.fromarray(picture.transpose(1, 2, 0)[: 30 + number])
+        kind = ("jpg", "png", "webp", "tif")[number % 4]
+        image.save(folder / f"{number:02}.{kind}", exif=exif if number % 3 == 0 else Image.Exif())
+    name, cache = f"folder:{folder}", tmp_path / "cache"
+    data = {"data.name": name, "data.cache": cache, "data.val_fraction": 0.3, "precision": "fp32"}
+    results, sets = [], []
+    for budget in (None, 1e-6):
+        config = experiment(tmp_path / str(budget), **data, **{"data.budget": budget})
+        results.append(dist_ae.train(config).weights_sha256)
+        sets.append(load(config.data))
+    assert results[0] == results[1]
+    two = experiment(tmp_path / "two", **data, **{"data.budget": 1e-6})
+
+    def train(rank: int) -> None:
+        dist_ae.train(two)
+
+    assert forked(2, train, tmp_path / "log") == [0, 0]
+    assert relative_difference(weights(tmp_path / "two"), weights(tmp_path / "None")) < 1e-3  # float32's
+    pixels, encoded = (each.train.images for each in sets)
+    assert isinstance(pixels, Crops) and isinstance(encoded, Crops)
+    assert isinstance(pixels.pictures, Whole) and isinstance(encoded.pictures, Encoded)
+    assert encoded.pictures.nbytes == sum(path.stat().st_size for path in folder.iterdir())
+    rows = (np.repeat(np.arange(len(PICTURES)), 5) << 33) + RANDOM.integers(0, 2**33, 5 * len(PICTURES))
+    assert np.array_equal(pixels.take(rows), encoded.take(rows))
+    # By hand, in several shards, of 16 bits, to a common shorter side.
+    deep = Image.fromarray(PICTURES[0, 0].astype(np.uint16) * 257 + 5)
+    deep.save(folder / "deep.png")
+    for budget in (None, 1e-6):
+        out = tmp_path / f"out-{budget}"
+        packed = DataConfig(name=name, fit="whole", image_size=24, budget=budget)
+        manifest = pack_source(name, out, packed, shard_bytes=20_000)
+        assert len(manifest.shards) > 2 and all(whole for whole, _ in examine_packed(out))
+        sets.append(load(DataConfig(name=f"packed:{out}", crop=16)))
+    pixels, encoded = (each.train.images for each in sets[2:])
+    assert isinstance(pixels, Crops) and isinstance(encoded, Crops) and encoded.dtype == np.uint16
+    assert np.array_equal(pixels.take(rows), encoded.take(rows))
+
+
+def test_a_set_that_keeps_its_files_says_what_is_wrong_with_them(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, picture in enumerate(PICTURES[:6]):
+        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{number}.png")
+    config = DataConfig(name=f"folder:{folder}", crop=16, budget=1e-6, cache=tmp_path / "cache", val_fraction=0.3)
+    crops = load(config).train.images
+    assert isinstance(crops, Crops) and isinstance(crops.pictures, Encoded)
+    place = crops.pictures.parts[0]
+    broken = np.array(place)
+    broken[len(broken) // 12 : len(broken) // 6] = 0
+    crops.pictures.parts = [broken]
+    with pytest.raises(InputError, match="picture 0 of the packed set cannot be decoded"):
+        crops.take(np.zeros(1, np.int64))
+    (packed,) = (tmp_path / "cache" / "packed").iterdir()
+    np.save(packed / "ends-00000.npy", np.arange(6)[::-1].copy())
+    with pytest.raises(InputError, match=r"ends-00000\.npy: damaged"):
+        load(config)
+    with pytest.raises(InputError, match="budget keeps whole files"):
+        DataConfig(name=f"folder:{folder}", budget=1.0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.encoded import Encoded
 from dist_ae.data.records import Array, Dataset, Shards, Split, Whole, is_mapped, read_ahead
 from dist_ae.draws import philox
 from dist_ae.draws.keyed import stream_key
@@ -25,13 +27,13 @@ class Crops:
     room in 65,536ths. So a place is drawn with 16 bits each, and a row of a split can be any crop.
     """
 
-    def __init__(self, pictures: Array | Shards | Whole, size: int) -> None:
+    def __init__(self, pictures: Array | Shards | Whole | Encoded, size: int) -> None:
         self.pictures, self.size = pictures, size
-        channels = pictures.channels if isinstance(pictures, Whole) else pictures.shape[1]
+        channels = pictures.channels if isinstance(pictures, Whole | Encoded) else pictures.shape[1]
         self.shape: tuple[int, ...] = (len(pictures), channels, size, size)
         self.dtype = pictures.dtype
         self.nbytes = len(pictures) * channels * size * size * self.dtype.itemsize
-        if isinstance(pictures, Whole):
+        if isinstance(pictures, Whole | Encoded):
             self.sizes, parts = pictures.sizes, pictures.parts
             self.mapped = any(is_mapped(part) for part in parts)
         else:
@@ -50,10 +52,22 @@ class Crops:
         picture, mirrored = rows >> 33, rows >> 32 & 1
         room = self.sizes[picture] - self.size + 1
         y, x = (rows >> 16 & 0xFFFF) * room[:, 0] >> 16, (rows & 0xFFFF) * room[:, 1] >> 16
-        places = zip(picture.tolist(), y.tolist(), x.tolist(), mirrored.tolist(), strict=True)
-        for out, (number, top, left, flip) in zip(result, places, strict=True):
-            found = self.picture(number)[:, top : top + self.size, left : left + self.size]
-            out[:] = found[:, :, ::-1] if flip else found
+        places = list(zip(picture.tolist(), y.tolist(), x.tolist(), mirrored.tolist(), strict=True))
+
+        def cut(crops: Sequence[int]) -> None:
+            """Crops of one picture, by their places in the result."""
+            whole = self.picture(places[crops[0]][0])
+            for number in crops:
+                _, top, left, flip = places[number]
+                found = whole[:, top : top + self.size, left : left + self.size]
+                result[number] = found[:, :, ::-1] if flip else found
+
+        if isinstance(self.pictures, Encoded):  # each picture is decoded once
+            order = np.argsort(picture, kind="stable")
+            self.pictures.work(cut, np.split(order, np.flatnonzero(np.diff(picture[order])) + 1) if len(rows) else [])
+        else:
+            for number in range(len(places)):
+                cut((number,))
         return result
 
     def picture(self, number: int) -> Array:
@@ -65,7 +79,7 @@ class Crops:
 
     def read_ahead(self, rows: Array) -> None:
         """Asks the system for the pictures of these crops, where they have one size."""
-        if not isinstance(self.pictures, Whole):
+        if not isinstance(self.pictures, Whole | Encoded):
             read_ahead(self.pictures, np.unique(rows >> 33))
 
     def tiles(self, number: int, stride: int | None = None) -> Array:
@@ -126,7 +140,7 @@ def _of_split(split: Split, size: int, most: int, exactly: bool) -> tuple[Split,
         most: crops of one picture.
         exactly: where there are fewer, they stand in the split several times, so that an epoch takes as many.
     """
-    assert isinstance(split.images, np.ndarray | Shards | Whole)
+    assert isinstance(split.images, np.ndarray | Shards | Whole | Encoded)
     crops = Crops(split.images, size)
     pictures = np.arange(len(split.images)) if split.rows is None else split.rows
     large = crops.sizes[pictures].min(1) >= size

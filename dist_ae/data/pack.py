@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -46,7 +46,7 @@ from dist_ae.data.packed import (
     settings_of,
     sha256_of,
 )
-from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, form_of, open_source, paged, shown
+from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, fit_of, form_of, open_source, paged, shown
 from dist_ae.data.records import Array, npy_header
 from dist_ae.files import Damaged, clear_temporaries, inside, plain_name, read_bounded, sync, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, Waiting, rank, say
@@ -118,6 +118,7 @@ def _no_room(error: OSError, out: Path, config: DataConfig) -> InputError:
         return InputError(
             f"{shown(out)}: the disk is full; make room there and run the same command again, which resumes, "
             "or give another place: --data.cache DIR, or another OUT of `dist-ae pack`"
+            + ("; --data.budget GB keeps larger sets as their files are" if fit_of(config) == "whole" else "")
         )
     return InputError(
         f"{where}: cannot be written ({error.strerror or error}); give another place: --data.cache DIR, or OUT of "
@@ -245,10 +246,11 @@ def _write_all(
         try:
             return _write_shards(source, partial, done, form, config, what, check)
         except _AllAnew as met:
-            colour, dtype = colour or met.colour, done.dtype if met.colour else "uint16"
+            colour |= met.form == "colour"
+            dtype, encoded = "uint16" if met.form == "deep" else done.dtype, done.encoded or met.form == "encoded"
             _remove(partial)
             partial.mkdir()
-            done = wanted.model_copy(deep=True, update={"dtype": dtype})
+            done = wanted.model_copy(deep=True, update={"dtype": dtype, "encoded": encoded})
 
 
 def refuse_unreadable(
@@ -278,11 +280,11 @@ def _progress(partial: Path, wanted: Manifest) -> Manifest | None:
 
 
 class _AllAnew(Exception):
-    """A picture in colour where all before it were grey, or of 16 bits where all had 8."""
+    """A picture in colour where all before it were grey, or of 16 bits where all had 8, or pixels beyond the budget."""
 
-    def __init__(self, colour: bool) -> None:
+    def __init__(self, form: Literal["colour", "deep", "encoded"]) -> None:
         super().__init__()
-        self.colour = colour
+        self.form = form
 
 
 def _write_shards(
@@ -315,7 +317,7 @@ def _write_shards(
         with _progress_bar(done.read, source.count) as advance:
             for picture, (result, facts) in decoded(pictures, form, source.count):
                 if result is None:
-                    raise _AllAnew(colour=True)
+                    raise _AllAnew("colour")
                 check()
                 done.read += 1
                 advance()
@@ -325,19 +327,27 @@ def _write_shards(
                         done.reasons.append((shown(picture.name), str(result)))
                     continue
                 if result.dtype == np.uint16 and done.dtype == "uint8":
-                    raise _AllAnew(colour=False)
+                    raise _AllAnew("deep")
                 if done.dtype == "uint16":
                     if result.dtype == np.uint8:
                         result, done.shallow = widened(result), done.shallow + 1
                     done.low, done.high = min(done.low, int(result.min())), max(done.high, int(result.max()))
+                content = b""  # what is packed in place of the pixels
                 if picture.pages > 1:
                     done.pages, done.paged_files = done.pages + picture.pages, done.paged_files + 1
                 if done.whole:
                     if result.ndim == 4:
                         raise InputError(f"{what}: data.crop is of pictures, and data.pages volume makes none of them")
+                    done.pixels += result.nbytes
+                    expected = (source.count or 0) * result.nbytes if done.image_shape is None else 0
+                    beyond = config.budget is not None and max(done.pixels, expected) > config.budget * 1e9
+                    if beyond and not done.encoded:
+                        _say(f"more than {config.budget:g} GB of pixels: the bytes of the files are packed")
+                        raise _AllAnew("encoded")
+                    content = _bytes_of(picture) if done.encoded else content
                     if done.image_shape is None:
                         done.image_shape = (len(result), 0, 0)
-                        _check_room(partial, source.count, result.nbytes)
+                        _check_room(partial, source.count, len(content) or result.nbytes)
                 elif done.image_shape is None:
                     if result.ndim == 4:
                         done.record_shape = result.shape
@@ -355,7 +365,7 @@ def _write_shards(
                         f"{_size(first)}; {way_out}"
                     )
                 if shard is None:
-                    shard = _Shard(partial, len(done.shards), done.image_shape, done.shard_bytes, done.dtype)
+                    shard = _Shard(partial, len(done.shards), done)
                 label = picture.label
                 if isinstance(label, str):  # printable: a manifest is JSON, which has no bytes that are no UTF-8
                     label = classes.setdefault(shown(label), len(classes))
@@ -366,9 +376,8 @@ def _write_shards(
                         f"{what}: {shown(picture.name)} has the label {shown(str(picture.label))!r}, and those before "
                         "it are of the other kind; give all of them numbers, or all of them names"
                     )
-                shard.add(
-                    result, -1 if label is None else label, sides.key_of(picture, facts.digest), picture.name, facts
-                )
+                key = sides.key_of(picture, facts.digest)
+                shard.add(result, content, -1 if label is None else label, key, picture.name, facts)
                 if shard.full:
                     publish()
             publish()
@@ -376,6 +385,15 @@ def _write_shards(
         if shard is not None:
             shard.abandon()
     return done
+
+
+def _bytes_of(picture: Picture) -> bytes:
+    """A picture as its file has it."""
+    content = picture.content
+    if isinstance(content, bytes):
+        return content
+    assert isinstance(content, str)  # `pack` takes no single pages with a budget
+    return Path(content).read_bytes()
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -432,13 +450,14 @@ def _check_room(partial: Path, count: int | None, num_bytes: int) -> None:
 class _Shard:
     """A shard that is being written: images as they come, the rest at the end."""
 
-    def __init__(
-        self, folder: Path, number: int, image_shape: tuple[int, int, int], shard_bytes: int, dtype: str
-    ) -> None:
-        self.folder, self.number, self.image_shape, self.dtype = folder, number, image_shape, np.dtype(dtype)
-        self.whole, self.shard_bytes = not image_shape[1], shard_bytes
+    def __init__(self, folder: Path, number: int, manifest: Manifest) -> None:
+        assert manifest.image_shape is not None
+        self.folder, self.number, self.image_shape = folder, number, manifest.image_shape
+        self.whole, self.encoded, self.shard_bytes = manifest.whole, manifest.encoded, manifest.shard_bytes
+        self.dtype = np.dtype(np.uint8 if self.encoded else manifest.dtype)
         self.sizes: list[tuple[int, int]] = []
-        self.capacity = max(1, shard_bytes // max(1, self.dtype.itemsize * int(np.prod(image_shape))))
+        self.ends: list[int] = []
+        self.capacity = max(1, self.shard_bytes // max(1, self.dtype.itemsize * int(np.prod(self.image_shape))))
         self.labels: list[int] = []
         self.keys: list[int] = []
         self.names: list[str] = []
@@ -450,6 +469,8 @@ class _Shard:
 
     def _shape(self, images: int) -> tuple[int, ...]:
         """Of the array of images: flat for whole pictures, whose sizes are beside it."""
+        if self.encoded:
+            return (self.ends[-1] if self.ends else 0,)
         if self.whole:
             return (self.image_shape[0] * sum(height * width for height, width in self.sizes),)
         return (images, *self.image_shape)
@@ -464,11 +485,16 @@ class _Shard:
         self._digest.update(data)
         self._file.write(data)
 
-    def add(self, image: Array, label: int, key: int, name: str, facts: Facts) -> None:
+    def add(self, image: Array, content: bytes, label: int, key: int, name: str, facts: Facts) -> None:
+        """Args:
+        content: the bytes of the file, where pictures stay encoded.
+        """
         if self.whole:
             self.sizes.append((image.shape[1], image.shape[2]))
             image = np.ascontiguousarray(image.transpose(1, 2, 0))
-        self._write(image.data)
+        if self.encoded:
+            self.ends.append((self.ends[-1] if self.ends else 0) + len(content))
+        self._write(content if self.encoded else image.data)
         self.facts.append(facts)
         self.labels.append(label)
         self.keys.append(key)
@@ -493,6 +519,7 @@ class _Shard:
             ("names", json.dumps(self.names).encode()),
             ("facts", _npy(table(self.facts))),
             *([("sizes", _npy(np.array(self.sizes, np.int64)))] if self.whole else []),
+            *([("ends", _npy(np.array(self.ends, np.int64)))] if self.encoded else []),
         ):
             write_atomically(self.folder / file_name(kind, self.number), content)
             files[kind] = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

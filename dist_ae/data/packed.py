@@ -4,6 +4,8 @@ A packed set is a folder of ``manifest.json`` and, for each shard:
 
 - ``images-00000.npy``: uint8 or uint16 [n, C, H, W]; of whole pictures one [H, W, C] after the other, flat.
 - ``sizes-00000.npy``: of whole pictures alone, int64 [n, 2], their heights and widths.
+- ``ends-00000.npy``: of whole pictures that stay encoded, int64 [n]: their images are the bytes of their files, uint8,
+  flat, and end there.
 - ``labels-00000.npy``: int64 [n], -1 where there is none.
 - ``keys-00000.npy``: uint64 [n], where a picture lies on [0, 2^64). Keys below the validation fraction are held out.
 - ``names-00000.json``: the relative names of the pictures.
@@ -27,16 +29,25 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.deep import MOST
+from dist_ae.data.encoded import Encoded
 from dist_ae.data.facts import RECORD
-from dist_ae.data.pictures import expand, fit_of, shown
+from dist_ae.data.pictures import Form, expand, fit_of, form_of, shown
 from dist_ae.data.records import Array, Dataset, Shards, Split, Whole, folded
 from dist_ae.files import Damaged, open_plainly, read_bounded
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 WAY_OUT = "; restore it from a copy, or pack again"
-KINDS = {"images": "npy", "labels": "npy", "keys": "npy", "names": "json", "facts": "npy", "sizes": "npy"}
-OPTIONAL = {"facts", "sizes"}
+KINDS = {
+    "images": "npy",
+    "labels": "npy",
+    "keys": "npy",
+    "names": "json",
+    "facts": "npy",
+    "sizes": "npy",
+    "ends": "npy",
+}
+OPTIONAL = {"facts", "sizes", "ends"}
 MAX_MANIFEST = 64 << 20  # bytes: more than 100,000 shards
 MOST_PIXELS = 2**24  # of a side of a whole picture
 MAX_NAME = 16 << 10  # bytes of a picture's name in JSON
@@ -65,7 +76,9 @@ class Manifest(BaseModel):
     record_shape: tuple[int, int, int, int] | None = None  # of a volume: channels, depth, height, width
     pages: int = 0  # of the files that have several
     paged_files: int = 0
-    dtype: Literal["uint8", "uint16"] = "uint8"
+    dtype: Literal["uint8", "uint16"] = "uint8"  # of pixels
+    encoded: bool = False  # whole pictures are the bytes of their files
+    pixels: int = 0  # bytes of the pixels of whole pictures
     low: int = MOST  # the smallest and the largest value of pictures of 16 bits
     high: int = 0
     shallow: int = 0  # pictures of 8 bits among those of 16
@@ -105,6 +118,7 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
         **({} if config.group is None else {"group": config.group}),
         **({} if config.bits == "8" else {"bits": config.bits}),
         **({} if config.pages == "first" else {"pages": config.pages}),
+        **({} if config.budget is None else {"budget": config.budget}),
     }
 
 
@@ -182,7 +196,8 @@ def examine_packed(folder: Path) -> Iterator[tuple[bool, str]]:
         return
     assert manifest.image_shape is not None
     deep = of_16_bits(manifest)
-    form = "whole pictures" if manifest.whole else f"images of shape {list(manifest.image_shape)}"
+    kind = "whole pictures, encoded" if manifest.encoded else "whole pictures"
+    form = kind if manifest.whole else f"images of shape {list(manifest.image_shape)}"
     yield True, f"{MANIFEST}: {manifest.images:,} {form}{deep and f', {deep}'}"
     for number, shard in enumerate(manifest.shards):
         wrong = []
@@ -230,9 +245,10 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     labels: list[Array] = []
     keys: list[Array] = []
     sizes: list[Array] = []
+    ends: list[Array] = []
     classes: dict[str, int] = {}
     digest = hashlib.sha256()
-    before: tuple[tuple[int, ...], str] | None = None
+    before: tuple[tuple[int, ...], str, str] | None = None
     volume: tuple[int, ...] | None = None
     for folder in folders:
         manifest = read_manifest(folder)
@@ -240,19 +256,20 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
         volume = manifest.record_shape
         if volume is not None and (volume[0], volume[1] * volume[2], volume[3]) != manifest.image_shape:
             raise InputError(f"{shown(folder / MANIFEST)} is damaged (volumes of another shape); pack again")
-        form = volume or manifest.image_shape, manifest.dtype
+        form = volume or manifest.image_shape, manifest.dtype, "encoded" if manifest.encoded else "as pixels"
         if before is not None and form != before:
             raise InputError(
-                f"{shown(folder)}: images of shape {list(form[0])}, {form[1]}, and sets before it {list(before[0])}, "
-                f"{before[1]}"
+                f"{shown(folder)}: images of shape {list(form[0])}, {', '.join(form[1:])}, and sets before it "
+                f"{list(before[0])}, {', '.join(before[1:])}"
             )
         before = form
         _check_settings(manifest, folder, config)
         numbers = np.array([classes.setdefault(each, len(classes)) for each in manifest.classes], np.int64)
         for number, shard in enumerate(manifest.shards):
-            images, own_labels, own_keys, own_sizes = _open_shard(folder, number, manifest)
+            images, own_labels, own_keys, own_sizes, own_ends = _open_shard(folder, number, manifest)
             parts.append(images)
             sizes += [] if own_sizes is None else [own_sizes]
+            ends += [] if own_ends is None else [own_ends]
             known = (own_labels >= 0) & (own_labels < len(numbers))
             if len(numbers) and known.any():
                 own_labels = np.where(known, numbers[np.where(known, own_labels, 0)], own_labels)
@@ -263,7 +280,11 @@ def packed_dataset(name: str, folders: Sequence[Path], config: DataConfig, val_f
     digest.update(f"{val_fraction!r}".encode())
     all_keys, all_labels = np.concatenate(keys), np.concatenate(labels)
     # Of whole pictures `cropped` makes images: until then they have no one size.
-    whole: Any = Whole.of_parts(parts, sizes, form[0][0]) if sizes else Shards(parts)
+    whole: Any = Shards(parts)
+    if ends:
+        whole = Encoded(parts, ends, np.concatenate(sizes), _decoding(manifest), form[0][0], np.dtype(form[1]))
+    elif sizes:
+        whole = Whole.of_parts(parts, sizes, form[0][0])
     if sizes and config.crop is None:
         raise InputError(f"{name}: whole pictures of different sizes; --data.crop 64 trains on crops of them")
     if len(all_keys) < 2:
@@ -360,13 +381,25 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
             )
 
 
+def _decoding(manifest: Manifest) -> Form:
+    """What the pictures of an encoded set are decoded to: what they were when they were packed."""
+    assert manifest.image_shape is not None
+    settings = {key: manifest.settings[key] for key in ("image_size", "background")}
+    config = DataConfig(**settings, fit="whole", bits=manifest.settings.get("bits", "8"))
+    return form_of(config, {1: "grey", 3: "rgb", 4: "rgba"}[manifest.image_shape[0]])
+
+
 class _Opened(NamedTuple):
-    """A shard: images memory-mapped, flat where they are whole pictures, which have sizes [n, 2]."""
+    """A shard: images memory-mapped, flat where they are whole pictures, which have sizes [n, 2].
+
+    Those that are encoded also have ``ends`` [n].
+    """
 
     images: Array
     labels: Array
     keys: Array
     sizes: Array | None
+    ends: Array | None
 
 
 def _open_shard(folder: Path, number: int, manifest: Manifest) -> _Opened:
@@ -378,8 +411,9 @@ def _open_shard(folder: Path, number: int, manifest: Manifest) -> _Opened:
     assert manifest.image_shape is not None
     loaded: dict[str, Array] = {}
     shard, channels = manifest.shards[number], manifest.image_shape[0]
-    for kind in ("labels", "keys", *(["sizes"] if manifest.whole else []), "images"):
-        dtype = {"images": manifest.dtype, "keys": "uint64"}.get(kind, "int64")
+    more = [*(["sizes"] if manifest.whole else []), *(["ends"] if manifest.encoded else [])]
+    for kind in ("labels", "keys", *more, "images"):
+        dtype = {"images": "uint8" if manifest.encoded else manifest.dtype, "keys": "uint64"}.get(kind, "int64")
         shape: tuple[int, ...] = {"sizes": (shard.images, 2), "images": (shard.images, *manifest.image_shape)}.get(
             kind, (shard.images,)
         )
@@ -388,6 +422,10 @@ def _open_shard(folder: Path, number: int, manifest: Manifest) -> _Opened:
             if (sides < 1).any() or (sides > MOST_PIXELS).any():
                 raise InputError(f"{shown(folder / file_name('sizes', number))}: damaged{WAY_OUT}")
             shape = (channels * int(sides.prod(1).sum()),)
+        if kind == "images" and manifest.encoded:
+            if (np.diff(loaded["ends"], prepend=0) < 1).any():
+                raise InputError(f"{shown(folder / file_name('ends', number))}: damaged{WAY_OUT}")
+            shape = (int(loaded["ends"][-1]),)
         path = folder / file_name(kind, number)
         if not os.path.lexists(path):
             raise InputError(f"{shown(path)}: missing from the packed set{WAY_OUT}")
@@ -396,7 +434,7 @@ def _open_shard(folder: Path, number: int, manifest: Manifest) -> _Opened:
             loaded[kind] = _array(path, np.dtype(dtype), shape, size, mapped=kind == "images")
         except Damaged as error:
             raise InputError(f"{shown(path)}: damaged, {error}{WAY_OUT}") from None
-    return _Opened(loaded["images"], loaded["labels"], loaded["keys"], loaded.get("sizes"))
+    return _Opened(loaded["images"], loaded["labels"], loaded["keys"], loaded.get("sizes"), loaded.get("ends"))
 
 
 def _array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int, mapped: bool) -> Array:

@@ -660,7 +660,8 @@ def _opened(content: Content) -> Iterator[Image.Image]:
     if isinstance(content, Image.Image):
         yield content
         return
-    if _HEIC and isinstance(content, str) and content.lower().endswith(_HEIC):
+    is_heic = content.lower().endswith(_HEIC) if isinstance(content, str) else content[4:8] == b"ftyp"
+    if _HEIC and is_heic:
         importlib.import_module("pillow_heif").register_heif_opener()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures, odd tags and palettes, and reads them
