@@ -48,6 +48,7 @@ KINDS = {
     "ends": "npy",
 }
 OPTIONAL = {"facts", "sizes", "ends"}
+COLOURS = {1: "grey", 3: "rgb", 4: "rgba"}  # of pictures, by their channels
 MAX_MANIFEST = 64 << 20  # bytes: more than 100,000 shards
 MOST_PIXELS = 2**24  # of a side of a whole picture
 MAX_NAME = 16 << 10  # bytes of a picture's name in JSON
@@ -182,6 +183,8 @@ def read_manifest(folder: Path) -> Manifest:
     shape = manifest.image_shape
     if shape is None or not manifest.shards or any(n < 1 for n in (shape[:1] if manifest.whole else shape)):
         raise InputError(f"{shown(path)} is damaged (no images); pack again")
+    if manifest.encoded and not (manifest.whole and shape[0] in COLOURS):
+        raise InputError(f"{shown(path)} is damaged (encoded, and no pictures); pack again")
     if any(not set(KINDS) - OPTIONAL <= set(shard.files) <= set(KINDS) for shard in manifest.shards):
         raise InputError(f"{shown(path)} is damaged (files missing from it); pack again")
     return manifest
@@ -384,9 +387,9 @@ def _check_settings(manifest: Manifest, folder: Path, config: DataConfig) -> Non
 def _decoding(manifest: Manifest) -> Form:
     """What the pictures of an encoded set are decoded to: what they were when they were packed."""
     assert manifest.image_shape is not None
-    settings = {key: manifest.settings[key] for key in ("image_size", "background")}
-    config = DataConfig(**settings, fit="whole", bits=manifest.settings.get("bits", "8"))
-    return form_of(config, {1: "grey", 3: "rgb", 4: "rgba"}[manifest.image_shape[0]])
+    settings = {key: manifest.settings[key] for key in ("image_size", "background", "bits") if key in manifest.settings}
+    config = DataConfig(**{"bits": "8", **settings}, fit="whole")
+    return form_of(config, COLOURS[manifest.image_shape[0]])
 
 
 class _Opened(NamedTuple):
