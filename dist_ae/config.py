@@ -272,7 +272,9 @@ class ObjectiveConfig(Section):
     # 8**-0.5 is the tutorial's scale: the distortion is then the squared error, summed over pixels on [-1, 1], up to an
     # additive constant.
     sigma: float | Literal["learned"] = trajectory(
-        8**-0.5, "standard deviation of a pixel on [0, 1], or 'learned' as one parameter"
+        8**-0.5,
+        "standard deviation of a pixel on [0, 1], or 'learned' as one parameter, which never falls below the rounding "
+        "of a byte (of other data 0.0005)",
     )
     noise_std: float | tuple[float, float] = trajectory(
         0.0,
@@ -312,7 +314,7 @@ class ObjectiveConfig(Section):
                 f"sigma must be greater than 0, from {SMALLEST:g} to {LARGEST:g}, or 'learned', got {self.sigma:g}"
             )
         if self.likelihood == "bernoulli" and self.sigma == "learned":
-            raise ValueError("sigma='learned' is for gaussian and discretized pixels; a Bernoulli pixel has no sigma")
+            raise ValueError("sigma='learned' is for gaussian, laplace and discretized; a Bernoulli pixel has no sigma")
         if self.likelihood == "charbonnier" and self.sigma == "learned":
             raise ValueError("sigma='learned' is not for charbonnier; use laplace, which differs from it only near 0")
         return self

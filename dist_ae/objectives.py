@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dist_ae.config import ObjectiveConfig
 
 ROUND = 1e-3  # ε of Charbonnier's penalty on [0, 1] pixels: a quarter of a step of a byte
+# Of a learned σ: below the rounding of a byte, the density of pixels rises without bound and says nothing more. Floats
+# and 16 bits have no such step; there it is where the arithmetic of a network ends.
+LEAST_SIGMA_OF_BYTES, LEAST_SIGMA = 1 / 255 / math.sqrt(12), 5e-4
 Model = Callable[[Tensor, Draws | None], Output]  # the prepared module: always called, never reached into
 
 
@@ -142,6 +145,18 @@ def discretized_distortion(images: Tensor, reconstruction: Tensor, log_sigma: fl
     inside = above + below + width
     log_mass = torch.where(images < 0.5 / 255, above, torch.where(images > 1 - 0.5 / 255, below, inside))
     return -log_mass.flatten(1).sum(1)
+
+
+def least_sigma(likelihood: str, standardized: bool, bytes_: bool) -> float:
+    """Below which a learned σ is not let, in the units of a σ; 0 for a likelihood that has a largest value by itself.
+
+    Args:
+        standardized: records have mean 0 and deviation 1, so their range is about twice that of pixels on [0, 1].
+        bytes_: pixels are stored as bytes.
+    """
+    if likelihood == "discretized":
+        return 0.0
+    return 2 * LEAST_SIGMA if standardized else LEAST_SIGMA_OF_BYTES if bytes_ else LEAST_SIGMA
 
 
 def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float | Tensor | None = None) -> Terms:

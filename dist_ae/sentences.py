@@ -201,6 +201,16 @@ def collapse_foretold(variances: Sequence[float], sigma: float, beta: float, num
     )
 
 
+def exact_pictures(sigma: float | None) -> str:
+    """A note where the learned σ lies at its least value; "" where it does not, None."""
+    if sigma is None:
+        return ""
+    return (
+        f"note: the learned σ ended at the least it can be, {sigma:.3g}: training data is reproduced as exactly as it "
+        "is stored, as happens with few, equal or empty pictures. Neither val.neg_elbo nor the code's rate means much"
+    )
+
+
 def used_weights(step: int, best: Best, total_steps: int) -> str:
     """Which weights are used, where they are not the last ones, and why training ended, where it ended early."""
     if best.step == step:

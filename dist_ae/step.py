@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +25,7 @@ from dist_ae.guard import Guard
 from dist_ae.likeness import Likeness
 from dist_ae.models import Autoencoder, Components
 from dist_ae.models.weights import weights_sha256
-from dist_ae.objectives import Terms, terms
+from dist_ae.objectives import Terms, least_sigma, terms
 from dist_ae.optim import build_optimizers, capturable, set_learning_rate, state_tensors
 from dist_ae.processes.clock import PARTS, shares
 from dist_ae.processes.gradients import add_up, sum_gradients
@@ -54,6 +56,8 @@ class Learner:
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(drawn_from(dataset.train), runtime.device, runtime.dtype)
         self._split = dataset.train
+        kind = config.objective.likelihood, self.raw_model.standardized, dataset.train.images.dtype == np.uint8
+        self._least_sigma = least_sigma(*kind)
         self._shapes, self._shards = self.raw_model.draw_shapes(), dataset.shards
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         # What changes from step to step, in places that a captured graph can read.
@@ -160,10 +164,23 @@ class Learner:
             else:
                 prepared.step()  # fp16: the scaler skips an overflowing step and lowers its scale
 
+        self._bound_sigma()
+
         # Moving average.
         if config.train.ema_decay is not None:
             weights = [p.detach() for p in self.parameters]
             torch._foreach_lerp_(self.ema, weights, [self._newest] * len(weights))
+
+    def least_sigma_reached(self) -> float | None:
+        """The least σ, where the learned one lies there."""
+        log_sigma, least = self.raw_model.log_sigma, self._least_sigma
+        return least if log_sigma is not None and least and float(log_sigma.detach().exp()) < 1.001 * least else None
+
+    @torch.no_grad()
+    def _bound_sigma(self) -> None:
+        """Keeps a learned σ from falling below what the data can tell."""
+        if self.raw_model.log_sigma is not None and self._least_sigma:
+            self.raw_model.log_sigma.clamp_(min=math.log(self._least_sigma))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step as a share of its peak."""
@@ -216,6 +233,7 @@ class Learner:
     def start_from(self, components: Components) -> None:
         """Begins the weights, and their moving average, as the linear code of these components."""
         self.raw_model.start_from(components, self.config.objective)
+        self._bound_sigma()
         for average, parameter in zip(self.ema, self.parameters, strict=False):
             average.copy_(parameter)
 

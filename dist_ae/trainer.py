@@ -206,6 +206,7 @@ def _end(run: Run, asking: Agreement) -> Result:
     can_start = config.objective.likelihood != "bernoulli" and config.model.start != "pca"
     run.records.say(sentences.against_mean(state, run.validation.mean_image_error()))
     run.records.say(sentences.against_pca(state, model.linear_code(), numbers, can_start))
+    run.records.say(sentences.exact_pictures(learner.least_sigma_reached()))
     run.records.say(sentences.used_weights(state.step, state.best, run.line.total_steps))
     if run.folder is not None:
         run.records.say(sentences.size_on_disk(run.folder.path, *sizes(run.folder.path)))
