@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_ae.config import Config, Fault
 from dist_ae.errors import install
@@ -40,6 +40,7 @@ __all__ = [
     "selection",
     "tell_resources",
     "to_json",
+    "track_sweep",
     "unique_keys",
     "wandb_mode",
     "write_atomically",
@@ -99,6 +100,35 @@ def wandb_mode(config: Config) -> str:
     from dist_ae.run.tracking import wandb_mode
 
     return wandb_mode(config.tracking)[0]
+
+
+def track_sweep(
+    config: Config,
+    folder: Path,
+    name: str,
+    run_id: str,
+    summary: Mapping[str, float | str],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    again: str,
+) -> None:
+    """Puts what a sweep found into a W&B run beside its trials, and says the link, or the ``wandb sync`` line.
+
+    Args:
+        config: of the answer; its ``tracking`` says the project, and whether W&B is online.
+        folder: the sweep's, with its report.html.
+        run_id: the same whenever the sweep is reported again.
+        tables: rows of cells by column.
+        again: the command that reports it again.
+    """
+    from dist_ae.run.tracking import Tracking
+
+    tracking = config.tracking.model_copy(update={"group": name, "tensorboard": False})
+    parts = [f"{part}wandb/offline-run-*" for part in ("trials/*/", "trials/*/generation-*/", "confirm/trials/*/")]
+    description, tags = {"config": config.model_dump(mode="json")}, ("sweep", "summary")
+    lost = f"report.html and trials.csv are complete, and this sends them again: {again}"
+    with Tracking(tracking, folder, f"{name}-summary", run_id, description, say, tags, parts, lost) as trackers:
+        trackers.summarize(summary)
+        trackers.log_page("report", folder / "report.html", tables)
 
 
 def tell_resources(cpus: float, gpus: float) -> None:

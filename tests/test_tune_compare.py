@@ -6,19 +6,26 @@ import dataclasses
 import html
 import json
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from browser import opened
+from conftest import free_port
+from test_tracking import wandb_records
 from test_tune import FRAME, mse, refused, sweep_with, with_fresh_seeds
 
 import tune
 from dist_ae.config import InputError
 from tune.__main__ import main
 from tune.plan import Settings, Sweep, new_sweep, write_json
+from tune.report import write_report
+from tune.results import Selection
 from tune.spaces import Metric, parse_space
+from tune.sweep import track
 from tune.trial import train_trial
 
 
@@ -170,6 +177,44 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: 
     assert "leave out SPACE, --num-trials, --train.epochs" in given
     empty = sweep_with(tmp_path / "e", [("failed", {"model.latent_dim": 4}, None)])
     assert "no trial has finished" in refused(capsys, "--compare", "s", str(empty.path), *storage)
+
+
+@pytest.mark.parametrize("server", ["none", "down"])
+def test_a_sweep_s_answer_is_a_run_of_its_group_in_wandb_with_front_and_report(
+    server: str, two: tuple[Path, list[Sweep]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep = dataclasses.replace(two[1][1], overrides={**two[1][1].overrides, "tracking.wandb": "auto"})
+    monkeypatch.setenv("WANDB_MODE", "offline" if server == "none" else "online")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    (sweep.trial_dir(sweep.trials()[0].id) / "wandb/offline-run-1").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(sweep.path / "wandb", ignore_errors=True)
+    answer = write_report(sweep, Selection("smallest-within", 1000))
+    assert answer is not None and answer.trials[0]["model.latent_dim"] == 8
+    track(sweep, answer, "dist-ae sweep --resume fast")
+    out, err = capfd.readouterr()
+    paths = [f"{sweep.path}/{part}wandb/offline-run-*" for part in ("", "trials/*/")]
+    assert out.splitlines()[-1] == f"Weights & Biases: to upload, wandb sync {' '.join(paths)}"
+    assert ("does not answer" in err) == (server == "down") and "--resume" not in err
+    (folder,) = sweep.path.glob("wandb/offline-run-*")
+    records: list[Any] = []
+    deadline = time.monotonic() + 30
+    while not records or records[-1].WhichOneof("record_type") != "exit":  # W&B's own process may still be writing
+        assert time.monotonic() < deadline, "the run's file has no end"
+        records = list(wandb_records(next(folder.glob("*.wandb"))))
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.run_group, run.display_name) == (f"{sweep.key}-summary", "fast", "fast-summary")
+    summary = {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in records
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert summary["answer/model.latent_dim"] == 2 and answer.sentences[0] in summary["said"]
+    assert next(folder.glob("files/media/html/*.html")).read_text() == (sweep.path / "report.html").read_text()
+    table = json.loads(next(folder.glob("files/media/table/front*.json")).read_text())
+    front = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["model.latent_dim"] for row in front] == [2, 8] and front[0]["trial"] == answer.front[0]["trial"]
 
 
 @pytest.mark.slow

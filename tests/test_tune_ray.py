@@ -167,6 +167,10 @@ def test_a_sweep_from_the_command_line_to_the_answer(tmp_path: Path) -> None:
         assert list(folder.glob(f"wandb/offline-run-*-{row.trial.id}"))
         kept = json.loads((folder / "config.json").read_text())["config"]
         assert kept["tracking"]["group"] == "first" and kept["name"] == f"first-{row.trial.number:04d}"
+    # The answer is a run of the same group, and one line uploads all of them.
+    assert len(list(sweep.path.glob(f"wandb/offline-run-*-{sweep.key}-summary/files/media/html/*.html"))) == 1
+    paths = [f"{sweep.path}/{part}wandb/offline-run-*" for part in ("", "trials/*/", "confirm/trials/*/")]
+    assert f"to upload, wandb sync {' '.join(paths)}" in re.sub(r"\s+", " ", out)
     page = (sweep.path / "report.html").read_text()
     assert page.count('<img alt="Chart: ') == 3 and (sweep.path / "trials.csv").exists()
     second = command("ae", "--name", "first", cwd=tmp_path)

@@ -22,7 +22,7 @@ from .confirm import MOST_SEEDS
 from .plan import Settings, check_name, read_sweep
 from .results import parse_selection
 from .spaces import OWN, Metric, Values, load_space, parse_overrides
-from .sweep import checked, start
+from .sweep import checked, resuming, start, track
 from .sweep import resume as go_on
 
 DEFAULT = Settings()
@@ -107,6 +107,7 @@ def sweep(
     answer = write_report(made, selection)
     if answer is None:
         raise Fault("no trial came to anything; the reasons stand in trials.csv and in trials/*/error.txt")
+    track(made, answer, resuming(made, selection, 0))
     return answer
 
 

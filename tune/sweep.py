@@ -17,16 +17,18 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dist_ae import PRESETS, Config, InputError, sweeping
 from dist_ae.sweeping import EXIT_STOPPED, first_line, say
 
+from .answer import Answer
 from .budget import Budget
 from .confirm import contenders, plan_runs
 from .plan import Settings, Sweep, Trial, check_name, new_sweep, only_driver, plan_trials, read_sweep
-from .results import Selection, results
+from .results import Selection, number, results
 from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
@@ -259,6 +261,25 @@ def _tracking(sweep: Sweep) -> Values:
     """Decides on W&B once, here. Workers elsewhere may not know the key, and the trials belong in one place."""
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
     return {"tracking.wandb": sweeping.wandb_mode(config)}
+
+
+def track(sweep: Sweep, answer: Answer, command: str) -> None:
+    """Puts the answer into the sweep's group in W&B, as a run of its own: front, importance and report.
+
+    Args:
+        command: reports the sweep again.
+    """
+    config = answer.best.override(_tracking(sweep))
+    winner = next(row for row in answer.trials if row["trial"] in answer.run_dir.parts)
+    summary = {f"answer/{key}": value for key, value in _plain(winner).items() if value is not None}
+    tables = {"front": [*map(_plain, answer.front)], "importance": [asdict(each) for each in answer.importance]}
+    summary |= {"said": str(answer)}
+    sweeping.track_sweep(config, sweep.path, sweep.name, f"{sweep.key}-summary", summary, tables, command)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Cells that a table of W&B takes."""
+    return {key: number(value) if isinstance(value, (list, tuple)) else value for key, value in row.items()}
 
 
 def unfinished(sweep: Sweep) -> list[Trial]:

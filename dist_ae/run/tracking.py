@@ -76,8 +76,18 @@ class Tracking:
         description: Mapping[str, Any],
         say: Callable[[str], None],
         tags: Sequence[str] = (),
+        parts: Sequence[str] = (),
+        again: str | None = None,
     ) -> None:
+        """Args:
+        parts: patterns in the run directory where further offline runs lie that belong to this one.
+        again: what to say where something was lost; left out, it is a run that can be rebuilt from its metrics.
+        """
         self._config, self._run_dir, self._name, self._id = config, run_dir, run_name, run_id
+        self._parts = ("wandb/offline-run-*", *parts)
+        quoted = shlex.quote(str(run_dir))
+        rebuilt = f"`dist-ae doctor {quoted} --replay-wandb` rebuilds an offline run from it"
+        self._again, self._url = again or f"metrics.jsonl is complete, and {rebuilt}", ""
         self._description = description
         self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -105,10 +115,15 @@ class Tracking:
         except OSError as error:
             self._give_up(f"the picture {path.name}", error)
 
-    def summarize(self, values: Mapping[str, float]) -> None:
+    def summarize(self, values: Mapping[str, float | str]) -> None:
         """Logs figures of the whole run; later ones replace earlier ones. TensorBoard has no place for them."""
         if self._thread is not None:
             self._queue.put(("summary", (dict(values),)))
+
+    def log_page(self, name: str, page: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Logs a page that stands alone, and tables as rows of cells by column. TensorBoard has no place for them."""
+        if self._thread is not None:
+            self._queue.put(("page", (name, page, tables)))
 
     def __enter__(self) -> Tracking:
         return self
@@ -123,16 +138,16 @@ class Tracking:
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive() or self._lost:
-            say(
-                "warning: not everything reached the trackers; metrics.jsonl is complete, and "
-                f"`dist-ae doctor {shlex.quote(str(self._run_dir))} --replay-wandb` rebuilds an offline run from it",
-                sys.stderr,
-            )
+            say(f"warning: not everything reached the trackers; {self._again}", sys.stderr)
         if self._thread.is_alive():
             _forget_wandb()
-        elif self._mode == "offline" and any(self._run_dir.glob("wandb/offline-run-*")):
-            # The pattern matches the folders of all resumes, which wandb joins by the run's id.
-            self._say(f"Weights & Biases: to upload, wandb sync {shlex.quote(str(self._run_dir))}/wandb/offline-run-*")
+        elif self._mode == "offline" and any(self._run_dir.glob(self._parts[0])):
+            # The patterns match the folders of all resumes, which wandb joins by the run's id.
+            there = [part for part in self._parts if any(self._run_dir.glob(part))]
+            paths = " ".join(f"{shlex.quote(str(self._run_dir))}/{part}" for part in there)
+            self._say(f"Weights & Biases: to upload, wandb sync {paths}")
+        elif self._url:
+            self._say(f"Weights & Biases: {self._url}")
         self._thread = None
 
     # -- in the thread
@@ -150,9 +165,12 @@ class Tracking:
                     if kind == "log":
                         values, step = arguments
                         tracker.log(values, step=step)
+                    elif kind in ("summary", "page") and tracker.name != "wandb":
+                        continue
                     elif kind == "summary":
-                        if tracker.name == "wandb":
-                            tracker.tracker.summary.update(*arguments)
+                        tracker.tracker.summary.update(*arguments)
+                    elif kind == "page":
+                        _log_page(tracker.tracker, *arguments)
                     else:
                         self._log_image(tracker, *arguments)
                 except BaseException as error:
@@ -191,12 +209,16 @@ class Tracking:
         return trackers
 
     def _start_wandb(self, mode: str) -> Any:
+        from accelerate.state import PartialState
         from accelerate.tracking import WandBTracker
 
+        if not PartialState._shared_state:  # a sweep's own process trains nothing, and the tracker asks for it
+            PartialState(cpu=True)
         options = wandb_options(self._config, self._run_dir, self._name, self._id, mode, FINISH_SECONDS - 5)
         resume = "allow" if mode == "online" else None
         tracker = WandBTracker(run_name=self._config.project, tags=list(self._tags), resume=resume, **options)
         tracker.start()
+        self._url = tracker.tracker.url or "" if mode == "online" else ""
         tracker.store_init_configuration(dict(self._description))
         return tracker
 
@@ -212,6 +234,16 @@ class Tracking:
     def _give_up(self, what: str, error: BaseException) -> None:
         say(f"warning: {what}: {type(error).__name__}: {first_line(error)}; training goes on", sys.stderr)
         self._lost = True
+
+
+def _log_page(run: Any, name: str, page: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    import wandb
+
+    made: dict[str, Any] = {name: wandb.Html(page.read_text(encoding="utf-8"), inject=False)}
+    for key, rows in tables.items():
+        if rows:
+            made[key] = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+    run.log(made)
 
 
 def wandb_options(
