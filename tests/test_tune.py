@@ -1068,6 +1068,19 @@ def test_importance_tells_what_matters_from_chance_and_says_where_it_cannot(tmp_
     assert len(by_chance) == 12 and sum(by_chance) <= 1, "intervals of 95 % that hold 0 less often than they say"
 
 
+@pytest.mark.parametrize("count", [10, 24])
+def test_a_share_and_its_interval_lie_between_0_and_1_also_where_one_setting_alone_decides(
+    count: int, tmp_path: Path
+) -> None:
+    for seed in range(3):
+        sweep = with_settings(tmp_path / str(seed), count, lambda values, rng: 1 / values["model.latent_dim"], seed)
+        found = importance(sweep, results(sweep))
+        assert found[0].key == "model.latent_dim" and found[0].tells
+        for each in found:
+            assert 0 <= each.low <= each.share <= each.high <= 1, each
+            assert re.fullmatch(r"\S+ [01]\.\d\d \([01]\.\d\d to [01]\.\d\d\)(, which may be chance)?", str(each))
+
+
 def test_a_winner_at_the_end_of_a_range_is_said_with_the_range_to_try_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

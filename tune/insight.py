@@ -28,7 +28,7 @@ STEPS = (0.5, 0.25, 0.1, 0.05)  # how far the next range may go beyond the value
 
 @dataclass(frozen=True)
 class Importance:
-    """How much of the trials' ranking a setting decides, with a 95 % interval."""
+    """How much of the trials' ranking a setting decides, with a 95 % interval; all of them between 0 and 1."""
 
     key: str
     share: float
@@ -46,8 +46,7 @@ class Importance:
     @property
     def figures(self) -> str:
         """Share and interval."""
-        share, low, high = (f"{round(value, 2) + 0.0:.2f}" for value in (self.share, self.low, self.high))
-        return f"{share} ({low} to {high}){'' if self.tells else ', which may be chance'}"
+        return f"{self.share:.2f} ({self.low:.2f} to {self.high:.2f}){'' if self.tells else ', which may be chance'}"
 
 
 def importance(sweep: Sweep, rows: Sequence[Row], seed: int = 0) -> list[Importance]:
@@ -56,7 +55,8 @@ def importance(sweep: Sweep, rows: Sequence[Row], seed: int = 0) -> list[Importa
     scikit-learn's random forest learns the ranks of finished trials from their settings. A setting's permutation
     importance is by how much the forest's squared error on trials that it has not seen grows when the setting's value
     is another trial's, as a share of twice the ranks' variance: 1 if it alone decides, and 0 if it does not matter. It
-    is averaged over forests on ``RESAMPLES`` samples of the trials; the interval is Student's over the trials.
+    is averaged over forests on ``RESAMPLES`` samples of the trials; the interval is Student's over the trials. Both are
+    cut at 0 and 1: no share lies beyond, though an estimate from few trials can.
 
     Ranks, because one trial that diverged would else decide alone. Optuna's evaluators are never negative and sum to
     one, also over settings without any effect, so that they cannot say that nothing was found.
@@ -95,7 +95,8 @@ def importance(sweep: Sweep, rows: Sequence[Row], seed: int = 0) -> list[Importa
         times[unseen] += 1
     each = growth[times > 0] / times[times > 0, None] / (2 * ranks.var())
     means, half = each.mean(0), t.ppf(0.975, len(each) - 1) * each.std(0, ddof=1) / math.sqrt(len(each))
-    bounds = zip(names, means.tolist(), (means - half).tolist(), (means + half).tolist(), strict=True)
+    inside = (values.clip(0, 1).tolist() for values in (means, means - half, means + half))
+    bounds = zip(names, *inside, strict=True)
     return sorted((Importance(*found) for found in bounds), key=lambda found: -found.share)
 
 
