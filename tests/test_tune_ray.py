@@ -22,7 +22,6 @@ import pytest
 from conftest import REPOSITORY, environment, free_port
 
 import dist_ae
-import tune
 from dist_ae.config import InputError
 from dist_ae.models.weights import weights_sha256
 from dist_ae.run.checkpoint import OPTIMIZER, WEIGHTS
@@ -30,10 +29,14 @@ from dist_ae.run.checkpoint import OPTIMIZER, WEIGHTS
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from tune.plan import Settings, Sweep, Trial, read_sweep  # noqa: E402
+import tune.sweep  # noqa: E402
+from tune.budget import Budget  # noqa: E402
+from tune.plan import Settings, Sweep, Trial, only_driver, plan_trials, read_sweep  # noqa: E402
+from tune.report import write_report  # noqa: E402
 from tune.results import Selection, results  # noqa: E402
 from tune.spaces import parse_space  # noqa: E402
 from tune.sweep import checked, start  # noqa: E402
+from tune.sweep import cluster as joined  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -429,6 +432,31 @@ def test_asha_stops_weak_trials_and_gives_their_place_to_the_next(cluster: Clust
             assert max(steps) == outcome.reports[-1]["step"] < 540
     assert results(sweep)[0].trial.values["optim.lr"] == 3e-3
     assert sum(o.reports[-1]["step"] for o in outcomes) < 0.6 * 540 * len(rates)
+
+
+def test_a_budget_ends_an_open_search_with_an_answer_and_what_was_cut_off_goes_on(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"train.steps": 1000, "train.eval_every": 50, "tracking.pictures": False}
+    sweep = sweep_of(tmp_path, cluster.address, {"optim.lr": LR}, overrides=made, budget=10)
+    folder, spent = sweep.path / "trials", [0.0]
+
+    def clock() -> float:
+        under_way = [p.parent for p in folder.glob("*/reports.jsonl") if not (p.parent / "result.json").exists()]
+        if any(folder.glob("*/result.json")) and any(reports(path) >= 2 for path in under_way):
+            spent[0] = 600.0  # the ten minutes are over while a trial is under way
+        return time.monotonic() + spent[0]
+
+    with only_driver(sweep.path, new=True), joined(sweep):
+        plan_trials(sweep)
+        tune.sweep.run(sweep, "this", Budget(10, time.monotonic(), clock=clock))
+    outcomes = [sweep.outcome(trial) for trial in sweep.trials()]
+    cut = [outcome for outcome in outcomes if outcome.status in ("unfinished", "pending")]
+    assert spent[0] and cut and len(outcomes) > 2, "more trials were planned than run at once"
+    assert f"this goes on with {len(cut)} trials" in capsys.readouterr().out
+    assert any(0 < outcome.reports[-1]["step"] < 1000 for outcome in cut if outcome.reports)
+    answer = write_report(sweep, BEST)
+    assert answer is not None and answer.trials[0]["status"] == "finished" and "cut off" not in str(answer)
 
 
 def test_population_based_training_clones_weights_and_optimizer(cluster: Cluster, tmp_path: Path) -> None:
