@@ -318,14 +318,14 @@ def test_a_learned_sigma_stops_at_what_the_data_can_tell_and_says_so(
 ) -> None:
     pictures = np.repeat(np.random.default_rng(0).integers(0, 2, (1, 1, 8, 8)), 30, 0)  # equal, black and white
     columns = np.random.default_rng(0).normal(size=(30, 2)) @ np.random.default_rng(1).normal(size=(2, 12))
-    data: np.ndarray[Any, Any] = {
+    kinds: dict[str, np.ndarray[Any, Any]] = {
         "bytes": (255 * pictures).astype(np.uint8),
         "floats": pictures.astype(np.float32),
         "standardized": columns.astype(np.float32),
-    }[kind]
+    }
     config = dist_ae.PRESETS["vae"].override({**TINY, "objective.likelihood": "gaussian", "objective.sigma": "learned"})
     config = config.override({"model.start": "pca", "train.steps": 60, "run_dir": tmp_path / "run"})
-    dist_ae.train(config, data=data)
+    dist_ae.train(config, data=kinds[kind])
     said = capsys.readouterr().out
     least = {"bytes": 1 / 255 / 12**0.5, "floats": 5e-4, "standardized": 1e-3}[kind]
     sigma = float(dist_ae.load(tmp_path / "run").model.log_sigma.exp())  # type: ignore[union-attr]
