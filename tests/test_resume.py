@@ -21,6 +21,7 @@ from dist_ae import step, validation
 from dist_ae.config import Config, InputError
 from dist_ae.evaluate import evaluate
 from dist_ae.presets import PRESETS
+from dist_ae.processes import host_memory
 from dist_ae.processes.watch import blame
 from dist_ae.run import checkpoint
 from dist_ae.run.directory import RunDirectory
@@ -361,6 +362,26 @@ def test_a_dead_or_frozen_process_is_named_and_the_others_end(
     for rank in others:
         assert f"lost rank {victim} (last known at step" in group.output(rank), group.output(rank)
     RunDirectory(tmp_path / "run").close()  # the lock is free: opening a held one raises
+
+
+@pytest.mark.slow
+def test_a_process_that_is_slow_and_alive_is_waited_for_beyond_the_time_out(tmp_path: Path) -> None:
+    # As one that compiles: it hears of no time-out of the collective that the others wait in.
+    config = experiment("ae", tmp_path / "run", **{"train.steps": 4, "train.timeout": 4.0})
+
+    def slow(rank: int) -> None:
+        real = step.Learner.step
+
+        def step_(self: step.Learner, number: int) -> None:
+            time.sleep(9 if (rank, number) == (1, 2) else 0)
+            real(self, number)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(host_memory, "FOLDER", "/nonexistent")  # gradients go over the network, as between hosts
+            patch.setattr(step.Learner, "step", step_)
+            train(config)(rank)
+
+    assert forked(2, slow, tmp_path / "log") == [0, 0], (tmp_path / "log-0.log").read_text()
 
 
 def test_silence_of_the_store_is_blamed_on_rank_0_alone() -> None:

@@ -83,6 +83,10 @@ def usual_precision() -> Literal["bf16", "fp32"]:
     return "bf16" if devices.multiplies_bf16(device or torch.device("cpu")) else "fp32"
 
 
+# Its name in older versions of torch was a private one.
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
+
 class Processes(Protocol):
     """What work that processes share needs to know of them."""
 
@@ -141,10 +145,12 @@ class Runtime:
                     f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
                     f"they would train apart in one folder. {HOW_TO_START}"
                 )
-            # Host-side agreement does not wait for the device's queue.
-            # While one process works for all (a checkpoint on a slow disk), the others wait. Who is dead, the watch
-            # finds sooner.
+            # While one process works for all (a checkpoint on a slow disk) or is slow itself (it compiles), the others
+            # wait. Who is dead or frozen, the watch finds after `train.timeout`.
             patient = max(timeout, timedelta(seconds=PATIENCE))
+            if joins:
+                _set_timeout(patient)
+            # Host-side agreement does not wait for the device's queue.
             self.host_group: Any = dist.new_group(backend="gloo", timeout=patient) if self.world > 1 else None
             if config.precision == "auto":
                 config = config.override({"precision": usual_precision()})
