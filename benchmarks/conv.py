@@ -1,16 +1,17 @@
 """The convolutional model beside the MLP, PCA, JPEG, WebP and non-local means: every figure given of it.
 
-    python -m benchmarks.conv [fashion] [sizes] [photographs] [denoising] [vae] [--seeds 3] [--pictures FOLDER ...]
+    python -m benchmarks.conv [PART ...] [--seeds 3] [--pictures FOLDER ...]     # fashion, sizes, photographs, rates, ...
 
 Prints one Markdown row a result: mean (range over the seeds). Runs stay in ``--storage`` and are not trained twice.
 Photographs are cut from ``--pictures``, such as those of Debian's packages gnome-backgrounds, mate-backgrounds,
 lomiri-wallpapers-16.04, lomiri-wallpapers-20.04, plasma-workspace-wallpapers, sway-backgrounds and ukui-wallpapers.
-Non-local means needs scikit-image: pip install -e ".[bench]".
+Non-local means needs scikit-image, `rates` needs constriction: pip install -e ".[bench]".
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import io
 import json
 import math
@@ -198,17 +199,91 @@ def compressed(val: Images, bytes_per_image: int, kind: str) -> str:
     columns = math.isqrt(len(val))
     kept = val[: columns * (len(val) // columns)]
     mosaic = kept.reshape(-1, columns, 3, SIDE, SIDE).transpose(0, 3, 1, 4, 2).reshape(-1, columns * SIDE, 3)
-    best = None
-    for quality in range(1, 96):
-        file = io.BytesIO()
-        Image.fromarray(mosaic).save(
-            file, kind, quality=quality, **({"method": 6} if kind == "WEBP" else {"optimize": True})
-        )
-        if file.tell() > bytes_per_image * len(kept):
-            break
-        error = np.asarray(Image.open(file).convert("RGB")).astype(np.float64) - mosaic
-        best = psnr(float((error / 255).__pow__(2).mean()))
-    return "–" if best is None else f"{best:.2f}"
+
+    def coded(quality: int) -> io.BytesIO:
+        file, more = io.BytesIO(), {"method": 6} if kind == "WEBP" else {"optimize": True}
+        Image.fromarray(mosaic).save(file, kind, quality=quality, **more)
+        return file
+
+    fits = bisect.bisect_right(range(1, 96), bytes_per_image * len(kept), key=lambda quality: coded(quality).tell())
+    if fits == 0:
+        return "–"
+    error = np.asarray(Image.open(coded(fits)).convert("RGB")).astype(np.float64) - mosaic
+    return f"{psnr(float(np.square(error / 255).mean())):.2f}"
+
+
+def entropy_coded(run_dir: Path, train: Images, val: Images, budget: int) -> float:
+    """The PSNR at so many bytes an image: codes rounded to one step for all, coded by constriction's range ANS.
+
+    The frequencies of each channel are those of training codes, which a decoder would have. The step is the finest
+    that stays within the budget.
+    """
+    import constriction
+
+    model = dist_ae.load(run_dir)
+    seen, codes = (model.embed(images).transpose(0, 1).flatten(1) for images in (train[:4000], val))  # [channels, ...]
+
+    def coded(step: float) -> tuple[int, torch.Tensor]:
+        size, rounded = 0, (codes / step).round()
+        for before, values in zip((seen / step).round(), rounded, strict=True):
+            low = int(min(before.min(), values.min()))
+            counts = np.bincount((before - low).int().numpy(), minlength=int(values.max()) - low + 1) + 0.5
+            table = constriction.stream.model.Categorical((counts / counts.sum()).astype(np.float32), perfect=False)
+            coder = constriction.stream.stack.AnsCoder()
+            coder.encode_reverse((values - low).int().numpy().astype(np.int32), table)
+            size += 4 * coder.num_words()
+        return size, rounded * step
+
+    fine, coarse = 1e-4, 1e2
+    for _ in range(30):
+        middle = math.sqrt(fine * coarse)
+        fine, coarse = (fine, middle) if coded(middle)[0] <= budget * len(val) else (middle, coarse)
+    kept = coded(coarse)[1].view(codes.shape[0], len(val), *model.model.code_shape[1:]).transpose(0, 1)
+    decoded = torch.cat([model.decode(part) for part in kept.split(256)])
+    return psnr(float((decoded - torch.from_numpy(val) / 255).square().mean()))
+
+
+def rates(bench: Bench, folders: list[Path]) -> None:
+    """PSNR at several sizes of the entropy-coded code of 768 numbers, beside JPEG and WebP of that size."""
+    name = patches(folders, bench.storage)
+    with np.load(name.removeprefix("array:")) as file:
+        train, val = file["train"], file["val"]
+    values = {"data.name": name, "model.widths": (32, 64, 128), "model.latent_dim": 12, "train.epochs": 4}
+    results = [bench.train("conv", {**values, **PHOTOGRAPHS}, seed) for seed in range(bench.seeds)]
+    row("bytes an image", "conv, dB", "JPEG", "WebP")
+    for budget in (128, 256, 384, 512, 768):
+        ours = [entropy_coded(result.run_dir, train, val, budget) for result in results]
+        row(budget, ours, compressed(val, budget, "JPEG"), compressed(val, budget, "WEBP"))
+
+
+def crops(bench: Bench, folders: list[Path]) -> None:
+    """Random crops beside fixed squares of the same pictures: PSNR on held-out whole pictures, 768 numbers a square."""
+    from dist_ae.data.crops import Crops
+    from dist_ae.data.sources import load
+    from dist_ae.use.whole import reconstructed
+
+    own = {"data.name": f"folder:{folders[-1]}", "data.image_size": 512, "data.crop": SIDE, "data.corrupt": "skip"}
+    config = dist_ae.PRESETS["conv"].override(own)
+    dataset = load(config.data)
+    file = bench.storage / "squares.npz"
+    held = dataset.val.images
+    assert isinstance(held, Crops) and dataset.val.rows is not None and dataset.train.rows is not None
+    if not file.exists():
+        np.savez(file, train=held.take(dataset.train.rows), val=held.take(dataset.val.rows))
+    pictures = [held.picture(number) for number in np.unique(dataset.val.rows >> 33).tolist()]
+    values = {"model.widths": (32, 64, 128), "model.latent_dim": 12, "train.steps": 1500, **PHOTOGRAPHS}
+    row("training", "held-out whole pictures, dB", "error on validation : training")
+    for label, data in (
+        ("fixed squares", {"data.name": f"array:{file}"}),
+        ("crops and flips", {**own, "data.flip": True}),
+    ):
+        results = [bench.train("conv", {**values, **data}, seed) for seed in range(bench.seeds)]
+        found = []
+        for result in results:
+            model = dist_ae.load(result.run_dir).model
+            errors = [(reconstructed(model, picture) / 255 - picture / 255).ravel() for picture in pictures]
+            found.append(psnr(float(np.square(np.concatenate(errors)).mean())))
+        row(label, found, [r.metrics["val.mse"] / r.metrics["val.train_mse"] for r in results])
 
 
 def photographs(bench: Bench, folders: list[Path]) -> None:
@@ -291,6 +366,8 @@ def main() -> None:
         "sizes": lambda bench, _: sizes(bench),
         "vae": lambda bench, _: vae(bench),
         "photographs": photographs,
+        "rates": rates,
+        "crops": crops,
         "denoising": denoising,
     }
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; left out, all of them")
