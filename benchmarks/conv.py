@@ -1,6 +1,6 @@
 """The convolutional model beside the MLP, PCA, JPEG, WebP and non-local means: every figure given of it.
 
-    python -m benchmarks.conv [PART ...] [--seeds 3] [--pictures FOLDER ...]     # fashion, sizes, photographs, rates, ...
+    python -m benchmarks.conv [PART ...] [--seeds 3] [--pictures FOLDER ...]  # rates, crops, ...
 
 Prints one Markdown row a result: mean (range over the seeds). Runs stay in ``--storage`` and are not trained twice.
 Photographs are cut from ``--pictures``, such as those of Debian's packages gnome-backgrounds, mate-backgrounds,
