@@ -88,19 +88,6 @@ def compare(paths: Sequence[Path], selection: Selection, page: Path) -> Comparis
         for side in sides
         for caption, image in pictures_of(side.sweep, side.winner, linear[side.name])
     ]
-    write_page(
-        page,
-        "beside.html.jinja",
-        names=names,
-        metric=sweeps[0].metric,
-        judged_by=METRICS[sweeps[0].metric][1],
-        said=said,
-        note=f"{size_note(sweeps[0])} compare at one size. The rings are the answers.",
-        fronts=picture,
-        pictures=pictures,
-        sizes=sizes,
-        differs=setting_rows(differs),
-    )
     answers = {
         side.name: {"path": str(side.sweep.path), "trial": side.winner.trial.id, "size": side.winner.size}
         | {"value": side.winner.value, "pca": pca[side.name].get(side.winner.size), "front": _front(side)}
@@ -108,7 +95,24 @@ def compare(paths: Sequence[Path], selection: Selection, page: Path) -> Comparis
     }
     written: dict[str, Any] = {"metric": sweeps[0].metric, "select": str(selection), "said": said, "sweeps": answers}
     written["levels"] = [{**asdict(level), "verdict": level.verdict} for level in levels]
-    write_json(page.with_suffix(".json"), {**written, "differs": differs})
+    try:
+        write_page(
+            page,
+            "beside.html.jinja",
+            names=names,
+            metric=sweeps[0].metric,
+            judged_by=METRICS[sweeps[0].metric][1],
+            said=said,
+            note=f"{size_note(sweeps[0])} compare at one size. The rings are the answers.",
+            fronts=picture,
+            pictures=pictures,
+            sizes=sizes,
+            differs=setting_rows(differs),
+        )
+        write_json(page.with_suffix(".json"), {**written, "differs": differs})
+    except OSError as error:
+        way_out = "from Python, dist_ae_tune.compare(..., page=PATH) writes elsewhere"
+        raise InputError(f"{page} cannot be written: {error.strerror}; {way_out}") from None
     for line in said:
         say(line)
     say(f"{page}, {page.with_suffix('.json').name}")
@@ -124,11 +128,18 @@ def _configs(sweep: Sweep) -> Iterator[Config]:
 
 def _check_question(sweeps: dict[str, Sweep]) -> None:
     """Raises InputError unless all sweeps are judged by the same figure of the same validation images."""
-    (first, one), *others = sweeps.items()
+    contents = {name: _fingerprints(sweep) for name, sweep in sweeps.items()}
+    asked = {name: _question(sweep) for name, sweep in sweeps.items()}
+    if all(contents.values()):  # the same images may lie in another place
+        asked = {
+            name: {**found, "data.name": None, "the content of the data": " and ".join(contents[name])}
+            for name, found in asked.items()
+        }
+    (first, one), *others = asked.items()
     for name, other in others:
-        for key in (asked := _question(one)) | (there := _question(other)):
-            if asked.get(key) != there.get(key):
-                both = f"{number(asked.get(key))} in {first} and {number(there.get(key))} in {name}"
+        for key in one | other:
+            if one.get(key) != other.get(key):
+                both = f"{number(one.get(key))} in {first} and {number(other.get(key))} in {name}"
                 raise InputError(f"--compare: {key} is {both}, so they do not answer one question")
 
 
@@ -137,11 +148,7 @@ def _question(sweep: Sweep) -> dict[str, Any]:
     found: dict[str, Any] = {"metric": sweep.metric}
     for config in _configs(sweep):
         values = config.trajectory_values()
-        data = {key: value for key, value in values.items() if key.startswith("data.") and key not in TRAINING_ONLY}
-        contents = _fingerprints(sweep)
-        if contents:  # the same images may lie in another place
-            data |= {"data.name": "", "the content of the data": " and ".join(contents)}
-        found |= data
+        found |= {key: value for key, value in values.items() if key.startswith("data.") and key not in TRAINING_ONLY}
         if denoises(sweep):
             found["evaluation.noise_std"] = config.evaluation.noise_std
         if sweep.metric == "val.neg_elbo":
