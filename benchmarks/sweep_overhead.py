@@ -1,8 +1,8 @@
 """Overhead of a sweep: wall time beyond Ray's start over the trials' own training time divided by the concurrency.
 
-    python -m benchmarks.sweep_overhead [--trials 16] [--concurrency 2] [--epochs 30]
+    python -m benchmarks.sweep_overhead [--trials 16] [--concurrency 2] [--epochs 1]
 
-Prints one JSON line. The figure to reach is at most 1.15.
+Prints one JSON line. The figure to reach is at most 1.10.
 """
 
 from __future__ import annotations
