@@ -1,12 +1,13 @@
-"""What the four systems reach on Fashion-MNIST, at three sizes of the code, as MLP and as convolution.
+"""What the four systems reach on Fashion-MNIST, at three sizes of the code, as MLP and as convolution; and in colour.
 
     python -m benchmarks.table                     # every row that is missing, then docs/table.md, .csv and .png
     python -m benchmarks.table conv-vae-32         # the rows whose names begin so, and the page
     python -m benchmarks.table --page              # the page alone
+    python -m benchmarks.table photos-             # the rows in colour, about 25 minutes on one thread
 
-A row is one run, ``benchmarks/table/SYSTEM-NUMBERS-SEED.json``; what stands there is not trained again, so a table that
-was interrupted goes on. The protocol stands on the page. Everything runs on one thread, at two rows at once if started
-twice.
+A row is one run, ``benchmarks/table/SYSTEM-NUMBERS-SEED.json``, in colour ``photos-SYSTEM-…``; what stands there is not
+trained again, so a table that was interrupted goes on. The protocol stands on the page. Everything runs on one thread,
+at two rows at once if started twice.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ROWS, DOCS = HERE / "table", HERE.parent / "docs"
 NUMBERS = (8, 32, 128)
 SEEDS = (0, 1, 2)
 COMMON: dict[str, Any] = {
-    "data.name": "fashion_mnist", "tracking.wandb": "off", "tracking.pictures": False, "objective.noise_std": 0.0,
+    "tracking.wandb": "off", "tracking.pictures": False, "objective.noise_std": 0.0,
     "evaluation.noise_std": 0.3,
 }  # fmt: skip
 MLP = {"train.epochs": 5, "precision": "fp32"}
@@ -68,14 +69,22 @@ COLUMNS = {  # of the page: what it is called, the figure and its format
 }
 
 
+DATA: dict[str, dict[str, Any]] = {
+    "fashion_mnist": {"data.name": "fashion_mnist"},
+    "photos": {"data.name": "photos", "data.image_size": 32},
+}
+MARKS = {name: f"<!-- {name}, written by benchmarks/table.py -->" for name in DATA}
+
+
 class Row(NamedTuple):
+    data: str
     system: str
     numbers: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.system}-{self.numbers}-{self.seed}"
+        return f"{'photos-' if self.data == 'photos' else ''}{self.system}-{self.numbers}-{self.seed}"
 
     @property
     def path(self) -> Path:
@@ -83,15 +92,28 @@ class Row(NamedTuple):
 
     def config(self) -> dist_ae.Config:
         own = {"model.latent_dim": self.numbers, "seed": self.seed, "run_dir": Path("runs/table") / self.name}
-        return dist_ae.PRESETS[self.system].override({**COMMON, **SYSTEMS[self.system], **own})
+        return dist_ae.PRESETS[self.system].override({**COMMON, **DATA[self.data], **SYSTEMS[self.system], **own})
 
 
 def rows() -> Iterator[Row]:
-    """The first seed of everything comes first."""
+    """The first seed of everything comes first; in colour, convolutions with one seed."""
     for seed in SEEDS:
         for system in SYSTEMS:
             for numbers in NUMBERS:
-                yield Row(system, numbers, seed)
+                yield Row("fashion_mnist", system, numbers, seed)
+    for system in SYSTEMS:
+        if system.startswith("conv"):
+            for numbers in NUMBERS:
+                yield Row("photos", system, numbers, 0)
+
+
+def kept() -> dict[str, list[dict[str, Any]]]:
+    """What the rows that are there hold, by their data."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in DATA}
+    for row in rows():
+        if row.path.exists():
+            found[row.data].append(json.loads(row.path.read_text()))
+    return found
 
 
 def measured(row: Row) -> dict[str, Any]:
@@ -112,15 +134,16 @@ def measured(row: Row) -> dict[str, Any]:
 
 def table(done: list[dict[str, Any]]) -> list[str]:
     """The page's lines: the mean over the seeds, and how far apart they lie where there are several."""
-    lines = ["| system | numbers | seeds | " + " | ".join(name.strip() for name in COLUMNS) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    columns = {name: each for name, each in COLUMNS.items() if any(each[0] in row["figures"] for row in done)}
+    lines = ["| system | numbers | seeds | " + " | ".join(name.strip() for name in columns) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
     for system in SYSTEMS:
         for numbers in NUMBERS:
             same = [row["figures"] for row in done if (row["system"], row["numbers"]) == (system, numbers)]
             if not same:
                 continue
             cells = []
-            for figure, form in COLUMNS.values():
+            for figure, form in columns.values():
                 values = [figures[figure] for figures in same if figure in figures]
                 spread = f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):{form}}{spread}" if values else "")
@@ -160,20 +183,22 @@ def draw(done: list[dict[str, Any]], path: Path) -> None:
 
 def write_page() -> None:
     """Rewrites what stands between the marks of docs/table.md, the CSV with every row, and the picture."""
-    done = [json.loads(row.path.read_text()) for row in rows() if row.path.exists()]
+    found = kept()
     page = DOCS / "table.md"
     text = page.read_text()
-    before, after = text.split("<!-- written by benchmarks/table.py -->")[0], text.split("<!-- end -->")[1]
-    lines = ["<!-- written by benchmarks/table.py -->", *table(done), "<!-- end -->"]
-    write_atomically(page, (before + "\n".join(lines) + after).encode())
-    names = sorted({name for row in done for name in row["figures"]})
+    for name, mark in MARKS.items():
+        before, rest = text.split(mark)
+        text = before + "\n".join([mark, *table(found[name]), "<!-- end -->"]) + rest.partition("<!-- end -->")[2]
+    write_atomically(page, text.encode())
+    names = sorted({name for done in found.values() for row in done for name in row["figures"]})
     with open(DOCS / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)
         heads = ["system", "numbers", "seed", "steps", "precision", "processor", "python", "torch", "date"]
-        writer.writerow([*heads, *names])
-        for row in done:
-            writer.writerow([*(row[head] for head in heads), *(row["figures"].get(name) for name in names)])
-    draw(done, DOCS / "table.png")
+        writer.writerow(["data", *heads, *names])
+        for data, done in found.items():
+            for row in done:
+                writer.writerow([data, *(row[head] for head in heads), *(row["figures"].get(name) for name in names)])
+    draw(found["fashion_mnist"], DOCS / "table.png")
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def sweep(
     select: str = "best",
     name: str | None = None,
     resume: str | None = None,
-    compare: list[str] = [],  # noqa: B006
+    compare: Annotated[list[str], tyro.conf.arg(metavar="A B ...")] = [],  # noqa: B006
     confirm: int = 0,
     storage: Path = Path("runs/sweeps"),
     set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="KEY=VALUE")] = [],  # noqa: B006
