@@ -127,7 +127,9 @@ def test_pictures_keep_size_bits_exif_and_profile(denoiser: Path, tmp_path: Path
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(photo).save(folder / "one.jpg", exif=exif, icc_profile=profile, quality=98)
     wide = (photo.astype(np.uint16) * 257 + 3).transpose(2, 0, 1)
-    (folder / "deep/colour.png").write_bytes(deep.png(wide))
+    plain = Image.Exif()
+    plain[0x010E] = "of 16 bits"
+    (folder / "deep/colour.png").write_bytes(deep.png(wide, plain, profile))
     out = commands.denoise_run(denoiser, folder, out=tmp_path / "out")
     assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {"one.png", "deep/colour.png"}
     with Image.open(out / "one.png") as image:
@@ -139,6 +141,8 @@ def test_pictures_keep_size_bits_exif_and_profile(denoiser: Path, tmp_path: Path
     assert np.abs(upright.astype(int) - before).mean() < 20
     sixteen = decode(os.fspath(out / "deep/colour.png"), form_of(DataConfig(), "rgb"))
     assert sixteen.dtype == np.uint16 and sixteen.shape == wide.shape and (sixteen % 257 != 0).any()
+    with Image.open(out / "deep/colour.png") as image:
+        assert image.getexif()[0x010E] == "of 16 bits" and image.info["icc_profile"] == profile
     # From Python it is the same.
     assert np.array_equal(dist_ae.load(denoiser).whole_picture(before), upright)
     floats = dist_ae.load(denoiser).whole_picture(before / 255)

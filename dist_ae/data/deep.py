@@ -138,8 +138,12 @@ def narrowed(pixels: Array) -> Array:
     return narrow
 
 
-def png(pixels: Array) -> bytes:
-    """uint16 [C, H, W], grey or colour, as a PNG of 16 bits; Pillow writes only grey."""
+def png(pixels: Array, exif: Image.Exif | None = None, profile: bytes | None = None) -> bytes:
+    """uint16 [C, H, W], grey or colour, as a PNG of 16 bits; Pillow writes only grey.
+
+    Args:
+        profile: ICC, of its colours.
+    """
     channels, height, width = pixels.shape
     lines = pixels.transpose(1, 2, 0).astype(">u2").tobytes()
     size = len(lines) // height
@@ -149,12 +153,16 @@ def png(pixels: Array) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    whole = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + whole
+    whole = chunk(b"IHDR", head)
+    if profile:
+        whole += chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
+    if exif:
+        whole += chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    return b"\x89PNG\r\n\x1a\n" + whole + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def tiff(pixels: Array) -> bytes:
+def tiff(pixels: Array, exif: Image.Exif | None = None, profile: bytes | None = None) -> bytes:
     """uint16 [1, H, W] as a TIFF."""
-    file = io.BytesIO()
-    Image.fromarray(pixels[0]).save(file, "TIFF", compression="tiff_adobe_deflate")
+    file, more = io.BytesIO(), {"exif": exif} if exif else {}
+    Image.fromarray(pixels[0]).save(file, "TIFF", compression="tiff_adobe_deflate", icc_profile=profile, **more)
     return file.getvalue()

@@ -177,7 +177,8 @@ class Kept(NamedTuple):
 def write_picture(path: Path, pixels: Array, kept: Kept) -> None:
     """Writes [C, H, W] of uint8 or uint16, in the form that the name says."""
     if pixels.dtype == np.uint16:
-        path.write_bytes(deep.tiff(pixels) if path.suffix.lower() in (".tif", ".tiff") else deep.png(pixels))
+        written = deep.tiff if path.suffix.lower() in (".tif", ".tiff") else deep.png
+        path.write_bytes(written(pixels, kept.exif, kept.profile))
         return
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
     quality: dict[str, Any] = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
