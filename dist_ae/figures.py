@@ -25,7 +25,7 @@ from dist_ae.data.reader import Reader
 from dist_ae.draws import Draws, Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise
 from dist_ae.files import MAX_LINES, folder_inside, inside, read_bounded, write_atomically
-from dist_ae.models import Autoencoder
+from dist_ae.models import Autoencoder, as_bytes
 
 
 @torch.no_grad()
@@ -330,7 +330,7 @@ class HeatMaps:
     def _pixels(image: Tensor) -> Any:
         if len(image) == 4:  # colour and transparency, as it is seen on white
             image = image[:3] * image[3:] + 1 - image[3:]
-        bytes_ = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        bytes_ = as_bytes(image).permute(1, 2, 0).numpy()
         return bytes_ if bytes_.shape[2] == 3 else np.repeat(bytes_[..., :1], 3, 2)
 
 

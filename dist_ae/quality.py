@@ -25,7 +25,7 @@ from dist_ae.data.records import Array
 from dist_ae.draws import Step, normal
 from dist_ae.evaluate import EVALUATION_SEED, fixed_noise, psnr
 from dist_ae.likeness import load
-from dist_ae.models import Autoencoder, Components, Output
+from dist_ae.models import Autoencoder, Components, Output, as_bytes
 from dist_ae.objectives import present, squared_error, terms
 from dist_ae.processes.runtime import Processes
 from dist_ae.scores import SAMPLE, in_batches
@@ -362,7 +362,7 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.is_floating_point():
-            images = images.clamp(0, 1).mul(255).round().to(torch.uint8)
+            images = as_bytes(images)
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         features: Tensor = self.network(images).flatten(1)

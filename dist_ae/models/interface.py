@@ -65,6 +65,11 @@ def pixels(raw: Tensor, bernoulli: bool) -> Tensor:
     return torch.sigmoid(raw) if bernoulli else (raw + 1) / 2
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Pixels on [0, 1], which they may leave, as uint8."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def centred(images: Tensor) -> Tensor:
     """Images on [0, 1] → on [-1, 1], where the model works."""
     return images.mul(2).sub_(1)

@@ -22,7 +22,7 @@ from dist_ae.config import InputError
 from dist_ae.data.given import Given, blocks, floats
 from dist_ae.data.records import Array
 from dist_ae.files import to_json
-from dist_ae.models import MLP
+from dist_ae.models import MLP, as_bytes
 from dist_ae.use.program import onnx_bytes
 from dist_ae.use.trained import TrainedModel
 
@@ -111,13 +111,9 @@ def _applied(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor
         seen = output.reconstruction.float()
         codes.append(output.mean.flatten(1).float().cpu().numpy())
         errors.append((seen - clean).square().flatten(1).mean(1).cpu().numpy())
-        originals.append(_bytes(trained.model.visible(clean)))
-        reconstructed.append(_bytes(trained.model.visible(seen)))
+        originals.append(as_bytes(trained.model.visible(clean)).cpu())
+        reconstructed.append(as_bytes(trained.model.visible(seen)).cpu())
     return np.concatenate(codes), np.concatenate(errors), torch.cat(originals), torch.cat(reconstructed)
-
-
-def _bytes(images: Tensor) -> Tensor:
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 
 def _principal(codes: Array, most: int = DIRECTIONS) -> tuple[Array, Array, Array]:
@@ -204,7 +200,9 @@ def _strips(trained: TrainedModel, mean: Array, directions: Array, scales: Array
     for direction, scale in list(zip(directions, scales, strict=True))[:STRIPS]:
         moved = torch.from_numpy(mean) + moves[:, None] * float(scale) * torch.from_numpy(direction)
         decoded = trained.decode(moved.float().view(-1, *trained.model.code_shape))
-        strips.append(_data_uri(_tiled(_shrunk(_bytes(trained.pictures(decoded)), LARGEST_STRIP_SIDE), FRAMES), "PNG"))
+        strips.append(
+            _data_uri(_tiled(_shrunk(as_bytes(trained.pictures(decoded)), LARGEST_STRIP_SIDE), FRAMES), "PNG")
+        )
     return strips
 
 
@@ -212,7 +210,7 @@ def _samples(trained: TrainedModel, columns: int = 12, rows: int = 4) -> str | N
     if not trained.config.model.variational:
         return None
     samples = trained.pictures(trained.sample(columns * rows))
-    return _data_uri(_tiled(_shrunk(_bytes(samples), LARGEST_STRIP_SIDE), columns), "PNG")
+    return _data_uri(_tiled(_shrunk(as_bytes(samples), LARGEST_STRIP_SIDE), columns), "PNG")
 
 
 def _pairs(originals: Tensor, reconstructed: Tensor) -> list[str]:
