@@ -16,6 +16,7 @@ from dist_ae.evaluate import better, collapsed, not_finite
 from dist_ae.models import Builder
 from dist_ae.models.weights import weights_sha256
 from dist_ae.outcome import NonFinite, OutOfMemory, Report, Reporter, Result, Stopped
+from dist_ae.processes.arrival import Arrival, arriving
 from dist_ae.processes.environment import explained_rendezvous, pinned_torch
 from dist_ae.processes.runtime import Runtime, largest_piece
 from dist_ae.processes.stop import Agreement, Signals, StopRequested
@@ -68,17 +69,21 @@ def train(
     if not isinstance(config, Config):
         raise InputError(f"train: expected a dist_ae.Config, such as PRESETS['ae'], got {type(config).__name__}")
     with Signals().listening() as signals, pinned_torch(config.precision):
-        prepared = prepare(config, data, model)
-        with claimed(prepared) as folder, _together(prepared.config) as (runtime, watch):
-            prepared = prepared._replace(config=runtime.config)
-            finished = finished_before(prepared, folder, runtime)
-            return finished or _loop(begin(prepared, folder, start_from, runtime), report, signals, watch)
+        with arriving(config.train.timeout) as arrival:
+            prepared = prepare(config, data, model)
+            with claimed(prepared) as folder, _together(prepared.config, arrival) as (runtime, watch):
+                prepared = prepared._replace(config=runtime.config)
+                finished = finished_before(prepared, folder, runtime)
+                return finished or _loop(begin(prepared, folder, start_from, runtime), report, signals, watch)
 
 
 @contextmanager
-def _together(config: Config) -> Iterator[tuple[Runtime, Watch]]:
-    """Joins the other processes. Where a process is lost, says which."""
+def _together(config: Config, arrival: Arrival) -> Iterator[tuple[Runtime, Watch]]:
+    """Joins the other processes, once all are ready. Where a process is lost, says which."""
+    with explained_rendezvous(config.train.timeout):
+        arrival.meet()
     runtime = Runtime(config)
+    arrival.close()
     with explained_rendezvous(config.train.timeout):
         watch = Watch(runtime, config.train.timeout)
     try:
