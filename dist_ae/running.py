@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -214,7 +215,14 @@ def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) 
     tags = (config.name, Path(config.data.name).name, config.model.architecture)
     run_id = str(kept["wandb_id"])
     name = str(prepared.description["label"])
-    return Tracking(config.tracking, folder.path, name, run_id, prepared.description, display.say, tags)
+
+    def renamed(new: str) -> None:
+        with contextlib.suppress(OSError):  # the next start finds out again
+            folder.write("tracking.json", {"wandb_id": new})
+
+    return Tracking(
+        config.tracking, folder.path, name, run_id, prepared.description, display.say, tags, renamed=renamed
+    )
 
 
 # -- its files

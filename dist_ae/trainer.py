@@ -68,13 +68,16 @@ def train(
     """
     if not isinstance(config, Config):
         raise InputError(f"train: expected a dist_ae.Config, such as PRESETS['ae'], got {type(config).__name__}")
-    with Signals().listening() as signals, pinned_torch(config.precision):
-        with arriving(config.train.timeout) as arrival:
-            prepared = prepare(config, data, model)
-            with claimed(prepared) as folder, _together(prepared.config, arrival) as (runtime, watch):
-                prepared = prepared._replace(config=runtime.config)
-                finished = finished_before(prepared, folder, runtime)
-                return finished or _loop(begin(prepared, folder, start_from, runtime), report, signals, watch)
+    with (
+        Signals().listening() as signals,
+        pinned_torch(config.precision),
+        arriving(config.train.timeout) as arrival,
+    ):
+        prepared = prepare(config, data, model)
+        with claimed(prepared) as folder, _together(prepared.config, arrival) as (runtime, watch):
+            prepared = prepared._replace(config=runtime.config)
+            finished = finished_before(prepared, folder, runtime)
+            return finished or _loop(begin(prepared, folder, start_from, runtime), report, signals, watch)
 
 
 @contextmanager

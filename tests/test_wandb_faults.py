@@ -46,6 +46,39 @@ class DyingAfterHello(Answering):
     do_POST = Answering.silence
 
 
+class Deleted(Answering):
+    """A server that knows the first run it is asked for as deleted, and takes any other; keeps the rows it is sent."""
+
+    deleted: list[str]
+    rows: list[tuple[str, int]]
+
+    def do_POST(self) -> None:
+        body = (
+            json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+            if (self.path == "/graphql" or self.path.endswith("file_stream"))
+            else {}
+        )
+        variables = body.get("variables", {})
+        name = variables.get("name") or variables.get("run") or ""
+        if name and not self.deleted:
+            self.deleted.append(name)
+        gone = bool(name) and name in self.deleted
+        for line in body.get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
+            self.rows.append((self.path.split("/")[-2], int(json.loads(line)["_step"])))
+        bucket = {"id": "x", "name": name, "displayName": "d", "project": {"name": "p", "entity": {"name": "e"}}}
+        found = {"upsertBucket": {"bucket": bucket, "inserted": True}, "model": {"bucket": None, "project": None}}
+        files = {"runID": "x", "uploadHeaders": [], "files": []}
+        answer: dict[str, Any] = {"data": {**found, "createRunFiles": files, "project": None, "viewer": None}}
+        if gone:
+            answer = {"errors": [{"message": "run was previously created and deleted; try a new run name"}]}
+        data = json.dumps(answer).encode()
+        self.send_response(409 if gone else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
 def serve(status: int) -> http.server.ThreadingHTTPServer:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Answering,), {"status": status}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -136,3 +169,26 @@ def test_an_offline_run_can_be_rebuilt_from_the_metrics(down: dict[str, tuple[in
     rows = {row["_step"]: row for row in history(run_dir)}
     for line in metrics(run_dir):
         assert rows[line["step"]]["train/loss"] == pytest.approx(line["loss"], rel=1e-12)
+
+
+def test_a_run_that_was_deleted_on_the_server_goes_on_there_as_another_and_each_step_is_sent_once(
+    tmp_path: Path,
+) -> None:
+    handler = type("Handler", (Deleted,), {"status": 200, "deleted": [], "rows": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    variables: dict[str, Any] = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
+    command = [sys.executable, "-m", "dist_ae", "train", "ae", "--run-dir", str(tmp_path / "run")]
+    command += ["--train.epochs", "3", "--train.log-every", "1"]
+    done = subprocess.run(
+        command, env=environment(**variables), cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    server.shutdown()
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert done.returncode == 0 and len(warnings) == 1, done.stderr
+    new = json.loads((tmp_path / "run/tracking.json").read_text())["wandb_id"]
+    assert f"run {handler.deleted[0]} was deleted; going on as run {new}" in warnings[0]  # type: ignore[attr-defined]
+    rows = sorted(handler.rows)  # type: ignore[attr-defined]
+    assert {name for name, _ in rows} == {new}
+    assert len({step for _, step in rows}) == len(rows) and {step for _, step in rows} >= set(range(1, 37)), rows

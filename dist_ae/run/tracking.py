@@ -6,11 +6,13 @@ misses can be rebuilt from it.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
 import os
 import queue
+import re
 import shlex
 import sys
 import threading
@@ -32,6 +34,7 @@ from dist_ae.terminal import first_line, say
 INIT_SECONDS = 20  # how long a server may take to accept a run before it is kept offline
 FINISH_SECONDS = 15  # how long the end of a run waits for trackers
 LONGEST_TAG = 64  # most characters of a tag that W&B accepts
+DELETED = r"\b409\b|previously created and deleted"  # in what a server says of a run's id
 STOP_SECONDS = 4  # how long a stopped run waits for them, since stopping must not take longer than 10 s in all
 
 
@@ -78,8 +81,10 @@ class Tracking:
         tags: Sequence[str] = (),
         parts: Sequence[str] = (),
         again: str | None = None,
+        renamed: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Args:
+        renamed: keeps another id, where the server takes the run's own no more.
         parts: patterns in the run directory where further offline runs lie that belong to this one.
         again: what to say where something was lost; left out, it is a run that can be rebuilt from its metrics.
         """
@@ -92,6 +97,7 @@ class Tracking:
         self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lost = False
+        self._renamed = renamed
         self._say, self._tags = say, tuple(tag[:LONGEST_TAG] for tag in dict.fromkeys(tags) if tag)
         mode, why = wandb_mode(config)
         self._mode = mode
@@ -201,12 +207,30 @@ class Tracking:
             self._mode = "offline"
         for mode in {"online": ("online", "offline"), "off": ()}.get(self._mode, ("offline",)):
             try:
-                trackers.append(self._start_wandb(mode))
+                try:
+                    trackers.append(self._start_wandb(mode))
+                except Exception as error:
+                    _end_failed_start()  # else the id counts as in use
+                    if mode == "offline" or not re.search(DELETED, str(error)):
+                        raise
+                    self._begin_anew()
+                    trackers.append(self._start_wandb(mode))
                 break
             except Exception as error:
                 what = "Weights & Biases offline" if mode == "offline" else "Weights & Biases; going on offline"
                 self._give_up(what, error)
         return trackers
+
+    def _begin_anew(self) -> None:
+        """Takes another id in place of one whose run was deleted on the server."""
+        old, self._id = self._id, new_run_id()
+        self._renamed(self._id)
+        say(
+            f"warning: Weights & Biases: the server says that run {old} was deleted; going on as run {self._id}, which "
+            f"has the steps from here on. `dist-ae doctor {shlex.quote(str(self._run_dir))} --replay-wandb` rebuilds "
+            "the others",
+            sys.stderr,
+        )
 
     def _start_wandb(self, mode: str) -> Any:
         from accelerate.state import PartialState
@@ -265,6 +289,14 @@ def wandb_options(
 def _as_text(description: Mapping[str, Any]) -> str:
     """A configuration as indented JSON, which Markdown shows as it is."""
     return "    " + json.dumps(description, indent=2).replace("\n", "\n    ")
+
+
+def _end_failed_start() -> None:
+    """Lets go of what a start that failed left behind."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def _forget_wandb() -> None:
