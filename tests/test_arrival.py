@@ -33,7 +33,7 @@ def group(tmp_path: Path, slow: int, ends: bool = False) -> Forked:
             raise InputError("the disk of this host is not there")
 
         if rank == slow:
-            decode.decode_all = ended if ends else slowly
+            setattr(decode, "decode_all", ended if ends else slowly)  # noqa: B010
         small = {**SMALL, "train.steps": 3, "train.batch_size": 8, "train.timeout": 3.0, "tracking.pictures": False}
         small |= {"data.name": f"folder:{root}", "data.cache": tmp_path / f"cache-{rank}", "run_dir": tmp_path / "run"}
         dist_ae.train(dist_ae.PRESETS["ae"].override(small))
