@@ -154,6 +154,14 @@ def resize(path: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(path)], check=True)
 
 
+def test_a_sweep_says_before_it_starts_that_rays_disk_is_nearly_full(small_disk: Path) -> None:
+    from tune.sweep import nearly_full
+
+    assert nearly_full(str(small_disk / "ray")) == ""  # a folder that Ray has yet to make
+    (small_disk / "other").write_bytes(bytes(299_000))
+    assert re.search(rf"the disk of {small_disk}, .* is 9\d% full.*RAY_TMPDIR", nearly_full(str(small_disk / "ray")))
+
+
 def test_a_run_is_not_finished_until_its_last_checkpoint_is_on_the_disk(small_disk: Path, tmp_path: Path) -> None:
     run_dir = small_disk / "run"
     full = config(run_dir, **{"model.hidden_dims": (256, 64)})  # a checkpoint of some 500 kB

@@ -33,6 +33,7 @@ from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_togethe
 
 CONNECT_SECONDS = 2.0
 LONGEST_FOLDER = 40  # characters of the folder that Ray keeps its sockets in
+FULL = 0.95  # of a disk, above which Ray stores no large objects
 LOST_SECONDS = 3.0  # without an answer of this machine's own Ray, after which it is gone
 PROBED = 100  # points of an optimizer's space that are checked before it suggests its own
 
@@ -327,6 +328,9 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     here: dict[str, Any] = {"include_dashboard": False, "num_cpus": _cores()} if settings.address == "local" else {}
     if here and (short := short_folder()) is not None:
         here["_temp_dir"] = short
+    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if here and (full := nearly_full(here.get("_temp_dir", usual))):
+        say(full, sys.stderr)
     environment = {"env_vars": variables}
     try:
         ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **here)
@@ -360,6 +364,19 @@ def short_folder() -> str | None:
     raise InputError(
         f"{usual}: too long a name for Ray's sockets, and no short folder can be written; set RAY_TMPDIR to a local "
         f"folder whose path has at most {LONGEST_FOLDER - 4} characters"
+    )
+
+
+def nearly_full(folder: str) -> str:
+    """A warning where a local Ray has little room for its files; "" where it has enough."""
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    room = shutil.disk_usage(folder)
+    if room.free >= (1 - FULL) * room.total:
+        return ""
+    return (
+        f"warning: the disk of {folder}, where Ray keeps its files, is {1 - room.free / room.total:.0%} full; above "
+        f"{FULL:.0%} Ray may refuse to store what trials hand over: make room, or set RAY_TMPDIR to another folder"
     )
 
 
