@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from dist_ae.config import InputError
 from dist_ae.data.pictures import Content, Form, Page, Picture, Read, decode_all
 
-CHUNK = 32  # pictures that a decoding process gets at once
+CHUNK = 32  # most pictures that a decoding process gets at once
 CHUNK_BYTES = 32 << 20  # of pictures that come as bytes: a chunk, or what is looked at first, ends there
 HELD_BYTES = 256 << 20  # of pictures that wait for a decoding process
 INLINE = 64  # so few pictures are decoded sooner than a process starts
@@ -47,7 +47,8 @@ def decoded(
         for picture in itertools.chain(head, pictures):
             yield picture, work([picture.content], form)[0]
         return
-    chunks = _chunks(itertools.chain(head, pictures))
+    size = CHUNK if count is None else max(1, min(CHUNK, count // (4 * workers)))  # of few, none waits for the others
+    chunks = _chunks(itertools.chain(head, pictures), size)
     executor = ProcessPoolExecutor(workers, mp_context=_Context(), initializer=_begin)
     try:
         pending: deque[tuple[list[Picture], Future[list[Read]]]] = deque()
@@ -83,8 +84,8 @@ def some(pictures: Iterator[Picture], most: int) -> list[Picture]:
     return found
 
 
-def _chunks(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
-    while chunk := some(pictures, CHUNK):
+def _chunks(pictures: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
+    while chunk := some(pictures, size):
         yield chunk
 
 
