@@ -787,8 +787,10 @@ def _is_clear(image: Image.Image) -> bool:
     """Whether some of a picture that is loaded is transparent."""
     if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
         image = image.convert("RGBA")
-    has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
-    return has_alpha and bool((np.asarray(image.getchannel(len(image.getbands()) - 1)) < 255).any())
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return False
+    lowest: Any = image.getchannel(len(image.getbands()) - 1).getextrema()[0]
+    return bool(lowest < 255)
 
 
 def _has_colour(image: Image.Image) -> bool:
