@@ -101,7 +101,7 @@ def test_fresh_seeds_tell_sweeps_apart_or_say_that_they_cannot(tmp_path: Path) -
         (16, other, {one: "one seed"}),
     ]
     first, second, third, *_ = found.sentences
-    assert first == f"With 4 numbers, {other} is better than {one} by 28.7%, which its fresh seeds confirm"
+    assert first == f"With 4 numbers, {other} is better than {one} by 28.7%, which fresh seeds confirm"
     assert second == f"With 8 numbers, {other} and {one} cannot be told apart with 2 fresh seeds"
     assert third == f"With 16 numbers, {other} is ahead of {one} by 20.0%, with one seed"
     gap = found.levels[0].behind[one]

@@ -245,7 +245,7 @@ def _said(name: str, kind: str, run: Sequence[Level], sweep: Sweep) -> str:
         seeds = min(min(level.best[each].seeds for each in (leader, name)) for level in run)
         return f"{leader} and {name} cannot be told apart with {seeds} fresh seeds"
     if kind == "worse":
-        return f"{leader} is better than {name} by {by}{unit}, which its fresh seeds confirm"
+        return f"{leader} is better than {name} by {by}{unit}, which fresh seeds confirm"
     if max(gaps) == 0:
         return f"{leader} and {name} are equal, with one seed"
     return f"{leader} is ahead of {name} by {by}{unit}, with one seed"
