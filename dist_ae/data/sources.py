@@ -149,7 +149,7 @@ def located(config: Config, root: Path | None) -> Config:
 
 
 def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
-    for key in ("image_size", "fit", "channels", "background", "group", "include", "exclude"):
+    for key in ("image_size", "fit", "channels", "background", "group", "budget", "include", "exclude"):
         if getattr(config, key) not in (None, ()) and key not in but:
             raise InputError(
                 f"data.{key} is about pictures (folder:, tar:, hf: and photos), "
