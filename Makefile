@@ -2,9 +2,9 @@
 # Each does its own set-up, once.
 PYTHON ?= python3
 BIN := .venv/bin
-# Files side by side: most of a test's time is waiting for processes that start. A worker that died is not replaced:
-# the others would wait for ever for what it had been given.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# Files side by side, three on two cores: most of a test's time is waiting for processes that start. A worker that died
+# is not replaced: the others would wait for ever for what it had been given.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: train test test-fast test-long test-gpu fuzz lint bench
 

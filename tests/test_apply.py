@@ -303,7 +303,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
     (tmp_path / "folder.npy").mkdir()
     np.save(tmp_path / "own.npy", IMAGES)
     with monkeypatch.context() as patch:
-        patch.setattr(dist_ae.TrainedModel, "_map", None)
+        patch.setattr(dist_ae.TrainedModel, "each", None)
         for out, expected in {
             "own.npy/new/x.npy": "own.npy is no folder",
             "x.jpg": "ends in .npy or .png, or a folder",

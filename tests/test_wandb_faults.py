@@ -154,7 +154,7 @@ def test_a_server_that_is_down_costs_nothing_but_a_warning(
     assert "Traceback" not in err and "warning: " in err
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, 37))
     print(kind, seconds)
-    assert seconds < 75  # six of them beside each other on two cores; INIT_SECONDS and FINISH_SECONDS bound the wait
+    assert seconds < 150  # six of them beside each other on two cores; INIT_SECONDS and FINISH_SECONDS bound the wait
 
 
 def test_an_offline_run_can_be_rebuilt_from_the_metrics(down: dict[str, tuple[int, str, float, Path]]) -> None:
