@@ -5,9 +5,9 @@
     python -m benchmarks.table --page              # the page alone
     python -m benchmarks.table photos-             # the rows in colour, about 25 minutes on one thread
 
-A row is one run, ``benchmarks/table/SYSTEM-NUMBERS-SEED.json``, in colour ``photos-SYSTEM-…``; what stands there is not
-trained again, so a table that was interrupted goes on. The protocol stands on the page. Everything runs on one thread,
-at two rows at once if started twice.
+A row is one run, ``benchmarks/table/SYSTEM-NUMBERS-SEED.json``, with ``photos-`` before it in colour; what stands there
+is not trained again, so a table that was interrupted goes on. The protocol stands on the page. Everything runs on one
+thread, at two rows at once if started twice.
 """
 
 from __future__ import annotations

@@ -173,11 +173,11 @@ def linear_name(config: Config) -> str:
     return "PCA" if config.model.architecture == "mlp" or config.model.code == "vector" else "PCA of patches"
 
 
-def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, float], name: str = "") -> str:
+def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, float], before: str = "") -> str:
     """The answer beside PCA with as many numbers, in a line; a WARNING where it is worse."""
     config = sweep.answer(winner.trial)
     figure = f"{sweep.metric} {number(winner.value)}"
-    said = f"{name}{selection}: {winner.trial.preset} with a code of {winner.size}, {figure}"
+    said = f"{before}{selection}: {winner.trial.preset} with a code of {winner.size}, {figure}"
     error, linear = errors(sweep, [winner], winner.outcome.status).get(winner.trial.id), pca.get(winner.size)
     if error is None or linear is None:
         return said

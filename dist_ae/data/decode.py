@@ -40,8 +40,7 @@ def decoded(
         work: what is done to some of them, in a process of its own; None: they are decoded.
     """
     work = work or decode_all
-    # Windows lets 61 processes be waited for.
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else min(61, os.cpu_count() or 1)
+    workers = cores()
     head = some(pictures, INLINE)
     if workers == 1 or (len(head) < INLINE and size_of(head) < CHUNK_BYTES) or count == len(head):
         for picture in itertools.chain(head, pictures):
@@ -62,6 +61,17 @@ def decoded(
         raise DecoderKilled("a process that decodes pictures was killed, most likely for lack of memory") from None
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that this process may use; at most the 61 processes that Windows can wait for, where nothing tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else min(61, os.cpu_count() or 1)
+
+
+def processes_here() -> int:
+    """Processes of this run on this machine, which share its cores and its memory."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(here) if here.isdecimal() else 1)
 
 
 def size_of(pictures: list[Picture]) -> int:

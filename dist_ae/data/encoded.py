@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dist_ae.config import InputError
+from dist_ae.data.decode import cores, processes_here
 from dist_ae.data.deep import widened
 from dist_ae.data.pictures import Form, decode, reason
 from dist_ae.data.records import Array
@@ -72,8 +72,6 @@ class Encoded:
     def work(self, function: Callable[[Any], None], pieces: Iterable[Any]) -> None:
         """Calls a function with each piece, on the threads of this process: decoders leave Python's lock free."""
         if self._threads is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-            self._threads = ThreadPoolExecutor(max(1, cores // (int(here) if here.isdecimal() else 1)), "decoding")
+            self._threads = ThreadPoolExecutor(max(1, cores() // processes_here()), "decoding")
             weakref.finalize(self, self._threads.shutdown, cancel_futures=True)
         list(self._threads.map(function, pieces))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dist_ae import devices
 from dist_ae.data.crops import Crops
+from dist_ae.data.decode import processes_here
 from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
 
 # Of what is free, for all images that a process holds. The rest is for weights, activations and other programs.
@@ -184,8 +184,7 @@ def _free_bytes(device: torch.device, held: int = 0) -> int:
     if free is not None:
         return free
     # Each process of this machine holds a copy of its own, and they all look at about the same time.
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return free_memory() // max(1, int(here) if here.isdecimal() else 1)
+    return free_memory() // processes_here()
 
 
 def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -17,13 +17,13 @@ from torch import Tensor
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.crops import Crops
 from dist_ae.data.given import Given, blocks, floats, picked
-from dist_ae.data.pictures import Picture, colour_of, decode, form_of, reason, shown
+from dist_ae.data.pictures import Picture, colour_of, decode, form_of
 from dist_ae.data.records import Array, Split, Whole, at_once
 from dist_ae.quality import structural_similarity
 from dist_ae.scores import Calibration, score_images
 from dist_ae.terminal import Waiting
 from dist_ae.use.trained import TrainedModel, images_of
-from dist_ae.use.whole import on_scale, own_size, reconstructed
+from dist_ae.use.whole import on_scale, own_size, readable, reconstructed
 
 Kind = Literal["error", "ssim"]
 Measure = Callable[[Tensor, range], Tensor]  # of records [B, C, H, W] on the model's scale and their places: [B]
@@ -86,11 +86,8 @@ class AtOwnSize:
         self._oddest: list[int] = []  # the square of each picture that gave its score
 
     def _open(self, number: int) -> Array:
-        picture = self._pictures[number]
-        try:
-            return decode(picture.content, self._form)
-        except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
-            raise InputError(f"{shown(picture.name)}: cannot be read as a picture ({reason(error)})") from None
+        with readable(self._pictures[number]):
+            return decode(self._pictures[number].content, self._form)
 
     def _squares(self, picture: Array) -> Tensor:
         """The squares of a picture, side by side, [n, C, side, side] as the model takes them.

@@ -174,6 +174,15 @@ class Kept(NamedTuple):
                 return cls(exif, profile)
 
 
+@contextmanager
+def readable(picture: Picture) -> Iterator[None]:
+    """Raises InputError with the name of a picture that cannot be read."""
+    try:
+        yield
+    except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
+        raise InputError(f"{shown(picture.name)}: cannot be read as a picture ({reason(error)})") from None
+
+
 def write_picture(path: Path, pixels: Array, kept: Kept) -> None:
     """Writes [C, H, W] of uint8 or uint16, in the form that the name says."""
     if pixels.dtype == np.uint16:
@@ -214,11 +223,9 @@ def write_whole_pictures(
 
     def write(number: int, target: Path) -> None:
         picture = pictures[number]
-        try:
+        with readable(picture):
             pixels = decode(picture.content, form)
             kept = Kept.of(picture.content, len(pixels))
-        except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
-            raise InputError(f"{shown(picture.name)}: cannot be read as a picture ({reason(error)})") from None
         noise = None
         if noise_std:
             noise = fixed_noise(noise_std, range(number, number + 1), pixels.shape, torch.device("cpu"))[0].numpy()
