@@ -83,9 +83,7 @@ def train(
 @contextmanager
 def _together(config: Config, arrival: Arrival) -> Iterator[tuple[Runtime, Watch]]:
     """Joins the other processes, once all are ready. Where a process is lost, says which."""
-    with explained_rendezvous(config.train.timeout):
-        arrival.meet()
-    runtime = Runtime(config)
+    runtime = Runtime(config, arrival.meet())
     arrival.close()
     with explained_rendezvous(config.train.timeout):
         watch = Watch(runtime, config.train.timeout)

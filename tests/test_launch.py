@@ -144,11 +144,14 @@ def test_the_restart_policy_goes_on_after_a_stop_backs_off_after_a_fault_and_giv
 
 
 @pytest.mark.parametrize(
-    ("shared", "restarts", "said"), [("True", "3", True), ("True", "0", False), ("False", "3", False)]
+    ("shared", "restarts", "here", "said"),
+    [("True", "3", 1, True), ("True", "3", 2, False), ("True", "0", 1, False), ("False", "3", 1, False)],
 )
-def test_torchruns_restarts_into_a_used_store_are_named(
-    shared: str, restarts: str, said: bool, monkeypatch: pytest.MonkeyPatch
+def test_torchruns_restarts_on_several_hosts_into_a_used_store_are_named(
+    shared: str, restarts: str, here: int, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in environment(0, 2, 29500, LOCAL_WORLD_SIZE=str(here)).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     assert any("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note for note in notes(PRESETS["ae"])) == said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_what_a_mounted_bucket_does_otherwise_is_found(tmp_path: Path, monkeypat
     def copy(source: Path, target: Path) -> None:
         data = source.read_bytes()
         target.unlink(missing_ok=True)
+        time.sleep(0.01)  # over a network
         target.write_bytes(data)
 
     real_open = os.open

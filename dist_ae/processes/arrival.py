@@ -16,19 +16,32 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dist_ae.config import Fault
-from dist_ae.processes.environment import interface_to_main, launched_world
+from dist_ae.processes.environment import explained_rendezvous, interface_to_main, launched_world
 from dist_ae.terminal import say
 
 INTERVAL = 1.0  # seconds between two signs of life
-_calls = itertools.count()  # every process trains as often, so their numbers agree
+# Kept for as long as the process lives: one that forms its next group while rank 0 still leaves the last one would
+# find a server that is about to end.
+_stores: dict[tuple[str, int], TCPStore] = {}
+_groups = itertools.count()  # every process forms as many, so their numbers agree
+
+
+def _name_of_group() -> str:
+    """Keeps a group from the addresses of those before it, which torch leaves in the store.
+
+    A launcher of one host counts its restarts; those of several hosts count each for themselves.
+    """
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return f"dist_ae/{restarts}/{next(_groups)}"
 
 
 class Arrival:
     """A sign of life of each process, once a second, until all are ready to form their group.
 
-    It goes through torch's own rendezvous store, which begins here already where rank 0 keeps it: one made later in
-    the same process shares its server. A process that falls silent before it is ready, or never comes, is named by the
-    others after ``timeout`` seconds; one that is at work may take as long as it likes.
+    It goes through torch's rendezvous store, in which the group is formed then. A process that falls silent before it
+    is ready, or never comes, is named by the others after ``timeout`` seconds; one that is at work may take as long as
+    it likes.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -39,8 +52,8 @@ class Arrival:
         self._done, self._connected = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._live, name="arrival", daemon=True)
         self._needed = self.world > 1 and not dist.is_initialized()
-        self._prefix = f"dist_ae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_calls)}"
         if self._needed:
+            self._name = _name_of_group()
             self._thread.start()
 
     def _live(self) -> None:
@@ -56,35 +69,44 @@ class Arrival:
                 self._done.wait(INTERVAL)
 
     def _connect(self) -> PrefixStore | None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        keeps = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        host, port = where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        wait = timedelta(seconds=max(1.0, self._timeout))
+        if where not in _stores:
+            keeps = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            if not keeps and not self._reaches(where):
+                return None
+            _stores[where] = TCPStore(host, port, self.world, keeps, wait, wait_for_workers=False, multi_tenant=True)
+        _stores[where].set_timeout(wait)
+        return PrefixStore(self._name, _stores[where])
+
+    def _reaches(self, where: tuple[str, int]) -> bool:
+        """Waits for the store, in short trials, so that the thread can end at any time."""
         end = time.monotonic() + self._timeout
-        while not keeps and not self._done.is_set():  # in short trials, so that the thread can end at any time
+        while not self._done.is_set():
             try:
-                socket.create_connection((host, port), INTERVAL).close()
-                break
+                socket.create_connection(where, INTERVAL).close()
+                return True
             except OSError:
                 if time.monotonic() > end:
                     raise
                 self._done.wait(INTERVAL / 4)
-        if self._done.is_set():
-            return None
-        wait = timedelta(seconds=max(1.0, self._timeout))
-        store = TCPStore(host, port, self.world, keeps, wait, wait_for_workers=False, multi_tenant=True)
-        return PrefixStore(self._prefix, store)
+        return False
 
-    def meet(self) -> None:
-        """Waits until every process is ready.
+    def meet(self) -> PrefixStore | None:
+        """Waits until every process is ready, and returns the store of their group; None where none is to be formed.
 
         Raises:
             InputError: the main process's address is one that other hosts cannot reach.
-            Fault: processes that are not there, or ended before they were ready.
-            RuntimeError: the store cannot be reached.
+            Fault: processes that are not there, or ended before they were ready, or a store that cannot be reached.
         """
         if not self._needed:
-            return
+            return None
         with interface_to_main(True):  # finds an address that cannot be
             pass
+        with explained_rendezvous(self._timeout):
+            return PrefixStore("group", self._ready())
+
+    def _ready(self) -> PrefixStore:
         self._connected.wait()
         if self._error is not None:
             raise self._error
@@ -112,6 +134,7 @@ class Arrival:
             if late and not said and self.rank == 0:
                 say(f"waiting for rank {', '.join(map(str, late[:8]))}, still at work on its data", sys.stderr)
                 said = True
+        return self._store
 
     def _place(self, rank: int, alive: int) -> str:
         assert self._store is not None

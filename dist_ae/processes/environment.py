@@ -115,7 +115,9 @@ def notes(config: Config) -> list[str]:
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
         found.append("note: the launcher asks for torch.compile; --train.compile asks for it here, and decides")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+    several_hosts = whole_number("LOCAL_WORLD_SIZE", 1) < launched_world()[1]
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if several_hosts and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         found.append(
             "note: torchrun will restart processes into the store of those before them, where they find old addresses "
             '("Connection refused"). Start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as '

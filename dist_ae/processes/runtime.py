@@ -115,8 +115,8 @@ class Alone:
 class Runtime:
     """A process of a training run: its rank, its device, and sums over all processes."""
 
-    def __init__(self, config: Config) -> None:
-        """Starts (or joins) the process group.
+    def __init__(self, config: Config, store: dist.Store | None = None) -> None:
+        """Starts (or joins) the process group, through ``store`` where one is given: ``Arrival.meet`` has it.
 
         What rank 0 found out about its machine and its run directory holds for all: ``self.config`` has its precision
         and its directory.
@@ -126,7 +126,7 @@ class Runtime:
                 main process is one that other hosts cannot reach.
             Fault: the processes did not all meet within ``train.timeout``.
         """
-        _, launched = launched_world()
+        own, launched = launched_world()
         # Starts Accelerate's state, which is process-wide, anew: a second run in one process (a sweep's reused actor, a
         # notebook) may want another precision.
         self._owns_group = not dist.is_initialized()
@@ -136,7 +136,8 @@ class Runtime:
         on_cpu, timeout = use_cpu(), timedelta(seconds=config.train.timeout)
         joins = launched > 1 and self._owns_group
         with explained_rendezvous(config.train.timeout), interface_to_main(joins), without_accelerates_variables():
-            state = PartialState(on_cpu, timeout=timeout)
+            through = {"store": store, "rank": own, "world_size": launched} if joins and store is not None else {}
+            state = PartialState(on_cpu, timeout=timeout, **through)
             if state.device.type == "cuda":  # also one that was named by hand, for which Accelerate does not
                 torch.cuda.set_device(state.device)
             self.world, self.rank, self.is_main = state.num_processes, state.process_index, state.is_main_process

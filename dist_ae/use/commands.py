@@ -103,6 +103,7 @@ def evaluate_run(
     from dist_ae.data.reader import Reader
     from dist_ae.data.records import at_once
     from dist_ae.evaluate import evaluate
+    from dist_ae.processes.arrival import arriving
     from dist_ae.processes.environment import launched_world, pinned_torch
     from dist_ae.processes.runtime import Runtime, check_device
     from dist_ae.saved import run_config
@@ -130,11 +131,11 @@ def evaluate_run(
     trained.config = config
     reads = reads_of(run_dir, trained, None, features)
     target = destination(reads, run_dir, out, "evaluation.json", (".json",), beside=(".png",))
-    dataset = trained.dataset()
-    batch = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
-    config = config.override({"evaluation.batch_size": batch})
-    with pinned_torch(config.precision):
-        runtime = Runtime(config)
+    with pinned_torch(config.precision), arriving(config.train.timeout) as arrival:
+        dataset = trained.dataset()
+        batch = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
+        config = config.override({"evaluation.batch_size": batch})
+        runtime = Runtime(config, arrival.meet())
         try:
             raw = trained.model.to(runtime.device, runtime.dtype)
             model = runtime.accelerator.prepare_model(raw, evaluation_mode=True)

@@ -21,12 +21,14 @@ from dist_ae.config import InputError
 from dist_ae.files import sync, write_atomically, write_new
 
 SECONDS = 60.0  # how long another process may take for what it is asked to do
-REPLACING = 0.5  # seconds for which a file is replaced again and again while another process reads it
+# Another process that reads a file again and again, which is replaced meanwhile: for so long, and so often at least.
 READ = """
-import os, sys
-path, enough = sys.argv[1:]
+import sys, time
+path, seconds, times = sys.argv[1], 0.5, 200
 print(flush=True)
-while not os.path.exists(enough):
+end, number = time.monotonic() + seconds, 0
+while number < times or time.monotonic() < end:
+    number += 1
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -100,20 +102,19 @@ def _sync(folder: Path) -> str:
 
 def _replace(folder: Path) -> None:
     """Checks that another process, which reads all the time, finds either the old content or the new one, whole."""
-    path, temporary, enough = folder / "replaced", folder / "replacing", folder / "enough"
+    path, temporary = folder / "replaced", folder / "replacing"
     contents = [bytes([65 + number]) * 4096 for number in range(2)]
     write_atomically(path, contents[0])
-    command = [sys.executable, "-c", READ, str(path), str(enough)]
+    command = [sys.executable, "-c", READ, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as reader:
         try:
             assert reader.stdout is not None
             reader.stdout.readline()  # it has begun
-            number, end = 0, time.monotonic() + REPLACING
-            while time.monotonic() < end and reader.poll() is None:
+            number, end = 0, time.monotonic() + SECONDS
+            while reader.poll() is None and time.monotonic() < end:
                 number += 1
                 temporary.write_bytes(contents[number % 2])
                 os.replace(temporary, path)
-            enough.touch()
             found, _ = reader.communicate(timeout=SECONDS)
         finally:
             reader.kill()
