@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from dist_ae import devices
 from dist_ae.config import Config, Fault, InputError
@@ -115,7 +116,7 @@ class Alone:
 class Runtime:
     """A process of a training run: its rank, its device, and sums over all processes."""
 
-    def __init__(self, config: Config, store: dist.Store | None = None) -> None:
+    def __init__(self, config: Config, store: PrefixStore | None = None) -> None:
         """Starts (or joins) the process group, through ``store`` where one is given: ``Arrival.meet`` has it.
 
         What rank 0 found out about its machine and its run directory holds for all: ``self.config`` has its precision
