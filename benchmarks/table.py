@@ -4,6 +4,7 @@
     python -m benchmarks.table conv-vae-32         # the rows whose names begin so, and the page
     python -m benchmarks.table --page              # the page alone
     python -m benchmarks.table photos-             # the rows in colour, about 25 minutes on one thread
+    python -m benchmarks.table --seconds           # how long the steps of each system take on two threads, and the page
 
 A row is one run, ``benchmarks/table/SYSTEM-NUMBERS-SEED.json``, with ``photos-`` before it in colour; what stands there
 is not trained again, so a table that was interrupted goes on. The protocol stands on the page. Everything runs on one
@@ -19,6 +20,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +33,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy
 import torch
 
 import dist_ae
+from dist_ae.begin import prepare
 from dist_ae.files import write_atomically
+from dist_ae.processes.runtime import Runtime
+from dist_ae.step import Learner
 from dist_ae.use.commands import evaluate_run
 
 HERE = Path(__file__).parent
 ROWS, DOCS = HERE / "table", HERE.parent / "docs"
+SECONDS = ROWS / "seconds.json"
 NUMBERS = (8, 32, 128)
 SEEDS = (0, 1, 2)
 COMMON: dict[str, Any] = {
@@ -53,6 +62,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "conv-dropout": CONV,
     "conv-vae": CONV,
 }
+MLPS = ("ae", "denoising", "dropout", "vae")  # which are in fp32 here on every machine
 COLUMNS = {  # of the page: what it is called, the figure and its format
     "MSE": ("mse", ".5f"),
     "in training": ("train_mse", ".5f"),
@@ -116,27 +126,63 @@ def kept() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def processor() -> str:
+    with open("/proc/cpuinfo") as lines:
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def measured(row: Row) -> dict[str, Any]:
     """Trains a row and evaluates its last weights: the best ones would have been chosen on these very images."""
     result = dist_ae.train(row.config())
     found = evaluate_run(result.run_dir, which="last", noise_levels=(0.3,))
-    with open("/proc/cpuinfo") as lines:
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
         "system": row.system, "numbers": row.numbers, "seed": row.seed,
         "command": f"python -m benchmarks.table {row.name}", "steps": result.steps,
-        "precision": dist_ae.load_config(result.run_dir / "config.json").precision, "processor": processor,
+        "precision": dist_ae.load_config(result.run_dir / "config.json").precision, "processor": processor(),
         "python": platform.python_version(), "torch": torch.__version__, "date": str(datetime.date.today()),
         "figures": {name.removeprefix("val."): value for name, value in found.metrics.items()}
         | {"train_mse": result.metrics["val.train_mse"]},
     }  # fmt: skip
 
 
-def table(done: list[dict[str, Any]]) -> list[str]:
+def step_seconds(row: Row, steps: int = 40) -> float:
+    """Median seconds of a step, after as many that warm up."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(row.config().override({"run_dir": Path(folder)}))
+        learner = Learner(prepared.config, prepared.dataset, prepared.model, Runtime(prepared.config), prepared.line)
+        learner.prepare()
+        seconds = []
+        for step in range(2 * steps):
+            since = time.perf_counter()
+            learner.step(step)
+            seconds.append(time.perf_counter() - since)
+    return statistics.median(seconds[steps:])
+
+
+def time_steps() -> None:
+    """Seconds of a row's steps on two threads: as this processor is, and limited to AVX2, so without bf16."""
+    seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    for row in rows():
+        name = f"{row.system}-{row.numbers}"
+        if row.data != "fashion_mnist" or row.seed or name in seconds:
+            continue
+        steps, environment = json.loads(row.path.read_text())["steps"], {**os.environ, "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, "-m", "benchmarks.table", "--step", row.name]
+        each = [
+            steps * float(subprocess.run(command, env=environment | limit, stdout=subprocess.PIPE, check=True).stdout)
+            for limit in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+        ]
+        print(f"{name}: {each[0]:.1f} s, without bf16 {each[1]:.1f} s", flush=True)
+        seconds[name] = {"seconds": each[0], "without_bf16": each[1], "steps": steps, "processor": processor()}
+        write_atomically(SECONDS, json.dumps(seconds, indent=1).encode())
+
+
+def table(done: list[dict[str, Any]], seconds: dict[str, Any]) -> list[str]:
     """The page's lines: the mean over the seeds, and how far apart they lie where there are several."""
     columns = {name: each for name, each in COLUMNS.items() if any(each[0] in row["figures"] for row in done)}
-    lines = ["| system | numbers | seeds | " + " | ".join(name.strip() for name in columns) + " |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
+    timed = " seconds, bf16 / fp32 |" if seconds else ""
+    lines = ["| system | numbers | seeds | " + " | ".join(name.strip() for name in columns) + " |" + timed]
+    lines.append("|---" * (len(columns) + 3 + bool(seconds)) + "|")
     for system in SYSTEMS:
         for numbers in NUMBERS:
             same = [row["figures"] for row in done if (row["system"], row["numbers"]) == (system, numbers)]
@@ -149,7 +195,11 @@ def table(done: list[dict[str, Any]]) -> list[str]:
                 cells.append(f"{statistics.mean(values):{form}}{spread}" if values else "")
             worse = statistics.mean(figures["mse"] - figures["pca_mse"] for figures in same) > 0
             name = f"`{system}`" + (" (worse than PCA)" if worse else "")
-            lines.append(f"| {name} | {numbers} | {len(same)} | " + " | ".join(cells) + " |")
+            line = f"| {name} | {numbers} | {len(same)} | " + " | ".join(cells) + " |"
+            if took := seconds.get(f"{system}-{numbers}"):
+                bf16 = "" if system in MLPS else f"{took['seconds']:.0f} / "
+                line += f" {bf16}{took['without_bf16']:.0f} |"
+            lines.append(line)
     return lines
 
 
@@ -188,7 +238,10 @@ def write_page() -> None:
     text = page.read_text()
     for name, mark in MARKS.items():
         before, rest = text.split(mark)
-        text = before + "\n".join([mark, *table(found[name]), "<!-- end -->"]) + rest.partition("<!-- end -->")[2]
+        seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() and name == "fashion_mnist" else {}
+        text = (
+            before + "\n".join([mark, *table(found[name], seconds), "<!-- end -->"]) + rest.partition("<!-- end -->")[2]
+        )
     write_atomically(page, text.encode())
     names = sorted({name for done in found.values() for row in done for name in row["figures"]})
     with open(DOCS / "table.csv", "w", newline="") as file:
@@ -205,10 +258,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("begin", nargs="*", default=[""], help="what the names of the rows begin with")
     parser.add_argument("--page", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--seconds", action="store_true", help="time steps; train nothing (a quiet machine, 15 minutes)"
+    )
+    parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.step:
+        print(step_seconds(next(row for row in rows() if row.name == arguments.step)))
+        return
     ROWS.mkdir(exist_ok=True)
+    if arguments.seconds:
+        time_steps()
     for row in rows():
-        if arguments.page or row.path.exists() or not row.name.startswith(tuple(arguments.begin)):
+        if arguments.page or arguments.seconds or row.path.exists() or not row.name.startswith(tuple(arguments.begin)):
             continue
         print(f"== {row.name}", flush=True)
         write_atomically(row.path, json.dumps(measured(row), indent=1).encode())
