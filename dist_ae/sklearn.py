@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import effective_n_jobs
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -144,7 +145,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
 
     def _train(self, config: Config, X: Array) -> tuple[dict[str, float], int]:
         """The metrics of the last evaluation, and the step of the best one, whose weights are used."""
-        jobs = (os.cpu_count() or 1) if self.n_jobs == -1 else self.n_jobs or 1
+        jobs = effective_n_jobs(self.n_jobs)
         if jobs == 1:
             result = train(config, data=X)
             return result.metrics, result.best_step
