@@ -42,6 +42,7 @@ RECORD = np.dtype(
     ]
 )  # fmt: skip
 FLAT = 2  # levels by which an area is brighter than another: noise turns no bit of the hash where nothing changes
+MEAN = (1 / 3, 1 / 3, 1 / 3, -0.4)  # Pillow adds a half and cuts: the mean rounded down, of any three bytes
 DEEP = ("I", "F")  # first letters of modes with more than 8 bits
 
 
@@ -61,6 +62,32 @@ def small_copy(pixels: Array) -> bytes:
     """A picture uint8 [C, H, W] as SIDE × (SIDE + 1) grey levels, by means of areas."""
     grey = pixels[0] if len(pixels) == 1 else pixels.mean(0, dtype=np.float32).astype(np.uint8)
     return Image.fromarray(grey).resize((SIDE + 1, SIDE), Image.Resampling.BOX).tobytes()
+
+
+def of_pixels(images: Sequence[Image.Image]) -> tuple[list[float], list[float], list[bytes]]:
+    """The smallest and largest value and the small copy of each of some pictures.
+
+    Args:
+        images: L or RGB, all of one size, as high as a multiple of ``SIDE``.
+    """
+    if not images:
+        return [], [], []
+    width, height = images[0].size
+    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+    together = Image.new(mode, (width, height * len(images)))
+    for row, image in enumerate(images):
+        together.paste(image, (0, row * height))
+    values = np.asarray(together).reshape(len(images), -1)
+    grey = together if mode == "L" else together.convert("L", MEAN)
+    # Areas end where pictures do, so none takes anything from the next one. Across first, as Pillow does with one.
+    narrow = grey.resize((SIDE + 1, grey.height), Image.Resampling.BOX)
+    small = narrow.resize((SIDE + 1, SIDE * len(images)), Image.Resampling.BOX).tobytes()
+    size = SIDE * (SIDE + 1)
+    return (
+        values.min(1).astype(float).tolist(),
+        values.max(1).astype(float).tolist(),
+        [small[start : start + size] for start in range(0, len(small), size)],
+    )
 
 
 def table(facts: Sequence[Facts | None]) -> Array:
