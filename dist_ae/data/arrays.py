@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.crops import cropped
 from dist_ae.data.layout import SHAPES, Layout, laid_out
 from dist_ae.data.pictures import expand, not_there, shown
-from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint, folded
+from dist_ae.data.records import CHUNK_BYTES, Array, Dataset, Split, fingerprint, folded, shuffled
 from dist_ae.data.scaling import resolved, scaling_of
 
 SAMPLED_BYTES = 4 * 2**30  # the fingerprint of a larger .npy is taken from a sample
@@ -137,7 +135,7 @@ def handed_dataset(
         if len(parts) == 2:
             raise InputError(f"{where}: has a split of its own, and data.folds makes others; leave it out")
         spots = np.empty(len(records[0]))
-        spots[_order(len(spots))] = (np.arange(len(spots)) + 0.5) / len(spots)
+        spots[shuffled(len(spots))] = (np.arange(len(spots)) + 0.5) / len(spots)
         train, val, test = (
             Split(records[0], None if parts[0][1] is None else parts[0][1][rows], rows)
             for rows in folded(spots, config.folds, config.fold, config.val_fraction, where)
@@ -148,6 +146,8 @@ def handed_dataset(
         train, val = split_images(records[0], parts[0][1], config.val_fraction, where)
     found = f"{digest} {config.val_fraction!r}" if digest is not None else fingerprint(train, val, sampled=sampled)
     found += "" if test is None else f" {config.fold}/{config.folds}"
+    from dist_ae.data.crops import cropped  # which needs torch
+
     dataset = cropped(
         Dataset(name, train, val, found, classes=tuple(classes), shape=shape, columns=tuple(columns), test=test), config
     )
@@ -223,18 +223,12 @@ def split_images(images: Array, labels: Array | None, val_fraction: float, where
         raise InputError(
             f"{where}: {len(images)} image cannot be split into training and validation; at least 2 are needed"
         )
-    order = _order(len(images))
+    order = shuffled(len(images))
     train, val = (
         Split(images, None if labels is None else labels[rows], rows)
         for rows in (np.sort(order[num_val:]), np.sort(order[:num_val]))
     )
     return train, val
-
-
-def _order(count: int) -> Array:
-    """Rows in an order of their own, the same in every run."""
-    order: Array = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
-    return order
 
 
 def _check_labels(labels: Array, where: str, count: int) -> Array:
@@ -254,7 +248,8 @@ def _check_labels(labels: Array, where: str, count: int) -> Array:
 
 def as_array(images: Any) -> Array:
     """What a person handed over, as numpy has it: a tensor of any device, and of bfloat16, which numpy has not."""
-    if isinstance(images, Tensor):
+    torch: Any = sys.modules.get("torch")  # where it was never loaded, there are no tensors
+    if torch is not None and isinstance(images, torch.Tensor):
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
     return np.asarray(images)

@@ -10,12 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from dist_ae.config import DataConfig, InputError
-from dist_ae.data.crops import Crops
-from dist_ae.data.records import Array, Split, Whole
+from dist_ae.data.records import Array, Split, Whole, shuffled
 from dist_ae.terminal import first_line
 
 
@@ -24,7 +22,7 @@ def digits(config: DataConfig) -> tuple[Split, Split]:
 
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
+    order = shuffled(len(images))
     labels = bunch.target.astype(np.int64)
     train, val = order[:1500], order[1500:]
     return Split(images[train], labels[train]), Split(images[val], labels[val])
@@ -39,6 +37,8 @@ def photos(config: DataConfig) -> tuple[Split, Split]:
     Training sees crops of the left part, validation those of the right part. No pixel is in both.
     """
     from sklearn.datasets import load_sample_images
+
+    from dist_ae.data.crops import Crops  # which needs torch
 
     height, width = config.size or (PHOTO_SIZE, PHOTO_SIZE)
     if height != width:
@@ -57,7 +57,7 @@ def photos(config: DataConfig) -> tuple[Split, Split]:
         crops = Crops(Whole.of([picture[:, :, left:right] for picture in pictures]), size)
         rows = np.concatenate([crops.tiles(number, stride) for number in range(len(pictures))])
         # A fixed random order makes the first dozen, which a run's pictures show, varied.
-        return Split(crops, None, rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).numpy()])
+        return Split(crops, None, rows[shuffled(len(rows))])
 
     return part(0, border, max(1, size // 8)), part(border, 640, max(1, size // 4))
 
