@@ -5,6 +5,7 @@
 Everything is on two processes or workers, because that is what the rivals get too; ratios are taken within a round.
 
 - packing: `dist-ae pack` against Pillow alone, the same decoding in a pool of two processes that throw the result away
+- looking: `dist-ae look` against Pillow alone, which opens and decodes the same pictures in a pool of two processes
 - training: ImageFolder and a DataLoader with two workers, as people write it, against ours after packing; same
 pictures, same MLP
 - mapped: training from a warm memory map against the same images held in memory, MLP on 32×32×3, batches of 128 and
@@ -18,13 +19,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -73,6 +75,43 @@ def pillow_seconds(folder: Path) -> float:
         total = sum(pool.imap(pillow, chunks))
     assert total == len(paths) * SIZE * SIZE * 3
     return time.perf_counter() - start
+
+
+def decode(paths: list[str]) -> int:
+    """The rival of looking: every picture is opened and decoded, JPEGs at the least size that a small copy needs."""
+    for path in paths:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * SIZE, 2 * SIZE))
+            image.load()
+    return len(paths)
+
+
+def decode_seconds(folder: Path) -> Seconds:
+    start, before = time.perf_counter(), _processor_seconds()
+    paths = sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert sum(pool.imap(decode, chunks)) == len(paths)
+        pool.close()
+        pool.join()
+    return Seconds(time.perf_counter() - start, _processor_seconds() - before)
+
+
+def look_seconds(folder: Path, out: Path) -> Seconds:
+    start, before = time.perf_counter(), _processor_seconds()
+    command = [sys.executable, "-m", "dist_ae", "look", f"folder:{folder}", "--out", str(out / "page.html")]
+    subprocess.run(command, check=True, capture_output=True, env=_environment())
+    return Seconds(time.perf_counter() - start, _processor_seconds() - before)
+
+
+class Seconds(NamedTuple):
+    wall: float
+    processor: float  # of all processes together, which a busy machine changes less
+
+
+def _processor_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def pack_seconds(folder: Path, out: Path) -> float:
@@ -150,6 +189,33 @@ def packing(work: Path, folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def looking(work: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Ours from the command to its end, start of Python and page included."""
+    found: dict[str, Any] = {}
+    for what, pictures in (("64 to 512 pixels", folder), ("64 pixels", make_small(work / "small", folder))):
+        ours, rival = [], []
+        for _ in range(rounds):
+            rival.append(decode_seconds(pictures))
+            ours.append(look_seconds(pictures, work))
+        found[f"{what}: Pillow alone, s"] = [each.wall for each in rival]
+        found[f"{what}: dist-ae look, s"] = [each.wall for each in ours]
+        found[f"{what}: ratio (target <= 1.3)"] = [a.wall / b.wall for a, b in zip(ours, rival, strict=True)]
+        found[f"{what}: ratio of processor time"] = [
+            a.processor / b.processor for a, b in zip(ours, rival, strict=True)
+        ]
+    return found
+
+
+def make_small(root: Path, folder: Path) -> Path:
+    """The same pictures as PNGs of 64 pixels."""
+    root.mkdir()
+    for number, path in enumerate(sorted(folder.rglob("*.*"))):
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * SIZE, 2 * SIZE))
+            image.convert("RGB").resize((SIZE, SIZE), reducing_gap=2.0).save(root / f"{number:06d}.png")
+    return root
+
+
 def training(work: Path, folder: Path, rounds: int, count: int) -> dict[str, Any]:
     packed = work / "packed-training"
     seconds = pack_seconds(folder, packed)
@@ -190,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("packing", "training", "mapped"))
+    parser.add_argument("--only", choices=("packing", "looking", "training", "mapped"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work, results = Path(name), {}
@@ -199,6 +265,8 @@ def main() -> None:
             make_pictures(folder, given.pictures)
         if given.only in (None, "packing"):
             results["packing"] = packing(work, folder, given.rounds)
+        if given.only in (None, "looking"):
+            results["looking"] = looking(work, folder, given.rounds)
         if given.only in (None, "training"):
             results["training"] = training(work, folder, given.rounds, given.pictures)
         if given.only in (None, "mapped"):

@@ -21,9 +21,9 @@ from PIL import Image
 import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import arrays, sources
+from dist_ae.data.form import Form, decode
 from dist_ae.data.given import Given, file_names
 from dist_ae.data.pack import pack_source
-from dist_ae.data.pictures import Form, decode
 from dist_ae.data.records import Split
 from dist_ae.presets import PRESETS
 from dist_ae.use import commands

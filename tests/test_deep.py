@@ -15,8 +15,9 @@ import dist_ae
 from dist_ae import PRESETS, InputError
 from dist_ae.config import DataConfig
 from dist_ae.data import deep
+from dist_ae.data.form import decode
 from dist_ae.data.packed import read_manifest
-from dist_ae.data.pictures import decode, form_of
+from dist_ae.data.pictures import form_of
 from dist_ae.data.sources import load
 from dist_ae.use import commands
 

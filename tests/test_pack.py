@@ -23,9 +23,9 @@ from pictures import cut, make_folder, photographs
 import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import pack, reader
+from dist_ae.data.form import decode_all
 from dist_ae.data.order import epoch_order
 from dist_ae.data.packed import examine_packed, packed_names, read_manifest
-from dist_ae.data.pictures import decode_all
 from dist_ae.data.reader import Reader, free_memory
 from dist_ae.data.records import Shards, Split
 from dist_ae.data.sources import load
@@ -79,7 +79,7 @@ def test_shards_hold_every_picture_once_in_the_order_of_names(folder: Path, pack
     assert dataset.shards is not None and sum(dataset.shards) == len(dataset.train) and len(dataset.shards) == 11
     assert isinstance(dataset.train.images, Shards) and dataset.classes == ("flower", "temple")
     for row in (0, 63, 64, 699):
-        from dist_ae.data.pictures import Form, decode
+        from dist_ae.data.form import Form, decode
 
         expected = decode(str(folder / names[row]), Form((24, 24)))
         assert np.array_equal(dataset.train.images[np.array([row])][0], expected)

@@ -21,7 +21,8 @@ from sklearn.datasets import load_sample_images
 import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.crops import Crops
-from dist_ae.data.pictures import Form, braces, decode, open_source, scan
+from dist_ae.data.form import Form, decode
+from dist_ae.data.pictures import braces, open_source, scan
 from dist_ae.data.records import Whole
 from dist_ae.data.sources import load
 

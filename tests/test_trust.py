@@ -29,9 +29,10 @@ from PIL import Image
 import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import packed
+from dist_ae.data.form import Form, decode, decode_all
 from dist_ae.data.given import Given, file_names
 from dist_ae.data.pack import pack_source
-from dist_ae.data.pictures import Form, braces, decode, decode_all, open_source
+from dist_ae.data.pictures import braces, open_source
 from dist_ae.data.reads import Reads
 from dist_ae.data.records import Split
 from dist_ae.data.sources import load as load_data

@@ -19,7 +19,8 @@ import dist_ae
 from dist_ae import PRESETS
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import deep
-from dist_ae.data.pictures import decode, form_of
+from dist_ae.data.form import decode
+from dist_ae.data.pictures import form_of
 from dist_ae.models import Autoencoder, build
 from dist_ae.use import commands, whole
 

@@ -16,7 +16,8 @@ from dist_ae import PRESETS
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import deep
 from dist_ae.data.crops import Crops
-from dist_ae.data.pictures import decode, form_of
+from dist_ae.data.form import decode
+from dist_ae.data.pictures import form_of
 from dist_ae.use import commands
 
 DRAW = np.random.default_rng(0)

@@ -14,9 +14,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import TYPE_CHECKING
 
-from dist_ae.config import InputError
-from dist_ae.data.pictures import Content, Form, Page, Picture, Read, decode_all
+from dist_ae.data.form import Content, Form, Page, Read, decode_all
+from dist_ae.errors import InputError
+
+if TYPE_CHECKING:
+    from dist_ae.data.pictures import Picture  # whose configuration takes a decoding process half a second to load
 
 CHUNK = 32  # most pictures that a decoding process gets at once
 CHUNK_BYTES = 32 << 20  # of pictures that come as bytes: a chunk, or what is looked at first, ends there

@@ -12,7 +12,7 @@ import numpy as np
 from dist_ae.config import InputError
 from dist_ae.data.decode import cores, processes_here
 from dist_ae.data.deep import widened
-from dist_ae.data.pictures import Form, decode, reason
+from dist_ae.data.form import Form, decode, reason
 from dist_ae.data.records import Array
 
 

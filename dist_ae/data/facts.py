@@ -135,7 +135,8 @@ def look_alikes(records: Array) -> list[tuple[int, int]]:
     that share a quarter of their difference hash (whether each of 8 × 8 areas is brighter than the next).
     """
     small = records["small"].astype(np.int16)
-    contrast = small.reshape(len(small), -1).std(1)
+    levels = small.reshape(len(small), -1)
+    mean, contrast = levels.mean(1), levels.std(1)
     bits = (small[:, :, 1:] > small[:, :, :-1] + FLAT).reshape(len(records), -1)
     parts = np.packbits(bits, 1).view(">u2")  # [N, 4]
     rows = np.flatnonzero((twins(records) == np.arange(len(records))) & ~flat(records))  # one of each set of copies
@@ -147,6 +148,10 @@ def look_alikes(records: Array) -> list[tuple[int, int]]:
             if not len(same):
                 break
             left, right = order[same], order[same + apart]
+            # Copies that differ so little have means and contrasts that differ no more: few pairs are left to compare.
+            most = np.minimum(NEAR, contrast[left] / 10) + 1e-3
+            near = (abs(mean[left] - mean[right]) < most) & (abs(contrast[left] - contrast[right]) < most)
+            left, right = left[near], right[near]
             error = np.sqrt(np.square(small[left] - small[right], dtype=np.int32).mean((1, 2)))
             alike = error < np.minimum(NEAR, contrast[left] / 10)
             found.update(zip(left[alike].tolist(), right[alike].tolist(), strict=True))

@@ -20,6 +20,7 @@ from dist_ae.data.arrays import NOISY_RANGE, as_array, read_array, typed, value_
 from dist_ae.data.decode import decoded
 from dist_ae.data.deep import widened
 from dist_ae.data.facts import Facts
+from dist_ae.data.form import Form, examined, reason
 from dist_ae.data.layout import Layout, fitted, named
 from dist_ae.data.memory import frame_values
 from dist_ae.data.names import with_prefix
@@ -28,10 +29,8 @@ from dist_ae.data.packed import open_packed, packed_names, packed_sets, read_man
 from dist_ae.data.pictures import (
     EXTENSIONS,
     PREFIXES,
-    Form,
     Picture,
     colour_of,
-    examined,
     expand,
     form_of,
     not_there,
@@ -39,7 +38,6 @@ from dist_ae.data.pictures import (
     open_source,
     paged,
     pages_of,
-    reason,
     shown,
 )
 from dist_ae.data.reader import SHARE_OF_MEMORY, free_memory

@@ -17,20 +17,11 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data.arrays import read_array
 from dist_ae.data.decode import decoded
 from dist_ae.data.facts import Facts, flat, look_alikes, remarks, summary, table, twins
+from dist_ae.data.form import decode_all, facts_of_all
 from dist_ae.data.layout import laid_out, named
 from dist_ae.data.names import with_prefix
 from dist_ae.data.packed import of_pages
-from dist_ae.data.pictures import (
-    PREFIXES,
-    Picture,
-    decode_all,
-    expand,
-    facts_of_all,
-    form_of,
-    open_source,
-    paged,
-    shown,
-)
+from dist_ae.data.pictures import PREFIXES, Picture, expand, form_of, open_source, paged, shown
 from dist_ae.data.records import CHUNK_BYTES, Array
 from dist_ae.data.tables import Table, column_types, table_paths
 from dist_ae.terminal import Waiting

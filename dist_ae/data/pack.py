@@ -31,6 +31,7 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data.decode import CHUNK, INLINE, DecoderKilled, decoded, some
 from dist_ae.data.deep import widened
 from dist_ae.data.facts import Facts, look_alikes, summary, table
+from dist_ae.data.form import Form, decode_all
 from dist_ae.data.packed import (
     FORMAT,
     MANIFEST,
@@ -46,7 +47,7 @@ from dist_ae.data.packed import (
     settings_of,
     sha256_of,
 )
-from dist_ae.data.pictures import Form, Picture, Source, decode_all, expand, fit_of, form_of, open_source, paged, shown
+from dist_ae.data.pictures import Picture, Source, expand, fit_of, form_of, open_source, paged, shown
 from dist_ae.data.records import Array, npy_header
 from dist_ae.files import Damaged, clear_temporaries, inside, plain_name, read_bounded, sync, write_atomically
 from dist_ae.terminal import EXIT_STOPPED, Waiting, rank, say

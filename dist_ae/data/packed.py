@@ -31,7 +31,8 @@ from dist_ae.config import DataConfig, InputError
 from dist_ae.data.deep import MOST
 from dist_ae.data.encoded import Encoded
 from dist_ae.data.facts import RECORD
-from dist_ae.data.pictures import Form, expand, fit_of, form_of, shown
+from dist_ae.data.form import Form
+from dist_ae.data.pictures import expand, fit_of, form_of, shown
 from dist_ae.data.records import Array, Dataset, Shards, Split, Whole, folded
 from dist_ae.files import Damaged, open_plainly, read_bounded
 

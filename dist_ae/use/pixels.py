@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.form import decode, reason
 from dist_ae.data.names import with_prefix
-from dist_ae.data.pictures import EXTENSIONS, decode, expand, form_of, reason, shown
+from dist_ae.data.pictures import EXTENSIONS, expand, form_of, shown
 from dist_ae.data.records import Array
 
 MOST_FALSE_POSITIVES = 0.3  # share of the normal pixels up to which AUPRO integrates

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.crops import Crops
+from dist_ae.data.form import decode
 from dist_ae.data.given import Given, blocks, floats, picked
-from dist_ae.data.pictures import Picture, colour_of, decode, form_of
+from dist_ae.data.pictures import Picture, colour_of, form_of
 from dist_ae.data.records import Array, Split, Whole, at_once
 from dist_ae.quality import structural_similarity
 from dist_ae.scores import Calibration, score_images

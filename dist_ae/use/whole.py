@@ -18,20 +18,18 @@ from torch import Tensor
 
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data import deep
+from dist_ae.data.form import Content, decode, reason
 from dist_ae.data.given import Given, file_names
 from dist_ae.data.names import with_prefix
 from dist_ae.data.pictures import (
     EXTENSIONS,
     PREFIXES,
-    Content,
     Picture,
     colour_of,
-    decode,
     expand,
     form_of,
     of_others,
     open_source,
-    reason,
     shown,
 )
 from dist_ae.data.reads import Reads
