@@ -6,20 +6,23 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import cli
+from conftest import cli, environment
 from pictures import cut, make_folder
 from PIL import Image
 
 import dist_ae
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.form import decode_all, facts_of_all
 from dist_ae.data.packed import packed_names, packed_sets, read_manifest
-from dist_ae.data.pictures import open_source
+from dist_ae.data.pictures import form_of, open_source
 from dist_ae.data.sources import load
 
 
@@ -79,6 +82,64 @@ def test_frames_of_one_clip_look_alike_and_a_group_keeps_them_together(tmp_path:
         load(config.model_copy(update={"group": "clip["}))
     with pytest.raises(InputError, match="leave it out"):
         load(DataConfig(name="digits", group="x"))
+
+
+def test_what_looking_says_of_pictures_is_what_packing_says_of_each_alone(tmp_path: Path) -> None:
+    contents: list[Any] = []
+    for number in range(60):
+        width, height = ((28, 28), (64, 64), (90, 41), (7, 130), (300, 220))[number % 5]
+        picture = cut(number, 20 + number, 30).resize((width, height))
+        seen = picture.convert("LA" if number % 2 else "RGBA")
+        seen.putalpha(picture.convert("L").rotate(180) if number % 3 else Image.new("L", picture.size, 255))
+        exif = Image.Exif()
+        exif[0x0112] = 1 + number % 8
+        kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
+            (picture, "PNG", {}),
+            (picture.convert("L"), "PNG", {}),
+            (picture.convert("L"), "PNG", {"transparency": picture.convert("L").getpixel((0, 0))}),
+            (picture.convert("1"), "PNG", {}),
+            (picture.quantize(32), "PNG", {"transparency": 3} if number % 2 else {}),
+            (seen, "PNG", {}),
+            (picture, "JPEG", {"exif": exif}),
+            (picture.convert("L"), "JPEG", {"exif": exif}),
+            (picture.convert("CMYK"), "TIFF", {"exif": exif}),
+        ]
+        for image, kind, options in kinds:
+            file = io.BytesIO()
+            image.save(file, kind, **options)
+            contents.append(file.getvalue())
+        contents.append(np.asarray(picture))
+        contents.append(contents[-2][: 50 + number])  # cannot be read
+        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 16
+        file = io.BytesIO()
+        Image.fromarray(grey).save(file, "PNG")
+        contents.append(file.getvalue())
+    form = form_of(DataConfig(), "rgb", (64, 64))
+    alone = [(type(read.image), read.facts) for content in contents for read in decode_all([content], form)]
+    for size in (1, 7, 32):
+        chunks = [contents[start : start + size] for start in range(0, len(contents), size)]
+        together = [read.facts for chunk in chunks for read in facts_of_all(chunk, form)]
+        assert together == [facts for _, facts in alone]
+    assert sum(facts is None for _, facts in alone) == 60
+
+
+@pytest.mark.parametrize("command", ["look", "pack"])
+def test_looking_and_packing_start_without_torch_and_decode_without_pydantic(tmp_path: Path, command: str) -> None:
+    root = make_folder(tmp_path / "p", 8, sizes=False)
+    program = """
+import sys, dist_ae.data.decode
+assert not {"torch", "pydantic", "dist_ae.config"} & set(sys.modules), sorted(sys.modules)
+import dist_ae.__main__ as program
+try:
+    program.main()
+finally:
+    assert "torch" not in sys.modules and "pydantic" in sys.modules
+"""
+    out = ["--out", str(tmp_path / "page.html")] if command == "look" else [str(tmp_path / "packed")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, command, str(root), *out], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_different_pictures_of_one_kind_are_no_look_alikes(tmp_path: Path) -> None:
