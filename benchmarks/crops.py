@@ -30,7 +30,7 @@ STEPS = 10  # of a turn
 def learner(overrides: dict[str, Any], folder: Path) -> Learner:
     config = {"run_dir": folder, "train.steps": 10**6, "tracking.wandb": "off", "optim.schedule": "constant"}
     prepared = prepare(dist_ae.PRESETS["conv"].override({**config, **overrides}))
-    made = Learner(prepared.config, prepared.dataset, prepared.model, Runtime(prepared.config), prepared.line)
+    made = Learner(prepared.config, prepared.dataset, prepared.model, Runtime(prepared.config), prepared.timeline)
     made.prepare()
     return made
 

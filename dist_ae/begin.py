@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.filesize import decimal
 
-from dist_ae import devices, likeness, pca, timeline
+from dist_ae import devices, likeness, pca
 from dist_ae.config import Config, InputError
 from dist_ae.data import sources
 from dist_ae.data.layout import named
@@ -32,23 +32,23 @@ from dist_ae.processes.runtime import check_device, usual_precision
 from dist_ae.run.directory import RunDirectory
 from dist_ae.saved import image_shape, is_exported, run_config, saved_weights
 from dist_ae.terminal import say
-from dist_ae.timeline import Timeline
+from dist_ae.timeline import Timeline, learning_rate
 
-MOST_NEIGHBOURS = 100  # runs beside a new one that are looked at
+MOST_NEIGHBOURS = 100  # most runs beside a new one that are read
 
 
 class Prepared(NamedTuple):
-    """A run whose input was found to be right."""
+    """A run whose input has been checked."""
 
     config: Config  # complete: with the shape of the images and the run directory
     dataset: Dataset
     model: Autoencoder
-    line: Timeline
+    timeline: Timeline
     description: dict[str, Any]  # for config.json and the trackers
 
 
 def prepare(config: Config, data: Handed | None = None, own: Builder | None = None) -> Prepared:
-    """Finds what is wrong with the input before any process group starts, and fills in what follows from the data.
+    """Checks the input before any process group starts, and fills in what follows from the data.
 
     Raises:
         InputError: naming what is wrong and the way out.
@@ -58,25 +58,25 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     check_device(config)
     if config.data.folds is not None and config.data.fold is None:
         raise InputError(
-            f"data.folds {config.data.folds} is so many runs, which `dist-ae train` and dist_ae.train_folds train one "
-            "after the other; --data.fold 1 is one of them"
+            f"data.folds {config.data.folds} means {config.data.folds} runs; `dist-ae train` and dist_ae.train_folds "
+            "train them one after the other, and --data.fold 1 picks one of them"
         )
-    # With its full path, a run finds its data from whatever folder it is used in.
+    # With a full path, a run finds its data from any working folder.
     config = config.override({"data.name": NAME if data is not None else absolute(config.data.name)})
     if own is not None:
         config = config.override({"model.architecture": "own"})
     if (network := config.objective.perceptual) is not None:
-        known = {"objective.perceptual": network.resolve(), "objective.perceptual_sha256": likeness.sha256(network)}
-        config = config.override(known)
+        file = {"objective.perceptual": network.resolve(), "objective.perceptual_sha256": likeness.sha256(network)}
+        config = config.override(file)
     if data is None and launched_world()[0] == 0:
-        # The pictures of a run among the pictures that it is trained on would make other data of them.
+        # A run directory among the training pictures would add its own pictures to them.
         Reads(config.data.name).refuse(config.directory().resolve(), "--run-dir", folder=True)
         _refuse_early(config)
     dataset = sources.load(config.data) if data is None else memory_dataset(data, config.data)
     if config.model.image_shape not in (None, dataset.image_shape):
         raise InputError(
             f"model.image_shape is {config.model.image_shape}, but the images of {dataset.name} are "
-            f"{dataset.image_shape}; with --model.image-shape None it is theirs"
+            f"{dataset.image_shape}; with --model.image-shape None it is taken from the data"
         )
     if config.model.architecture == "conv" and dataset.shape is not None and len(dataset.shape) != 2:
         raise InputError(
@@ -86,24 +86,25 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
     pictures = config.data.name.startswith((*PREFIXES, "packed:"))
     for key, usual in (("bits", "auto"), ("pages", "first")):
         if getattr(config.data, key) != usual and not pictures:
-            what = f"data.{key} is about pictures (folder:, tar:, hf:)"
-            raise InputError(f"{what}, and {dataset.name} is none; leave it out")
+            what = f"data.{key} is for pictures (folder:, tar:, hf:)"
+            raise InputError(f"{what}, and {dataset.name} is no source of pictures; leave it out")
     if dataset.scale == "standard" and config.objective.likelihood not in ("gaussian", "laplace"):
         raise InputError(
-            f"objective.likelihood {config.objective.likelihood} is of pixels on [0, 1], and the records of "
+            f"objective.likelihood {config.objective.likelihood} needs pixels on [0, 1], and the records of "
             f"{dataset.name} are standardized; use gaussian or laplace, or data.scale range"
         )
     likeness.check(config.objective, dataset.image_shape, dataset.shape is None and dataset.scale != "standard")
-    config = _precise(config)
+    config = _with_precision(config)
     label = config.label()
-    config = _fewer_at_once(config.override({"run_dir": config.directory()}), dataset)  # named by what was asked for
+    # The folder is named after the batch that was asked for.
+    config = _with_smaller_batch(config.override({"run_dir": config.directory()}), dataset)
     if config.train.batch_size > len(dataset.train):
         raise InputError(
             f"train.batch_size {config.train.batch_size} is larger than the dataset: {dataset.name} has "
             f"{len(dataset.train)} training images; use --train.batch-size {len(dataset.train)} or less"
         )
     evaluated = at_once(config.evaluation.batch_size, dataset.image_shape, launched_world()[1])
-    found = {
+    from_data = {
         "model.image_shape": dataset.image_shape,
         "model.record_shape": dataset.shape,
         "data.scale": dataset.scale,
@@ -115,7 +116,7 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         else "auto",
         "evaluation.batch_size": evaluated,
     }
-    config = config.override(found)
+    config = config.override(from_data)
     if config.model.architecture != "own":
         _check_memory(config, dataset.image_shape)
     model = build(config, dataset.image_shape, own)
@@ -123,33 +124,33 @@ def prepare(config: Config, data: Handed | None = None, own: Builder | None = No
         assert model.units_offset is not None and model.units_scale is not None
         model.units_offset.copy_(torch.from_numpy(dataset.train.scaling.offset))
         model.units_scale.copy_(torch.from_numpy(dataset.train.scaling.scale))
-    if config.extend and launched_world()[0] == 0 and not _begun(config.directory()):
+    if config.extend and launched_world()[0] == 0 and not _has_checkpoint(config.directory()):
         raise InputError(
             f"extend: {config.directory()} holds no run to resume. Name it with --run-dir; "
             "the folder's usual name has the number of epochs in it"
         )
     if config.init_from is None:
         pca.check(config, model)
-    elif launched_world()[0] == 0 and not _begun(config.directory()):
+    elif launched_world()[0] == 0 and not _has_checkpoint(config.directory()):
         _init_from(model, config.init_from)
-    # A start that is worth something (PCA, or another run's weights) is evaluated, and kept where training does worse.
-    worth = config.model.start == "pca" or config.init_from is not None
-    line = Timeline.of(config.train, len(dataset.train), eval_start=worth)
-    return Prepared(config, dataset, model, line, _description(config, label))
+    # A trained start (PCA, or another run's weights) is evaluated, and stays the best if training does worse.
+    trained_start = config.model.start == "pca" or config.init_from is not None
+    timeline = Timeline.of(config.train, len(dataset.train), eval_start=trained_start)
+    return Prepared(config, dataset, model, timeline, _description(config, label))
 
 
 def _refuse_early(config: Config) -> None:
-    """Finds what is wrong beside the data before hours are spent on packing it.
+    """Checks everything but the data before hours are spent on packing it.
 
     Raises:
         InputError: as ``prepare`` would raise it with the data at hand.
     """
-    begins = launched_world()[0] == 0 and not _begun(_precise(config).directory())
-    if config.init_from is not None and begins:  # a run that is resumed needs the other one no more
+    begins = launched_world()[0] == 0 and not _has_checkpoint(_with_precision(config).directory())
+    if config.init_from is not None and begins:  # a run that is resumed no longer needs the other one
         run_config(config.init_from)
     if config.data.name.startswith("packed:") and (config.data.include or config.data.exclude):
         raise InputError(
-            f"{config.data.name} is taken whole: leave data.include and data.exclude out, and pack again with "
+            f"{config.data.name} is used as it is packed: leave data.include and data.exclude out, or pack again with "
             "`dist-ae pack --include` or `--exclude`"
         )
     if not config.data.name.startswith(PREFIXES):
@@ -174,7 +175,7 @@ def _refuse_early(config: Config) -> None:
 
 
 def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
-    """Refuses a model whose weights alone do not fit, before they are made."""
+    """Refuses a model whose weights alone do not fit into memory, before they are allocated."""
     needed = 4 * sum(parameter.numel() for parameter in blank(config, image_shape).parameters())
     if needed > (free := free_memory()):
         raise InputError(
@@ -183,11 +184,11 @@ def _check_memory(config: Config, image_shape: tuple[int, int, int]) -> None:
         )
 
 
-def _precise(config: Config) -> Config:
-    """Puts a precision in the place of ``auto``: the one that the run began with, on whatever machine, else this one's.
+def _with_precision(config: Config) -> Config:
+    """Replaces the precision ``auto`` by the one that the run began with; a new run gets this machine's.
 
-    The run is looked for under the name that it has with either precision. Only rank 0 sees it, so its word holds for
-    all (see ``Runtime``).
+    Looks for the run under its name with either precision. Only rank 0 sees the directory; ``Runtime`` hands its choice
+    to the other ranks.
     """
     if config.precision != "auto":
         return config
@@ -196,13 +197,14 @@ def _precise(config: Config) -> Config:
     if launched_world()[0] == 0:
         for choice in choices:
             with contextlib.suppress(Damaged):
-                if _begun_with(read_json(choice.directory() / "config.json")).get("precision") == choice.precision:
+                stored = _stored_trajectory(read_json(choice.directory() / "config.json"))
+                if stored.get("precision") == choice.precision:
                     return choice
     return choices[0]
 
 
-def _fewer_at_once(config: Config, dataset: Dataset) -> Config:
-    """A preset's own batch, where it is larger than the data set, becomes a tenth of it. One that was typed is kept."""
+def _with_smaller_batch(config: Config, dataset: Dataset) -> Config:
+    """Lowers a preset's batch that is larger than the data set to a tenth of the set. A typed batch is kept."""
     preset = PRESETS.get(config.name)
     batch = config.train.batch_size
     if preset is None or batch <= len(dataset.train) or batch != preset.train.batch_size:
@@ -211,12 +213,12 @@ def _fewer_at_once(config: Config, dataset: Dataset) -> Config:
     if launched_world()[0] == 0:
         say(
             f"note: {dataset.name} has {len(dataset.train)} training images, so a step sees {fewer} in place of the "
-            f"preset's {batch}; --train.batch-size says otherwise"
+            f"preset's {batch}; --train.batch-size sets another number"
         )
     return config.override({"train.batch_size": fewer})
 
 
-def _begun(run_dir: Path) -> bool:
+def _has_checkpoint(run_dir: Path) -> bool:
     """Whether a run directory has a checkpoint to resume from."""
     return any((run_dir / "checkpoints").glob("[0-9]*"))
 
@@ -240,9 +242,9 @@ def _init_from(model: Autoencoder, source: Path) -> None:
         if name not in own or name not in weights or own[name].shape != weights[name].shape
     ]
     if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        others = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise InputError(
-            f"init_from {source}: its weights do not fit this model: {'; '.join(differing[:3])}{more}. "
+            f"init_from {source}: its weights do not fit this model: {'; '.join(differing[:3])}{others}. "
             "Architecture, widths, size of the code and shape of the images must be the same"
         )
     model.load_state_dict({**own, **{name: weights[name] for name in own.keys() & weights.keys()}})
@@ -276,43 +278,43 @@ def _claim(folder: RunDirectory, prepared: Prepared) -> None:
         InputError: it holds another experiment, or one that this version cannot go on with.
     """
     config, fingerprint = prepared.config, prepared.dataset.fingerprint
-    kept = folder.read("config.json")
-    if kept is not None and config.has_draws() and kept.get("draws", 1) != DRAWS:
+    stored = folder.read("config.json")
+    if stored is not None and config.has_draws() and stored.get("draws", 1) != DRAWS:
         raise InputError(
-            f"run directory {folder.path} was begun with version {kept.get('draws', 1)} of the random draws, and this "
-            f"is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used as "
-            "it is; to train, choose another --run-dir"
+            f"run directory {folder.path} was begun with version {stored.get('draws', 1)} of the random draws, and "
+            f"this is version {DRAWS}: its noise, masks or ε would change in the middle. It can be evaluated and used "
+            "as it is; to train, choose another --run-dir"
         )
     trajectory = {**config.trajectory_values(), "data.fingerprint": fingerprint}
     may_change: list[str] = []
-    if _begun_with(kept).get("data.fingerprint") == fingerprint:
+    if _stored_trajectory(stored).get("data.fingerprint") == fingerprint:
         may_change.append("data.name")  # the same images in another place
     if config.optim.schedule != "constant":
-        # The schedule ends at the last step, so another length means another rate from the start.
-        trajectory["total_steps"] = prepared.line.total_steps
+        # The schedule ends at the last step, so another length means other learning rates from the start.
+        trajectory["total_steps"] = prepared.timeline.total_steps
         if config.extend:
-            _say_extension(folder, config, kept, trajectory["total_steps"])
+            _say_extension(folder, config, stored, trajectory["total_steps"])
             may_change.append("total_steps")
-    if kept is None and config.init_from is None:
+    if stored is None and config.init_from is None:
         _say_another_length(folder, config, trajectory)
-    # A field that an older version did not know stands at its default, which means "as it was".
-    # All data was on [0, 1], and of how many bits its fingerprint says.
+    # A field that an older version did not know has its default, which means "as it was". All data was on [0, 1]
+    # then, and the fingerprint tells how many bits it had.
     unknown = {**Config().trajectory_values(), "data.scale": "none", "data.bits": config.data.bits}
     folder.claim(trajectory, prepared.description, unknown=unknown, may_change=may_change)
 
 
 def _say_another_length(folder: RunDirectory, config: Config, trajectory: Mapping[str, Any]) -> None:
-    """Says so where the same experiment was trained for fewer steps, in a folder beside this one: it can go on."""
+    """Says so if a folder beside this one holds the same experiment with another number of steps: it can go on."""
     length = ("total_steps",)
     wanted = {key: value for key, value in trajectory.items() if key not in length}
     for path in sorted(folder.path.parent.glob(f"{glob.escape(config.name)}-*/config.json"))[:MOST_NEIGHBOURS]:
-        found: dict[str, Any] = {}
+        other: dict[str, Any] = {}
         with contextlib.suppress(Damaged):
-            found = _begun_with(read_json(path))
+            other = _stored_trajectory(read_json(path))
         steps = max(
             map(int, (each.name for each in path.parent.glob("checkpoints/[0-9]*") if each.name.isdigit())), default=0
         )
-        same = {key: value for key, value in found.items() if key not in length} == wanted
+        same = {key: value for key, value in other.items() if key not in length} == wanted
         if same and steps > 0 and path.parent != folder.path:
             extend = "" if config.optim.schedule == "constant" else " --extend"
             say(
@@ -322,25 +324,25 @@ def _say_another_length(folder: RunDirectory, config: Config, trajectory: Mappin
             return
 
 
-def _begun_with(kept: dict[str, Any] | None) -> dict[str, Any]:
-    """The trajectory in a run's config.json; empty where there is none, or it is damaged."""
-    found = (kept or {}).get("trajectory")
-    return found if isinstance(found, dict) else {}
+def _stored_trajectory(stored: dict[str, Any] | None) -> dict[str, Any]:
+    """The trajectory in a run's config.json; empty if there is none, or if it is damaged."""
+    trajectory = (stored or {}).get("trajectory")
+    return trajectory if isinstance(trajectory, dict) else {}
 
 
-def _say_extension(folder: RunDirectory, config: Config, kept: dict[str, Any] | None, total: int) -> None:
+def _say_extension(folder: RunDirectory, config: Config, stored: dict[str, Any] | None, total: int) -> None:
     """Says how the learning rate of an extended run changes.
 
     Raises:
         InputError: the run was longer.
     """
-    before, step = _begun_with(kept).get("total_steps"), folder.newest_step()
+    before, step = _stored_trajectory(stored).get("total_steps"), folder.newest_step()
     if not isinstance(before, int) or step is None:  # `claim` says what is wrong with it
         return
     if before > total:
         raise InputError(f"extend: the run in {folder.path} has {before} steps, more than the {total} asked for")
     if before < total:
-        was, becomes = (timeline.learning_rate(step, steps, config.optim) for steps in (before, total))
+        was, becomes = (learning_rate(step, steps, config.optim) for steps in (before, total))
         say(
             f"extended from {before} to {total} steps: at step {step} the learning rate goes from {was:.0%} to "
             f"{becomes:.0%} of its peak. The result is not that of a run of {total} steps from the start"
@@ -351,11 +353,11 @@ def _description(config: Config, label: str) -> dict[str, Any]:
     """The resolved configuration, the versions and the number of processes, for config.json and the trackers.
 
     Args:
-        label: the run's name, by what was asked for and not by what was found in the data.
+        label: the run's name, from what was asked for and not from what the data turned out to be.
     """
     import accelerate
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
-    # An extension is of one start; --config with this file begins a run of its own.
+    # ``extend`` holds for this start only; --config with this file begins a run of its own.
     tree, world = config.override({"extend": False}).model_dump(mode="json"), launched_world()[1]
     return {"config": tree, "label": label, "draws": DRAWS, "versions": versions, "world_size": world}

@@ -1,4 +1,4 @@
-"""A run in progress: how it begins or resumes, what it puts on the disk, and when it must not go on."""
+"""A run in progress: how it begins or resumes, what it writes to the disk, and when it has to stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dist_ae.run.progress import Display, processes_table
 from dist_ae.run.records import Records
 from dist_ae.run.tracking import Tracking, new_run_id
 from dist_ae.saved import read_weights, saved_weights
-from dist_ae.step import WEIGHTS, Learner
+from dist_ae.step import WEIGHTS_PART, Learner
 from dist_ae.terminal import say
 from dist_ae.timeline import State, Timeline, selection
 from dist_ae.validation import Validation
@@ -51,14 +51,14 @@ class Run:
     """A run in progress, as one of its processes sees it."""
 
     config: Config
-    line: Timeline
+    timeline: Timeline
     state: State
     learner: Learner
     validation: Validation
     records: Records
     folder: RunDirectory | None  # None on all but rank 0
     saved: tuple[int, bool]  # the key of the state that is on the disk
-    looked: Mapping[str, Any] = field(default_factory=dict)  # what was found in the pictures when they were packed
+    looked: Mapping[str, Any] = field(default_factory=dict)  # facts about the pictures, gathered when they were packed
 
     @property
     def path(self) -> Path:
@@ -73,43 +73,43 @@ class Run:
 
 
 def finished_before(prepared: Prepared, folder: RunDirectory | None, runtime: Runtime) -> Result | None:
-    """The result of a run that was finished before. Every process takes part."""
+    """The result of a run that was finished before; None for any other run. Every process takes part."""
     run_dir = prepared.config.directory()
-    kept = runtime.on_main(lambda: _kept_result(folder, prepared) if folder else None)
-    if kept is None:
+    stored = runtime.on_main(lambda: _stored_result(folder, prepared) if folder else None)
+    if stored is None:
         return None
     if prepared.config.model.architecture == "own":
-        saved_weights(run_dir, prepared.model.to(runtime.dtype))  # refuses a model that is another by now
+        saved_weights(run_dir, prepared.model.to(runtime.dtype))  # refuses a model that has changed since
     if runtime.is_main:
-        if folder is not None:  # where a kill came between the result and this
-            keep_what_is_used(folder, prepared.config, kept["steps"])
-        say(f"{run_dir} was finished before, at step {kept['steps']}; nothing is trained")
-    return Result(**kept, run_dir=run_dir)
+        if folder is not None:  # the run may have been killed after it wrote its result and before this
+            prune_finished(folder, prepared.config, stored["steps"])
+        say(f"{run_dir} was finished before, at step {stored['steps']}; nothing is trained")
+    return Result(**stored, run_dir=run_dir)
 
 
-def _kept_result(folder: RunDirectory, prepared: Prepared) -> dict[str, Any] | None:
-    """What ``result.json`` says of a finished run, which is one whose last step is on the disk."""
-    kept, patience = folder.read("result.json"), prepared.config.train.patience
-    wanted = {f.name for f in fields(Result)} - {"run_dir"}
-    if kept is None or not wanted <= set(kept) or not isinstance(kept["steps"], int):
+def _stored_result(folder: RunDirectory, prepared: Prepared) -> dict[str, Any] | None:
+    """The contents of ``result.json`` if the run is finished, that is, if its last step is on the disk; else None."""
+    stored, patience = folder.read("result.json"), prepared.config.train.patience
+    names = {f.name for f in fields(Result)} - {"run_dir"}
+    if stored is None or not names <= set(stored) or not isinstance(stored["steps"], int):
         return None
-    figures = kept["metrics"]
-    numbers = [kept[name] for name in ("world_size", "images_per_second", "best_step")]
+    figures = stored["metrics"]
+    numbers = [stored[name] for name in ("world_size", "images_per_second", "best_step")]
     numbers += figures.values() if isinstance(figures, dict) else [None]
-    if not all(isinstance(number, int | float) for number in numbers):  # not as a run writes it: it is written again
+    if not all(isinstance(number, int | float) for number in numbers):  # no run wrote this: write it again
         return None
-    ran_out = patience is not None and kept.get("patience") == patience
-    if not folder.holds(kept["steps"]) or not (kept["steps"] == prepared.line.total_steps or ran_out):
+    ran_out = patience is not None and stored.get("patience") == patience
+    if not folder.holds(stored["steps"]) or not (stored["steps"] == prepared.timeline.total_steps or ran_out):
         return None
-    return {name: kept[name] for name in wanted}
+    return {name: stored[name] for name in names}
 
 
 def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | None, runtime: Runtime) -> Run:
-    """Starts or resumes: fills learner and state, and says what is trained and where."""
-    config, dataset, line = prepared.config, prepared.dataset, prepared.line
-    learner = Learner(config, dataset, prepared.model, runtime, line)
+    """Starts or resumes: fills learner and state, and prints what is trained and where."""
+    config, dataset, timeline = prepared.config, prepared.dataset, prepared.timeline
+    learner = Learner(config, dataset, prepared.model, runtime, timeline)
     state = _resume(learner, folder, start_from)
-    display = Display(runtime.is_main, state.step, line.total_steps, bool(config.objective.noise_std))
+    display = Display(runtime.is_main, state.step, timeline.total_steps, bool(config.objective.noise_std))
     for text in (*notes(config), *slow(runtime), *remarks(dataset.looked), _headline(prepared, learner, state)):
         display.say(text)
     validation = Validation(dataset, config, runtime)
@@ -130,8 +130,8 @@ def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | No
         shares = [len(share(range(config.train.batch_size), rank, runtime.world)) for rank in range(runtime.world)]
         for text in processes_table(runtime.places(), shares, config.precision, learner.exchange):
             display.say(text)
-    records = Records(folder, _start_tracking(prepared, folder, display) if folder else None, display, line)
-    return Run(config, line, state, learner, validation, records, folder, saved=state.key(), looked=dataset.looked)
+    records = Records(folder, _start_tracking(prepared, folder, display) if folder else None, display, timeline)
+    return Run(config, timeline, state, learner, validation, records, folder, saved=state.key(), looked=dataset.looked)
 
 
 def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | None) -> State:
@@ -148,14 +148,14 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
                 checkpoint = read_checkpoint(start_from, templates)
             except Damaged as error:
                 raise InputError(f"start_from {start_from}: {error}") from None
-            checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}  # what it held is the other run's
+            checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}  # these are the other run's
         if checkpoint is None:
             folder.rewind_metrics(0, evaluated=False)
             return None
         config, best = learner.config, checkpoint.state.get("best")
         metric, _ = selection(config.model.variational, config.objective.noise_std, config.data.scale == "standard")
         if isinstance(best, dict) and not comparable(best, metric, config.evaluation.noise_std):
-            folder.warn("evaluation.noise_std is another one now, so the best evaluation is sought anew from here on")
+            folder.warn("evaluation.noise_std has changed, so the search for the best evaluation begins anew")
             checkpoint.state |= {"evaluated": False, "best": None, "metrics": {}}
         total = learner.timeline.total_steps
         if checkpoint.step > total:
@@ -166,16 +166,16 @@ def _resume(learner: Learner, folder: RunDirectory | None, start_from: Path | No
         folder.rewind_metrics(checkpoint.step, bool(checkpoint.state.get("evaluated")))
         return {"step": checkpoint.step, **checkpoint.state}
 
-    kept = learner.runtime.on_main(read)
-    if kept is None:
+    values = learner.runtime.on_main(read)
+    if values is None:
         return State()
     files = {} if checkpoint is None else checkpoint.files
     try:
-        learner.load({name.removesuffix(".safetensors"): part for name, part in files.items()}, kept)
-        return State.of(kept)
+        learner.load({name.removesuffix(".safetensors"): part for name, part in files.items()}, values)
+        return State.of(values)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise InputError(
-            f"checkpoint {kept['step']} of {learner.config.directory()}: its state.json lacks what a resume needs "
+            f"checkpoint {values['step']} of {learner.config.directory()}: its state.json lacks what a resume needs "
             f"({error!r}). Remove that checkpoint to resume from the one before it"
         ) from None
 
@@ -188,7 +188,7 @@ def _headline(prepared: Prepared, learner: Learner, state: State) -> str:
     start = f"resuming at step {state.step}" if state.step else f"{learner.timeline.total_steps} steps"
     return sentences.headline(
         what=f"{config.name} on {dataset.name}",
-        records=f"{_counted(dataset)} {named(dataset.shape or dataset.image_shape)}{scale}",
+        records=f"{_count_of(dataset)} {named(dataset.shape or dataset.image_shape)}{scale}",
         held=learner.images.held,
         numbers=torch.Size(learner.raw_model.code_shape).numel(),
         parameters=sum(p.numel() for p in learner.parameters),
@@ -199,7 +199,8 @@ def _headline(prepared: Prepared, learner: Learner, state: State) -> str:
     )
 
 
-def _counted(dataset: Dataset) -> str:
+def _count_of(dataset: Dataset) -> str:
+    """The number of training records, in words: of crops also that of their pictures."""
     train = dataset.train
     count = f"{len(train):,}"
     if not isinstance(train.images, Crops) or train.rows is None:
@@ -208,16 +209,16 @@ def _counted(dataset: Dataset) -> str:
 
 
 def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) -> Tracking:
-    config, kept = prepared.config, folder.read("tracking.json") or {}
-    if not re.fullmatch(r"[\w-]{1,64}", str(kept.get("wandb_id", ""))):  # it becomes the name of a folder
-        kept = {"wandb_id": new_run_id()}
-        folder.write("tracking.json", kept)
+    config, stored = prepared.config, folder.read("tracking.json") or {}
+    if not re.fullmatch(r"[\w-]{1,64}", str(stored.get("wandb_id", ""))):  # it becomes the name of a folder
+        stored = {"wandb_id": new_run_id()}
+        folder.write("tracking.json", stored)
     tags = (config.name, Path(config.data.name).name, config.model.architecture)
-    run_id = str(kept["wandb_id"])
+    run_id = str(stored["wandb_id"])
     name = str(prepared.description["label"])
 
     def renamed(new: str) -> None:
-        with contextlib.suppress(OSError):  # the next start finds out again
+        with contextlib.suppress(OSError):  # the next start renames it again
             folder.write("tracking.json", {"wandb_id": new})
 
     return Tracking(
@@ -229,10 +230,10 @@ def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) 
 
 
 def save(run: Run, last: bool, stopping: bool) -> None:
-    """Puts a checkpoint of the state on the disk, unless there is one.
+    """Writes a checkpoint of the state, unless there is one already.
 
     Raises:
-        Stopped: where the run is ``stopping``, whether or not it could be written.
+        Stopped: the run is ``stopping``, whether or not the checkpoint could be written.
         SaveError: the ``last`` checkpoint of the run could not be written.
     """
     state, learner, folder = run.state, run.learner, run.folder
@@ -240,7 +241,7 @@ def save(run: Run, last: bool, stopping: bool) -> None:
     if run.saved != state.key():
         refuse_non_finite(run)
         parts, values = learner.state()
-        for name, part in parts.items():  # a checkpoint that holds what is not finite would be refused by every reader
+        for name, part in parts.items():  # every reader refuses a checkpoint with values that are not finite
             if not all(bool(tensor.isfinite().all()) for tensor in part.values()):
                 raise NonFinite(sentences.bad_state(state.step, name))
         files = {f"{name}.safetensors": part for name, part in parts.items()}
@@ -255,13 +256,15 @@ def save(run: Run, last: bool, stopping: bool) -> None:
         if learner.runtime.on_main(write):
             run.saved = state.key()
     if stopping:
-        raise Stopped(sentences.stopped(state.step, run.saved[0], run.line.total_steps, run.path))
+        raise Stopped(sentences.stopped(state.step, run.saved[0], run.timeline.total_steps, run.path))
     if last and run.saved[0] != state.step:
         raise SaveError(sentences.unsaved(state.step, run.saved[0], run.path))
 
 
 def refuse_non_finite(run: Run) -> None:
-    """Reads the guard, which says the same on every process, and writes what ``dist-ae doctor --replay`` needs.
+    """Ends a run whose loss or gradient was not finite, and writes what ``dist-ae doctor --replay`` needs.
+
+    The guard says the same on every process.
 
     Raises:
         NonFinite: naming the step.
@@ -276,30 +279,30 @@ def refuse_non_finite(run: Run) -> None:
         rows = learner.rows(step).tolist()
         bundle = {"step": step, "seed": config.seed, "rows": rows, "config": config.model_dump(mode="json")}
         run.folder.write("nonfinite.json", bundle)
-        weights = safetensors.torch.save(learner.tensors()[WEIGHTS])
+        weights = safetensors.torch.save(learner.tensors()[WEIGHTS_PART])
         write_atomically(run.folder.path / "nonfinite.safetensors", weights)
-    # The command that repeats the step has neither images nor a model from Python.
+    # The command that repeats the step cannot have images or a model that came from Python.
     from_python = config.data.name == NAME or config.model.architecture == "own"
     raise NonFinite(sentences.non_finite(step, None if from_python else run.path))
 
 
-def keep_thresholds(run: Run, stop: Stop) -> None:
-    """Keeps in the run what thresholds of its scores need, for the last weights and for the best.
+def save_calibrations(run: Run, stop: Stop) -> None:
+    """Writes the calibration of the scores, which thresholds need, for the last weights and for the best.
 
-    A full disk does not fail the run: `dist-ae score` can find what is missing from the data again.
+    A full disk does not fail the run: `dist-ae score` can compute a missing calibration from the data again.
 
     Raises:
-        StopRequested: ``stop`` said so.
+        StopRequested: ``stop`` answered yes.
     """
     learner, folder, last = run.learner, run.folder, run.state.step
     assert run.state.best is not None
     best = run.state.best.step
 
     def keep(step: int) -> None:
-        found = run.validation.calibration(learner, stop)
+        measured = run.validation.calibration(learner, stop)
         if folder is not None:
             try:
-                calibration.keep(folder.path, step, found.tensors())
+                calibration.keep(folder.path, step, measured.tensors())
             except (OSError, Damaged) as error:
                 reason = getattr(error, "strerror", None) or error
                 run.records.warn(f"the threshold of step {step} could not be kept in {run.path}: {reason}")
@@ -314,15 +317,15 @@ def keep_thresholds(run: Run, stop: Stop) -> None:
     with learner.evaluation_weights():
         keep(last)
     if best != last:
-        with learner.weights_from(read) as whole:
-            if whole:
+        with learner.weights_from(read) as readable:
+            if readable:
                 keep(best)
     if folder is not None:
         calibration.keep_only(folder.path, (last, best))
 
 
-def keep_what_is_used(folder: RunDirectory, config: Config, last: int) -> None:
-    """Removes what a finished run needs no more, unless more checkpoints were asked for than the usual two."""
+def prune_finished(folder: RunDirectory, config: Config, last: int) -> None:
+    """Removes what a finished run no longer needs, unless the user asked for more checkpoints than the default."""
     if config.train.keep != TrainConfig().keep:
         return
     try:
@@ -333,15 +336,15 @@ def keep_what_is_used(folder: RunDirectory, config: Config, last: int) -> None:
 
 
 def write_result(run: Run, result: Result) -> Result:
-    """Writes ``result.json``, which makes the run a finished one."""
+    """Writes ``result.json``, which marks the run as finished."""
 
     def write() -> None:
         assert run.folder is not None
-        kept = {name: value for name, value in asdict(result).items() if name != "run_dir"}
-        # Where patience ended the run, how patient it was: the same command then finds it finished.
-        early = {"patience": run.config.train.patience} if result.steps < run.line.total_steps else {}
+        content = {name: value for name, value in asdict(result).items() if name != "run_dir"}
+        # A run that ended early keeps its patience, so that the same command finds it finished.
+        early = {"patience": run.config.train.patience} if result.steps < run.timeline.total_steps else {}
         data = {"data": looked} if (looked := dict(run.looked)) else {}
-        run.folder.write("result.json", {**kept, **early, **data})
+        run.folder.write("result.json", {**content, **early, **data})
 
     run.learner.runtime.on_main(write)
     return result

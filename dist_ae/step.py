@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ae import devices, likeness, timeline
+from dist_ae import devices, likeness
 from dist_ae.capture import Graph, capture
 from dist_ae.config import Config, InputError
 from dist_ae.data.crops import Crops, drawn_from, placed
@@ -30,27 +30,29 @@ from dist_ae.optim import build_optimizers, capturable, set_learning_rate, state
 from dist_ae.processes.clock import PARTS, shares
 from dist_ae.processes.gradients import add_up, sum_gradients
 from dist_ae.processes.runtime import Runtime, accumulation_steps, largest_piece
-from dist_ae.timeline import Timeline
+from dist_ae.timeline import Timeline, beta, ema_decay, learning_rate
 
-Parts = dict[str, dict[str, Tensor]]  # tensors by name, in the parts that a checkpoint keeps apart
-WEIGHTS, OPTIMIZER, EMA = "weights", "optimizer", "ema"
+Parts = dict[str, dict[str, Tensor]]  # the parts of a checkpoint, each with its tensors by name
+WEIGHTS_PART, OPTIMIZER_PART, EMA_PART = "weights", "optimizer", "ema"
 
 
 class Learner:
     """What a step changes: weights, optimizer state, moving average and the sums of the training metrics.
 
-    ``step`` never reads the device, and nothing here touches torch's global generators.
+    ``step`` never reads from the device, and nothing here touches torch's global generators.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, model: Autoencoder, runtime: Runtime, line: Timeline) -> None:
-        self.config, self.runtime, self.timeline = config, runtime, line
+    def __init__(
+        self, config: Config, dataset: Dataset, model: Autoencoder, runtime: Runtime, timeline: Timeline
+    ) -> None:
+        self.config, self.runtime, self.timeline = config, runtime, timeline
         self.accumulate = accumulation_steps(config.train.batch_size, runtime.world, config.train.max_per_process)
         self.raw_model = model.to(runtime.device, runtime.dtype)
         self.optimizers = build_optimizers(self.raw_model, self.raw_model.matrices(), config.optim)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
-        # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
-        # images all processes saw.
+        # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and the number of
+        # images over all processes.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self._likeness = Likeness(config.objective, runtime.device) if likeness.wanted(config.objective) else None
         self.guard = Guard(self.optimizers, runtime.device)
@@ -60,20 +62,20 @@ class Learner:
         self._least_sigma = least_sigma(*kind)
         self._shapes, self._shards = self.raw_model.draw_shapes(), dataset.shards
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-        # What changes from step to step, in places that a captured graph can read.
+        # What changes from step to step, in tensors that a captured graph can read.
         self._now = torch.zeros((), dtype=torch.int64, device=runtime.device)
         self._beta = torch.zeros((), dtype=torch.float32, device=runtime.device)
-        self._newest = torch.zeros((), dtype=runtime.dtype, device=runtime.device)  # its share of the moving average
+        self._ema_share = torch.zeros((), dtype=runtime.dtype, device=runtime.device)  # of the newest weights
         self._rows, self._mine, self._number = self._order, range(0), 0
         self._graph_rows = self._order
         self.graph: Graph | None = None
-        self._flat = False  # gradients of several processes travel in one piece, within the graph
-        self.exchange = ""  # how gradients get to the other processes, in words
+        self._flat = False  # whether the processes exchange gradients in one piece, within the graph
+        self.exchange = ""  # how the processes exchange gradients, in words
 
     # -- one step, in the order in which it happens
 
     def step(self, step: int) -> None:
-        """Takes step ``step`` of the run, with the same arithmetic on any number of processes."""
+        """Takes step ``step`` of the run. The arithmetic is the same on any number of processes."""
         self.runtime.clock.start()
         self.place(step)
         batch = self.timeline.positions(step)
@@ -86,7 +88,7 @@ class Learner:
 
     def place(self, step: int) -> None:
         """Writes the step's inputs (rows, step number, learning rate, β) to the tensors that ``compute`` reads."""
-        batch = self._placed(step)
+        batch = self._reader_rows(step)
         self._mine = share(range(len(batch)), self.runtime.rank, self.runtime.world)
         rows = batch[self._mine.start : self._mine.stop]
         if self.graph is not None and len(batch) == self.config.train.batch_size:
@@ -95,24 +97,24 @@ class Learner:
             self._rows = rows
         self._number = step
         self._now.fill_(step)
-        self._beta.fill_(timeline.beta(step, self.config.objective))
+        self._beta.fill_(beta(step, self.config.objective))
         if self.config.train.ema_decay is not None:
-            self._newest.fill_(1 - timeline.ema_decay(step, self.config.train.ema_decay))
+            self._ema_share.fill_(1 - ema_decay(step, self.config.train.ema_decay))
         set_learning_rate(self.optimizers, self.learning_rate(step), self.config.optim)
 
     def compute(self, batch_size: int, update: bool = True) -> None:
         """The arithmetic of the placed step: gradient, guard, clipping, update, moving average.
 
-        Nothing in it depends on the step's number, so every step of a run is the same operations on the same arguments.
+        It does not depend on the step's number, so every step of a run does the same operations on the same arguments.
 
         Args:
             batch_size: images of the global batch. Gradients are summed over processes, so an image weighs
                 1 / batch_size.
-            update: False leaves the gradient where it is, and the weights as they are.
+            update: False computes the gradient and leaves the weights as they are.
         """
         accelerator, config, runtime = self.runtime.accelerator, self.config, self.runtime
 
-        # Zero the gradient first: what an interrupted step left of it must not get into this one.
+        # Zero the gradient first: an interrupted step may have left a part of its own.
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -123,8 +125,8 @@ class Learner:
             first, end = piece.start - self._mine.start, piece.stop - self._mine.start
             rows, idle = self._rows[first:end], not piece
             if idle:
-                # Computes the first image and gives it no weight, since compiled code, or a user's own model, need not
-                # accept an empty batch.
+                # Compute the first image and give it no weight: compiled code, or a user's own model, need not accept an
+                # empty batch.
                 rows, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
             since = time.perf_counter()
             images = self.images.take(rows, self._next_rows(self._rows[end:], part))
@@ -138,13 +140,13 @@ class Learner:
                 output = self.model(images, draws)
                 losses = terms(output, images, config.objective, self._beta)
                 if self._likeness is not None:
-                    more = self._likeness(images, output.reconstruction)
-                    losses = losses._replace(loss=losses.loss + more)
+                    likeness_loss = self._likeness(images, output.reconstruction)
+                    losses = losses._replace(loss=losses.loss + likeness_loss)
                 if idle:
                     losses = Terms(*(term[:0] for term in losses))
                 total = losses.loss.sum()
-                # A loss that is not finite can have a finite gradient. Times 0 it is NaN, which makes the gradient NaN,
-                # too, on all processes.
+                # A loss that is not finite can have a finite gradient. The loss times 0 is then NaN, which makes the
+                # gradient NaN on all processes.
                 accelerator.backward(total * (1 / batch_size + total.detach() * 0))
             with torch.no_grad():
                 self.window.add_(torch.stack([term.sum() for term in losses]))
@@ -169,27 +171,27 @@ class Learner:
         # Moving average.
         if config.train.ema_decay is not None:
             weights = [p.detach() for p in self.parameters]
-            torch._foreach_lerp_(self.ema, weights, [self._newest] * len(weights))
+            torch._foreach_lerp_(self.ema, weights, [self._ema_share] * len(weights))
 
     def least_sigma_reached(self) -> float | None:
-        """The least σ, where the learned one lies there."""
+        """The least σ if the learned σ has reached it, else None."""
         log_sigma, least = self.raw_model.log_sigma, self._least_sigma
         return least if log_sigma is not None and least and float(log_sigma.detach().exp()) < 1.001 * least else None
 
     @torch.no_grad()
     def _bound_sigma(self) -> None:
-        """Keeps a learned σ from falling below what the data can tell."""
+        """Keeps a learned σ from falling below the resolution of the data."""
         if self.raw_model.log_sigma is not None and self._least_sigma:
             self.raw_model.log_sigma.clamp_(min=math.log(self._least_sigma))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step as a share of its peak."""
-        return timeline.learning_rate(step, self.timeline.total_steps, self.config.optim)
+        return learning_rate(step, self.timeline.total_steps, self.config.optim)
 
     def _batch(self, step: int) -> Tensor:
         """The rows of the dataset that a step sees over all processes, [B].
 
-        They come from the epoch's order, which is kept on the device that uses it.
+        The order of an epoch is kept on the device that uses it.
         """
         epoch = self.timeline.epoch(step)
         if epoch != self._epoch:
@@ -198,8 +200,8 @@ class Learner:
         positions = self.timeline.positions(step)
         return self._order[positions.start : positions.stop]
 
-    def _placed(self, step: int) -> Tensor:
-        """The same as the reader knows them: of crops, with the places that the step draws."""
+    def _reader_rows(self, step: int) -> Tensor:
+        """The rows of ``_batch`` as the reader takes them: rows of crops also hold the places that the step draws."""
         rows = self._batch(step)
         if not isinstance(self._split.images, Crops):
             return rows
@@ -210,10 +212,10 @@ class Learner:
         return epoch_order(self.config.seed, epoch, self.timeline.num_images, self._shards, self.config.data.window)
 
     def _next_rows(self, rest: Tensor, part: int) -> Tensor | None:
-        """The rows that are taken next, for the thread that reads ahead. None where images are resident.
+        """The rows that this process needs next, for the thread that reads ahead. None if images are resident.
 
         Args:
-            rest: what is left of this process's part of the batch after piece ``part``.
+            rest: the rows of this process's part of the batch that follow piece ``part``.
         """
         if self.images.resident is not None:
             return None
@@ -222,7 +224,7 @@ class Learner:
             return rest[: len(piece)]
         if self._number + 1 >= self.timeline.total_steps:
             return None
-        following = self._placed(self._number + 1)
+        following = self._reader_rows(self._number + 1)
         mine = share(range(len(following)), self.runtime.rank, self.runtime.world)
         piece = share(mine, 0, self.accumulate)
         return following[piece.start : piece.stop]
@@ -231,14 +233,14 @@ class Learner:
 
     @torch.no_grad()
     def start_from(self, components: Components) -> None:
-        """Begins the weights, and their moving average, as the linear code of these components."""
+        """Sets the weights, and their moving average, to the linear code of these components."""
         self.raw_model.start_from(components, self.config.objective)
         self._bound_sigma()
         for average, parameter in zip(self.ema, self.parameters, strict=False):
             average.copy_(parameter)
 
     def prepare(self) -> None:
-        """Hands the model to Accelerate, gives rank 0's weights and optimizer state to all, and makes a dry run."""
+        """Hands the model to Accelerate, broadcasts rank 0's weights and optimizer state, and makes a dry run."""
         accelerator = self.runtime.accelerator
         if self.config.train.compile:
             self.raw_model.compile()
@@ -258,7 +260,7 @@ class Learner:
                 dist.broadcast(tensor, 0)
         # DDP lays out its buckets anew during the first backward passes (with a static graph, after the second), which
         # changes the order in which gradients are added up. Batches without weight get that over with, so a resumed run
-        # adds as the uninterrupted one does. Code is compiled for one size, so there they have the size of a step.
+        # adds up as the uninterrupted one does. Compiled code is for one size, so its batches have the size of a step.
         batch = range(self.config.train.batch_size if self.config.train.compile else 0)
         self._mine, window = share(batch, self.runtime.rank, self.runtime.world), self.window.clone()
         self._rows = torch.zeros(len(self._mine), dtype=torch.int64)
@@ -268,9 +270,9 @@ class Learner:
         if self._wants_graph():
             size = self.config.train.batch_size
             self.place(0)
-            self._rows = self._graph_rows = self._rows.clone()  # a place of its own, where the graph reads
+            self._rows = self._graph_rows = self._rows.clone()  # the tensor that the graph reads
             self.graph = self._captured(size)
-        self.runtime.clock.take()  # what was spent until here belongs to no step
+        self.runtime.clock.take()  # the time until here belongs to no step
 
     def _captured(self, size: int) -> Graph | None:
         """The placed step as a graph.
@@ -291,7 +293,7 @@ class Learner:
             drop=self.raw_model.zero_grad,
         )
         if self.runtime.largest(float(graph is None))[0]:
-            graph = None  # on all processes: replayed by some and computed by others, a step would never end
+            graph = None  # on all processes: a step that only some of them replay would never end
         if graph is None and self.config.train.cuda_graph == "on":
             raise InputError("train.cuda_graph on: the step could not be captured, as said above; use auto or off")
         return graph
@@ -317,26 +319,26 @@ class Learner:
         reason = next((reason for reason, holds in obstacles.items() if holds), None)
         if config.train.cuda_graph == "on" and reason is not None:
             raise InputError(f"train.cuda_graph on: {reason}; use auto or off")
-        # Of several processes it is for those who ask: nobody has run it.
+        # Several processes use graphs only if asked to: nobody has run them so.
         wanted = config.train.cuda_graph == "on" or (config.train.cuda_graph == "auto" and self.runtime.world == 1)
         return wanted and reason is None
 
     def _changed_by_a_step(self) -> list[Tensor]:
         """Every tensor that ``compute`` changes and that outlives it."""
-        kept = [tensor for part in self.tensors().values() for tensor in part.values()]
-        scaler = self.runtime.accelerator.scaler  # of fp16: its kernels change its scale on the device
+        tensors = [tensor for part in self.tensors().values() for tensor in part.values()]
+        scaler = self.runtime.accelerator.scaler  # for fp16, whose kernels change its scale on the device
         scales = [] if scaler is None else [scaler._scale, scaler._growth_tracker]
-        return [*kept, *scales, self.window, self.guard.poisoned, self.guard.first_bad_step]
+        return [*tensors, *scales, self.window, self.guard.poisoned, self.guard.first_bad_step]
 
     # -- what a checkpoint keeps
 
     def tensors(self) -> Parts:
         """All live tensors that a checkpoint holds, to be saved or copied into."""
-        parts = {WEIGHTS: dict(self.raw_model.state_dict())}
-        parts[OPTIMIZER] = state_tensors(self.raw_model, self.optimizers)
+        parts = {WEIGHTS_PART: dict(self.raw_model.state_dict())}
+        parts[OPTIMIZER_PART] = state_tensors(self.raw_model, self.optimizers)
         if self.ema:
             names = (name for name, _ in self.raw_model.named_parameters())
-            parts[EMA] = dict(zip(names, self.ema, strict=True))
+            parts[EMA_PART] = dict(zip(names, self.ema, strict=True))
         return parts
 
     def state(self) -> tuple[Parts, dict[str, Any]]:
@@ -354,43 +356,44 @@ class Learner:
 
     @torch.no_grad()
     def load(self, parts: Parts, values: Mapping[str, Any]) -> None:
-        """Takes what ``state`` gave.
+        """Restores what ``state`` returned.
 
         Args:
-            parts: the tensors, on rank 0. ``prepare`` hands them on to the other processes, which give none.
+            parts: the tensors, on rank 0, and nothing on the other processes, to which ``prepare`` broadcasts them.
             values: the other values, on every process.
 
         Raises:
-            KeyError, TypeError, ValueError, RuntimeError: values that are not what ``state`` gives.
+            KeyError, TypeError, ValueError, RuntimeError: ``state`` cannot have returned these values.
         """
         live = self.tensors()
         for name, tensors in parts.items():
             for key, tensor in tensors.items():
                 live[name][key].copy_(tensor)
         self.window_images = int(values["window_images"])
-        if self.runtime.is_main:  # which goes on with the sums of all processes
+        if self.runtime.is_main:  # rank 0 continues the sums of all processes
             self.window.copy_(torch.tensor(values["window"], dtype=self.window.dtype))
         if values["scaler"] and self.runtime.accelerator.scaler is not None:
             self.runtime.accelerator.scaler.load_state_dict(values["scaler"])
 
     def used_weights(self) -> dict[str, Tensor]:
-        """The weights that are evaluated and used: the moving average, where there is one."""
+        """The weights that are evaluated and used: the moving average, if there is one."""
         parts = self.tensors()
-        return {**parts[WEIGHTS], **parts.get(EMA, {})}
+        return {**parts[WEIGHTS_PART], **parts.get(EMA_PART, {})}
 
-    # -- what others need to know
+    # -- queries
 
-    def memory(self, kept: int) -> int:
+    def memory(self, activations: int) -> int:
         """Bytes that training takes on this process, besides the images themselves.
 
-        They hold the weights, their gradients, the optimizer's state, the moving average, and ``kept`` bytes for each
-        image in a piece of the batch.
+        They hold the weights, their gradients, the optimizer's state, the moving average, and ``activations`` bytes for
+        each image in a piece of the batch.
         """
         parts = self.tensors()
-        held = [*parts[WEIGHTS].values(), *(tensor for part in parts.values() for tensor in part.values())]
+        gradients = parts[WEIGHTS_PART].values()  # as large as the weights
+        tensors = [*gradients, *(tensor for part in parts.values() for tensor in part.values())]
         train = self.config.train
         images = largest_piece(train.batch_size, self.runtime.world, train.max_per_process)
-        return sum(tensor.nbytes for tensor in held) + images * kept
+        return sum(tensor.nbytes for tensor in tensors) + images * activations
 
     def rows(self, step: int) -> Tensor:
         """The rows of the dataset that a step sees over all processes, [B], on the host."""
@@ -399,22 +402,22 @@ class Learner:
     def take_window(self) -> dict[str, float]:
         """Means over all processes' images since the last call, in nats per image, and where the time went.
 
-        Reads the device.
+        Reads from the device.
         """
         runtime, images = self.runtime, self.window_images
-        # Each process's seconds travel with the sums, in a row of their own among zeros.
+        # The same sum carries each process's seconds, in a row that is zero on all other processes.
         seconds = self.window.new_zeros(runtime.world, len(PARTS))
         seconds[runtime.rank] = self.window.new_tensor(runtime.clock.take())
         all_sums = runtime.sum(torch.cat([self.window, seconds.flatten()]))
-        sums, taken = all_sums[:3].tolist(), all_sums[3:].view_as(seconds).tolist()
+        sums, seconds_by_rank = all_sums[:3].tolist(), all_sums[3:].view_as(seconds).tolist()
         self.window.zero_()
         self.window_images = 0
         means = dict(zip(("loss", "distortion", "rate"), (value / images for value in sums), strict=True))
-        return {**means, **shares(taken)}
+        return {**means, **shares(seconds_by_rank)}
 
     def refuse_divergence(self) -> None:
         """Raises RuntimeError unless the weights are the same to the bit on every process."""
-        digest = int(weights_sha256(self.tensors()[WEIGHTS])[:13], 16)  # 52 bits: exact in a float64
+        digest = int(weights_sha256(self.tensors()[WEIGHTS_PART])[:13], 16)  # 52 bits: exact in a float64
         largest, smallest = self.runtime.largest(digest, -digest)
         if largest != -smallest:
             raise RuntimeError(
@@ -424,7 +427,7 @@ class Learner:
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Puts the moving average, where there is one, in place of the weights for the length of an evaluation."""
+        """Replaces the weights by their moving average, if there is one, for the length of an evaluation."""
         self._swap_ema()
         try:
             yield
@@ -433,11 +436,11 @@ class Learner:
 
     @contextlib.contextmanager
     def weights_from(self, read: Callable[[], dict[str, Tensor] | None]) -> Iterator[bool]:
-        """Puts what ``read`` gives on rank 0 in place of the weights of all processes for a while.
+        """Replaces the weights of all processes by those that ``read`` returns on rank 0, for the length of the context.
 
-        Yields whether ``read`` gave any.
+        Yields whether ``read`` returned any.
         """
-        model, held = self.raw_model, {name: tensor.clone() for name, tensor in self.raw_model.state_dict().items()}
+        model, before = self.raw_model, {name: tensor.clone() for name, tensor in self.raw_model.state_dict().items()}
 
         def fill() -> bool:
             weights = read()
@@ -452,11 +455,11 @@ class Learner:
         try:
             yield filled
         finally:
-            model.load_state_dict(held)
+            model.load_state_dict(before)
 
     @torch.no_grad()
     def _swap_ema(self) -> None:
         for average, parameter in zip(self.ema, self.parameters, strict=False):
-            held = parameter.clone()
+            weights = parameter.clone()
             parameter.copy_(average)
-            average.copy_(held)
+            average.copy_(weights)

@@ -132,18 +132,18 @@ class Due(NamedTuple):
     end: bool
 
 
-def due(line: Timeline, state: State, patience: int | None, asked: Asked) -> Due:
+def due(timeline: Timeline, state: State, patience: int | None, asked: Asked) -> Due:
     """What is due at a state, the same on every process.
 
     Args:
         patience: evaluations in a row without a better one after which a run ends.
     """
-    evaluates = line.evaluates(state.step)
+    evaluates = timeline.evaluates(state.step)
     evaluated = state.evaluated and bool(state.metrics)
     since_best = state.step - state.best.step if state.evaluated and state.best is not None else None
-    ran_out = patience is not None and since_best is not None and since_best >= patience * line.eval_every
-    end = state.step == line.total_steps or ran_out
-    save = line.saves(state.step) or since_best == 0 or end or asked.stop or asked.save
+    ran_out = patience is not None and since_best is not None and since_best >= patience * timeline.eval_every
+    end = state.step == timeline.total_steps or ran_out
+    save = timeline.saves(state.step) or since_best == 0 or end or asked.stop or asked.save
     report = evaluates and evaluated and state.step > 0  # of training: the start is no result of it
     return Due(evaluates and not evaluated and not asked.stop, save, report, end)
 

@@ -27,10 +27,10 @@ from dist_ae.running import (
     Run,
     begin,
     finished_before,
-    keep_thresholds,
-    keep_what_is_used,
+    prune_finished,
     refuse_non_finite,
     save,
+    save_calibrations,
     write_result,
 )
 from dist_ae.terminal import Waiting
@@ -47,15 +47,15 @@ def train(
     data: Handed | None = None,
     model: Builder | None = None,
 ) -> Result:
-    """Trains one autoencoder on as many processes as the launcher started, and resumes what its run directory holds.
+    """Trains one autoencoder on as many processes as the launcher started, and resumes from its run directory.
 
     Args:
         config: the experiment. Neither the hardware nor the number of processes is in it.
         report: called after each evaluation, on every process. Sweeps use it.
-        start_from: a checkpoint folder of another run of the same model. A run directory without a checkpoint begins
-            with its weights, optimizer state and step. Population-based training clones a trial this way.
-        data: images in place of ``config.data``: an array or tensor, uint8 or floats on [0, 1], [N, H, W], [N, C, H, W]
-            or [N, H, W, C]; a torch ``Dataset`` of them; or a pair of these, for training and validation.
+        start_from: a checkpoint folder of another run of the same model. A run directory without a checkpoint starts
+            from its weights, optimizer state and step. Population-based training clones a trial this way.
+        data: images to use in place of ``config.data``: an array or tensor, uint8 or floats on [0, 1], [N, H, W],
+            [N, C, H, W] or [N, H, W, C]; a torch ``Dataset`` of them; or a pair of these, for training and validation.
         model: a function that makes a model of your own from the shape of an image; see ``examples/own_model.py``.
 
     Raises:
@@ -82,7 +82,7 @@ def train(
 
 @contextmanager
 def _together(config: Config, arrival: Arrival) -> Iterator[tuple[Runtime, Watch]]:
-    """Joins the other processes, once all are ready. Where a process is lost, says which."""
+    """Joins the other processes once all are ready. If a process is lost, the error names it."""
     runtime = Runtime(config, arrival.meet())
     arrival.close()
     with explained_rendezvous(config.train.timeout):
@@ -101,16 +101,16 @@ def _together(config: Config, arrival: Arrival) -> Iterator[tuple[Runtime, Watch
 
 
 def _loop(run: Run, report: Reporter | None, signals: Signals, watch: Watch) -> Result:
-    line, state, learner, train = run.line, run.state, run.learner, run.config.train
+    timeline, state, learner, train = run.timeline, run.state, run.learner, run.config.train
     between_steps, in_evaluations = (Agreement(learner.runtime, signals, train.save_minutes) for _ in range(2))
     profile = Profile(run.config.profiled(), run.folder.path / "profile" if run.folder else None)
     asked, signals.has_work = Asked(), True
     with run.records, profile:
         while True:
             # Evaluate.
-            if due(line, state, train.patience, asked).evaluate:
+            if due(timeline, state, train.patience, asked).evaluate:
                 asked = Asked(stop=not _evaluate(run, in_evaluations))
-            now = due(line, state, train.patience, asked)
+            now = due(timeline, state, train.patience, asked)
 
             # Save.
             if now.save:
@@ -119,7 +119,8 @@ def _loop(run: Run, report: Reporter | None, signals: Signals, watch: Watch) -> 
 
             # Report.
             if now.report and report is not None:
-                report(Report(state.step, line.total_steps, line.epochs_done(state.step), run.metrics, run.path))
+                epoch = timeline.epochs_done(state.step)
+                report(Report(state.step, timeline.total_steps, epoch, run.metrics, run.path))
 
             # End, or stop.
             if now.end:
@@ -134,7 +135,7 @@ def _loop(run: Run, report: Reporter | None, signals: Signals, watch: Watch) -> 
             learner.step(state.step)
             state.step, state.evaluated = state.step + 1, False
             run.records.stepped(state.step)
-            if line.logs(state.step):
+            if timeline.logs(state.step):
                 _log(run)
 
         profile.end()
@@ -144,7 +145,7 @@ def _loop(run: Run, report: Reporter | None, signals: Signals, watch: Watch) -> 
 
 
 def _log(run: Run) -> None:
-    """Writes down the training since the last call. The only place where a step's figures are read back."""
+    """Records the training metrics since the last call. Only here are a step's figures read from the device."""
     refuse_non_finite(run)
     learner, step = run.learner, run.state.step
     rate = learner.learning_rate(step - 1) * run.config.optim.lr
@@ -152,30 +153,29 @@ def _log(run: Run) -> None:
     run.records.train(step, values)
 
 
-def _evaluate(run: Run, asking: Agreement) -> bool:
-    """Evaluates, and takes what was found into state and records. Returns False where a signal interrupted it."""
-    learner, state, line = run.learner, run.state, run.line
+def _evaluate(run: Run, agreement: Agreement) -> bool:
+    """Evaluates, and puts the metrics into state and records. Returns False if a signal interrupted it."""
+    learner, state, timeline = run.learner, run.state, run.timeline
     learner.runtime.clock.pause("evaluation")
     refuse_non_finite(run)
     waiting = Waiting("evaluating", None, "batches")
     try:
-        state.metrics = run.validation.metrics(learner, state.pca_mse, lambda: waiting() or asking.stop())
+        state.metrics = run.validation.metrics(learner, state.pca_mse, lambda: waiting() or agreement.stop())
     except StopRequested:
         return False
-    if bad := not_finite(state.metrics):
-        raise NonFinite(sentences.bad_evaluation(state.step, bad))
+    if names := not_finite(state.metrics):
+        raise NonFinite(sentences.bad_evaluation(state.step, names))
     state.pca_mse = state.metrics.get("pca_mse")
-    if not state.evaluated:  # else resumed from a checkpoint of an older version, which kept no metrics
+    if not state.evaluated:  # else the run resumed from a checkpoint of an older version, which kept no metrics
         state.evaluated = True
         config = run.config
         standardized = config.data.scale == "standard"
-        name, sign = selection(config.model.variational, config.objective.noise_std, standardized)
-        if state.best is None or better(state.metrics[name], state.best.value, sign):
-            noise = run.config.evaluation.noise_std
-            state.best = Best(state.step, f"val.{name}", state.metrics[name], noise)
+        metric, sign = selection(config.model.variational, config.objective.noise_std, standardized)
+        if state.best is None or better(state.metrics[metric], state.best.value, sign):
+            state.best = Best(state.step, f"val.{metric}", state.metrics[metric], config.evaluation.noise_std)
         run.records.validation(state.step, state.metrics, state.best, learner.runtime.clock.rate())
         run.records.say(collapsed(state.metrics))
-    if line.draws_pictures(state.step) or due(line, state, run.config.train.patience, Asked()).end:
+    if timeline.draws_pictures(state.step) or due(timeline, state, run.config.train.patience, Asked()).end:
         _draw_pictures(run)
     return True
 
@@ -194,26 +194,26 @@ def _draw_pictures(run: Run) -> None:
         run.records.picture(name, path, step)
 
 
-def _end(run: Run, asking: Agreement) -> Result:
-    """Keeps what thresholds need, writes ``result.json``, and says how good the model is."""
+def _end(run: Run, agreement: Agreement) -> Result:
+    """Saves the scores' calibration, writes ``result.json``, and says how good the model is."""
     config, state, learner = run.config, run.state, run.learner
     assert state.best is not None
     learner.refuse_divergence()
     try:
-        keep_thresholds(run, asking.stop)
+        save_calibrations(run, agreement.stop)
     except StopRequested:
-        raise Stopped(sentences.stopped(state.step, run.saved[0], run.line.total_steps, run.path)) from None
+        raise Stopped(sentences.stopped(state.step, run.saved[0], run.timeline.total_steps, run.path)) from None
     world, speed = learner.runtime.world, learner.runtime.clock.rate()
     weights = weights_sha256(learner.used_weights())
     result = write_result(run, Result(run.metrics, run.path, state.step, world, speed, weights, state.best.step))
     if run.folder is not None:
-        keep_what_is_used(run.folder, config, state.step)
+        prune_finished(run.folder, config, state.step)
     model, numbers = learner.raw_model, torch.Size(learner.raw_model.code_shape).numel()
     can_start = config.objective.likelihood != "bernoulli" and config.model.start != "pca"
     run.records.say(sentences.against_mean(state, run.validation.mean_image_error()))
     run.records.say(sentences.against_pca(state, model.linear_code(), numbers, can_start))
     run.records.say(sentences.exact_pictures(learner.least_sigma_reached()))
-    run.records.say(sentences.used_weights(state.step, state.best, run.line.total_steps))
+    run.records.say(sentences.used_weights(state.step, state.best, run.timeline.total_steps))
     if run.folder is not None:
         run.records.say(sentences.size_on_disk(run.folder.path, *sizes(run.folder.path)))
     return result

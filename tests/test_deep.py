@@ -109,7 +109,7 @@ def test_a_mixed_set_is_widened_exactly_and_said(tmp_path: Path) -> None:
     refused = cli("train", "ae", "--data.name", f"packed:{tmp_path / 'out'}", "--data.bits", "8")
     assert refused.returncode == 2 and "was packed with 16 bits, not 8" in refused.stderr
     refused = cli("train", "ae", "--data.name", "digits", "--data.bits", "16")
-    assert refused.returncode == 2 and "data.bits is about pictures" in refused.stderr
+    assert refused.returncode == 2 and "data.bits is for pictures" in refused.stderr
 
 
 @pytest.mark.slow

@@ -257,7 +257,7 @@ def test_a_denoising_run_that_is_resumed_with_other_noise_compares_no_two_tasks(
     easy = State.of(json.loads((tmp_path / "run" / "checkpoints" / "00000004" / "state.json").read_text())).best
     assert easy is not None and easy.noise_std == 0.01
     result = dist_ae.train(config.override({"evaluation.noise_std": 0.5, "train.steps": 8}))
-    assert "the best evaluation is sought anew" in capfd.readouterr().err
+    assert "the search for the best evaluation begins anew" in capfd.readouterr().err
     harder = [line for line in metrics(tmp_path / "run", "val") if line["step"] >= 4]
     assert result.best_step >= 4 and max(line["denoised_psnr"] for line in harder) < easy.value
     assert [line["step"] for line in metrics(tmp_path / "run", "val")] == [0, 2, 4, 6, 8]

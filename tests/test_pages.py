@@ -144,7 +144,7 @@ def test_what_cannot_be_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     done = cli("pack", str(folder), str(tmp_path / "out"), "--pages", "each")
     assert done.returncode == 2 and "20.tif" in done.stderr and "Traceback" not in done.stderr
     done = cli("train", "ae", "--data.name", "digits", "--data.pages", "each")
-    assert done.returncode == 2 and "data.pages is about pictures" in done.stderr
+    assert done.returncode == 2 and "data.pages is for pictures" in done.stderr
     (folder / "20.tif").unlink()
     assert cli("pack", str(folder), str(tmp_path / "out")).stdout.count("20 files hold 80 pages") == 1
     done = cli("train", "ae", "--data.name", f"packed:{tmp_path}/out", "--data.pages", "each")

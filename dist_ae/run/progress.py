@@ -105,7 +105,7 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=f"loss {loss:,.2f} · {images_per_second:,.0f} images/s")
 
-    def evaluated(self, step: int, line: Timeline, metrics: Mapping[str, float], images_per_second: float) -> None:
+    def evaluated(self, step: int, timeline: Timeline, metrics: Mapping[str, float], images_per_second: float) -> None:
         """Prints one line per evaluation."""
         shown = {"mse": f"{metrics['mse']:.5f}"}
         if "r2" in metrics:
@@ -119,7 +119,7 @@ class Display:
         elif self._denoises:
             shown["denoised"] = f"{metrics['denoised_psnr']:.2f} dB"
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
-        where = f"epoch {line.epochs_done(step):<5g} step {step}/{line.total_steps}"
+        where = f"epoch {timeline.epochs_done(step):<5g} step {step}/{timeline.total_steps}"
         speed = f"  {images_per_second:,.0f} images/s{self._left(step)}" if step else ""
         self.say(f"{where}  val {text}{speed}")
 

@@ -16,9 +16,9 @@ class Records:
     """Takes down what a run finds. On all ranks but 0, where ``folder`` and ``tracking`` are None, it does nothing."""
 
     def __init__(
-        self, folder: RunDirectory | None, tracking: Tracking | None, display: Display, line: Timeline
+        self, folder: RunDirectory | None, tracking: Tracking | None, display: Display, timeline: Timeline
     ) -> None:
-        self._folder, self._tracking, self._display, self._line = folder, tracking, display, line
+        self._folder, self._tracking, self._display, self._timeline = folder, tracking, display, timeline
         self._stack = ExitStack()
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
@@ -33,7 +33,7 @@ class Records:
     def validation(self, step: int, metrics: Mapping[str, float], best: Best, images_per_second: float) -> None:
         """An evaluation, the best one so far, and the speed of training."""
         self._record("val", step, metrics)
-        self._display.evaluated(step, self._line, metrics, images_per_second)
+        self._display.evaluated(step, self._timeline, metrics, images_per_second)
         if self._tracking is not None:
             last = {f"last/val.{name}": value for name, value in metrics.items()}
             best_so_far = {"best/step": best.step, f"best/{best.metric}": best.value}
@@ -55,7 +55,7 @@ class Records:
 
     def _record(self, split: str, step: int, values: Mapping[str, float]) -> None:
         if self._folder is not None:
-            epoch = self._line.epochs_done(step)
+            epoch = self._timeline.epochs_done(step)
             self._folder.append_metrics({"step": step, "epoch": epoch, "split": split, **values})
         if self._tracking is not None:
             self._tracking.log({f"{split}/{name}": value for name, value in values.items()}, step)
