@@ -19,35 +19,34 @@ from dist_ae.processes.stop import StopRequested
 
 EVALUATION_SEED = 0  # the same noise and ε for every configuration and every seed, so runs are comparable
 PERFECT = 1e-20  # a squared error below which images count as equal
-ACTIVE_VARIANCE = 0.01  # of a number of the code over the images; above it, the number tells the decoder something
+ACTIVE_VARIANCE = 0.01  # variance over the images above which a number of the code counts as active
 
 
 Stop = Callable[[], bool]  # asked before every batch, equally often on every process
 
 
 def never() -> bool:
-    """The answer of whoever does not ask to stop."""
+    """A ``Stop`` that never stops."""
     return False
 
 
 def batches(reader: Reader, batch_size: int, runtime: Processes, stop: Stop) -> Iterator[tuple[range, bool, Tensor]]:
     """This process's part of each batch of a split: rows, whether they count, and their images.
 
-    A thread reads the next ones in the meantime. A process without rows, in a last batch of fewer images than
-    processes, computes one image that counts for nothing: compiled code, or a user's own model, need not take an empty
-    batch.
+    A thread reads ahead. If the last batch has fewer images than there are processes, a process without rows computes
+    one image that does not count: compiled code, or a user's own model, need not accept an empty batch.
 
     Raises:
         StopRequested: ``stop`` answered yes.
     """
-    every, size = range(len(reader.split)), max(batch_size, runtime.world)
-    shares = [share(every[start : start + size], runtime.rank, runtime.world) for start in every[::size]]
+    all_rows, size = range(len(reader.split)), max(batch_size, runtime.world)
+    shares = [share(all_rows[start : start + size], runtime.rank, runtime.world) for start in all_rows[::size]]
     computed = [rows or range(1) for rows in shares]
     images = reader.each([torch.arange(rows.start, rows.stop) for rows in computed])
-    for own, rows in zip(shares, computed, strict=True):
+    for counted, rows in zip(shares, computed, strict=True):
         if stop():
             raise StopRequested
-        yield rows, bool(own), next(images)
+        yield rows, bool(counted), next(images)
 
 
 @torch.no_grad()
@@ -82,9 +81,9 @@ def evaluate(
     - ``mse`` (per pixel, [0, 1]) and ``psnr`` (dB, of that mse): the clean image, reconstructed from the mean code.
     - ``denoised_psnr`` beside ``noisy_psnr``: one noisy copy, keyed by image index.
 
-    Standardized records have no peak. In place of these they have ``mse``, the share of the variance that is left
-    unexplained; ``r2``, 1 minus the error as a share of the held-out records' squares around the training mean; and
-    ``denoised_mse`` beside ``noisy_mse``. Missing entries count nothing.
+    Standardized records have no peak, so their metrics are ``mse``, the share of unexplained variance; ``r2``, 1 minus
+    the error as a share of the held-out records' squares around the training mean; and ``denoised_mse`` beside
+    ``noisy_mse``. Missing entries do not count.
 
     A variational model adds:
 
@@ -101,14 +100,14 @@ def evaluate(
     """
     count = len(reader.split)
     sums: Tensor | None = None
-    codes: Tensor | None = None
+    code_moments: Tensor | None = None
     for rows, counts, images in batches(reader, evaluation.batch_size, runtime, stop):
-        part, moments = _sums(model, images, rows, objective, evaluation.noise_std, runtime)
+        batch_sums, moments = _sums(model, images, rows, objective, evaluation.noise_std, runtime)
         if not counts:
-            part, moments = torch.zeros_like(part), None if moments is None else torch.zeros_like(moments)
-        sums = part if sums is None else sums + part
+            batch_sums, moments = torch.zeros_like(batch_sums), None if moments is None else torch.zeros_like(moments)
+        sums = batch_sums if sums is None else sums + batch_sums
         if moments is not None:
-            codes = moments if codes is None else codes + moments
+            code_moments = moments if code_moments is None else code_moments + moments
     assert sums is not None
     clean, noisy, denoised, neg_elbo, rate, distortion, squares, entries, num_images = runtime.sum(sums).tolist()
     assert num_images == count, f"evaluated {num_images} images of {count}"
@@ -119,9 +118,9 @@ def evaluate(
     else:
         metrics |= {"psnr": psnr(clean / entries)}
         metrics |= {"noisy_psnr": psnr(noisy / entries), "denoised_psnr": psnr(denoised / entries)}
-    if codes is not None:
+    if code_moments is not None:
         metrics |= {"neg_elbo": neg_elbo / count, "rate": rate / count, "distortion": distortion / count}
-        first, second = runtime.sum(codes) / count
+        first, second = runtime.sum(code_moments) / count
         metrics["active_units"] = float(int((second - first.square() > ACTIVE_VARIANCE).sum()))
         if objective.likelihood == "discretized":
             metrics["bits_per_dim"] = neg_elbo / entries / math.log(2)
@@ -129,7 +128,7 @@ def evaluate(
 
 
 def collapsed(metrics: Mapping[str, float]) -> str:
-    """A warning where no number of a variational model's code says anything about the image, else ""."""
+    """A warning if no number of a variational model's code says anything about the image, else ""."""
     if metrics.get("active_units") != 0:
         return ""
     return (
@@ -139,44 +138,45 @@ def collapsed(metrics: Mapping[str, float]) -> str:
 
 
 def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]; at most 200, NaN of what is NaN.
+    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]; at most 200, and NaN for NaN.
 
-    200 dB is an error of 1e-20, below that of float32 anywhere: equality has no larger figure, since JSON has none.
+    200 dB is an error of 1e-20, smaller than any rounding of float32. It also stands for equality, since JSON has no
+    infinity.
     """
     return math.nan if math.isnan(mse) else -10 * math.log10(max(mse, PERFECT))
 
 
 def not_finite(metrics: Mapping[str, float]) -> list[str]:
-    """The names of the figures that are no numbers: nothing of such an evaluation is good."""
+    """The names of the metrics that are not finite. One of them is enough to reject the evaluation."""
     return [name for name, value in metrics.items() if not math.isfinite(value)]
 
 
 def better(value: float, best: float | None, sign: int) -> bool:
-    """Whether a figure is better than the best so far. What is not finite is never better, and never stays best."""
+    """Whether a value is better than the best so far. Values that are not finite are never better and never stay best."""
     if not math.isfinite(value):
         return False
     return best is None or not math.isfinite(best) or sign * value > sign * best
 
 
 def comparable(best: Mapping[str, Any], metric: str, noise_std: float) -> bool:
-    """Whether the best evaluation that a checkpoint kept is of the task that the run is evaluated on now.
+    """Whether the best evaluation that a checkpoint holds was made on the same task as those of this run.
 
-    Denoising is judged at ``evaluation.noise_std``, which may change when a run is resumed. PSNR at another noise is
-    of another task. Older runs did not keep it, and are taken to have been resumed as they were.
+    Denoising is judged at ``evaluation.noise_std``, which may change when a run is resumed; a PSNR at another noise
+    level belongs to another task. Checkpoints of older runs do not hold the level, which is taken to be unchanged.
 
     Args:
-        metric: what the run is judged by, by ``selection``.
-        noise_std: of the evaluation.
+        metric: what the run is judged by, from ``selection``.
+        noise_std: of this run's evaluations.
     """
     return not metric.startswith("denoised") or best.get("noise_std") in (None, noise_std)
 
 
 @torch.no_grad()
 def mean_image_error(reader: Reader, batch_size: int, runtime: Processes) -> float | None:
-    """The squared error per pixel of the best constant image: what a model has to be below to have learned anything.
+    """The squared error per pixel of the best constant image. A model that has learned anything is below it.
 
-    The mean is that of these very images, so their number, less one, divides. None of fewer than two images, and
-    where entries are missing.
+    The mean is taken over the same images, so the sum of squares is divided by their number less one. None for fewer
+    than two images, and if entries are missing.
     """
     count = len(reader.split)
     if count < 2 or reader.missing:
@@ -195,7 +195,7 @@ def fixed_noise(std: float, rows: range, image_shape: Sequence[int], device: tor
     """The noise of the fixed noisy copy for images ``rows`` of a split: [len(rows), C, H, W].
 
     Args:
-        std: its standard deviation on [0, 1] pixels.
+        std: standard deviation of the noise on [0, 1] pixels.
     """
     return normal(EVALUATION_SEED, "evaluation.noise", Step(0), rows, image_shape, device, std)
 
@@ -208,10 +208,10 @@ def fixed_epsilon(rows: range, code_shape: Sequence[int], device: torch.device) 
 def _sums(
     model: Model, images: Tensor, rows: range, objective: ObjectiveConfig, noise_std: float, runtime: Processes
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums over the images of ``rows``, float64 where the device has it.
+    """Sums over the images of ``rows``, in float64 if the device has it.
 
-    [9]: three squared errors, three ELBO terms, the squares, and the numbers of entries and of images. Of a variational
-    model also [2, code]: the codes and their squares.
+    [9]: three squared errors, three ELBO terms, the squares, and the numbers of entries and of images. For a
+    variational model also [2, code]: the codes and their squares.
     """
     clean = model(images, None)
     missing = clean.missing

@@ -1,4 +1,4 @@
-"""How a run ends, and what it reports on its way."""
+"""How a run ends, and what it reports while it trains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NonFinite(Fault):
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run gives. ``metrics`` has ``val.mse`` and so on. ``result.json`` holds it, too."""
+    """The result of a finished run, as in ``result.json``. ``metrics`` holds ``val.mse`` and so on."""
 
     metrics: dict[str, float]
     run_dir: Path
@@ -39,7 +39,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``train`` hands to its caller after each evaluation, on every process. Metrics are over all processes."""
+    """What ``train`` passes to its caller after each evaluation, on every process. Metrics cover all processes."""
 
     step: int
     total_steps: int

@@ -124,7 +124,7 @@ def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | No
     ):
         variances, unit = validation.variances(learner), 1.0 if learner.raw_model.standardized else 2.0
         numbers = torch.Size(learner.raw_model.code_shape).numel()
-        display.say(sentences.collapse_foretold(variances, sigma, config.objective.beta, numbers, unit))
+        display.say(sentences.expected_collapse(variances, sigma, config.objective.beta, numbers, unit))
     learner.prepare()
     if runtime.world > 1:
         shares = [len(share(range(config.train.batch_size), rank, runtime.world)) for rank in range(runtime.world)]

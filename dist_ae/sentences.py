@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from dist_ae.models import LinearCode
 from dist_ae.timeline import Best, State
 
-EXACT = 1e-9  # a squared error of PCA below which it loses nothing: its code is as long as the images need
+EXACT = 1e-9  # a squared error below which PCA counts as exact: its code is as long as the images need
 
 
 def headline(
@@ -32,7 +32,7 @@ def headline(
         what: name and data.
         records: their number, shape and scale, in words.
         held: where they are kept, in words.
-        numbers: of the code.
+        numbers: size of the code.
         operations: floating-point operations that an image costs in a step.
         memory: bytes that training takes on each process.
         where: processes, device and precision.
@@ -68,19 +68,19 @@ def non_finite(step: int, run_dir: Path | None) -> str:
     """A loss or gradient was not finite.
 
     Args:
-        run_dir: the run, where the step can be repeated from it.
+        run_dir: the run directory, if the step can be repeated from it.
     """
     replay = ""
     if run_dir is not None:
         replay = f" `dist-ae doctor {shlex.quote(str(run_dir))} --replay` repeats that step on one process."
     return (
-        f"the loss or gradient of step {step} is not finite. No weight was changed by it, and the last checkpoint is "
-        f"from before it.{replay} A lower optim.lr or optim.clip_norm may help"
+        f"the loss or gradient of step {step} is not finite. It changed no weight, and the last checkpoint is from "
+        f"before it.{replay} A lower optim.lr or optim.clip_norm may help"
     )
 
 
 def exhausted_scale(scale: float) -> str:
-    """fp16: no scale of the gradients makes them finite."""
+    """fp16: no scale makes the gradients finite."""
     return (
         f"fp16: gradients are not finite however small their scale ({scale:.1g}), and no step has changed a weight for "
         "a while. Use --precision bf16; a lower optim.lr or optim.clip_norm may help"
@@ -91,25 +91,25 @@ def out_of_memory(device: str, first_sentence: str, images: int) -> str:
     """A device had no memory left.
 
     Args:
-        images: that a step computes at once on each process.
+        images: the number that a step computes at once on each process.
     """
     return (
         f"{device} has no memory left ({first_sentence}). A step computes {images} images at once on each process: "
-        f"--train.max-per-process {max(1, images // 2)} adds up smaller parts, with the same result. Where an "
+        f"--train.max-per-process {max(1, images // 2)} adds up smaller parts, with the same result. If an "
         "evaluation is too large, lower --evaluation.batch-size"
     )
 
 
 def bad_evaluation(step: int, names: Sequence[str]) -> str:
-    """Figures of an evaluation were not finite."""
+    """Metrics of an evaluation were not finite."""
     return (
-        f"the evaluation after step {step} is not finite ({', '.join(f'val.{name}' for name in names)}). Nothing of it "
-        "is kept, and the last checkpoint is from before it. A lower optim.lr or optim.clip_norm may help"
+        f"the evaluation after step {step} is not finite ({', '.join(f'val.{name}' for name in names)}). It is not "
+        "kept, and the last checkpoint is from before it. A lower optim.lr or optim.clip_norm may help"
     )
 
 
 def bad_state(step: int, part: str) -> str:
-    """Finite gradients made weights or moments that are not."""
+    """Weights or moments are not finite, though all gradients were."""
     return (
         f"after step {step} the {part} of the checkpoint would not be finite, though every gradient was. The last "
         "checkpoint is from before it. A lower optim.lr or optim.clip_norm may help"
@@ -117,33 +117,33 @@ def bad_state(step: int, part: str) -> str:
 
 
 def against_mean(state: State, mean: float | None) -> str:
-    """A warning where a run is worse than predicting the mean image, whatever it sees; else "".
+    """A warning if a run is worse than always predicting the mean image; else "".
 
     Args:
-        mean: the error of doing that, where there are enough images for it.
+        mean: the error of the mean image, if there are enough images to estimate it.
     """
     mse = _used_mse(state)
     if mean is None or mse <= mean + EXACT:
         return ""
     return (
-        f"WARNING: val.mse {mse:.3g} is worse than predicting the mean image whatever is seen ({mean:.3g}): the model "
-        "has learned nothing. Train longer, or lower optim.lr"
+        f"WARNING: val.mse {mse:.3g} is worse than always predicting the mean image ({mean:.3g}): the model has "
+        "learned nothing. Train longer, or lower optim.lr"
     )
 
 
 def _used_mse(state: State) -> float:
-    """The error of the weights that every use takes."""
+    """The error of the weights that are used."""
     if state.best is not None and state.best.metric == "val.mse":
         return state.best.value
     return state.metrics["mse"]
 
 
 def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: bool) -> str:
-    """Whether the model is better than PCA, and so worth its training; "" where there is nothing to compare with.
+    """Whether the model is better than PCA, and so worth its training; "" if there is nothing to compare with.
 
     Args:
-        numbers: of the code.
-        can_start: whether --model.start pca is possible and was not taken.
+        numbers: size of the code.
+        can_start: whether --model.start pca is possible and was not used.
     """
     linear, mse = state.pca_mse, _used_mse(state)
     if linear is None or linear < EXACT or code is None:
@@ -164,7 +164,7 @@ def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: 
 
 
 def size_on_disk(run_dir: Path, total: int, optimizer: int) -> str:
-    """What a run takes, and how much of it only training on needs.
+    """The size of a run directory, and how much of it is needed only to train on.
 
     Args:
         total, optimizer: bytes.
@@ -175,49 +175,52 @@ def size_on_disk(run_dir: Path, total: int, optimizer: int) -> str:
     return f"{decimal(total)} in {run_dir}, {decimal(optimizer)} of them to train on{way_out}"
 
 
-def collapse_foretold(variances: Sequence[float], sigma: float, beta: float, numbers: int, unit: float) -> str:
-    """How many numbers of a VAE's code pay for themselves; "" where all do, or nothing is known.
+def expected_collapse(variances: Sequence[float], sigma: float, beta: float, numbers: int, unit: float) -> str:
+    """How many numbers of a VAE's code are worth their rate; "" if all are, or if nothing is known.
 
     A linear VAE keeps a direction of the data while its variance is above βσ² (Lucas et al. 2019, for β = 1), and a
-    decoder that is no linear one begins to use its code under the same condition.
+    non-linear decoder begins to use its code under the same condition.
 
     Args:
         variances: along the principal directions, largest first, on the model's scale.
-        sigma: of a pixel, on the scale of the images.
-        numbers: of the code.
+        sigma: standard deviation of a pixel, on the scale of the images.
+        numbers: size of the code.
         unit: how much larger a deviation is on the model's scale.
     """
     price = beta * (unit * sigma) ** 2
-    kept = sum(variance > price for variance in variances)
-    if not variances or price <= 0 or kept == min(numbers, len(variances)):
+    worthwhile = sum(variance > price for variance in variances)
+    if not variances or price <= 0 or worthwhile == min(numbers, len(variances)):
         return ""
-    if kept:
-        return f"note: at σ {sigma:g} and β {beta:g}, PCA lets {kept:,} of {numbers:,} numbers of the code pay off"
+    if worthwhile:
+        return (
+            f"note: at σ {sigma:g} and β {beta:g}, {worthwhile:,} of {numbers:,} numbers of the code are worth their "
+            "rate, by PCA of the data"
+        )
     fifth = variances[min(5, len(variances)) - 1]
     return (
-        f"WARNING: posterior collapse is foretold: at σ {sigma:g} and β {beta:g} no direction of the data varies "
-        f"enough to pay for a number of the code. Below objective.sigma {math.sqrt(fifth / beta) / unit:.2g} it "
-        f"would keep {min(5, len(variances))}"
+        f"WARNING: expect posterior collapse: at σ {sigma:g} and β {beta:g} no direction of the data varies enough to "
+        f"be worth the rate of a number of the code. Below objective.sigma {math.sqrt(fifth / beta) / unit:.2g}, "
+        f"{min(5, len(variances))} numbers would be"
     )
 
 
 def exact_pictures(sigma: float | None) -> str:
-    """A note where the learned σ lies at its least value; "" where it does not, None."""
+    """A note if the learned σ, given as ``sigma``, ended at its least value; "" for None."""
     if sigma is None:
         return ""
     return (
-        f"note: the learned σ ended at the least it can be, {sigma:.3g}: training data is reproduced as exactly as it "
-        "is stored, as happens with few, equal or empty pictures. Neither val.neg_elbo nor the code's rate means much"
+        f"note: the learned σ ended at its least value, {sigma:.3g}: training data is reproduced as exactly as it is "
+        "stored, as happens with few, equal or empty pictures. Neither val.neg_elbo nor the code's rate means much"
     )
 
 
 def used_weights(step: int, best: Best, total_steps: int) -> str:
-    """Which weights are used, where they are not the last ones, and why training ended, where it ended early."""
+    """Which weights are used, if they are not the last ones, and why training ended, if it ended early."""
     if best.step == step:
         return ""
     early = f"no better evaluation since step {best.step}: ended at {step} of {total_steps}. "
-    start = "" if best.step else ". Training made the start no better: a tenth of optim.lr, or a longer warm-up, may"
+    start = "" if best.step else ". Training did not improve on the start: try a tenth of optim.lr, or a longer warm-up"
     return (
-        f"{early if step < total_steps else ''}the best {best.metric}, {best.value:.6g}, was at step {best.step}; "
-        f"every use takes those weights{start}"
+        f"{early if step < total_steps else ''}the best {best.metric}, {best.value:.6g}, was at step {best.step}, and "
+        f"the weights of that step are used{start}"
     )

@@ -248,7 +248,7 @@ class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Fitted):  
         n_components_: numbers of the code.
         mse_, r2_: of held-out rows: the share of variance that the weights in use leave unexplained, and r2.
         pca_mse_: the same share for PCA with as many numbers.
-        n_steps_: the step of the weights that are used; 0 means that PCA is all there is to have.
+        n_steps_: the step of the weights that are used; 0 means that training did not improve on PCA.
     """
 
     def __sklearn_tags__(self) -> Any:

@@ -51,8 +51,8 @@ class Learner:
         self.optimizers = build_optimizers(self.raw_model, self.raw_model.matrices(), config.optim)
         self.parameters = list(self.raw_model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if config.train.ema_decay else []
-        # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and the number of
-        # images over all processes.
+        # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
+        # images all processes have seen.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
         self._likeness = Likeness(config.objective, runtime.device) if likeness.wanted(config.objective) else None
         self.guard = Guard(self.optimizers, runtime.device)
@@ -125,8 +125,8 @@ class Learner:
             first, end = piece.start - self._mine.start, piece.stop - self._mine.start
             rows, idle = self._rows[first:end], not piece
             if idle:
-                # Compute the first image and give it no weight: compiled code, or a user's own model, need not accept an
-                # empty batch.
+                # Compute the first image and give it no weight: compiled code, or a user's own model, need not accept
+                # an empty batch.
                 rows, piece = rows.new_zeros(1), range(piece.start, piece.start + 1)
             since = time.perf_counter()
             images = self.images.take(rows, self._next_rows(self._rows[end:], part))
@@ -436,7 +436,7 @@ class Learner:
 
     @contextlib.contextmanager
     def weights_from(self, read: Callable[[], dict[str, Tensor] | None]) -> Iterator[bool]:
-        """Replaces the weights of all processes by those that ``read`` returns on rank 0, for the length of the context.
+        """Replaces the weights of all processes by those that ``read`` returns on rank 0, and restores them at the end.
 
         Yields whether ``read`` returned any.
         """

@@ -1,4 +1,4 @@
-"""Where a run is at each step, and what is due there. Integers and pure functions; imports no torch."""
+"""The schedule of a run: what is due at each step. Integers and pure functions; imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The steps of a run. Every field counts images or steps; step numbers begin at 0."""
+    """The steps of a run. All fields count images or steps; step numbers begin at 0."""
 
     num_images: int
     batch_size: int
@@ -21,7 +21,7 @@ class Timeline:
     eval_every: int
     save_every: int
     log_every: int
-    eval_start: bool = False  # whether the start is evaluated, and so can be the best
+    eval_start: bool = False  # whether the start is evaluated, and so may be the best
 
     @classmethod
     def of(cls, train: TrainConfig, num_images: int, eval_start: bool = False) -> Timeline:
@@ -48,7 +48,7 @@ class Timeline:
         return step // self.steps_per_epoch
 
     def positions(self, step: int) -> range:
-        """The places in its epoch's order that a step takes: its global batch."""
+        """The global batch of a step, as positions in the order of its epoch."""
         start = step % self.steps_per_epoch * self.batch_size
         return range(start, min(start + self.batch_size, self.num_images))
 
@@ -80,44 +80,44 @@ class Best(NamedTuple):
     step: int
     metric: str  # such as val.mse
     value: float
-    noise_std: float | None = None  # of the evaluation; older runs did not keep it
+    noise_std: float | None = None  # of the evaluation; older runs did not store it
 
 
 @dataclass
 class State:
-    """Where a run is. Together with the configuration and the tensors, it is all that the run's future depends on."""
+    """The progress of a run. With the configuration and the tensors, it determines how the run continues."""
 
     step: int = 0
-    evaluated: bool = False  # whether the evaluation due at this step was done
+    evaluated: bool = False  # whether the evaluation that is due at this step was made
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best: Best | None = None
     pca_mse: float | None = None  # the error of the best linear code of the same size, once it is known
 
     def key(self) -> tuple[int, bool]:
-        """What tells a checkpoint of this state from one of another state."""
+        """Identifies the checkpoint of this state."""
         return self.step, self.evaluated
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The state as a checkpoint stores it."""
         return {**asdict(self), "best": None if self.best is None else self.best._asdict()}
 
     @classmethod
-    def of(cls, kept: Mapping[str, Any]) -> State:
-        """The state that a checkpoint kept. Earlier versions kept no metrics and no error of PCA.
+    def of(cls, stored: Mapping[str, Any]) -> State:
+        """The state that a checkpoint stores. Earlier versions stored no metrics and no error of PCA.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            KeyError, TypeError, ValueError: ``stored`` is no state.
         """
-        best, pca_mse = kept["best"], kept.get("pca_mse")
+        best, pca_mse = stored["best"], stored.get("pca_mse")
         if best is not None:
             best = Best(int(best["step"]), str(best["metric"]), float(best["value"]), best.get("noise_std"))
-        metrics = {str(name): float(value) for name, value in dict(kept.get("metrics") or {}).items()}
+        metrics = {str(name): float(value) for name, value in dict(stored.get("metrics") or {}).items()}
         pca_mse = None if pca_mse is None else float(pca_mse)
-        return cls(int(kept["step"]), bool(kept["evaluated"]), metrics, best, pca_mse)
+        return cls(int(stored["step"]), bool(stored["evaluated"]), metrics, best, pca_mse)
 
 
 class Asked(NamedTuple):
-    """What was asked of a run from outside, the same on every process."""
+    """Requests to a run from outside, the same on every process."""
 
     stop: bool = False  # by a signal
     save: bool = False  # by the clock
@@ -127,7 +127,7 @@ class Due(NamedTuple):
     """What is due between two steps, in this order."""
 
     evaluate: bool
-    save: bool  # a checkpoint of the state, unless it is on the disk already
+    save: bool  # a checkpoint of the state, unless the disk has it already
     report: bool
     end: bool
 
@@ -144,17 +144,17 @@ def due(timeline: Timeline, state: State, patience: int | None, asked: Asked) ->
     ran_out = patience is not None and since_best is not None and since_best >= patience * timeline.eval_every
     end = state.step == timeline.total_steps or ran_out
     save = timeline.saves(state.step) or since_best == 0 or end or asked.stop or asked.save
-    report = evaluates and evaluated and state.step > 0  # of training: the start is no result of it
+    report = evaluates and evaluated and state.step > 0  # the start is no result of training
     return Due(evaluates and not evaluated and not asked.stop, save, report, end)
 
 
 def selection(variational: bool, noise_std: float | tuple[float, float], standardized: bool) -> tuple[str, int]:
     """What 'best' means for a run: (metric, +1 if larger is better else -1).
 
-    The metric is of the task that the run trains for, never its own training loss.
+    The metric measures the task that the run trains for. It is never the training loss.
 
     Args:
-        noise_std: of the noise that the run trains to remove.
+        noise_std: standard deviation of the noise that the run trains to remove.
     """
     if variational:
         return "neg_elbo", -1
@@ -174,7 +174,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """The decay of the moving average at a step: short at first, so that the start weighs little for long."""
+    """The decay of the moving average at a step: low at first, so that the initial weights fade quickly."""
     return min(decay, (1 + step) / (10 + step))
 
 

@@ -78,7 +78,7 @@ class Validation:
         return None if components is None else pca.baseline(model, components, self._val, runtime, stop)
 
     def mean_image_error(self) -> float | None:
-        """The error of predicting the mean of the held-out images, whatever is seen. Every process takes part."""
+        """The error of always predicting the mean of the held-out images. Every process takes part."""
         return mean_image_error(self._val, self._config.evaluation.batch_size, self._runtime)
 
     def pictures(self, learner: Learner, folder: Path, step: int) -> dict[str, Path]:

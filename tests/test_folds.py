@@ -150,13 +150,13 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
             (dist_ae.train_folds if folds else dist_ae.train)(table.override(values), data=data)
         assert "\n" not in str(error.value)
 
-    refused("says no number of folds", {})
-    refused("data.folds 5 is so many runs", {"data.folds": 5}, folds=False)
+    refused("sets no number of folds", {})
+    refused("data.folds 5 means 5 runs", {"data.folds": 5}, folds=False)
     refused("fold 6 is none of the folds, of which there are 5", {"data.folds": 5, "data.fold": 6}, folds=False)
     refused("has a split of its own", {"data.folds": 5}, data=(wine, wine))
     refused("digits has a split of its own", {"data.folds": 5, "data.name": "digits"}, data=None)
     refused("too few records for data.folds 100: fold 1 leaves a side empty", {"data.folds": 100}, data=wine[:50])
     (tmp_path / "whole" / "checkpoints").mkdir(parents=True)
-    refused("holds a run, and folds are runs of their own", {"data.folds": 5, "run_dir": tmp_path / "whole"})
+    refused("holds a run, and each fold needs a run of its own", {"data.folds": 5, "run_dir": tmp_path / "whole"})
     done = cli("train", "table", "--data.name", "digits", "--data.folds", "1")
     assert done.returncode == 2 and "Traceback" not in done.stderr

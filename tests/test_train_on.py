@@ -131,7 +131,7 @@ def test_the_end_of_a_run_says_which_weights_are_used_and_shows_the_error_on_tra
     )  # fmt: skip
     assert status == 0, error
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert f"was at step {result['best_step']}; every use takes those weights" in out
+    assert f"was at step {result['best_step']}, and the weights of that step are used" in out
     assert f"no better evaluation since step {result['best_step']}: ended at {result['steps']} of 40" in out
     best = next(line for line in metrics(tmp_path / "run", "val") if line["step"] == result["best_step"])
     model = dist_ae.load(tmp_path / "run")
