@@ -1,4 +1,4 @@
-"""The command line: tyro over the library's functions. Nothing here imports torch before it has something to do."""
+"""The command line: tyro over the library's functions. Imports torch only once a command needs it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dist_ae.terminal import EXIT_STOPPED, prepare_streams, rank, say, silence
 from dist_ae.use import commands
 from dist_ae.use.results import Evaluated, ExportedTo, Scored
 
-EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it
+EXIT_INTERRUPTED = 130  # after Ctrl-C, as shells have it
 
 
 def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The file of ``--config FILE`` or ``--config=FILE``, wherever it stands, and the other arguments.
+    """The file of ``--config FILE`` or ``--config=FILE``, anywhere among the arguments, and the other arguments.
 
     Raises:
         InputError: no file follows, or a preset stands beside it.
@@ -33,9 +33,9 @@ def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     at = next((i for i, word in enumerate(arguments) if word == "--config" or word.startswith("--config=")), None)
     if at is None:
         return None, arguments
-    _, given, file = arguments[at].partition("=")
-    file = file if given else "".join(arguments[at + 1 : at + 2])
-    rest = arguments[:at] + arguments[at + (1 if given else 2) :]
+    _, equals, file = arguments[at].partition("=")
+    file = file if equals else "".join(arguments[at + 1 : at + 2])
+    rest = arguments[:at] + arguments[at + (1 if equals else 2) :]
     if not file:
         raise InputError("--config: expected a file, such as a run's config.json")
     if rest[:1] and rest[0] in PRESETS:
@@ -51,7 +51,7 @@ def train(arguments: list[str]) -> None:
     else:
         presets = {name: (DESCRIPTIONS[name], preset) for name, preset in PRESETS.items()}
         text = (
-            "Trains a preset, with the settings given. --config FILE takes a run's config.json or a sweep's best.json."
+            "Trains a preset with the given settings. --config FILE reads a run's config.json or a sweep's best.json."
         )
         config = tyro.extras.overridable_config_cli(presets, args=rest, prog="dist-ae train", description=text)
 
@@ -67,7 +67,7 @@ def train(arguments: list[str]) -> None:
         folds = train_folds(config)
         if rank() == 0:
             say(folds.summary())
-            _written(folds.run_dir / "folds.json")
+            _show_path(folds.run_dir / "folds.json")
         return
     result = train(config)
     if rank() == 0:
@@ -78,8 +78,8 @@ def train(arguments: list[str]) -> None:
 
 def sweep(arguments: list[str]) -> None:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv."""
-    # Sweeps are a package of their own, on which this one does not depend: dist_ae_tune where it is installed, tune in
-    # a bare checkout. The one that belongs to this dist_ae is taken, since PyPI has another tune.
+    # Sweeps are a separate package, on which this one does not depend: dist_ae_tune if it is installed, tune in a bare
+    # checkout. It must lie beside this dist_ae, since PyPI has another tune.
     for name in ("dist_ae_tune", "tune"):
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None and Path(spec.origin).parents[1] == Path(__file__).parents[1]:
@@ -88,57 +88,58 @@ def sweep(arguments: list[str]) -> None:
     raise InputError(f"dist-ae sweep: the sweeps are not installed; {install('tune')}")
 
 
-def _show_evaluation(found: Evaluated) -> None:
+def _show_evaluation(evaluated: Evaluated) -> None:
     if rank() != 0:
         return
-    show(found.metrics)
-    methods = list(next(iter(found.denoising.values()), {}))
+    show(evaluated.metrics)
+    methods = list(next(iter(evaluated.denoising.values()), {}))
     if methods:
         say("denoising, dB".ljust(16) + "".join(name.rjust(18) for name in methods))
-    for level, values in found.denoising.items():
+    for level, values in evaluated.denoising.items():
         say(f"  noise {level:g}".ljust(16) + "".join(f"{values[name]:.2f}".rjust(18) for name in methods))
-    if found.columns:
-        worst = sorted(found.columns, key=lambda name: found.columns[name]["r2"])[:10]
+    if evaluated.columns:
+        worst = sorted(evaluated.columns, key=lambda name: evaluated.columns[name]["r2"])[:10]
         say("columns with the lowest r2".ljust(34) + "model".rjust(10) + "PCA".rjust(10))
         for name in worst:
-            figures = "".join(f"{value:.4f}".rjust(10) for value in found.columns[name].values())
+            figures = "".join(f"{value:.4f}".rjust(10) for value in evaluated.columns[name].values())
             say(f"  {name[:30]}".ljust(34) + figures)
-    for remark in found.remarks:
+    for remark in evaluated.remarks:
         say(remark)
-    for path in found.written:
-        _written(path)
+    for path in evaluated.written:
+        _show_path(path)
 
 
-def _show_scores(found: Scored) -> None:
-    values = found.scores
+def _show_scores(scored: Scored) -> None:
+    values = scored.scores
     spread = {"min": float(values.min()), "median": float(values.double().quantile(0.5)), "max": float(values.max())}
-    show({**{f"{name}.{found.score}": value for name, value in spread.items()}, **found.figures})
-    flagged = int(found.flagged.sum())
-    say(f"flagged {flagged:,} of {len(values):,}: {found.score} above {found.threshold:.6g}, {found.basis}")
+    show({**{f"{name}.{scored.score}": value for name, value in spread.items()}, **scored.figures})
+    flagged = int(scored.flagged.sum())
+    say(f"flagged {flagged:,} of {len(values):,}: {scored.score} above {scored.threshold:.6g}, {scored.basis}")
     highest = values.argsort(descending=True, stable=True)[:10].tolist()
-    if found.names is None:
+    if scored.names is None:
         say(f"highest at images {', '.join(str(image) for image in highest)} (counted from 0)")
     else:
-        say("highest at\n  " + "\n  ".join(found.names[image] for image in highest))
-    for remark in found.remarks:
+        say("highest at\n  " + "\n  ".join(scored.names[image] for image in highest))
+    for remark in scored.remarks:
         say(remark)
-    for picture in found.pictures:
+    for picture in scored.pictures:
         say(f"picture{'s' if picture.is_dir() else ''}: {picture}")
-    _written(found.path)
+    _show_path(scored.path)
 
 
-def _show_export(made: ExportedTo) -> None:
-    _written(made.path)
-    say(f"load it: {made.how}")
-    if made.address is not None:
-        say(f"uploaded: {made.address}")
+def _show_export(exported: ExportedTo) -> None:
+    _show_path(exported.path)
+    say(f"load it: {exported.how}")
+    if exported.address is not None:
+        say(f"uploaded: {exported.address}")
 
 
-def _show_pruned(found: tuple[int, int]) -> None:
-    say(f"{found[0]:,} bytes before, {found[1]:,} now")
+def _show_pruned(sizes: tuple[int, int]) -> None:
+    before, after = sizes
+    say(f"{before:,} bytes before, {after:,} now")
 
 
-def _written(path: Path) -> None:
+def _show_path(path: Path) -> None:
     say(f"written: {path}")
 
 
@@ -167,21 +168,21 @@ def pack(
     Args:
         source: folder:PATH, tar:PATTERN, hf:NAME, table:PATH, array:PATH, or the path of a folder, table or .npy.
         out: the folder to make.
-        image_size: pixels that pictures get: one number for height and width, or HEIGHTxWIDTH such as 32x128; left
-            out, they must all have one size.
-        fit: how a picture gets its proportions: crop its middle, pad it, or stretch it; whole: it keeps its shape.
-        channels: colour; auto: grey where all pictures are, else rgb; rgba: transparency is a fourth channel.
+        image_size: size of the pictures in pixels: one number for height and width, or HEIGHTxWIDTH such as 32x128;
+            left out, all pictures must have the same size.
+        fit: how a picture gets its proportions: crop its middle, pad it, or stretch it; whole keeps its shape.
+        channels: colour; auto: grey if all pictures are, else rgb; rgba: transparency is a fourth channel.
         background: colour behind transparent and padded pictures, by name or #rrggbb.
-        bits: of a value; auto: 16 where a picture of the set has more than 8, else 8.
-        pages: of a TIFF of several pages: the first, a picture of each, or all as the depth of a volume.
+        bits: bits of a pixel's values; auto: 16 if a picture of the set has more than 8, else 8.
+        pages: pages of a TIFF: only the first, each as a picture, or all as the depth of a volume.
         corrupt: what to do about pictures that cannot be read.
-        label: column of a table that is no input: the classes of its rows.
+        label: column of a table that holds the classes of its rows; it is no input.
         exclude: patterns of the names of a folder's pictures, or columns of a table, to leave out.
-        include: patterns of the names of a folder's pictures, such as 'images/*': others are left out.
-        links: follow takes pictures that links of a folder lead to, wherever they lie.
+        include: use only a folder's pictures whose names match one of these patterns, such as 'images/*'.
+        links: follow also uses pictures that a folder's links lead to, wherever they lie.
         each: what each .npy of a folder is: one record, or an array of records.
-        group: regular expression on the names of pictures; those with the same match are on one side of the split.
-        budget: with fit whole, GB of pixels beyond which the set keeps the files' own bytes.
+        group: regular expression on the names of pictures; those with the same match stay on one side of the split.
+        budget: with fit whole, GB of pixels beyond which the set keeps the bytes of the files.
     """
     from dist_ae.config import DataConfig
     from dist_ae.data.array_files import pack_numbers
@@ -206,8 +207,8 @@ def pack(
     )
     numbers = pack_numbers(source, out, config, each)
     if numbers is not None:
-        of = "×".join(map(str, numbers["shape"]))
-        say(f"{numbers['rows']:,} records of {of}, {sum(numbers['missing']):,} entries missing")
+        shape = "×".join(map(str, numbers["shape"]))
+        say(f"{numbers['rows']:,} records of {shape}, {sum(numbers['missing']):,} entries missing")
         say(f"train from it: dist-ae train table --data.name {shlex.quote(f'packed:{out}')}")
         return
     manifest = pack_source(source, out, config)
@@ -243,39 +244,39 @@ def look(
         out: .html, with the figures as .json beside it; left out, look-NAME.html in the current folder.
         json: print the figures as JSON in place of the table.
         exclude: patterns of the names of a folder's pictures, or columns of a table, to leave out.
-        include: patterns of the names of a folder's pictures, such as 'images/*': others are left out.
-        links: follow takes pictures that links of a folder lead to, wherever they lie.
-        image_size: that training is meant to use, such as 64 or 32x128; left out, one is suggested.
-        layout: axes of an array, as of data.layout.
+        include: use only a folder's pictures whose names match one of these patterns, such as 'images/*'.
+        links: follow also uses pictures that a folder's links lead to, wherever they lie.
+        image_size: the size that training is meant to use, such as 64 or 32x128; left out, one is suggested.
+        layout: axes of an array, as in data.layout.
     """
     from dist_ae.config import DataConfig
     from dist_ae.use.look import look_at, rows
 
     config = DataConfig(exclude=exclude, include=include, links=links, image_size=image_size, layout=layout)
-    found, paths = look_at(source, config, out)
+    facts, paths = look_at(source, config, out)
     if json:
         from dist_ae.files import to_json
 
-        say(to_json(found.figures).decode().rstrip())
+        say(to_json(facts.figures).decode().rstrip())
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table, console = Table(show_header=False, box=None, padding=(0, 1)), Console()
-    for name, text in rows(found.figures):
+    for name, text in rows(facts.figures):
         table.add_row(Text(name), Text(text))
     with console.capture() as shown_table:
         console.print(table)
     say(shown_table.get().rstrip("\n"))
-    for remark in found.figures["remarks"]:
+    for remark in facts.figures["remarks"]:
         say(f"note: {remark}")
-    if found.figures["training"]:
-        say(f"train on it: {found.figures['training']['command']}")
-    if "crops" in found.figures["training"]:
-        say(f"or on crops of whole pictures: {found.figures['training']['crops']}")
+    if facts.figures["training"]:
+        say(f"train on it: {facts.figures['training']['command']}")
+    if "crops" in facts.figures["training"]:
+        say(f"or on crops of whole pictures: {facts.figures['training']['crops']}")
     for path in paths:
-        _written(path)
+        _show_path(path)
 
 
 def doctor(
@@ -284,46 +285,46 @@ def doctor(
     replay_wandb: bool = False,
     storage: Path | None = None,
 ) -> None:
-    """Verifies a run directory or a packed set and says what is wrong with it. Exit status 1 where something is.
+    """Verifies a run directory or a packed set and says what is wrong with it. Exits with status 1 if anything is.
 
     Args:
         run_dir: the run, or the packed set.
         replay: repeat, on one process, the step whose loss or gradient was not finite.
         replay_wandb: rebuild an offline Weights & Biases run from metrics.jsonl.
-        storage: a folder; try out whether its file system does what run directories and sweeps need.
+        storage: a folder; test whether its file system does what run directories and sweeps need.
     """
     if storage is not None:
         from dist_ae.use.storage import examine_storage
 
-        _examined(examine_storage(storage), "FAILS  ")
+        _report_and_exit(examine_storage(storage), "FAILS  ")
     if run_dir is None:
         raise InputError("dist-ae doctor: name a run directory or a packed set, or --storage DIR")
     from dist_ae.data.packed import examine_packed, is_packed
 
     if is_packed(run_dir):
-        _examined(examine_packed(run_dir))
+        _report_and_exit(examine_packed(run_dir))
     from dist_ae.data.tables import examine_packed_table, is_packed_table
 
     if is_packed_table(run_dir):
-        _examined(examine_packed_table(run_dir))
+        _report_and_exit(examine_packed_table(run_dir))
     from dist_ae.use import doctor
 
     if replay:
-        found = doctor.replay(run_dir)
-        say("\n".join(found) or "that step is finite here")
-        sys.exit(0 if found else 1)
+        lines = doctor.replay(run_dir)
+        say("\n".join(lines) or "that step is finite here")
+        sys.exit(0 if lines else 1)
     if replay_wandb:
         say(f"offline run written; upload it with: wandb sync {doctor.rebuild_wandb(run_dir)}")
         return
-    _examined(doctor.examine(run_dir))
+    _report_and_exit(doctor.examine(run_dir))
 
 
-def _examined(found: Iterator[tuple[bool, str]], bad: str = "DAMAGED") -> NoReturn:
-    whole = True
-    for good, what in found:
-        whole &= good
+def _report_and_exit(findings: Iterator[tuple[bool, str]], bad: str = "DAMAGED") -> NoReturn:
+    all_good = True
+    for good, what in findings:
+        all_good &= good
         say(f"{'ok     ' if good else bad} {what}")
-    sys.exit(0 if whole else 1)
+    sys.exit(0 if all_good else 1)
 
 
 def show(values: dict[str, float], run_dir: Path | None = None) -> None:
@@ -347,17 +348,17 @@ def show(values: dict[str, float], run_dir: Path | None = None) -> None:
         say(f"picture: {path}")
 
 
-# Each command's function, and what shows its result.
+# Each command's function, and the function that prints its result.
 COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], None]]] = {
     "evaluate": (commands.evaluate_run, _show_evaluation),
-    "reconstruct": (commands.reconstruct_run, _written),
-    "denoise": (commands.denoise_run, _written),
-    "sample": (commands.sample_run, _written),
-    "interpolate": (commands.interpolate_run, _written),
-    "embed": (commands.embed_run, _written),
+    "reconstruct": (commands.reconstruct_run, _show_path),
+    "denoise": (commands.denoise_run, _show_path),
+    "sample": (commands.sample_run, _show_path),
+    "interpolate": (commands.interpolate_run, _show_path),
+    "embed": (commands.embed_run, _show_path),
     "score": (commands.score_run, _show_scores),
     "export": (commands.export_run, _show_export),
-    "explore": (commands.explore_run, _written),
+    "explore": (commands.explore_run, _show_path),
     "prune": (commands.prune_run, _show_pruned),
     "look": (look, lambda _: None),
     "pack": (pack, lambda _: None),
@@ -377,7 +378,7 @@ def main() -> None:
             sweep(arguments[1:])
         elif arguments and arguments[0] in COMMANDS:
             if rank() != 0 and arguments[0] != "evaluate":
-                return  # a launcher started several, and one is enough
+                return  # a launcher started several processes, and one is enough
             command, show_result = COMMANDS[arguments[0]]
             show_result(tyro.cli(command, args=arguments[1:], prog=f"dist-ae {arguments[0]}"))
         elif arguments == ["--version"]:
@@ -395,12 +396,12 @@ def main() -> None:
                 prog="dist-ae",
                 description="Trains and uses autoencoders.",
             )
-    except BrokenPipeError:  # as in `--help | head -1`: the reader has what it wanted
+    except BrokenPipeError:  # as in `--help | head -1`, which reads no further
         silence(sys.stdout)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person
+        status = getattr(error, "exit_status", None)  # an error that has one carries a message for the user
         if status is None:
             raise
         _fail(str(error), status)
@@ -408,11 +409,11 @@ def main() -> None:
 
 
 def _refuse_lost_folder() -> None:
-    """Raises InputError where the working folder is gone: libraries would end the process in words of their own."""
+    """Raises InputError if the working folder is gone: libraries would end the process with less clear messages."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise InputError("the folder that this is run in was deleted; change to one that is there") from None
+        raise InputError("the working folder was deleted; change to one that exists") from None
 
 
 def _train_help() -> None: ...
@@ -425,7 +426,7 @@ _train_help.__doc__, _sweep_help.__doc__ = train.__doc__, sweep.__doc__
 
 
 def _flush() -> None:
-    """Writes now what is still to be written: at its end, Python would complain of a reader that is gone."""
+    """Flushes stdout now: at exit, Python would complain if the reader is gone."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -438,7 +439,7 @@ def _fail(message: str, status: int) -> None:
     if rank() != 0 and status == EXIT_STOPPED:
         sys.exit(status)
     if rank() != 0:
-        # Rank 0 most likely has the same to say, and the launcher ends this process in the meantime.
+        # Rank 0 most likely prints the same message, and the launcher ends this process in the meantime.
         time.sleep(3)
         message = f"rank {rank()}: {message}"
     say(f"{'' if status == EXIT_STOPPED else 'error: '}{message}", sys.stderr)

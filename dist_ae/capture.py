@@ -1,4 +1,4 @@
-"""A piece of work as one CUDA graph: the same kernels in the same order, launched by one call."""
+"""Work captured as one CUDA graph: the same kernels in the same order, launched by one call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_ae import devices
 from dist_ae.terminal import first_line, say
 
-WARM_UPS = 3  # as torch asks for before a capture; with DDP, 11
+WARM_UPS = 3  # before a capture, as torch recommends; with DDP, 11
 
 
 class Graph:
@@ -24,19 +24,19 @@ class Graph:
         with devices.current(device):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
-            # Also around the capture: where that fails at its end, torch does not leave the stream itself.
+            # Also around the capture: if the capture fails at its end, torch does not leave the stream itself.
             with torch.cuda.stream(stream):
                 for _ in range(warm_ups):
                     work()
                 stream.synchronize()
                 self._graph = torch.cuda.CUDAGraph()
-                # Other threads (the reader's, NCCL's watchdog) go on meanwhile, and their calls must not spoil it.
+                # Other threads (the reader's, NCCL's watchdog) keep running, and their calls must not spoil the capture.
                 with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                     recorded()
             torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> None:
-        """Does the work again, on what now lies in the places that it read."""
+        """Repeats the work, on the present values of the tensors that it reads."""
         with devices.current(self._device):
             self._graph.replay()
 
@@ -50,14 +50,14 @@ def capture(
     drop: Callable[[], None] = lambda: None,
     warm_ups: int = WARM_UPS,
 ) -> Graph | None:
-    """A graph of ``work`` that was seen to give the same as the work itself, to the bit.
+    """A graph of ``work``, tried once and found to give the same result as the work itself, to the bit.
 
-    None, with a warning, where it did not. Warm-ups, capture and trial leave no trace: ``state``, all that the work
-    changes and that outlives it, is put back.
+    Returns None, with a warning, if it does not. Warm-ups, capture and trial leave no trace: ``state`` is restored.
 
     Args:
-        recorded: the work as it is captured, where that differs from ``work``.
-        drop: forgets what else the work left behind. A failed capture leaves memory that nothing was written to.
+        state: all tensors that the work changes and that outlive it.
+        recorded: the work as it is captured, if that differs from ``work``.
+        drop: discards whatever else the work leaves behind. A failed capture leaves memory that was never written.
     """
     before = [tensor.clone() for tensor in state]
 

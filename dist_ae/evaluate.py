@@ -152,7 +152,7 @@ def not_finite(metrics: Mapping[str, float]) -> list[str]:
 
 
 def better(value: float, best: float | None, sign: int) -> bool:
-    """Whether a value is better than the best so far. Values that are not finite are never better and never stay best."""
+    """Whether a value is better than the best so far. A value that is not finite is never better, nor stays best."""
     if not math.isfinite(value):
         return False
     return best is None or not math.isfinite(best) or sign * value > sign * best

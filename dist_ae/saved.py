@@ -1,4 +1,4 @@
-"""The configuration and the weights that a run directory, or a folder made by ``dist-ae export``, holds."""
+"""Reads the configuration and the weights of a run directory, or of a folder made by ``dist-ae export``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_ae.run.checkpoint import EMA, MAX_HEADER, Checkpoint, parse_tensors, r
 
 Which = Literal["best", "last"]
 CONFIG, EXPORTED_WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
-LISTINGS = 10  # how often a run that changes while it is read is looked at
+LISTINGS = 10  # how often the checkpoints of a run that trains meanwhile are listed
 
 
 def run_config(run_dir: Path) -> Config:
@@ -31,7 +31,7 @@ def run_config(run_dir: Path) -> Config:
 
 
 def is_exported(run_dir: Path) -> bool:
-    """Whether a folder is a model that ``dist-ae export`` wrote, and no run."""
+    """Whether a folder is a model written by ``dist-ae export``, not a run."""
     return os.path.lexists(run_dir / EXPORTED_WEIGHTS) and not (run_dir / "checkpoints").exists()
 
 
@@ -39,38 +39,36 @@ def image_shape(config: Config, run_dir: Path) -> tuple[int, int, int]:
     """The shape of the images that a run was trained on.
 
     Raises:
-        InputError: its configuration names no shape.
+        InputError: the configuration names no shape.
     """
     if config.model.image_shape is None:
-        raise InputError(f"{run_dir}/config.json: model.image_shape is missing, so it is not a run's")
+        raise InputError(f"{run_dir}/config.json: model.image_shape is missing, so no run wrote it")
     return config.model.image_shape
 
 
 class Saved(NamedTuple):
-    """The weights of a run and the step they are of, which an exported folder does not know."""
+    """The weights of a run and their step, which is None for an exported folder."""
 
     weights: dict[str, Tensor]
     step: int | None
 
 
 def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> Saved:
-    """The weights of a run, or their moving average where it has one.
+    """The weights of a run, or their moving average if it has one.
 
     Args:
         run_dir: the run, or an exported folder.
-        model: the model that they must fit. Its own tensors are left alone and may be on the meta device.
-        which: "best" by validation, or "last", the newest checkpoint. A damaged checkpoint is passed over.
+        model: the model that the weights must fit. Its own tensors are not read and may be on the meta device.
+        which: "best" by validation, or "last", the newest checkpoint. Damaged checkpoints are skipped.
 
     Raises:
-        InputError: no checkpoint is whole, or the weights are another model's.
+        InputError: no checkpoint is whole, or the weights belong to another model.
     """
     if is_exported(run_dir):
-        template, room = template_of(model.state_dict()), sum(t.nbytes for t in model.state_dict().values())
+        template, num_bytes = template_of(model.state_dict()), sum(t.nbytes for t in model.state_dict().values())
         try:
-            return Saved(
-                parse_tensors(read_bounded(run_dir / EXPORTED_WEIGHTS, room + MAX_HEADER), EXPORTED_WEIGHTS, template),
-                None,
-            )
+            data = read_bounded(run_dir / EXPORTED_WEIGHTS, num_bytes + MAX_HEADER)
+            return Saved(parse_tensors(data, EXPORTED_WEIGHTS, template), None)
         except Damaged as error:
             raise InputError(f"{run_dir}: {error}") from None
     reasons: list[str] = []
@@ -88,28 +86,28 @@ def saved_weights(run_dir: Path, model: Autoencoder, which: Which = "best") -> S
             return Saved(weights, checkpoint.step)
         if _checkpoints(run_dir) == folders:
             break
-        # A run that trains wrote and pruned checkpoints in the meantime: look again.
+        # A run that trains has written and pruned checkpoints in the meantime: list them again.
     raise InputError(f"{run_dir} has no whole checkpoint{': ' + '; '.join(reasons) if reasons else ''}")
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, the newest first."""
     try:
-        found = list(inside(run_dir, "checkpoints").iterdir())
+        folders = list(inside(run_dir, "checkpoints").iterdir())
     except FileNotFoundError:
         return []
     except (Damaged, NotADirectoryError) as error:
         raise InputError(f"{run_dir}: {error}") from None
-    return sorted((p for p in found if step_of(p) is not None), key=lambda p: step_of(p) or 0, reverse=True)
+    return sorted((p for p in folders if step_of(p) is not None), key=lambda p: step_of(p) or 0, reverse=True)
 
 
 def read_weights(folder: Path, model: Autoencoder) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """A checkpoint without its optimizer, and the weights that are evaluated: the moving average, where it has one.
+    """A checkpoint without its optimizer, and the weights that are used: the moving average, if it has one.
 
     Raises:
-        Damaged: the checkpoint is not whole, or another model's.
+        Damaged: the checkpoint is not whole, or belongs to another model.
     """
     template = template_of(model.state_dict())
-    moving = {name: template[name] for name, _ in model.named_parameters()}
-    checkpoint = read_checkpoint(folder, {checkpoints.WEIGHTS: template, EMA: moving}, part=True)
+    average = {name: template[name] for name, _ in model.named_parameters()}
+    checkpoint = read_checkpoint(folder, {checkpoints.WEIGHTS: template, EMA: average}, part=True)
     return checkpoint, {**checkpoint.files[checkpoints.WEIGHTS], **checkpoint.files.get(EMA, {})}

@@ -1,4 +1,4 @@
-"""What a run measures beside its training: errors on held-out images, the linear baseline, pictures, thresholds."""
+"""What a run measures besides its training: errors on held-out images, the linear baseline, pictures, thresholds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dist_ae.processes.runtime import Runtime
 from dist_ae.scores import Calibration, calibrate
 from dist_ae.step import Learner
 
-TRAIN_SAMPLE = 2000  # most training images that are evaluated beside those of validation
-CROPS = 10_000  # most training crops that PCA and thresholds look at
+TRAIN_SAMPLE = 2000  # most training images that are evaluated in addition to the validation images
+CROPS = 10_000  # most training crops that PCA and thresholds use
 
 
 class Validation:
@@ -26,18 +26,18 @@ class Validation:
     def __init__(self, dataset: Dataset, config: Config, runtime: Runtime) -> None:
         self._dataset, self._config, self._runtime = dataset, config, runtime
         self._val = Reader(dataset.val, runtime.device, runtime.dtype)
-        self._fixed: Reader | None = None  # of training crops, which steps do not read at fixed places
-        self._seen: Reader | None = None  # read later: the first step need not wait for a slow disk
-        self._components: Components | None = None  # kept from a start until the baseline is known
+        self._fixed_crops: Reader | None = None  # of the training pictures; steps read crops at other places
+        self._train_sample: Reader | None = None  # read later: the first step need not wait for a slow disk
+        self._components: Components | None = None  # from a PCA start, kept until the baseline is known
 
     def start(self, learner: Learner) -> None:
-        """Begins a new run's weights as PCA, where the model has such a start. Every process takes part."""
+        """Sets the weights of a new run to PCA, if the model has such a start. Every process takes part."""
         self._components = pca.of_model(learner.raw_model, self._train(learner), self._runtime)
         if self._components is not None and self._runtime.is_main:
             learner.start_from(self._components)
 
     def variances(self, learner: Learner) -> list[float]:
-        """The variances along the principal directions of whole records, on the model's scale; none of patches.
+        """The variances along the principal directions of whole records, on the model's scale; none for patches.
 
         Every process takes part. The components are kept until the baseline is known.
         """
@@ -46,16 +46,16 @@ class Validation:
             return []
         if self._components is None:
             self._components = pca.of_model(learner.raw_model, self._train(learner), self._runtime)
-        return [] if self._components is None else [float(each) for each in self._components.variances]
+        return [] if self._components is None else self._components.variances.tolist()
 
     def metrics(self, learner: Learner, pca_mse: float | None, stop: Stop) -> dict[str, float]:
-        """The figures of ``evaluate`` on the held-out images, and two to compare them with.
+        """The metrics of ``evaluate`` on the held-out images, and two to compare them with.
 
-        - ``pca_mse``: the error of PCA with as many numbers, where the model has a linear counterpart.
-        - ``train_mse``: the error on some training images. Beside that of validation it shows overfitting.
+        - ``pca_mse``: the error of PCA with a code of the same size, if the model has a linear counterpart.
+        - ``train_mse``: the error on some training images. Its distance from the validation error shows overfitting.
 
         Args:
-            pca_mse: as an earlier evaluation found it; else it is computed.
+            pca_mse: the value of an earlier evaluation; if None, it is computed.
 
         Raises:
             StopRequested: ``stop`` answered yes.
@@ -64,12 +64,13 @@ class Validation:
         if pca_mse is None:
             pca_mse = self._baseline(learner, stop)
         with learner.evaluation_weights():
-            found = evaluate(learner.model, self._val, self._config.objective, evaluation, runtime, stop)
-            if self._seen is None:
+            metrics = evaluate(learner.model, self._val, self._config.objective, evaluation, runtime, stop)
+            if self._train_sample is None:
                 sample = _sample(self._dataset.train, min(TRAIN_SAMPLE, len(self._dataset.val)))
-                self._seen = Reader(sample, runtime.device, runtime.dtype)
-            found["train_mse"] = mean_squared_error(learner.model, self._seen, evaluation.batch_size, runtime, stop)
-        return found if pca_mse is None else {**found, "pca_mse": pca_mse}
+                self._train_sample = Reader(sample, runtime.device, runtime.dtype)
+            size = evaluation.batch_size
+            metrics["train_mse"] = mean_squared_error(learner.model, self._train_sample, size, runtime, stop)
+        return metrics if pca_mse is None else {**metrics, "pca_mse": pca_mse}
 
     def _baseline(self, learner: Learner, stop: Stop) -> float | None:
         model, runtime = learner.raw_model, self._runtime
@@ -89,7 +90,7 @@ class Validation:
             return run_pictures(learner.raw_model, self._config, self._val, folder, step=step)
 
     def calibration(self, learner: Learner, stop: Stop) -> Calibration:
-        """What thresholds of the scores need, for the weights that the model holds now. Every process takes part.
+        """The calibration of the scores, for the present weights of the model. Every process takes part.
 
         Raises:
             StopRequested: ``stop`` answered yes.
@@ -97,12 +98,13 @@ class Validation:
         return calibrate(learner.raw_model, self._train(learner), self._val, self._config, self._runtime, stop)
 
     def _train(self, learner: Learner) -> Reader:
-        """The training images as they are measured: those that steps read, or some of the fixed crops."""
+        """The training images as they are measured: those that steps read, or a sample of fixed crops."""
         if learner.images.split is self._dataset.train:
             return learner.images
-        if self._fixed is None:
-            self._fixed = Reader(_sample(self._dataset.train, CROPS), learner.images.device, learner.images.dtype)
-        return self._fixed
+        if self._fixed_crops is None:
+            crops = _sample(self._dataset.train, CROPS)
+            self._fixed_crops = Reader(crops, learner.images.device, learner.images.dtype)
+        return self._fixed_crops
 
 
 def _sample(split: Split, most: int) -> Split:

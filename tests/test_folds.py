@@ -152,7 +152,7 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
 
     refused("sets no number of folds", {})
     refused("data.folds 5 means 5 runs", {"data.folds": 5}, folds=False)
-    refused("fold 6 is none of the folds, of which there are 5", {"data.folds": 5, "data.fold": 6}, folds=False)
+    refused("fold 6 does not exist: there are 5 folds", {"data.folds": 5, "data.fold": 6}, folds=False)
     refused("has a split of its own", {"data.folds": 5}, data=(wine, wine))
     refused("digits has a split of its own", {"data.folds": 5, "data.name": "digits"}, data=None)
     refused("too few records for data.folds 100: fold 1 leaves a side empty", {"data.folds": 100}, data=wine[:50])
