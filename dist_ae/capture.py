@@ -30,7 +30,7 @@ class Graph:
                     work()
                 stream.synchronize()
                 self._graph = torch.cuda.CUDAGraph()
-                # Other threads (the reader's, NCCL's watchdog) keep running, and their calls must not spoil the capture.
+                # Other threads (the reader's, NCCL's watchdog) run on, and their calls must not spoil the capture.
                 with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                     recorded()
             torch.cuda.current_stream().wait_stream(stream)

@@ -28,7 +28,7 @@ from dist_ae.files import Damaged, write_atomically
 from dist_ae.models.cost import cost_of
 from dist_ae.outcome import NonFinite, Result, Stopped
 from dist_ae.processes.environment import notes
-from dist_ae.processes.runtime import Runtime, slow
+from dist_ae.processes.runtime import Runtime, emulation_notes
 from dist_ae.run import calibration
 from dist_ae.run.checkpoint import Checkpoint, read_checkpoint, template_of
 from dist_ae.run.directory import RunDirectory, SaveError
@@ -110,7 +110,12 @@ def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | No
     learner = Learner(config, dataset, prepared.model, runtime, timeline)
     state = _resume(learner, folder, start_from)
     display = Display(runtime.is_main, state.step, timeline.total_steps, bool(config.objective.noise_std))
-    for text in (*notes(config), *slow(runtime), *remarks(dataset.looked), _headline(prepared, learner, state)):
+    for text in (
+        *notes(config),
+        *emulation_notes(runtime),
+        *remarks(dataset.looked),
+        _headline(prepared, learner, state),
+    ):
         display.say(text)
     validation = Validation(dataset, config, runtime)
     if config.model.start == "pca" and state.step == 0 and config.init_from is None:

@@ -399,7 +399,7 @@ def test_accelerates_own_default_file_is_answered(tmp_path: Path) -> None:
     variables = environment(HF_HOME=str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=REPOSITORY, timeout=90)
     assert done.returncode == 0, done.stderr
-    assert "the launcher asks for mixed precision bf16; the experiment says fp32" in done.stdout
+    assert "the launcher asks for mixed precision bf16; the experiment sets fp32" in done.stdout
     assert "asks for 2 processes on the CPU, and Accelerate started one" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go, on each process. No communication of its own; `pause` waits for the device."""
+"""Measures what each process spends its time on. Needs no communication; `pause` waits for the device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PARTS = ("data", "communication", "evaluation", "saving", "all")
 
 
 class Clock:
-    """Seconds by what they are spent on, and images per second of training.
+    """Seconds spent on each of ``PARTS``, and images per second of training.
 
-    On a CPU, ``communication`` is the time that gradients take to travel, with the wait for the slowest process. On a
-    GPU the host does not see it, so it is part of what remains.
+    On a CPU, ``communication`` is the time to exchange gradients, including the wait for the slowest process. On a GPU
+    the host does not see it, so it counts as computing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,19 +26,19 @@ class Clock:
         self._spent = dict.fromkeys(PARTS, 0.0)
 
     def start(self) -> None:
-        """Training goes on."""
-        self._turn_to("training")
+        """Training begins or resumes."""
+        self._switch_to("training")
 
     def pause(self, part: str) -> None:
         """Training pauses for an evaluation or a checkpoint.
 
-        Waits for the device, so that what it still has to do is counted as training.
+        Waits for the device, so that its outstanding work counts as training.
         """
         if self._part == "training":
             devices.wait_for(self._device)
-        self._turn_to(part)
+        self._switch_to(part)
 
-    def _turn_to(self, part: str) -> None:
+    def _switch_to(self, part: str) -> None:
         now = time.perf_counter()
         if self._part == "training":
             self._trained += now - self._since
@@ -56,32 +56,32 @@ class Clock:
         return self.images / max(self._trained + running, 1e-9)
 
     def take(self) -> list[float]:
-        """Seconds by ``PARTS`` since the last call; the last of them is all seconds."""
+        """Seconds spent on each of ``PARTS`` since the last call; the last is all the time."""
         now = time.perf_counter()
         self._spent["all"], self._last = now - self._last, now
-        taken = [self._spent[part] for part in PARTS]
+        seconds = [self._spent[part] for part in PARTS]
         self._spent = dict.fromkeys(PARTS, 0.0)
-        return taken
+        return seconds
 
 
-def shares(taken: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What the clocks of all processes say together: each part as a share of the time, and who is slow.
+def shares(seconds_by_rank: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Combines the clocks of all processes: each part as a share of the time, and the slowest process.
 
     Args:
-        taken: ``Clock.take`` of each rank, [world][part], in seconds.
+        seconds_by_rank: ``Clock.take`` of each rank, [world][part].
 
     Returns:
-        ``time_data``, ``time_compute`` (whatever is none of the others), ``time_evaluation`` and ``time_saving``. Where
-        gradients were seen to travel, also ``time_communication``. These shares add up to 1. Then also
-        ``slowest_rank``, the rank that waits least for others, and ``slowest_costs``, the share of the time that a
-        process waits for it on average.
+        ``time_data``, ``time_compute`` (all other time), ``time_evaluation`` and ``time_saving``. If the exchange of
+        gradients was measured, also ``time_communication``. These shares add up to 1. Then also ``slowest_rank``, the
+        rank that waits least for others, and ``slowest_costs``, the share of the time that a process waits for it on
+        average.
     """
-    *parts, total = (sum(column) for column in zip(*taken, strict=True))
-    of = {name: seconds / max(total, 1e-9) for name, seconds in zip(PARTS[:-1], parts, strict=True)}
-    found = {"time_data": of["data"], "time_compute": max(0.0, 1 - sum(of.values()))}
-    found |= {f"time_{name}": of[name] for name in PARTS[1:-1] if name != "communication" or of[name]}
-    waits = [row[PARTS.index("communication")] for row in taken]
-    if len(taken) > 1 and max(waits) > 0:
-        found["slowest_rank"] = waits.index(min(waits))
-        found["slowest_costs"] = (sum(waits) / len(waits) - min(waits)) * len(waits) / max(total, 1e-9)
-    return found
+    *parts, total = (sum(column) for column in zip(*seconds_by_rank, strict=True))
+    share = {name: seconds / max(total, 1e-9) for name, seconds in zip(PARTS[:-1], parts, strict=True)}
+    metrics = {"time_data": share["data"], "time_compute": max(0.0, 1 - sum(share.values()))}
+    metrics |= {f"time_{name}": share[name] for name in PARTS[1:-1] if name != "communication" or share[name]}
+    waits = [row[PARTS.index("communication")] for row in seconds_by_rank]
+    if len(waits) > 1 and max(waits) > 0:
+        metrics["slowest_rank"] = waits.index(min(waits))
+        metrics["slowest_costs"] = (sum(waits) / len(waits) - min(waits)) * len(waits) / max(total, 1e-9)
+    return metrics

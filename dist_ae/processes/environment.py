@@ -1,4 +1,4 @@
-"""Reads what launcher and shell put into the environment, strictly, and keeps it from changing the experiment."""
+"""Strictly reads the environment that launcher and shell set, and keeps it from changing the experiment."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dist_ae.config import Config, Fault, InputError
 HOW_TO_START = "Start with `accelerate launch` or `torchrun`, as in launch/README.md"
 WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 YES, NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", "n", "f")
-# Ways to spread a model that are not supported: here every process holds the whole weights.
-OTHER_WAYS = {
+# Unsupported ways to distribute a model: here every process holds all weights.
+UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -50,8 +50,8 @@ def launched_world() -> tuple[int, int]:
             f"the environment variable RANK is {rank}, but {world} process{'es are' if world > 1 else ' is'} "
             f"announced. Unset it, or: {HOW_TO_START}"
         )
-    wanted = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in wanted if name not in os.environ]
+    required = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in required if name not in os.environ]
     if world > 1 and not dist.is_initialized():
         if missing:
             raise InputError(
@@ -63,15 +63,15 @@ def launched_world() -> tuple[int, int]:
 
 
 def use_cpu() -> bool:
-    """Whether to train on the CPU, because it is asked for or nothing else is there."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()
-    if asked not in YES + NO:
-        raise InputError(f"the environment variable ACCELERATE_USE_CPU is {asked!r}; expected true or false")
-    return asked in YES or not torch.accelerator.is_available() or leaves_mps()
+    """Whether to train on the CPU, because the user asks for it or there is nothing else."""
+    setting = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    if setting not in YES + NO:
+        raise InputError(f"the environment variable ACCELERATE_USE_CPU is {setting!r}; expected true or false")
+    return setting in YES or not torch.accelerator.is_available() or leaves_mps()
 
 
 def leaves_mps() -> bool:
-    """Whether a Mac's GPU is left alone: nobody asked for it, and nothing here was ever run on one."""
+    """Whether to avoid a Mac's GPU: the user does not ask for it, and this project has never been run on one."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device is not None and device.type == "mps" and not os.environ.get("ACCELERATE_USE_CPU")
 
@@ -82,7 +82,7 @@ def check_environment() -> None:
     Raises:
         InputError: naming the variable.
     """
-    for name, what in OTHER_WAYS.items():
+    for name, what in UNSUPPORTED.items():
         if os.environ.get(name, "").lower() in YES:
             raise InputError(
                 f"the launcher asks for {what} ({name}); this trainer keeps whole weights on every process. "
@@ -91,7 +91,7 @@ def check_environment() -> None:
     for name in REDUCED_PRODUCTS:
         if os.environ.get(name, "").upper() not in ("", "STRICT"):
             raise InputError(f"the environment variable {name} rounds fp32 products; unset it, or use --precision bf16")
-    # NVIDIA's libraries obey it whatever torch asks of them: 1 rounds the products of fp32, 0 forbids tf32.
+    # NVIDIA's libraries obey this variable whatever torch asks for: 1 rounds fp32 products, 0 forbids tf32.
     if os.environ.get("NVIDIA_TF32_OVERRIDE", "") != "":
         raise InputError(
             "the environment variable NVIDIA_TF32_OVERRIDE changes how fp32 products are rounded; unset it, and use "
@@ -100,42 +100,42 @@ def check_environment() -> None:
 
 
 def notes(config: Config) -> list[str]:
-    """One line for each thing that the launcher asked for and does not get."""
-    found = []
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", config.precision):
-        found.append(
-            f"note: the launcher asks for mixed precision {asked}; the experiment says {config.precision}, which is "
-            f"used. --precision {asked} changes the experiment"
+    """One line for each request of the launcher that is not met."""
+    lines = []
+    requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if requested not in ("no", config.precision):
+        lines.append(
+            f"note: the launcher asks for mixed precision {requested}; the experiment sets {config.precision}, which "
+            f"is used. --precision {requested} changes the experiment"
         )
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
-        found.append(
-            "note: the launcher asks for gradient accumulation; the batch of the experiment is global and is kept. "
-            "--train.max-per-process accumulates without changing it"
+        lines.append(
+            "note: the launcher asks for gradient accumulation, which is not used: the batch size of the experiment is "
+            "global. --train.max-per-process accumulates without changing it"
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
-        found.append("note: the launcher asks for torch.compile; --train.compile asks for it here, and decides")
+        lines.append("note: the launcher asks for torch.compile; here only --train.compile turns it on")
     several_hosts = whole_number("LOCAL_WORLD_SIZE", 1) < launched_world()[1]
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if several_hosts and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        found.append(
-            "note: torchrun will restart processes into the store of those before them, where they find old addresses "
+        lines.append(
+            "note: torchrun will restart processes with the store of the earlier ones, which still holds old addresses "
             '("Connection refused"). Start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as '
             "launch/torchrun/elastic.sh does"
         )
     if "ACCELERATE_MIXED_PRECISION" in os.environ and launched_world()[1] == 1:
-        found += _default_file_note()
-    return found
+        lines += _default_file_note()
+    return lines
 
 
 def _default_file_note() -> list[str]:
-    """A note where the user's default file asks for MULTI_CPU, for which Accelerate silently starts one process."""
+    """A note if the user's default file asks for MULTI_CPU, for which Accelerate silently starts one process."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     try:
-        wanted = load_config_from_file(default_config_file)
-        kind, processes = str(wanted.distributed_type).rpartition(".")[2], int(wanted.num_processes)
-    except Exception:  # none, or one that Accelerate itself cannot read: not ours to report
+        defaults = load_config_from_file(default_config_file)
+        kind, processes = str(defaults.distributed_type).rpartition(".")[2], int(defaults.num_processes)
+    except Exception:  # there is none, or Accelerate itself cannot read it: not ours to report
         return []
     if kind != "MULTI_CPU" or processes == 1:
         return []
@@ -147,16 +147,16 @@ def _default_file_note() -> list[str]:
 
 @contextlib.contextmanager
 def pinned_torch(precision: str) -> Iterator[None]:
-    """Gives torch the experiment's settings for the length of a run, and then the caller's settings back.
+    """Gives torch the experiment's settings for the length of a run, then restores the caller's settings.
 
     Raises:
-        InputError: another default device is set, or it is called inside ``torch.autocast``, which would keep the first
-            step's rounded weights for all later steps.
+        InputError: another default device is set, or the call is inside ``torch.autocast``, which would reuse the first
+            step's rounded weights in all later steps.
     """
     nested = torch.autocast_increment_nesting() > 1
     torch.autocast_decrement_nesting()
     if nested:
-        raise InputError("train is called inside torch.autocast; leave it: the configuration says the precision")
+        raise InputError("train is called inside torch.autocast; call it outside: the configuration sets the precision")
     if torch.get_default_device().type != "cpu":
         raise InputError(
             f"torch's default device is set to {torch.get_default_device()}; the launcher decides where a run "
@@ -164,27 +164,27 @@ def pinned_torch(precision: str) -> Iterator[None]:
         )
     dtype, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn
-    convolutions = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    cudnn_settings = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
     with torch.inference_mode(False), torch.enable_grad():
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        # Always the same algorithms for the same shapes: a resumed run adds up as the uninterrupted one does.
+        # Always the same algorithms for the same shapes, so that a resumed run adds up as the uninterrupted one does.
         cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = precision == "tf32", True, False
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
             torch.set_float32_matmul_precision(products)
-            cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = convolutions
+            cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = cudnn_settings
 
 
 @contextlib.contextmanager
 def without_accelerates_variables() -> Iterator[None]:
-    """Hides the variables that Accelerate reads where we pass nothing: accumulation, compilation, plugins."""
+    """Hides the variables that Accelerate falls back on when we pass nothing: accumulation, compilation, plugins."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    kept = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
+    visible = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
     for name in hidden:
-        if name not in kept:
+        if name not in visible:
             del os.environ[name]
     try:
         yield
@@ -193,11 +193,11 @@ def without_accelerates_variables() -> Iterator[None]:
 
 
 def choose_interface() -> None:
-    """Names the network interface that reaches the main process, for gloo.
+    """Tells gloo which network interface reaches the main process.
 
     gloo announces the address that the host's own name resolves to. On Debian that is 127.0.1.1, which no other host
-    can reach. A UDP socket that is connected, through which nothing is sent, tells the right one; on a single machine
-    that is the loopback.
+    can reach. A connected UDP socket, which sends nothing, shows the right address; on a single machine that is the
+    loopback.
 
     Raises:
         InputError: there are several hosts, and the main process's address is this host's loopback.
@@ -218,8 +218,8 @@ def choose_interface() -> None:
     if several_hosts and ipaddress.ip_address(address).is_loopback:
         raise InputError(
             f"MASTER_ADDR {main!r} is this host's loopback ({target[0]}), which other hosts cannot reach; Debian's "
-            "/etc/hosts says so of a host's own name. Give the address of a network: --main_process_ip ADDRESS, or for "
-            "torchrun --rdzv-endpoint ADDRESS:PORT and --local-addr ADDRESS"
+            "/etc/hosts gives it for a host's own name. Use the address of a network: --main_process_ip ADDRESS, or "
+            "for torchrun --rdzv-endpoint ADDRESS:PORT and --local-addr ADDRESS"
         )
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address.partition("%")[0] == address for a in addresses):
@@ -229,14 +229,14 @@ def choose_interface() -> None:
 
 @contextlib.contextmanager
 def interface_to_main(wanted: bool) -> Iterator[None]:
-    """``choose_interface`` while a process group forms. What starts later does not see the choice."""
-    given = "GLOO_SOCKET_IFNAME" in os.environ
+    """``choose_interface`` while a process group forms. Processes that start later do not see the choice."""
+    preset = "GLOO_SOCKET_IFNAME" in os.environ
     if wanted:
         choose_interface()
     try:
         yield
     finally:
-        if not given:
+        if not preset:
             os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
@@ -245,7 +245,7 @@ def explained_rendezvous(seconds: float) -> Iterator[None]:
     """Turns errors of the rendezvous into one sentence on every host.
 
     Raises:
-        Fault: the process group could not be formed within the time-out, or another process left before it was.
+        Fault: the process group could not be formed within the time-out, or another process left before that.
     """
     try:
         yield
@@ -268,5 +268,5 @@ def explained_rendezvous(seconds: float) -> Iterator[None]:
         raise Fault(
             f"host {socket.gethostname()} did not meet all {world} processes at {where} (time-out {seconds:g} s, "
             f"train.timeout): {reason}. Another process ended first, or a host cannot be reached; "
-            "the messages of the other hosts tell"
+            "see the messages of the other hosts"
         ) from error

@@ -1,4 +1,4 @@
-"""Gradients of processes on one machine, added up through memory that they share.
+"""Sums the gradients of processes on one machine through shared memory.
 
 gloo would send them through the loopback device at about 1 GB/s. On two cores, that took a third of a step of 128
 images of Fashion-MNIST.
@@ -19,26 +19,26 @@ from torch import Tensor
 from dist_ae.processes.runtime import Runtime
 
 FOLDER = Path("/dev/shm")
-MAX_BYTES = 2**30  # most memory for all slots: where gradients are larger, a CPU is not limited by their travel
+MAX_BYTES = 2**30  # most memory for all slots: with larger gradients, the exchange no longer limits a CPU
 TOKEN_BYTES = 64  # at the head of the file, proof that all processes map the same one; 64 bytes are a cache line
 
 
 class SharedSum:
-    """The sum of the processes' gradients, added up in the order of ranks, so it is the same to the bit on each."""
+    """Sums the processes' gradients in the order of ranks, so the sum is the same to the bit on each process."""
 
     def __init__(self, slots: Tensor, runtime: Runtime, dtype: torch.dtype) -> None:
-        """``slots`` as ``share_memory`` gives them; ``dtype`` is what gradients are rounded to on their way."""
+        """``slots`` come from ``share_memory``; ``dtype`` is the type in which gradients are exchanged."""
         self._slots, self._rank, self._wait = slots.view(dtype), runtime.rank, runtime.wait
         self._calls, self._clock = 0, runtime.clock
 
     def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-        """DDP's communication hook: puts the sum in the place of this process's gradient."""
+        """DDP's communication hook: replaces this process's gradient by the sum."""
         since, gradient = time.perf_counter(), bucket.buffer()
-        # Two sets of slots take turns: whoever is in the next call's `wait` has finished reading this call's slots.
+        # Two sets of slots take turns: a process in the next call's `wait` has finished reading this call's slots.
         slots = self._slots[self._calls % 2, :, : gradient.numel()]
         self._calls += 1
         slots[self._rank].copy_(gradient)
-        self._wait()  # exchanges messages between all processes, which also orders what they see of the memory
+        self._wait()  # exchanges messages between all processes, which also makes their writes visible
         gradient.copy_(slots[0])
         for other in slots[1:]:
             gradient.add_(other)
@@ -51,9 +51,9 @@ class SharedSum:
 def share_memory(runtime: Runtime, num_bytes: int) -> Tensor | None:
     """Memory [2, world, at least num_bytes], uint8, that all processes map.
 
-    None where that cannot be: on several machines, without room, or beyond MAX_BYTES.
+    None if that is impossible: on several machines, without room, or beyond MAX_BYTES.
 
-    When this returns, the file no longer has a name, so nothing is left behind however the processes end.
+    On return, the file no longer has a name, so nothing is left behind however the processes end.
     """
     num_bytes = -(-num_bytes // 64) * 64
     size = TOKEN_BYTES + 2 * runtime.world * num_bytes
@@ -62,8 +62,8 @@ def share_memory(runtime: Runtime, num_bytes: int) -> Tensor | None:
     token = secrets.token_bytes(TOKEN_BYTES)
     path = _create(size, token) if runtime.is_main else None
     try:
-        there, expected = runtime.on_main(lambda: [path, token.hex()])
-        memory = _map(there, size, bytes.fromhex(expected))
+        shared_path, expected = runtime.on_main(lambda: [path, token.hex()])
+        memory = _map(shared_path, size, bytes.fromhex(expected))
         (missing,) = runtime.largest(float(memory is None))  # one process that cannot map it is enough
     finally:
         if path is not None:
@@ -72,14 +72,14 @@ def share_memory(runtime: Runtime, num_bytes: int) -> Tensor | None:
 
 
 def _create(size: int, token: bytes) -> str | None:
-    """The path of a new file of that size that only this user can open, or None."""
+    """The path of a new file of that size which only this user can open, or None."""
     try:
         handle, path = tempfile.mkstemp(prefix="dist_ae-", dir=FOLDER)
     except OSError:
         return None
     try:
         os.write(handle, token)
-        os.posix_fallocate(handle, 0, size)  # all of it now: a page that cannot be had later would end the process
+        os.posix_fallocate(handle, 0, size)  # all of it now: a page that is not available later would kill the process
         return path
     except OSError:
         os.unlink(path)
@@ -89,8 +89,8 @@ def _create(size: int, token: bytes) -> str | None:
 
 
 def _map(path: str | None, size: int, token: bytes) -> Tensor | None:
-    """The file mapped into this process's memory, if it is there and it is the same file."""
-    if path is None or not os.path.exists(path):  # torch would create a file of that name
+    """Maps the file into this process's memory; None unless it exists and is the same file."""
+    if path is None or not os.path.exists(path):  # else torch would create it
         return None
     try:
         memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

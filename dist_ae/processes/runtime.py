@@ -1,4 +1,4 @@
-"""What a run needs to know about its processes: Accelerate's set-up, the batch plan and exact reductions."""
+"""The processes of a run: Accelerate's set-up, the split of a batch, and exact reductions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dist_ae.processes.environment import (
 )
 from dist_ae.terminal import rank, say
 
-PATIENCE = 3600.0  # seconds that processes wait for work of one of them that is alive
+PATIENCE = 3600.0  # seconds that processes wait for one of them that is alive and working
 PRECISIONS = {"fp32": "no", "tf32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -55,14 +55,16 @@ def check_device(config: Config) -> None:
     """
     on_cpu = use_cpu()
     if on_cpu and leaves_mps() and rank() == 0:
-        text = "note: on the CPU, since nothing was ever run on a Mac's GPU (MPS); ACCELERATE_USE_CPU=false takes that"
+        text = (
+            "note: on the CPU, since nothing was ever run on a Mac's GPU (MPS); ACCELERATE_USE_CPU=false uses that GPU"
+        )
         say(text, sys.stderr)
-    here, gpus = whole_number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
-    if not on_cpu and torch.cuda.is_available() and here > gpus:
+    local_world, gpus = whole_number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    if not on_cpu and torch.cuda.is_available() and local_world > gpus:
         raise InputError(
-            f"{here} processes were started on host {socket.gethostname()}, which has {gpus} GPU{'s' * (gpus > 1)}: "
-            f"NCCL refuses two on one. Start {gpus} a host: --num_processes counts those of all hosts, torchrun's "
-            "--nproc_per_node those of one"
+            f"{local_world} processes were started on host {socket.gethostname()}, which has {gpus} "
+            f"GPU{'s' * (gpus > 1)}: NCCL refuses two on one. Start {gpus} a host: --num_processes counts those of "
+            "all hosts, torchrun's --nproc_per_node those of one"
         )
     if config.precision == "fp16" and on_cpu:
         raise InputError("precision fp16 needs a GPU: torch has no gradient scaling for it on a CPU; use bf16 or fp32")
@@ -89,12 +91,12 @@ _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_
 
 
 class Processes(Protocol):
-    """What work that processes share needs to know of them."""
+    """The processes that share some work, as one of them sees it."""
 
     world: int
     rank: int
     device: torch.device
-    exact: torch.dtype  # of sums over many images
+    exact: torch.dtype  # for sums over many images
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -117,56 +119,57 @@ class Runtime:
     """A process of a training run: its rank, its device, and sums over all processes."""
 
     def __init__(self, config: Config, store: PrefixStore | None = None) -> None:
-        """Starts (or joins) the process group, through ``store`` where one is given: ``Arrival.meet`` has it.
+        """Starts (or joins) the process group, through ``store`` if one is given, as by ``Arrival.meet``.
 
-        What rank 0 found out about its machine and its run directory holds for all: ``self.config`` has its precision
-        and its directory.
+        Precision and run directory are rank 0's, which depend on its machine and disk: ``self.config`` has them.
 
         Raises:
-            InputError: the launcher promised another number of processes than Accelerate sees, or the address of the
-                main process is one that other hosts cannot reach.
+            InputError: the launcher announced another number of processes than Accelerate sees, or other hosts cannot
+                reach the address of the main process.
             Fault: the processes did not all meet within ``train.timeout``.
         """
-        own, launched = launched_world()
-        # Starts Accelerate's state, which is process-wide, anew: a second run in one process (a sweep's reused actor, a
-        # notebook) may want another precision.
+        launched_rank, num_launched = launched_world()
+        # Reset Accelerate's state, which is process-wide: a second run in one process (a sweep's reused actor, a
+        # notebook) may use another precision.
         self._owns_group = not dist.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        accumulates = accumulation_steps(config.train.batch_size, launched, config.train.max_per_process) > 1
+        accumulates = accumulation_steps(config.train.batch_size, num_launched, config.train.max_per_process) > 1
         on_cpu, timeout = use_cpu(), timedelta(seconds=config.train.timeout)
-        joins = launched > 1 and self._owns_group
+        joins = num_launched > 1 and self._owns_group
         with explained_rendezvous(config.train.timeout), interface_to_main(joins), without_accelerates_variables():
-            through = {"store": store, "rank": own, "world_size": launched} if joins and store is not None else {}
-            state = PartialState(on_cpu, timeout=timeout, **through)
-            if state.device.type == "cuda":  # also one that was named by hand, for which Accelerate does not
+            group: dict[str, Any] = {}
+            if joins and store is not None:
+                group = {"store": store, "rank": launched_rank, "world_size": num_launched}
+            state = PartialState(on_cpu, timeout=timeout, **group)
+            if state.device.type == "cuda":  # Accelerate leaves this out for a device that was named by hand
                 torch.cuda.set_device(state.device)
             self.world, self.rank, self.is_main = state.num_processes, state.process_index, state.is_main_process
-            if self.world != launched:
+            if self.world != num_launched:
                 raise InputError(
-                    f"the launcher announced {launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
+                    f"the launcher announced {num_launched} processes (WORLD_SIZE) but Accelerate sees {self.world}; "
                     f"they would train apart in one folder. {HOW_TO_START}"
                 )
-            # While one process works for all (a checkpoint on a slow disk) or is slow itself (it compiles), the others
-            # wait. Who is dead or frozen, the watch finds after `train.timeout`.
-            patient = max(timeout, timedelta(seconds=PATIENCE))
+            # The others wait while one process works for all (a checkpoint on a slow disk) or is slow itself (it
+            # compiles). `Watch` finds a dead or frozen process after `train.timeout`.
+            patience = max(timeout, timedelta(seconds=PATIENCE))
             if joins:
-                _set_timeout(patient)
-            # Host-side agreement does not wait for the device's queue.
-            self.host_group: Any = dist.new_group(backend="gloo", timeout=patient) if self.world > 1 else None
+                _set_timeout(patience)
+            # Agreement on the host need not wait for the device's queue.
+            self.host_group: Any = dist.new_group(backend="gloo", timeout=patience) if self.world > 1 else None
             if config.precision == "auto":
                 config = config.override({"precision": usual_precision()})
-            found = self.on_main(lambda: {"precision": config.precision, "run_dir": str(config.directory())})
-            self.config = config = config.override(found)
+            from_main = self.on_main(lambda: {"precision": config.precision, "run_dir": str(config.directory())})
+            self.config = config = config.override(from_main)
             self.accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision=PRECISIONS[config.precision],
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 kwargs_handlers=[
-                    # static_graph does not go with no_sync, which accumulation needs. On a CPU the backward pass keeps
-                    # the cores busy and nothing overlaps, so there is one bucket and one exchange a step.
+                    # static_graph excludes no_sync, which accumulation needs. On a CPU the backward pass keeps the
+                    # cores busy and nothing overlaps, so there is one bucket and one exchange a step.
                     DistributedDataParallelKwargs(
-                        # A model's own numbers (the scale of its records) never change, so nothing hands them on.
+                        # A model's buffers (the scale of its records) never change.
                         broadcast_buffers=False,
                         gradient_as_bucket_view=True,
                         static_graph=not accumulates,
@@ -178,7 +181,7 @@ class Runtime:
         self.dtype, self.exact = devices.weight_type(config.precision), devices.exact_type(self.device)
         self.lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)  # autocast's type
         emulates = config.precision == "bf16" and not devices.multiplies_bf16(self.device)
-        self.emulates = bool(self.largest(emulates)[0])  # on one process at least, for which the others wait
+        self.emulates = bool(self.largest(emulates)[0])  # true if one process does, since the others wait for it
         self.clock = Clock(self.device)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -196,22 +199,22 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return [float(v) for v in tensor]
 
-    def _texts(self, own: str) -> list[str]:
-        """A short text of each process, by rank; cut after 250 bytes."""
+    def _gather_text(self, text: str) -> list[str]:
+        """The text of each process, by rank; cut after 250 bytes."""
         if self.host_group is None:
-            return [own]
-        data = own.encode()[:250]
-        mine = torch.zeros(256, dtype=torch.uint8)
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        gathered = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(gathered, mine, group=self.host_group)
-        return [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace") for text in gathered]
+            return [text]
+        data = text.encode()[:250]
+        buffer = torch.zeros(256, dtype=torch.uint8)
+        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        gathered = [torch.empty_like(buffer) for _ in range(self.world)]
+        dist.all_gather(gathered, buffer, group=self.host_group)
+        return [bytes(received.tolist()).rstrip(b"\0").decode(errors="replace") for received in gathered]
 
     def places(self) -> list[tuple[str, str]]:
         """Host and device of each process, by rank."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        found = (text.partition("\n") for text in self._texts(f"{socket.gethostname()}\n{device}"))
-        return [(host, device) for host, _, device in found]
+        lines = (text.partition("\n") for text in self._gather_text(f"{socket.gethostname()}\n{device}"))
+        return [(host, device) for host, _, device in lines]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Gives every process what ``work`` returns on rank 0.
@@ -251,8 +254,8 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def slow(runtime: Runtime) -> list[str]:
-    """One line where bf16 was asked for, or a run began with it, and a machine has to emulate it."""
+def emulation_notes(runtime: Runtime) -> list[str]:
+    """One line if the run uses bf16 and a machine has to emulate it."""
     if not runtime.emulates:
         return []
     if runtime.device.type == "cuda":

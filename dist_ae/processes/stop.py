@@ -1,4 +1,4 @@
-"""Signals, and how all processes agree to stop."""
+"""Signals, and the agreement of all processes to stop."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ TOO_EARLY = "stopped before training began: there is nothing to save. The same c
 
 
 class StopRequested(Exception):
-    """A stop was asked for during a longer piece of work. Every process raises it at the same place."""
+    """A stop was requested during a longer piece of work. Every process raises it at the same point."""
 
 
 class Signals:
-    """SIGTERM and SIGINT as a request that is looked at between two steps.
+    """SIGTERM and SIGINT as a request that is checked between two steps.
 
-    Until there is something to save (``has_work``), a signal stops the run at once. In a process that is the run's own
-    (a command, or one of several processes) a thread ends it: Python's own handlers only run once a blocking call into
-    C++ returns, such as waiting for the other processes to join. In somebody else's, such as a notebook, it is raised.
+    Until there is something to save (``has_work``), a signal stops the run at once. In a process that belongs to the
+    run (a command, or one of several processes) a thread ends the process: Python's own handlers only run once a
+    blocking call into C++ returns, such as waiting for the other processes to join. In somebody else's process, such as
+    a notebook, ``Stopped`` is raised.
     """
 
-    ends_process = False  # a command says that the process is its own
+    ends_process = False  # set by a command, whose process belongs to the run
 
     def __init__(self) -> None:
         self.requested = False
@@ -61,7 +62,7 @@ class Signals:
             for number, handler in old.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(old_descriptor)
-            theirs.close()  # which the thread reads as an end
+            theirs.close()  # the thread reads this as the end
             thread.join()
             ours.close()
 
@@ -75,9 +76,11 @@ class Signals:
 
     def _end_at_once(self, received: socket.socket) -> None:
         while numbers := received.recv(64):
-            # A signal that something else handles meanwhile, such as packing, which has work to save, is left to it.
-            ours = [n for n in (signal.SIGTERM, signal.SIGINT) if n in numbers and signal.getsignal(n) == self._handle]
-            if ours and not self.has_work and self._ends():
+            # Leave a signal alone that something else handles meanwhile, such as packing, which has work to save.
+            handled = [
+                n for n in (signal.SIGTERM, signal.SIGINT) if n in numbers and signal.getsignal(n) == self._handle
+            ]
+            if handled and not self.has_work and self._ends():
                 if rank() == 0:
                     say(TOO_EARLY, sys.stderr)
                 os._exit(EXIT_STOPPED)
@@ -93,10 +96,10 @@ def _end_with_parent() -> None:
 
 
 class Agreement:
-    """All processes' answer to "was any of us asked to stop?", found about once a second without touching the device.
+    """All processes' common answer to "was any of us asked to stop?", about once a second, without using the device.
 
     Every process asks equally often, between pieces of work of about the same length. Steps have one agreement,
-    evaluation batches another. A checkpoint by the clock is agreed on in the same exchange.
+    evaluation batches another. The same exchange agrees on checkpoints by the clock.
     """
 
     SECONDS = 1.0
@@ -112,7 +115,7 @@ class Agreement:
         self.save, self._save_at = False, time.monotonic() + self._save_every
 
     def asked(self) -> Asked:
-        """What was asked: to stop, or for a checkpoint. The same on every process."""
+        """Whether to stop, and whether to save a checkpoint; the same on every process."""
         return Asked(self.stop(), self.save)
 
     def stop(self) -> bool:
@@ -124,10 +127,10 @@ class Agreement:
         if self._calls < self._every:
             return False
         now = time.monotonic()
-        # The largest of each is bit-equal everywhere, so all processes count to the same next exchange. It is at most
-        # twice as far off as the last one: the first calls come faster than the work that they are to measure.
-        asked = float(self._signals.requested), float(now >= self._save_at), now - self._since
-        wanted, save, seconds = self._runtime.largest(*asked)
+        # The largest of each is bit-equal everywhere, so all processes count to the same next exchange. The interval at
+        # most doubles, since the first calls come faster than the work whose length they measure.
+        requests = float(self._signals.requested), float(now >= self._save_at), now - self._since
+        stop, save, seconds = self._runtime.largest(*requests)
         self._every = max(1, min(2 * self._every, int(self.SECONDS * self._calls / max(seconds, 1e-6))))
         self._calls, self._since, self.save = 0, now, save > 0
-        return wanted > 0
+        return stop > 0

@@ -1,4 +1,4 @@
-"""Heartbeats, so that the loss of a process is noticed and named."""
+"""Heartbeats, which show that a process is lost, and which one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_ae.terminal import say
 
 INTERVAL = 1.0  # seconds between two heartbeats
 KNOWN_AFTER = 3 * INTERVAL  # a living process is heard from at least once in that time
-LEFT = "left"  # in place of a heartbeat: this process ended because others were lost, and is not lost itself
+LEFT = "left"  # in place of a heartbeat: this process left because others were lost, and is not lost itself
 
 
 class LostProcess(Fault):
@@ -27,25 +27,25 @@ class LostProcess(Fault):
 
 
 def blame(silent_since: Mapping[int, float], answered: float, now: float, limit: float) -> list[int]:
-    """The ranks that were not heard from for ``limit`` seconds. All times are of one monotonic clock.
+    """The ranks that have not been heard from for ``limit`` seconds. All times are of one monotonic clock.
 
-    Silence is counted up to the store's last answer, since nothing is known of the time after it. Whoever was silent by
-    then went first, and a store that just froze is not taken for the silence of others. Rank 0 is blamed only if all
-    others were well by then.
+    Silence counts up to the store's last answer, since nothing is known of the time after it. A process that was silent
+    by then went first, and a store that has just frozen does not count as the silence of others. Rank 0, which keeps
+    the store, is blamed only if all others were well by then.
 
     Args:
-        silent_since: when each other rank's heartbeat was last seen to change.
-        answered: when the store, which rank 0 keeps, last answered.
+        silent_since: when the heartbeat of each other rank last changed.
+        answered: when the store last answered.
     """
     silent = [rank for rank, since in silent_since.items() if answered - since > limit]
     return silent or ([0] if now - answered > limit else [])
 
 
 class Watch:
-    """Each process's heartbeat, once a second, so that the others can name who is lost and need not wait for ever.
+    """Sends this process's heartbeat once a second and watches those of the others.
 
-    A collective that waits for a dead or frozen process cannot be interrupted from Python. Therefore a thread ends the
-    process that waits.
+    Python cannot interrupt a collective that waits for a dead or frozen process. So a thread ends the waiting process,
+    with a message that names the lost one.
     """
 
     def __init__(self, runtime: Runtime, timeout: float) -> None:
@@ -82,9 +82,9 @@ class Watch:
                 for rank, value in enumerate(values):
                     if self._heard[rank][0] != value:
                         self._heard[rank] = (value, now)
-            except DistNetworkError:  # the store is gone for good: `_answered` ages, and rank 0 is named
+            except DistNetworkError:  # the store is gone for good: `_answered` ages, and rank 0 gets the blame
                 return
-            except Exception:  # it was slow to answer
+            except Exception:  # the store was slow to answer
                 pass
             self._done.wait(INTERVAL)
 
@@ -98,8 +98,8 @@ class Watch:
                 os._exit(1)
 
     def _lost(self, limit: float) -> list[int]:
-        there = {rank: since for rank, (value, since) in self._heard.items() if value.decode() != LEFT}
-        others = {rank: since for rank, since in there.items() if rank != self._runtime.rank}
+        present = {rank: since for rank, (value, since) in self._heard.items() if value.decode() != LEFT}
+        others = {rank: since for rank, since in present.items() if rank != self._runtime.rank}
         return blame(others, self._answered, time.monotonic(), limit)
 
     def _describe(self, lost: list[int]) -> str:
@@ -113,11 +113,11 @@ class Watch:
         )
 
     def explain(self, error: Exception) -> Exception:
-        """Why a collective failed: the processes that no longer answer, or the error itself where all answer."""
+        """Why a collective failed: the processes that no longer answer, or the error itself if all answer."""
         if not self._watching:
             return error
         # Rank 0 stays longer: some processes wait for it, not for the one that died, and fail only when it leaves. By
-        # then they must have heard who was silent.
+        # then they must know which one was silent.
         time.sleep(KNOWN_AFTER + (4 if self._runtime.is_main else 1) * INTERVAL)
         lost = self._lost(KNOWN_AFTER)
         self._done.set()
@@ -137,23 +137,23 @@ class Watch:
         thread.join(INTERVAL)
 
     def close(self) -> None:
-        """Ends watching together with the others, so that nobody takes the first to leave for lost."""
+        """Stops watching together with the others, so that the first to leave does not look lost."""
         self._done.set()
         if self._watching:
-            # A thread that still talks to the store while the interpreter ends can abort the process, even though its
-            # work is all done.
+            # A thread that still talks to the store while the interpreter exits can abort the process, even though all
+            # its work is done.
             for thread in self._threads:
                 thread.join(10 * INTERVAL)
             self._runtime.wait()
 
 
 def _listen(host: str, wait: timedelta) -> TCPStore:
-    """Rank 0's store. It listens at the main process's address alone; by default it would listen at all addresses."""
+    """Rank 0's store. It listens only on the main process's address; the default is to listen on all addresses."""
     family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.bind(address[:2])
-    except OSError:  # an address that is not this machine's own, as behind a container's port mapping
+    except OSError:  # not an address of this machine, as behind a container's port mapping
         listener.bind(("", 0))
     listener.listen(1024)
     port = listener.getsockname()[1]
