@@ -307,7 +307,7 @@ def save_calibrations(run: Run, stop: Stop) -> None:
         measured = run.validation.calibration(learner, stop)
         if folder is not None:
             try:
-                calibration.keep(folder.path, step, measured.tensors())
+                calibration.write(folder.path, step, measured.tensors())
             except (OSError, Damaged) as error:
                 reason = getattr(error, "strerror", None) or error
                 run.records.warn(f"the threshold of step {step} could not be kept in {run.path}: {reason}")

@@ -32,7 +32,7 @@ def test_the_table_has_a_line_a_host_with_its_devices_and_shares() -> None:
         "5 processes on 2 hosts share a batch of 101, bf16; gradients: 4,544 bytes a step",
     ]
     many = processes_table([(f"host{i // 8}", "H100") for i in range(1024)], [8] * 1024, "bf16", "none")
-    assert len(many) == 19 and many[17] == "… and 112 hosts more"
+    assert len(many) == 19 and many[17] == "… and 112 more hosts"
 
 
 def test_shares_of_the_time_add_up_and_the_one_that_nobody_waits_for_is_the_slowest() -> None:

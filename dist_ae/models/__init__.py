@@ -51,7 +51,7 @@ Builder = Callable[[tuple[int, ...]], Autoencoder]  # a model of the user's own,
 
 
 def blank(config: Config, image_shape: Sequence[int]) -> Autoencoder:
-    """The model of a configuration without weights, on torch's meta device: its shapes at no cost."""
+    """The model of a configuration on torch's meta device: shapes without memory."""
     with torch.device("meta"):
         model = ARCHITECTURES[config.model.architecture](config, image_shape)
         _take_units(model, config)
@@ -68,10 +68,11 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
     """The model of a configuration, on the CPU, with weights that follow from the seed alone.
 
     Args:
-        own: makes a model of the user's own; its initializers draw from a generator seeded by ``config.seed``.
+        own: a function that makes the user's own model; its initializers draw from a generator seeded by
+            ``config.seed``.
 
     Raises:
-        InputError: the run needs a model of the user's own and none is given, or it does not fit the configuration.
+        InputError: the run needs the user's own model and none is given, or the model does not fit the configuration.
     """
     if (config.model.architecture == "own") != (own is not None):
         raise InputError(
@@ -80,7 +81,7 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
         )
     if own is None:
         model = initialize(blank(config, image_shape), config.seed)
-        _take_units(model, config)  # which have no weights to begin with
+        _take_units(model, config)  # these have no initial weights
         return model
     if isinstance(own, nn.Module):
         raise InputError("model: give a function that builds it from the shape of an image, not the model itself")
@@ -98,25 +99,25 @@ def build(config: Config, image_shape: Sequence[int], own: Builder | None = None
         "objective.likelihood bernoulli": (model.bernoulli, config.objective.likelihood == "bernoulli"),
         "objective.sigma learned": (model.log_sigma is not None, config.objective.sigma == "learned"),
     }
-    for what, (has, wanted) in fits.items():
-        if has != wanted:
-            raise InputError(f"model: it says {what} = {has}, the configuration says {wanted}; make both the same")
+    for what, (actual, expected) in fits.items():
+        if actual != expected:
+            raise InputError(f"model: it says {what} = {actual}, the configuration says {expected}; make both the same")
     return model
 
 
 def _check_own(model: Autoencoder, image_shape: tuple[int, ...]) -> None:
-    """Raises InputError for a model of the user's own that could not be trained, or not as exactly as the others."""
-    own = list(model.named_parameters(remove_duplicate=False))
-    if not any(p.requires_grad for _, p in own):
+    """Raises InputError if the user's own model cannot be trained, or not with exact results."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    if not any(p.requires_grad for _, p in parameters):
         raise InputError("model: none of its parameters asks for a gradient, so there is nothing to train")
     names: dict[int, str] = {}
-    for name, parameter in own:
+    for name, parameter in parameters:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InputError(f"model: {name} has no shape yet; build it with the sizes, not as a lazy layer")
         if (first := names.setdefault(id(parameter), name)) != name:
             raise InputError(
-                f"model: {name} is {first}, and a checkpoint holds each tensor once; use the one layer's weight in the "
-                "other's place, as F.linear(x, self.layer.weight) does"
+                f"model: {name} is {first}, and a checkpoint holds each tensor once; let both layers use the weight of "
+                "one, as in F.linear(x, self.layer.weight)"
             )
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
@@ -125,21 +126,21 @@ def _check_own(model: Autoencoder, image_shape: tuple[int, ...]) -> None:
                 "how images are shared among processes; use GroupNorm, and mask_shapes for dropout (as dist_ae/models/"
                 "mlp.py does)"
             )
-    images = torch.linspace(0, 1, 3 * math.prod(image_shape)).view(3, *image_shape).to(own[0][1])
+    images = torch.linspace(0, 1, 3 * math.prod(image_shape)).view(3, *image_shape).to(parameters[0][1])
     with torch.no_grad():
-        found, again, alone = model(images), model(images), model(images[:1])
+        output, repeated, alone = model(images), model(images), model(images[:1])
     for what, tensor, shape in (
-        ("encode_raw", found.mean, model.code_shape),
-        ("decode_raw", found.raw, image_shape),
+        ("encode_raw", output.mean, model.code_shape),
+        ("decode_raw", output.raw, image_shape),
     ):
         if tensor.shape[1:] != torch.Size(shape):
             raise InputError(f"model: {what} gives {list(tensor.shape[1:])} for an image, expected {list(shape)}")
-    if not torch.equal(found.raw.nan_to_num(), again.raw.nan_to_num()):
+    if not torch.equal(output.raw.nan_to_num(), repeated.raw.nan_to_num()):
         raise InputError(
             "model: the same images give another result each time; draws must come from draw_shapes and mask_shapes, "
             "not from torch's generator"
         )
-    if not torch.allclose(found.raw[:1], alone.raw, rtol=1e-3, atol=1e-4, equal_nan=True):
+    if not torch.allclose(output.raw[:1], alone.raw, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise InputError(
             "model: the result for an image depends on the other images of its batch, so it would depend on the number "
             "of processes"

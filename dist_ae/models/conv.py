@@ -1,6 +1,6 @@
 """The convolutional autoencoder: a residual net beside a linear code of the image's patches.
 
-Of signals [C, 1, L], which have one row, kernels, strides and patches have one row, too: all is along the length.
+Signals [C, 1, L] have one row, and then so have kernels, strides and patches: all of them run along the length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Size = tuple[int, int]  # height, width
 
 
 class Convolution(nn.Module):
-    """A convolution whose kernel is kept as a matrix [out, in · height · width], as Muon takes it and PCA gives it."""
+    """A convolution whose kernel is stored as a matrix [out, in · height · width], the form that Muon and PCA use."""
 
     def __init__(self, inputs: int, outputs: int, size: Size, stride: Size = (1, 1)) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 def normalized(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm) -> Tensor:
-    """A norm of [B, C, H, W] in the order of its memory: CUDA's own GroupNorm would copy it in every block."""
+    """Normalizes x [B, C, H, W] in its own memory order: CUDA's GroupNorm would copy it in every block."""
     normed: Tensor
     if isinstance(norm, nn.LayerNorm):
         normed = norm(x.permute(0, 2, 3, 1))
@@ -72,7 +72,7 @@ def normalized(x: Tensor, norm: nn.LayerNorm | nn.GroupNorm) -> Tensor:
 
 
 class Down(nn.Module):
-    """Half the height and width: a 2 × 2 patch convolution beside a shortcut without parameters (as in DC-AE)."""
+    """Halves height and width: a 2 × 2 patch convolution plus a shortcut without parameters (as in DC-AE)."""
 
     def __init__(self, inputs: int, outputs: int, step: Size) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the height and width: the transpose of ``Down``."""
+    """Doubles height and width: the transpose of ``Down``."""
 
     def __init__(self, inputs: int, outputs: int, step: Size) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def to_depth(x: Tensor, step: Size) -> Tensor:
 def to_space(x: Tensor, step: Size) -> Tensor:
     """[B, C · h · w, H, W] → [B, C, H · h, W · w], the inverse of ``to_depth``.
 
-    It is torch's pixel_shuffle, but in channels-last order on every device and with a gradient for an empty batch.
+    Like torch's pixel_shuffle, but in channels-last order on every device and with a gradient for an empty batch.
     """
     batch, channels, height, width = x.shape
     x = x.view(batch, channels // math.prod(step), *step, height, width)
@@ -114,13 +114,13 @@ def to_space(x: Tensor, step: Size) -> Tensor:
 
 def match(x: Tensor, channels: int) -> Tensor:
     """[B, C, H, W] → [B, channels, H, W] without parameters: means of groups of channels, or repeated channels."""
-    batch, have, height, width = x.shape
-    if have == channels:
+    batch, inputs, height, width = x.shape
+    if inputs == channels:
         return x
-    if have < channels:
-        return x.repeat_interleave(-(-channels // have), 1)[:, :channels]
-    group = -(-have // channels)
-    padded = F.pad(x, (0, 0, 0, 0, 0, group * channels - have))
+    if inputs < channels:
+        return x.repeat_interleave(-(-channels // inputs), 1)[:, :channels]
+    group = -(-inputs // channels)
+    padded = F.pad(x, (0, 0, 0, 0, 0, group * channels - inputs))
     return padded.view(batch, channels, group, height, width).mean(2)
 
 
@@ -128,7 +128,7 @@ Layer = nn.Linear | Convolution
 
 
 class Conv(Autoencoder):
-    """Residual blocks at each resolution, and beside them a linear path from patches to the code and back.
+    """Residual blocks at each resolution, plus a linear path from patches to the code and back.
 
     The net's last layers start at zero, so the model starts as its linear path. A grid code has ``latent_dim`` channels
     for each patch of f × f pixels, f = 2 ** len(widths), or of f values of a signal. A vector code has ``latent_dim``
@@ -208,7 +208,7 @@ class Conv(Autoencoder):
                     scale = 2 * scale if isinstance(layer, Down) else scale // 2
                 elif isinstance(layer, Block):
                     pixels += 2 * scale  # two kernels of 3 × 3
-        # The first kernel of 4 × 4, the last of 3 × 3, and those before and after the code; then whole patches.
+        # The first kernel of 4 × 4, the last of 3 × 3, and those around the code; rounded up to whole patches.
         pixels += 2 + 2 + 2 * self.patch[1]
         return (-(-pixels // self.patch[1]) + 1) * self.patch[1]
 
@@ -235,9 +235,9 @@ class Conv(Autoencoder):
 
     @staticmethod
     def _run(layers: nn.ModuleList, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        left = iter(masks)
+        remaining = iter(masks)
         for layer in layers:
-            x = layer(x, next(left, None)) if isinstance(layer, Block) else layer(x)
+            x = layer(x, next(remaining, None)) if isinstance(layer, Block) else layer(x)
         return x
 
     def linear_code(self) -> LinearCode:

@@ -1,7 +1,8 @@
-"""What every architecture shares, and the two functions that an architecture adds.
+"""The base class of all architectures, and the two methods that an architecture adds.
 
-The four systems (plain, denoising, dropout, variational) live here once. ``mlp.py`` and ``conv.py`` only say how an
-image becomes a code and a code becomes an image. A model of your own does the same: see ``examples/own_model.py``.
+The four systems (plain, denoising, dropout, variational) are implemented here once. ``mlp.py`` and ``conv.py`` only
+define how an image becomes a code and a code becomes an image. A model of your own does the same: see
+``examples/own_model.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ START_LOG_SIGMA = math.log(0.25)  # of a learned σ: about the error of the mean
 
 
 class Output(NamedTuple):
-    """What a forward pass gives for B images. ``None`` means that this model has no such thing."""
+    """The output of a forward pass for B images. ``None`` means that the model has no such output."""
 
     raw: Tensor  # [B, C, H, W]: logits of a Bernoulli model, else pixels on [-1, 1] or standardized numbers
     mean: Tensor  # [B, *code_shape], the code
@@ -43,11 +44,11 @@ class Output(NamedTuple):
 
 
 class LinearCode(NamedTuple):
-    """The best linear code that a model can carry. Its PCA start takes it, and the model is compared with it."""
+    """The best linear code that a model can represent. A PCA start sets it, and the model is compared with it."""
 
     components: int  # principal components that the start sets
-    patch: tuple[int, int] | None  # height and width of patches that are coded one by one; None: the whole image
-    values: int  # numbers that a code has per patch (or image)
+    patch: tuple[int, int] | None  # height and width of patches that are coded separately; None: the whole image
+    values: int  # size of the code per patch (or image)
 
 
 class Components(NamedTuple):
@@ -66,17 +67,17 @@ def pixels(raw: Tensor, bernoulli: bool) -> Tensor:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Pixels on [0, 1], which they may leave, as uint8."""
+    """Pixels as uint8; those outside [0, 1] are clamped."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def centred(images: Tensor) -> Tensor:
-    """Images on [0, 1] → on [-1, 1], where the model works."""
+    """Maps images from [0, 1] to [-1, 1], the scale inside the model."""
     return images.mul(2).sub_(1)
 
 
 def pad_to_multiple(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """images [B, C, H, W] with height and width raised to multiples of those of ``size`` by repeating the edge."""
+    """Pads images [B, C, H, W] to multiples of ``size`` (height, width) by repeating the lower and right edges."""
     down, right = (-side % multiple for side, multiple in zip(images.shape[-2:], size, strict=True))
     return F.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
 
@@ -84,17 +85,17 @@ def pad_to_multiple(images: Tensor, size: tuple[int, int]) -> Tensor:
 class Autoencoder(nn.Module):
     """Base class: adds noise, samples the code, and maps pixels between [0, 1] and [-1, 1].
 
-    An architecture defines ``encode_raw`` and ``decode_raw`` and, where it drops units, ``mask_shapes``. A forward pass
+    An architecture defines ``encode_raw`` and ``decode_raw`` and, for dropout, ``mask_shapes``. A forward pass
     is a pure function of images and draws: no global generator, no statistics over the batch.
     """
 
     mask_shapes: tuple[tuple[int, ...], ...] = ()  # of one image's dropout masks, the encoder's first
-    encoder_masks: int = 0  # how many of them are the encoder's
+    encoder_masks: int = 0  # how many of the masks belong to the encoder
     zeros: tuple[str, ...] = ()  # names of the layers that start at zero
-    units_offset: Tensor | None  # [C, 1, 1]: a record in its own units is offset + scale · what the model sees
-    units_scale: Tensor | None  # [C, 1, 1]; both None where records come on [0, 1]
-    record_shape: tuple[int, ...] | None = None  # of a record outside, where it is no image
-    standardized = False  # what the model sees has mean 0 and deviation 1; else it is on [0, 1]
+    units_offset: Tensor | None  # [C, 1, 1]: a record in its own units is offset + scale · the model's input
+    units_scale: Tensor | None  # [C, 1, 1]; both are None for records on [0, 1]
+    record_shape: tuple[int, ...] | None = None  # of a record outside the model, if it is no image
+    standardized = False  # the model's input has mean 0 and deviation 1; else it is on [0, 1]
     missing = False  # NaN stands for a missing entry
 
     def __init__(
@@ -108,10 +109,10 @@ class Autoencoder(nn.Module):
     ) -> None:
         """Args:
         image_shape: channels, height, width.
-        code_shape: of one image's code: (length,), or (channels, height, width).
-        variational: the encoder also predicts a log-variance, so ``encode_raw`` gives twice the channels.
-        bernoulli: the decoder gives logits; else pixels on [-1, 1].
-        learned_sigma: a Gaussian pixel's σ is a parameter.
+        code_shape: shape of one image's code: (length,), or (channels, height, width).
+        variational: the encoder also predicts a log-variance, so ``encode_raw`` returns twice the channels.
+        bernoulli: the decoder returns logits; else pixels on [-1, 1].
+        learned_sigma: the σ of a Gaussian pixel is a parameter.
         """
         super().__init__()
         self.image_shape, self.code_shape = tuple(image_shape), tuple(code_shape)
@@ -123,20 +124,20 @@ class Autoencoder(nn.Module):
     def encode_raw(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """images [B, C, H, W] on [-1, 1] → codes [B, *code_shape].
 
-        A variational model gives mean and log-variance, one after the other along dimension 1.
+        A variational model returns mean and log-variance, concatenated along dimension 1.
         """
         raise NotImplementedError
 
     def decode_raw(self, code: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
-        """codes [B, *code_shape] → [B, C, H, W]: logits of a Bernoulli model, pixels on [-1, 1] of a Gaussian one."""
+        """codes [B, *code_shape] → [B, C, H, W]: logits of a Bernoulli model, else pixels on [-1, 1]."""
         raise NotImplementedError
 
     def at(self, height: int, width: int) -> Autoencoder | None:
-        """The same weights for images of another size; None where the model has one size."""
+        """The same weights for images of another size; None if the model has a fixed size."""
         return None
 
     def reach(self) -> int | None:
-        """Pixels beyond which nothing of an image changes what is made of a pixel; None where all of it does."""
+        """Distance in pixels beyond which no pixel affects another's result; None if all pixels do."""
         return None
 
     def matrices(self) -> list[nn.Parameter]:
@@ -144,7 +145,7 @@ class Autoencoder(nn.Module):
         return [p for p in self.parameters() if p.ndim == 2]
 
     def linear_code(self) -> LinearCode | None:
-        """The linear code that ``start_from`` takes; None for a model without a PCA start."""
+        """The linear code that ``start_from`` sets; None for a model without a PCA start."""
         return None
 
     def start_from(self, components: Components, objective: ObjectiveConfig) -> None:
@@ -156,39 +157,39 @@ class Autoencoder(nn.Module):
         return DrawShapes(self.image_shape, self.mask_shapes, self.code_shape if self.variational else None)
 
     def take_units(self, standardized: bool, missing: bool) -> None:
-        """Gives the model a scale of its own for each channel, kept beside its weights: ``to_units``, ``from_units``.
+        """Gives the model a scale for each channel, as buffers: see ``to_units`` and ``from_units``.
 
         Args:
-            standardized: what the model sees has mean 0 and deviation 1; else it is on [0, 1].
-            missing: NaN stands for a missing entry, whose place the mean takes.
+            standardized: the model's input has mean 0 and deviation 1; else it is on [0, 1].
+            missing: NaN stands for a missing entry, which the mean replaces at the input.
         """
         self.units_offset = torch.zeros(self.image_shape[0], 1, 1)
         self.units_scale = torch.ones(self.image_shape[0], 1, 1)
         self.standardized, self.missing = standardized, missing
 
     def to_units(self, records: Tensor) -> Tensor:
-        """Records [B, C, H, W] in their own units → what the model takes: on [0, 1], or standardized."""
+        """Records [B, C, H, W] in their own units → the model's input: on [0, 1], or standardized."""
         if self.units_offset is None or self.units_scale is None:
             return records
         return (records - self.units_offset) / self.units_scale
 
     def from_units(self, images: Tensor) -> Tensor:
-        """What the model gives [B, C, H, W] → records in their own units, or images clamped to [0, 1]."""
+        """The model's output [B, C, H, W] → records in their own units, or images clamped to [0, 1]."""
         if self.units_offset is None or self.units_scale is None:
             return images.clamp(0, 1)
         return images * self.units_scale + self.units_offset
 
     def outside(self, images: Tensor) -> Tensor:
-        """What the model gives [B, C, H, W] in the units and the shape that records have outside."""
+        """The model's output [B, C, H, W] in the units and the shape of the original records."""
         records = self.from_units(images)
         return records if self.record_shape is None else records.reshape(-1, *self.record_shape)
 
     def visible(self, images: Tensor) -> Tensor:
-        """What the model takes or gives [..., C, H, W] as pictures on [0, 1], from minus to plus three deviations."""
+        """Input or output of the model [..., C, H, W] as pictures on [0, 1]; standardized, from -3 to 3 deviations."""
         return images / 6 + 0.5 if self.standardized else images
 
     def unit(self, raw: Tensor) -> Tensor:
-        """The decoder's output [B, C, H, W] on the scale of the images that come in."""
+        """The decoder's output [B, C, H, W] on the scale of the input images."""
         return raw if self.standardized else pixels(raw, self.bernoulli)
 
     def encode(self, images: Tensor, masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor | None]:
@@ -211,13 +212,13 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, code: Tensor) -> Tensor:
-        """codes [B, *code_shape] → reconstructions [B, C, H, W], on the scale of the images that come in."""
+        """codes [B, *code_shape] → reconstructions [B, C, H, W], on the scale of the input images."""
         return self.unit(self.decode_raw(code))
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> Output:
         """Reconstructs images [B, C, H, W] on [0, 1], or standardized.
 
-        ``draws=None`` is the deterministic model, with the mean code.
+        With ``draws=None`` the model is deterministic and uses the mean code.
         """
         draws = draws or Draws()
         corrupted = images if draws.noise is None else images + draws.noise

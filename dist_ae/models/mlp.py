@@ -55,7 +55,7 @@ class MLP(Autoencoder):
         return hidden
 
     def linear_code(self) -> LinearCode:
-        """As many components as the code, the pixels and half the narrowest hidden layer hold."""
+        """As many components as fit into the code, the pixels and half of the narrowest hidden layer."""
         size = self.code_shape[0]
         widths = [layer.out_features // 2 for layer in self.encoder if isinstance(layer, nn.Linear)]
         return LinearCode(min(size, math.prod(self.image_shape), *widths), None, size)
@@ -78,8 +78,8 @@ class MLP(Autoencoder):
         for index, layer in enumerate(layers):
             assert isinstance(layer, nn.Linear)
             first, last, is_code = index == 0, layer is self.to_pixels, layer is self.to_code
-            # A value a comes in as a pair (a, -a) of hidden units, or as itself from pixels or the code. It goes out in
-            # one of the same two ways.
+            # A value a comes in as itself (from pixels or the code) or as a pair (a, -a) of hidden units. It goes out
+            # in one of the same two forms.
             matrix = torch.eye(k, dtype=torch.float64)
             bias = torch.zeros(k, dtype=torch.float64)
             if first:

@@ -1,4 +1,4 @@
-"""The best linear codes as encoders and decoders, which a PCA start writes into the weights."""
+"""The best linear codes as encoders and decoders, for the weights of a PCA start."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dist_ae.models.interface import LOGVAR_RANGE, Components
 if TYPE_CHECKING:
     from dist_ae.config import ObjectiveConfig
 
-NO_VARIANCE = 1e-12  # on [-1, 1]: below it, directions are rounding. A byte that differs once in 65,536 has 1e-9
+NO_VARIANCE = 1e-12  # on [-1, 1]; smaller ones are rounding errors. A byte that differs once in 65,536 has 1e-9
 LEAST_SCALE = 1e-3  # of the largest standard deviation, so that 1 / scale stays far below the largest fp16 number
 
 
 def whitened(components: Components) -> tuple[Tensor, Tensor]:
-    """PCA whose code has variance one: into [k, D], out [D, k]; out @ into is the projection on the components.
+    """PCA whose code has variance one: into [k, D], out [D, k]; out @ into projects onto the components.
 
-    Of data without variance, the code is nothing and the reconstruction the mean.
+    For data without variance, the code is zero and the reconstruction is the mean.
     """
     if float(components.variances[0]) < NO_VARIANCE:
         return torch.zeros_like(components.basis), torch.zeros_like(components.basis.T)
@@ -30,7 +30,7 @@ def whitened(components: Components) -> tuple[Tensor, Tensor]:
 
 
 def leading(components: Components, num: int) -> Components:
-    """The first ``num`` of the components, or all where there are fewer."""
+    """The first ``num`` of the components, or all if there are fewer."""
     return components._replace(variances=components.variances[:num], basis=components.basis[:num])
 
 

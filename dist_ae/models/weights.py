@@ -1,4 +1,4 @@
-"""Initial weights and a hash of weights, for any architecture."""
+"""Initial weights, and a hash of weights, for any architecture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def initialize(model: M, seed: int) -> M:
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """A hash of names, types, shapes and values. It is equal for equal weights, whatever file they were in."""
+    """A hash of names, types, shapes and values. Equal weights have equal hashes, whatever file they were in."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""The calibration of a run's scores, which a threshold needs beside the weights: one file for each checkpoint."""
+"""The calibration of a run's scores, which a threshold needs in addition to the weights: one file per checkpoint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def _name(step: int) -> str:
     return f"{step:08d}.safetensors"
 
 
-def keep(run_dir: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+def write(run_dir: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
     """Writes the calibration of the checkpoint of that step.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the disk cannot store it.
         Damaged: a link, or something other than a folder, lies where calibrations belong.
     """
     path = folder_inside(run_dir, FOLDER) / _name(step)
@@ -34,15 +34,15 @@ def keep(run_dir: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
 
 
 def keep_only(run_dir: Path, steps: Iterable[int]) -> None:
-    """Removes the calibrations of all other checkpoints, which a run that was trained further has."""
-    wanted = {_name(step) for step in steps}
+    """Removes the calibrations of all other checkpoints, which are left over if a run is trained further."""
+    names = {_name(step) for step in steps}
     for path in files_inside(run_dir, FOLDER, NAMES):
-        if path.name not in wanted:
+        if path.name not in names:
             path.unlink(missing_ok=True)
 
 
-def kept(run_dir: Path, step: int) -> Tensors | None:
-    """The calibration of the checkpoint of that step; None where there is none or it is not whole."""
+def read(run_dir: Path, step: int) -> Tensors | None:
+    """The calibration of the checkpoint of that step; None if there is none or it is not whole."""
     try:
         path = inside(run_dir, FOLDER, _name(step))
         return parse_tensors(read_bounded(path, MAX_BYTES), path.name)

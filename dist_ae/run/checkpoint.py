@@ -1,11 +1,11 @@
-"""A checkpoint: a folder of safetensors and JSON, whose reader trusts nothing that it finds.
+"""A checkpoint: a folder of safetensors and JSON files, which its reader does not trust.
 
 No pickle is written or read. Nothing in a checkpoint depends on a rank or on the number of processes. Its files:
 
-- ``weights.safetensors`` and, where the run has one, the moving average ``ema.safetensors``: every use takes these.
-- ``optimizer.safetensors``: the moments of the optimizer, twice the weights for Adam. Only a resume, ``--extend`` and
-  population-based training need them. A checkpoint that is kept for use alone is without.
-- ``state.json``: step, best evaluation, last metrics; needed by both.
+- ``weights.safetensors`` and, if the run has one, the moving average ``ema.safetensors``: what a trained model needs.
+- ``optimizer.safetensors``: the moments of the optimizer, for Adam twice as large as the weights. Only a resume,
+  ``--extend`` and population-based training need them. A checkpoint that is kept only for use has no such file.
+- ``state.json``: step, best evaluation and last metrics, always needed.
 - ``manifest.json``: sizes and hashes of the others; written last.
 """
 
@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def is_for_use(folder: Path) -> bool:
-    """Whether a checkpoint was kept for use alone, so that it has no optimizer state."""
+    """Whether a checkpoint is kept only for use, without optimizer state."""
     try:
         return OPTIMIZER not in _entries(folder)
     except Damaged:
@@ -76,7 +76,7 @@ def is_for_use(folder: Path) -> bool:
 
 
 def copy_for_use(folder: Path, target: Path) -> None:
-    """Writes and syncs a new checkpoint folder with all of another one but its optimizer state, verified.
+    """Copies a checkpoint without its optimizer state into a new folder, verifies and syncs it.
 
     Raises:
         Damaged: the checkpoint is not whole.
@@ -89,11 +89,11 @@ def copy_for_use(folder: Path, target: Path) -> None:
     sync(target)
 
 
-# -- reading with suspicion
+# -- reading without trust
 
 
 def parse_tensors(data: bytes, name: str, template: Template | None = None) -> Tensors:
-    """The tensors of a safetensors file, all of them finite; with a template, exactly the ones that it names.
+    """The tensors of a safetensors file, all of them finite; with a template, exactly the tensors that it names.
 
     Raises:
         Damaged: naming the file and what is wrong with it.
@@ -142,9 +142,9 @@ def _entries(folder: Path) -> dict[str, Any]:
 def _content(folder: Path, name: str, entry: Mapping[str, Any], limit: int) -> bytes:
     data = read_bounded(folder / name, limit)
     if entry.get("bytes") != len(data):
-        raise Damaged(f"{folder.name}/{name}: {len(data)} bytes, not what the manifest says")
+        raise Damaged(f"{folder.name}/{name}: {len(data)} bytes, which differs from the manifest")
     if entry.get("sha256") != hashlib.sha256(data).hexdigest():
-        raise Damaged(f"{folder.name}/{name}: its SHA-256 is not what the manifest says")
+        raise Damaged(f"{folder.name}/{name}: its SHA-256 differs from the manifest")
     return data
 
 
@@ -160,27 +160,27 @@ def read_checkpoint(folder: Path, templates: Mapping[str, Template], part: bool 
 
     Args:
         templates: the tensors that each file must hold. They also bound how much is read.
-        part: files without a template are left alone, and missing files are left out.
+        part: ignore files without a template, and allow files to be missing.
 
     Raises:
         Damaged: naming the file and what is wrong. Nothing of a damaged checkpoint is executed or kept, and memory
-            stays within twice what the templates need.
+            stays within twice the size of the templates.
     """
     entries = _entries(folder)
     if not part and set(entries) - {STATE} != set(templates):
         expected = ", ".join(sorted([*templates, STATE]))
         raise Damaged(f"{folder.name}: holds {', '.join(sorted(entries))}; expected {expected}")
-    found = {
-        name: parse_tensors(_content(folder, name, entries[name], _bytes_of(wanted)), f"{folder.name}/{name}", wanted)
-        for name, wanted in templates.items()
-        if name in entries
-    }
+    files = {}
+    for name, template in templates.items():
+        if name in entries:
+            data = _content(folder, name, entries[name], _bytes_of(template))
+            files[name] = parse_tensors(data, f"{folder.name}/{name}", template)
     state = _state(folder, entries)
-    return Checkpoint(int(state["step"]), found, state)
+    return Checkpoint(int(state["step"]), files, state)
 
 
 def verify_checkpoint(folder: Path) -> tuple[int, int]:
-    """(step, bytes) of a checkpoint whose files are what its manifest says. Never holds a whole file in memory.
+    """(step, bytes) of a checkpoint whose files match its manifest. Never holds a whole file in memory.
 
     Raises:
         Damaged: naming the file and what is wrong.

@@ -47,7 +47,7 @@ from dist_ae.terminal import say
 FAILED_SAVES = 3  # consecutive checkpoints that could not be written before a run gives up
 
 
-# What a run writes below its folder, itself or through a tracker. None of it may lead elsewhere.
+# What a run writes into its folder, itself or through a tracker. None of these may be a link to another place.
 FOLDERS = ("checkpoints", "calibration", "figures", "profile", "tensorboard", "wandb", "start")
 FILES = (
     *(".lock", ".holder", "config.json", "metrics.jsonl", "result.json", "tracking.json"),
@@ -56,11 +56,11 @@ FILES = (
 
 
 class SaveError(Fault):
-    """Something of the run could not be written. Older checkpoints are untouched."""
+    """A part of the run could not be written. Older checkpoints are untouched."""
 
 
 class RunDirectory:
-    """A run's folder, as its one writer (rank 0) sees it. Opening takes a lock that a dead process cannot keep."""
+    """A run's folder, as its one writer (rank 0) sees it. Opening it takes a lock that ends with its process."""
 
     def __init__(self, path: Path) -> None:
         """Makes the folder if it is not there, and locks it.
@@ -87,11 +87,11 @@ class RunDirectory:
         except OSError as error:
             self._lock.release()
             raise InputError(f"run directory {path} cannot be written: {error.strerror or error}") from None
-        self._pending = b""  # metrics that the disk has not taken yet
+        self._pending = b""  # metrics that are not yet on the disk
         self.failed_saves = 0
 
     def close(self) -> None:
-        """Writes the metrics that are left and gives the lock back."""
+        """Writes the remaining metrics and releases the lock."""
         self._flush_metrics()
         with contextlib.suppress(OSError):
             self._holder.unlink(missing_ok=True)
@@ -117,37 +117,36 @@ class RunDirectory:
         unknown: Mapping[str, Any] = {},
         may_change: Iterable[str] = (),
     ) -> None:
-        """Writes config.json, or checks that the run kept here is the same experiment.
+        """Writes config.json, or checks that the folder holds the same experiment.
 
         Args:
-            trajectory: what the run must have in common with its beginning.
-            description: what is written beside it.
-            unknown: values that stand in for fields which an older version did not know.
-            may_change: fields that may differ from the beginning all the same.
+            trajectory: the values that may not change during a run.
+            description: further content of config.json.
+            unknown: values for fields that an older version did not know.
+            may_change: fields of the trajectory that may differ nevertheless.
 
         Raises:
-            InputError: another experiment is kept here. Shows each difference, old and new.
+            InputError: the folder holds another experiment. Shows each difference, old and new.
         """
         path = self.path / "config.json"
         if os.path.lexists(path):
             try:
-                kept = read_json(path)["trajectory"]
-                kept = {**unknown, **kept}
+                stored = {**unknown, **read_json(path)["trajectory"]}
             except (Damaged, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged ({error}); restore it, or choose another --run-dir") from None
             differences = [
-                f"  {key}: {kept.get(key)!r} there, {trajectory.get(key)!r} now"
+                f"  {key}: {stored.get(key)!r} there, {trajectory.get(key)!r} now"
                 if key != "data.fingerprint"
-                else f"  {key}: the images have changed, or are others"
-                for key in sorted({*kept, *trajectory})
-                if kept.get(key) != trajectory.get(key) and key not in may_change
+                else f"  {key}: the images have changed, or are other ones"
+                for key in sorted({*stored, *trajectory})
+                if stored.get(key) != trajectory.get(key) and key not in may_change
             ]
             if differences:
                 lines, way_out = "\n".join(differences), ""
                 if any(line.startswith("  precision:") for line in differences):
                     way_out = (
-                        f". A run keeps its arithmetic; to train on in another, as on a processor that lacks it, begin "
-                        f"a run with its weights: --init-from {self.path} --run-dir ANOTHER"
+                        ". A run keeps its precision; to train on in another one, as on a processor without it, begin "
+                        f"a run with these weights: --init-from {self.path} --run-dir ANOTHER"
                     )
                 raise InputError(
                     f"run directory {self.path} holds another experiment:\n{lines}\n"
@@ -155,7 +154,7 @@ class RunDirectory:
                 )
         elif self._steps():
             raise InputError(
-                f"run directory {self.path} has checkpoints but no config.json to tell whose; "
+                f"run directory {self.path} has checkpoints but no config.json that describes their experiment; "
                 "restore it, or choose another --run-dir"
             )
         self.write("config.json", {**description, "trajectory": dict(trajectory)})
@@ -166,7 +165,7 @@ class RunDirectory:
             write_atomically(self.path / name, to_json(value))
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run, or None where there is none that can be read."""
+        """A JSON file of the run; None if it does not exist or cannot be read."""
         try:
             return read_json(self.path / name)
         except Damaged:
@@ -187,13 +186,13 @@ class RunDirectory:
                 self._pending = self._pending[append(self.metrics_path, self._pending) :]
         except (OSError, Damaged) as error:
             reason = getattr(error, "strerror", None) or error
-            self.warn(f"metrics.jsonl cannot be written ({reason}); kept in memory, tried again")
+            self.warn(f"metrics.jsonl cannot be written ({reason}); kept in memory until it can be")
 
     def rewind_metrics(self, step: int, evaluated: bool) -> None:
-        """Drops what a killed run wrote after the checkpoint that is resumed, so every step is in the file once."""
+        """Drops the lines that a killed run wrote after the resumed checkpoint, so that each step is there once."""
         if not os.path.lexists(self.metrics_path):
             return
-        kept = []
+        lines = []
         with self._explained("metrics.jsonl"):
             try:
                 content = read_bounded(self.metrics_path, MAX_LINES)
@@ -204,10 +203,10 @@ class RunDirectory:
                     line = json.loads(raw)
                     before = line["step"] < step or (line["step"] == step and (line["split"] == "train" or evaluated))
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    continue  # a line torn by the kill
+                    continue  # a line that the kill cut off
                 if before:
-                    kept.append(raw + b"\n")
-            write_atomically(self.metrics_path, b"".join(kept))
+                    lines.append(raw + b"\n")
+            write_atomically(self.metrics_path, b"".join(lines))
 
     # -- checkpoints
 
@@ -225,11 +224,11 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint, keep: int, best_step: int | None, seconds: float = 0.0) -> bool:
         """Publishes a checkpoint, then prunes older ones down to ``keep`` and the best.
 
-        A checkpoint is whole or absent at every instant, and older ones go only once the new one is on the disk.
-        Returns False, with a warning, where the disk does not take it. The files written so far are then removed.
+        A checkpoint is whole or absent at every instant, and older ones are removed only once the new one is on the
+        disk. If the disk cannot store it, removes what was written so far, warns, and returns False.
 
         Args:
-            seconds: how long to go on trying.
+            seconds: how long to keep trying.
 
         Raises:
             SaveError: the third failure in a row.
@@ -251,7 +250,7 @@ class RunDirectory:
             self.failed_saves += 1
             if self.failed_saves >= FAILED_SAVES:
                 raise SaveError(f"{message}; {self.failed_saves} in a row, giving up. Older checkpoints are untouched")
-            self.warn(f"{message}; training goes on, tried again at the next interval")
+            self.warn(f"{message}; training goes on, and the next interval tries again")
             return False
         self.failed_saves = 0
         try:
@@ -264,12 +263,12 @@ class RunDirectory:
         return True
 
     def finish(self, last: int, resumable: bool = True) -> None:
-        """Leaves of a finished run what is used: its last checkpoint, and of the best one what a use needs.
+        """Prunes a finished run to its last checkpoint, and to the weights of the best one.
 
-        At every instant both are there, whole. Whatever kills this, the same call ends it.
+        At every instant both are whole. If this is killed, the same call finishes the work.
 
         Args:
-            last: the step of the newest checkpoint, which says which one is the best.
+            last: the step of the newest checkpoint, which names the best one.
             resumable: keep the optimizer state of the last checkpoint, which ``--extend`` needs.
 
         Raises:
@@ -277,11 +276,11 @@ class RunDirectory:
             Damaged: the last or the best checkpoint is not whole; nothing was removed.
         """
         self._tidy()
-        place = self.checkpoints / f"{last:08d}"
-        verify_checkpoint(place)
-        found = read_json(place / STATE).get("best")
-        best = found.get("step") if isinstance(found, dict) else None
-        used = [step for step in self._steps() if step in (last, best)]
+        newest = self.checkpoints / f"{last:08d}"
+        verify_checkpoint(newest)
+        best = read_json(newest / STATE).get("best")
+        best_step = best.get("step") if isinstance(best, dict) else None
+        used = [step for step in self._steps() if step in (last, best_step)]
         for step in used:
             path = self.checkpoints / f"{step:08d}"
             if (step == last and resumable) or is_for_use(path):
@@ -295,7 +294,7 @@ class RunDirectory:
                 self._prune(step)
 
     def _prune(self, step: int) -> None:
-        """Removes a checkpoint, renamed first, so that what a crash leaves of it is no checkpoint."""
+        """Removes a checkpoint. Renames it first, so that a crash in between leaves no half of a checkpoint."""
         aside = self.checkpoints / f".tmp-pruned-{step:08d}"
         os.rename(self.checkpoints / f"{step:08d}", aside)
         self._remove(aside)
@@ -309,9 +308,9 @@ class RunDirectory:
         self._put_in_place(checkpoint.step)
 
     def _put_in_place(self, step: int) -> None:
-        """Gives a checkpoint that was written beside it its name. _tidy puts .old back if we die in between."""
+        """Moves a checkpoint from its temporary name to its own. _tidy puts .old back if we die in between."""
         final = self.checkpoints / f"{step:08d}"
-        if final.exists():  # as where it was saved before its evaluation, which was interrupted
+        if final.exists():  # as if it was saved before an evaluation that was interrupted
             os.rename(final, self.checkpoints / f".old-{final.name}")
         os.rename(self.checkpoints / f".tmp-{step:08d}", final)
         sync(self.checkpoints)
@@ -323,9 +322,9 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        """Clears what a killed writer left.
+        """Cleans up after a killed writer.
 
-        Half-written folders go. A checkpoint that was moved aside comes back if its successor is missing.
+        Removes half-written folders. Puts back a checkpoint that was moved aside, if its successor is missing.
         """
         for path in list(self.checkpoints.iterdir()):
             if path.name.startswith(".old-"):
@@ -370,25 +369,25 @@ class RunDirectory:
             )
         if for_use:
             raise InputError(
-                f"{self.path} keeps weights for use and no optimizer state, so it cannot be trained on; a new run can "
-                f"begin with them: --init-from {self.path} --run-dir ANOTHER"
+                f"{self.path} holds weights without optimizer state, so it cannot be trained on; a new run can begin "
+                f"with them: --init-from {self.path} --run-dir ANOTHER"
             )
         return None
 
 
 def sizes(path: Path) -> tuple[int, int]:
     """Bytes of a run directory, and how many of them are optimizer state."""
-    files = [each for each in path.rglob("*") if each.is_file() and not each.is_symlink()]
-    found = [(each.name, each.lstat().st_size) for each in files]
-    return sum(size for _, size in found), sum(size for name, size in found if name == OPTIMIZER)
+    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    sizes_by_name = [(file.name, file.lstat().st_size) for file in files]
+    return sum(size for _, size in sizes_by_name), sum(size for name, size in sizes_by_name if name == OPTIMIZER)
 
 
 def refuse_strange(path: Path) -> None:
-    """Looks at a run directory before anything in it is opened.
+    """Checks a run directory before anything in it is opened.
 
     Raises:
-        InputError: what a run writes there is a link, a pipe or of another kind, so that writing would change something
-            else, or wait for ever.
+        InputError: one of the files or folders that a run writes is a link, a pipe or of another kind, so that writing
+            would change something else, or wait for ever.
     """
     for name in (*FOLDERS, *FILES):
         try:
@@ -400,7 +399,7 @@ def refuse_strange(path: Path) -> None:
 
 
 def _one_line(data: bytes) -> str:
-    """What a file says, as one printable line."""
+    """The text of a file as one printable line."""
     return "".join(c if c.isprintable() else " " for c in data.decode(errors="replace"))
 
 

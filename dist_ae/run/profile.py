@@ -1,4 +1,4 @@
-"""A profile of some steps of a run, by torch's profiler. It only watches: the weights are the same to the bit."""
+"""Profiles some steps of a run with torch's profiler. The weights stay the same to the bit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROWS = 40  # of the table
 
 
 class Profile:
-    """Watches the steps that were asked for, and writes a trace for chrome://tracing or Perfetto, and a table.
+    """Profiles ``steps`` and writes a trace for chrome://tracing or Perfetto, and a table, into ``folder``.
 
-    ``steps=None`` or ``folder=None`` (other ranks) watches nothing.
+    ``steps=None`` or ``folder=None`` (other ranks) profiles nothing.
     """
 
     def __init__(self, steps: range | None, folder: Path | None) -> None:
@@ -37,19 +37,19 @@ class Profile:
             self.end()
 
     def end(self) -> None:
-        """Writes what was watched, if anything was."""
+        """Writes the profile, if there is one."""
         if self._profiler is None or self._folder is None or self._steps is None:
             return
         profiler, self._profiler, steps = self._profiler, None, self._steps
         self._steps = None
         profiler.stop()
         name = f"{steps.start}-{steps.stop}"
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         try:
             self._folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(self._folder / f"trace-{name}.json"))
             table = self._folder / f"table-{name}.txt"
-            table.write_text(profiler.key_averages().table(sort_by=by, row_limit=ROWS) + "\n")
+            table.write_text(profiler.key_averages().table(sort_by=sort_by, row_limit=ROWS) + "\n")
         except (OSError, RuntimeError) as error:  # a profile never fails a run
             say(f"warning: the profile could not be written: {error}", sys.stderr)
         else:

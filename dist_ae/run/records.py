@@ -1,4 +1,4 @@
-"""Where a run is written down: metrics.jsonl, the trackers and the terminal."""
+"""Records a run in metrics.jsonl, the trackers and the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_ae.timeline import Best, Timeline
 
 
 class Records:
-    """Takes down what a run finds. On all ranks but 0, where ``folder`` and ``tracking`` are None, it does nothing."""
+    """Records metrics, pictures and messages. Ranks other than 0 have no ``folder`` and ``tracking``: does nothing."""
 
     def __init__(
         self, folder: RunDirectory | None, tracking: Tracking | None, display: Display, timeline: Timeline
@@ -27,7 +27,7 @@ class Records:
         self._display.advance(step, values["loss"], values["images_per_second"])
 
     def stepped(self, step: int) -> None:
-        """After every step, so that nobody waits long for a sign of life."""
+        """Called after every step, so that nobody waits long for a sign of life."""
         self._display.stepped(step)
 
     def validation(self, step: int, metrics: Mapping[str, float], best: Best, images_per_second: float) -> None:
@@ -49,7 +49,7 @@ class Records:
         self._display.say(text)
 
     def warn(self, text: str) -> None:
-        """What went wrong without ending the run."""
+        """A warning: something went wrong without ending the run."""
         if self._folder is not None:
             self._folder.warn(text)
 

@@ -51,7 +51,7 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
         return
     yield from _examine_checkpoints(run_dir / "checkpoints")
     for path in files_inside(run_dir, calibration.FOLDER, calibration.NAMES):
-        whole = calibration.kept(run_dir, int(path.stem)) is not None
+        whole = calibration.read(run_dir, int(path.stem)) is not None
         damage = "" if whole else ": damaged; remove it, and score computes it again"
         yield whole, f"calibration/{path.name}{damage}"
     yield from _examine_metrics(run_dir / "metrics.jsonl")

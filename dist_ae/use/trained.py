@@ -23,7 +23,7 @@ from dist_ae.draws import Step, normal
 from dist_ae.files import Damaged, read_json
 from dist_ae.models import Autoencoder, Builder, blank, build
 from dist_ae.processes.runtime import Alone
-from dist_ae.run import calibration as kept_calibration
+from dist_ae.run import calibration as calibration_files
 from dist_ae.saved import CONFIG, Which, image_shape, run_config, saved_weights
 from dist_ae.scores import Calibration, calibrate, check_score, score_images
 from dist_ae.terminal import say
@@ -136,7 +136,7 @@ class TrainedModel:
             InputError: the run kept none and its data is not there. Says what to do.
         """
         if self._calibration is None and self.source is not None:
-            self._calibration = Calibration.of(kept_calibration.kept(*self.source) or {}, self.model)
+            self._calibration = Calibration.of(calibration_files.read(*self.source) or {}, self.model)
         if self._calibration is None:
             try:
                 dataset = self.dataset()
@@ -150,7 +150,7 @@ class TrainedModel:
             self._calibrate(dataset.train, dataset.val)
             if self.source is not None:
                 with contextlib.suppress(OSError, Damaged):  # the run may be read-only, or a stranger's
-                    kept_calibration.keep(*self.source, self.calibration().tensors())
+                    calibration_files.write(*self.source, self.calibration().tensors())
         assert self._calibration is not None
         return self._calibration
 
