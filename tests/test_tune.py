@@ -796,7 +796,7 @@ def test_fresh_seeds_decide_and_what_they_cannot_tell_apart_goes_to_the_smaller_
         return capsys.readouterr().out, (sweep.path / "report.html").read_text(), table
 
     out, page, table = answer("apart", {0: [0.012, 0.0121, 0.0122], 1: [0.010, 0.0101, 0.0102], 2: [0.02, 0.021]})
-    assert "best: ae with a code of 8" in out and "leads with 3 fresh seeds, too: " in out and "worse by 0.002" in out
+    assert "best: ae with a code of 8" in out and "also leads with 3 fresh seeds: " in out and "worse by 0.002" in out
     assert [row["model.latent_dim"] for row in table] == ["8", "16", "4", "2"]
     assert [float(table[0][f"confirm.{name}"]) for name in ("mean", "low", "high")] == pytest.approx(
         [0.0101, 0.0101 - 4.3027 * 1e-4 / 3**0.5, 0.0101 + 4.3027 * 1e-4 / 3**0.5], rel=1e-4
@@ -1127,7 +1127,8 @@ def test_a_winner_at_the_end_of_a_range_is_said_with_the_range_to_try_next(
     assert largest.next == {"choice": [8, 16, 32]} and largest.expected and "WARNING" not in str(largest)
     assert said(model__latent_dim=2)["model.latent_dim"].next == {"choice": [1, 2]}
     assert str(said(optim__lr=9e-3)["optim.lr"]) == (
-        "WARNING: optim.lr 0.009 of the answer lies at the upper end of what was searched: a better one may lie beyond."
+        "WARNING: optim.lr 0.009 of the answer lies at the upper end of its searched range: a better value may lie "
+        "beyond."
         ' So try "optim.lr" = {loguniform = [0.0009, 0.09]} next'
     )
 

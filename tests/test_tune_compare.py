@@ -178,7 +178,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: 
     with pytest.raises(InputError, match=r"page\.html cannot be written"):
         tune.compare(tmp_path / "s", at(tmp_path / "t", {4: 0.03}).path, page="/proc/page.html")
     empty = sweep_with(tmp_path / "e", [("failed", {"model.latent_dim": 4}, None)])
-    assert "no trial has finished" in refused(capsys, "--compare", "s", str(empty.path), *storage)
+    assert "finds no finished trial" in refused(capsys, "--compare", "s", str(empty.path), *storage)
 
 
 @pytest.mark.parametrize("server", ["none", "down"])

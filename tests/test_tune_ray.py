@@ -453,7 +453,7 @@ def test_a_budget_ends_an_open_search_with_an_answer_and_what_was_cut_off_goes_o
     outcomes = [sweep.outcome(trial) for trial in sweep.trials()]
     cut = [outcome for outcome in outcomes if outcome.status in ("unfinished", "pending")]
     assert spent[0] and cut and len(outcomes) > 2, "more trials were planned than run at once"
-    assert f"this goes on with {len(cut)} trials" in capsys.readouterr().out
+    assert f"this continues {len(cut)} trials" in capsys.readouterr().out
     assert any(0 < outcome.reports[-1]["step"] < 1000 for outcome in cut if outcome.reports)
     answer = write_report(sweep, BEST)
     assert answer is not None and answer.trials[0]["status"] == "finished" and "cut off" not in str(answer)

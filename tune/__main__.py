@@ -23,13 +23,13 @@ from .plan import Settings, check_name, read_sweep
 from .results import parse_selection
 from .spaces import OWN, Metric, Values, load_space, parse_overrides
 from .sweep import checked, resuming, start, track
-from .sweep import resume as go_on
+from .sweep import resume as resume_sweep
 
 DEFAULT = Settings()
 
 
 def training_options(section: type[BaseModel], but: Collection[str] = ()) -> Any:
-    """The options of ``dist-ae train`` as a type of which every key may be left out."""
+    """The options of ``dist-ae train`` as a TypedDict of optional keys."""
     kinds = typing.get_type_hints(section)
     options: Any = {}
     for key, field in section.model_fields.items():
@@ -38,7 +38,7 @@ def training_options(section: type[BaseModel], but: Collection[str] = ()) -> Any
             options[key] = training_options(kind)
         elif key not in but:
             options[key] = Annotated[kind, tyro.conf.arg(help=field.description)]
-    make: Any = typing.TypedDict  # whose keys mypy wants to know
+    make: Any = typing.TypedDict  # mypy accepts only literal keys
     return make(section.__name__, options, total=False)
 
 
@@ -64,30 +64,30 @@ def sweep(
 ) -> Answer | Comparison:
     """Trains many configurations of a preset, ranks them, and writes report.html, best.json and trials.csv.
 
-    Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, hold for every trial. A key that is given one
+    Options of dist-ae train, such as --train.epochs 5 or --data.root DIR, apply to every trial. A key with a given
     value is not searched.
 
     Args:
         which: space to search: ae, denoising, dropout, vae, conv, or all, which chooses among the first four.
         space: your own space, a JSON or TOML file (docs/sweeps.md shows one).
-        settings: how it is run; of these, --resume takes only an address, a limit of trials at once, and a budget.
-        metric: what trials are judged by; left out, the space's own.
+        settings: how the sweep is run; --resume accepts only --address, --max-concurrent and --budget of these.
+        metric: the metric that trials are judged by; left out, the space's own.
         select: the answer: best, smallest-within-PCT (the smallest code within PCT percent of the best),
             best-under-SIZE (the best of codes up to SIZE).
         name: the sweep's folder under the storage, and its group in W&B; left out, the space and the time.
-        resume: name of an interrupted sweep to go on with.
-        compare: sweeps to put beside each other, by name or folder, on one page; nothing is trained.
-        confirm: train the leading trials with up to so many fresh seeds each, until the leader stands alone.
+        resume: name of an interrupted sweep to continue.
+        compare: sweeps to compare on one page, by name or folder; nothing is trained.
+        confirm: train the leading trials with up to this many fresh seeds each, until the leader stands alone.
         storage: folder of sweeps; on a cluster, one that all nodes share.
         set: the same as --KEY VALUE, also for keys whose option means something else here, such as seed.
-        training: options of dist-ae train that hold for every trial.
+        training: options of dist-ae train that apply to every trial.
     """
     overridden = flat(training)
     if compare:
         changed = settings.model_dump(exclude_defaults=True) | overridden
         refuse(_given(which, space, metric, None, set, changed) | {"--resume": resume, "--confirm": confirm}, COMPARING)
         return compared(compare, select, storage, name)
-    missing(("ray", "optuna", "jinja2"))
+    require(("ray", "optuna", "jinja2"))
     selection = parse_selection(select)
     if confirm != 0 and not 2 <= confirm <= MOST_SEEDS:
         raise InputError(f"--confirm {confirm}: 2 to {MOST_SEEDS} seeds, since one alone says nothing about spread")
@@ -95,19 +95,19 @@ def sweep(
     if resume is not None:
         changed = settings.model_dump(exclude={"address", "max_concurrent", "budget"}, exclude_defaults=True)
         refuse(_given(which, space, metric, name, set, changed | overridden), RESUMING)
-        made = go_on(storage.resolve() / resume, settings, selection, confirm)
+        this_sweep = resume_sweep(storage.resolve() / resume, settings, selection, confirm)
     else:
-        chosen = load_space(which, space)
-        name = f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
-        made = checked(chosen, overrides, metric, settings, name, storage)
-        start(made, selection, confirm)
+        loaded = load_space(which, space)
+        name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
+        this_sweep = checked(loaded, overrides, metric, settings, name, storage)
+        start(this_sweep, selection, confirm)
 
     from .report import write_report
 
-    answer = write_report(made, selection)
+    answer = write_report(this_sweep, selection)
     if answer is None:
-        raise Fault("no trial came to anything; the reasons stand in trials.csv and in trials/*/error.txt")
-    track(made, answer, resuming(made, selection, 0))
+        raise Fault("no trial gave a result; see trials.csv and trials/*/error.txt for the reasons")
+    track(this_sweep, answer, resuming(this_sweep, selection, 0))
     return answer
 
 
@@ -118,12 +118,12 @@ def compared(
     name: str | None = None,
     page: str | Path | None = None,
 ) -> Comparison:
-    """Puts sweeps beside each other. A name is that of a folder under the storage, or its path."""
-    missing(("jinja2",))
+    """Compares sweeps, each given by its name under the storage or by the path of its folder."""
+    require(("jinja2",))
     selection = parse_selection(select)
-    paths = [under if (under := storage / each).is_dir() else Path(each) for each in map(str, sweeps)]
-    for path, given in zip(paths, sweeps, strict=True):
-        read_sweep(path if path.is_dir() else storage / given)
+    paths = [under if (under := storage / sweep).is_dir() else Path(sweep) for sweep in map(str, sweeps)]
+    for path, sweep in zip(paths, sweeps, strict=True):
+        read_sweep(path if path.is_dir() else storage / sweep)
     from .beside import compare
 
     name = name or "-".join(path.resolve().name for path in paths)[:100]
@@ -133,8 +133,8 @@ def compared(
     )
 
 
-def missing(names: Sequence[str]) -> None:
-    """Raises InputError where a library is not installed."""
+def require(names: Sequence[str]) -> None:
+    """Raises InputError if a library is not installed."""
     lacking = [name for name in names if importlib.util.find_spec(name) is None]
     if lacking:
         raise InputError(
@@ -143,34 +143,34 @@ def missing(names: Sequence[str]) -> None:
 
 
 RESUMING = (
-    "--resume goes on with the sweep as it was begun; leave out {}. It takes --address, --max-concurrent, --budget, "
-    "--select and --confirm. For another search, begin another sweep"
+    "--resume continues the sweep with its own settings; leave out {}. It accepts --address, --max-concurrent, "
+    "--budget, --select and --confirm. For another search, begin another sweep"
 )
-COMPARING = "--compare trains nothing; leave out {}. It takes --select, --storage and --name"
+COMPARING = "--compare trains nothing; leave out {}. It accepts --select, --storage and --name"
 
 
 def _given(
     which: str | None, space: Path | None, metric: str | None, name: str | None, set: list[str], others: Values
 ) -> Values:
-    """What the command line gave, by option."""
+    """The values on the command line, by option."""
     named = {"SPACE": which, "--space": space, "--metric": metric, "--name": name, "--set": set}
     return named | {f"--{key.replace('_', '-')}": value or "0" for key, value in others.items()}
 
 
-def refuse(given: Values, said: str) -> None:
-    """Raises InputError for options that say nothing in this use of the command."""
-    wrong = [option for option, value in given.items() if value]
+def refuse(options: Values, message: str) -> None:
+    """Raises InputError for options that have no meaning in this use of the command."""
+    wrong = [option for option, value in options.items() if value]
     if wrong:
-        raise InputError(said.format(", ".join(wrong)))
+        raise InputError(message.format(", ".join(wrong)))
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Values:
     """Values by dotted key, JSON-ready."""
-    made: Values = {}
+    flattened: Values = {}
     for key, value in nested.items():
         dotted = f"{prefix}{key}"
-        made |= flat(value, f"{dotted}.") if isinstance(value, dict) else {dotted: to_jsonable_python(value)}
-    return made
+        flattened |= flat(value, f"{dotted}.") if isinstance(value, dict) else {dotted: to_jsonable_python(value)}
+    return flattened
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tune") -> None:
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tune") -
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
     except Exception as error:
-        status = getattr(error, "exit_status", None)  # the errors that have one were written to be read by a person
+        status = getattr(error, "exit_status", None)  # an error that has one carries a message for the user
         if status is None:
             raise
         say(f"{'' if status == EXIT_STOPPED else 'error: '}{error}", sys.stderr)

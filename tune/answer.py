@@ -1,4 +1,4 @@
-"""What sweeps found, as objects. In a notebook, they show themselves as tables and pictures."""
+"""The results of sweeps as objects, which a notebook shows as tables and pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_ae import Config
 
 from .insight import Importance
 
-SHOWN = 10  # trials of the representation
+SHOWN = 10  # trials in a notebook
 
 
 @dataclass(frozen=True)
@@ -21,61 +21,61 @@ class Answer:
 
     path: Path  # the sweep's folder, with report.html, trials.csv, best.json and trials/
     best: Config  # the winner's configuration, to be trained or changed
-    run_dir: Path  # the winner's run, which `dist_ae.load` takes
-    sentences: list[str]  # the answer beside PCA, what fresh seeds say, and warnings
-    trials: list[dict[str, Any]]  # the rows of trials.csv, best first; `pandas.DataFrame(answer.trials)` takes them
-    front: list[dict[str, Any]]  # of them, the Pareto front of code size against error
-    importance: list[Importance]  # of each setting, most first; empty where it would mean nothing
+    run_dir: Path  # the winner's run, for `dist_ae.load`
+    sentences: list[str]  # the answer compared with PCA, the result of fresh seeds, and warnings
+    trials: list[dict[str, Any]]  # the rows of trials.csv, best first, for `pandas.DataFrame(answer.trials)`
+    front: list[dict[str, Any]]  # those rows that form the Pareto front of code size against error
+    importance: list[Importance]  # of each setting, largest first; empty if it would mean nothing
     ranking: Sequence[Mapping[str, str]] = field(repr=False)
-    pictures: Sequence[tuple[str, str]] = field(repr=False)  # (what it shows, data URI)
+    pictures: Sequence[tuple[str, str]] = field(repr=False)  # (caption, data URI)
 
     def __str__(self) -> str:
         return "\n".join(self.sentences)
 
     def _repr_html_(self) -> str:
         """The ranking and the pictures, for a notebook."""
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in self.sentences)
+        paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in self.sentences)
         rows = self.ranking[:SHOWN]
         head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0]) if rows else ""
         body = "".join(
             f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in cells.values())}</tr>" for cells in rows
         )
-        shares = "".join(f"<li>{html.escape(str(each))}</li>" for each in self.importance)
+        shares = "".join(f"<li>{html.escape(str(share))}</li>" for share in self.importance)
         images = "".join(
-            f'<figure><img style="max-width: 560px; width: 100%" alt="{html.escape(what)}" src="{image}">'
-            f"<figcaption>{html.escape(what)}</figcaption></figure>"
-            for what, image in self.pictures
+            f'<figure><img style="max-width: 560px; width: 100%" alt="{html.escape(caption)}" src="{image}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, image in self.pictures
         )
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"{said}{table}{f'<ul>{shares}</ul>' if shares else ''}{images}"
+        return f"{paragraphs}{table}{f'<ul>{shares}</ul>' if shares else ''}{images}"
 
 
-# -- sweeps beside each other
+# -- a comparison of sweeps
 
 
 @dataclass(frozen=True)
 class Best:
-    """A sweep's best at a size of the code: a trial, and its value by fresh seeds where it has some."""
+    """A sweep's best trial at a size of the code, and its value, over fresh seeds if it has some."""
 
     trial: str
     size: int
     value: float
-    losses: tuple[float, ...] = field(repr=False)  # with fresh seeds, else that of the search alone; smaller is better
+    losses: tuple[float, ...] = field(repr=False)  # with fresh seeds, else only that of the search; smaller is better
 
     @property
     def seeds(self) -> int:
-        """Fresh seeds; 0 where there is only the search, whose seed it was chosen by."""
+        """Number of fresh seeds; 0 if there is only the seed of the search, by which the trial was chosen."""
         return len(self.losses) if len(self.losses) > 1 else 0
 
 
 @dataclass(frozen=True)
 class Level:
-    """Sweeps compared by their best with ``numbers`` numbers; the better first."""
+    """Sweeps compared by their best trials with a code of ``numbers`` numbers, best first."""
 
     numbers: int
     at_most: bool  # or with fewer, since the sweeps have no size in common
     best: dict[str, Best]  # by the sweep's name
-    behind: dict[str, tuple[float, float] | None]  # the others' 95 % interval; None: seeds are lacking
+    behind: dict[str, tuple[float, float] | None]  # 95 % interval of how much worse each other is; None: too few seeds
 
     @property
     def leader(self) -> str:
@@ -83,21 +83,21 @@ class Level:
 
     @property
     def verdict(self) -> dict[str, str]:
-        """What can be said of each other sweep: worse, alike (it cannot be told from the leader), or one seed."""
-        said = {}
+        """The verdict on each other sweep: worse, alike (not distinguishable from the leader), or one seed."""
+        verdicts = {}
         for name, interval in self.behind.items():
-            said[name] = "one seed" if interval is None else "worse" if interval[0] > 0 else "alike"
-        return said
+            verdicts[name] = "one seed" if interval is None else "worse" if interval[0] > 0 else "alike"
+        return verdicts
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What sweeps are beside each other. In a notebook, it shows itself as sentences, tables and the fronts."""
+    """A comparison of sweeps, which a notebook shows as sentences, tables and the fronts."""
 
-    path: Path  # of the page; beside it stands the same as JSON
+    path: Path  # of the page; a JSON file with the same content lies next to it
     sentences: list[str]
     levels: list[Level]
-    differs: dict[str, dict[str, str]]  # what differs in spaces and settings: by key, by the sweep's name
+    differs: dict[str, dict[str, str]]  # differing spaces and settings, by key and by the sweep's name
     sizes: Sequence[dict[str, str]] = field(repr=False)
     picture: str = field(repr=False)  # the fronts, a data URI
 
@@ -105,9 +105,9 @@ class Comparison:
         return "\n".join(self.sentences)
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in self.sentences)
+        paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in self.sentences)
         tables = _as_html(self.sizes) + _as_html(setting_rows(self.differs))
-        return f'{said}{tables}<img alt="fronts" style="max-width: 560px; width: 100%" src="{self.picture}">'
+        return f'{paragraphs}{tables}<img alt="fronts" style="max-width: 560px; width: 100%" src="{self.picture}">'
 
 
 def _as_html(rows: Sequence[dict[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""Sweeps of one question beside each other: which is better at which size of the code, and whether that is certain."""
+"""Compares sweeps of the same question: which is better at which size of the code, and whether that is certain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_ae import PRESETS, Config, InputError
 from dist_ae.sweeping import say
 
 from .answer import Best, Comparison, Level, setting_rows
-from .confirm import again, chosen
+from .confirm import choose_answer, fresh_losses
 from .plan import Settings, Sweep, read_object, read_sweep, write_json
 from .report import (
     COLORS,
@@ -39,8 +39,8 @@ from .spaces import METRICS
 from .sweep import resuming
 
 MOST = 8  # sweeps on one page
-TRAINING_ONLY = ("data.flip", "data.crops", "data.window")  # they change no validation image
-HOW = ("address", "max_concurrent")  # settings that change no answer
+TRAINING_ONLY = ("data.flip", "data.crops", "data.window")  # settings that change no validation image
+WITHOUT_EFFECT = ("address", "max_concurrent")  # settings that do not change an answer
 
 
 @dataclass(frozen=True)
@@ -54,33 +54,33 @@ class _Side:
 
 
 def compare(paths: Sequence[Path], selection: Selection, page: Path) -> Comparison:
-    """Writes a page and a JSON file about two sweeps or more, and returns what is in them.
+    """Writes a page and a JSON file that compare two or more sweeps, and returns their content.
 
     Args:
         paths: folders of sweeps, which may still be running.
-        page: where to write; the JSON file has the same name.
+        page: path of the page; the JSON file has the same name.
 
     Raises:
-        InputError: they do not answer one question, or one has no answer yet; says what differs.
+        InputError: the sweeps do not answer the same question (says what differs), or one has no answer yet.
     """
     if not 2 <= len(paths) <= MOST or len({path.resolve() for path in paths}) < len(paths):
         raise InputError(f"--compare takes 2 to {MOST} different sweeps")
     sweeps = [read_sweep(path) for path in paths]
-    short = [sweep.name for sweep in sweeps]
-    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    folder_names = [sweep.name for sweep in sweeps]
+    names = folder_names if len(set(folder_names)) == len(folder_names) else [str(path) for path in paths]
     _check_question(dict(zip(names, sweeps, strict=True)))
     sides = []
     for name, sweep in zip(names, sweeps, strict=True):
         rows = results(sweep)
-        winner, _ = chosen(sweep, rows, selection)
+        winner, _ = choose_answer(sweep, rows, selection)
         if winner is None:
-            raise InputError(f"--compare {name}: no trial has finished there that --select {selection} could choose")
+            raise InputError(f"--compare {name}: --select {selection} finds no finished trial to choose")
         sides.append(_Side(name, sweep, rows, winner))
     levels, differs = [*_levels(sides)], _differences(sides)
     linear = {side.name: linear_codes(side.sweep, side.rows) for side in sides}
-    pca = {name: found.errors(denoises(sweeps[0])) if found else {} for name, found in linear.items()}
-    said = _sentences(levels, sides, selection)
-    said += [headline(side.sweep, selection, side.winner, pca[side.name], f"{side.name}, ") for side in sides]
+    pca = {name: codes.errors(denoises(sweeps[0])) if codes else {} for name, codes in linear.items()}
+    sentences = _sentences(levels, sides, selection)
+    sentences += [headline(side.sweep, selection, side.winner, pca[side.name], f"{side.name}, ") for side in sides]
     sizes = [_size_row(level, sides) for level in levels]
     picture = _fronts(sides, pca)
     pictures = [
@@ -93,8 +93,13 @@ def compare(paths: Sequence[Path], selection: Selection, page: Path) -> Comparis
         | {"value": side.winner.value, "pca": pca[side.name].get(side.winner.size), "front": _front(side)}
         for side in sides
     }
-    written: dict[str, Any] = {"metric": sweeps[0].metric, "select": str(selection), "said": said, "sweeps": answers}
-    written["levels"] = [{**asdict(level), "verdict": level.verdict} for level in levels]
+    content: dict[str, Any] = {
+        "metric": sweeps[0].metric,
+        "select": str(selection),
+        "said": sentences,
+        "sweeps": answers,
+    }
+    content["levels"] = [{**asdict(level), "verdict": level.verdict} for level in levels]
     try:
         write_page(
             page,
@@ -102,21 +107,21 @@ def compare(paths: Sequence[Path], selection: Selection, page: Path) -> Comparis
             names=names,
             metric=sweeps[0].metric,
             judged_by=METRICS[sweeps[0].metric][1],
-            said=said,
+            said=sentences,
             note=f"{size_note(sweeps[0])} compare at one size. The rings are the answers.",
             fronts=picture,
             pictures=pictures,
             sizes=sizes,
             differs=setting_rows(differs),
         )
-        write_json(page.with_suffix(".json"), {**written, "differs": differs})
+        write_json(page.with_suffix(".json"), {**content, "differs": differs})
     except OSError as error:
         way_out = "from Python, dist_ae_tune.compare(..., page=PATH) writes elsewhere"
         raise InputError(f"{page} cannot be written: {error.strerror}; {way_out}") from None
-    for line in said:
+    for line in sentences:
         say(line)
     say(f"{page}, {page.with_suffix('.json').name}")
-    return Comparison(page, said, levels, differs, sizes, picture)
+    return Comparison(page, sentences, levels, differs, sizes, picture)
 
 
 # -- one question
@@ -127,70 +132,72 @@ def _configs(sweep: Sweep) -> Iterator[Config]:
 
 
 def _check_question(sweeps: dict[str, Sweep]) -> None:
-    """Raises InputError unless all sweeps are judged by the same figure of the same validation images."""
+    """Raises InputError unless all sweeps are judged by the same metric of the same validation images."""
     contents = {name: _fingerprints(sweep) for name, sweep in sweeps.items()}
-    asked = {name: _question(sweep) for name, sweep in sweeps.items()}
+    questions = {name: _question(sweep) for name, sweep in sweeps.items()}
     if all(contents.values()):  # the same images may lie in another place
-        asked = {
-            name: {**found, "data.name": None, "the content of the data": " and ".join(contents[name])}
-            for name, found in asked.items()
+        questions = {
+            name: {**question, "data.name": None, "the content of the data": " and ".join(contents[name])}
+            for name, question in questions.items()
         }
-    (first, one), *others = asked.items()
+    (first_name, first), *others = questions.items()
     for name, other in others:
-        for key in one | other:
-            if one.get(key) != other.get(key):
-                both = f"{number(one.get(key))} in {first} and {number(other.get(key))} in {name}"
-                raise InputError(f"--compare: {key} is {both}, so they do not answer one question")
+        for key in first | other:
+            if first.get(key) != other.get(key):
+                both = f"{number(first.get(key))} in {first_name} and {number(other.get(key))} in {name}"
+                raise InputError(f"--compare: {key} is {both}, so they do not answer the same question")
 
 
 def _question(sweep: Sweep) -> dict[str, Any]:
-    """What decides which figure of which images a sweep is judged by."""
-    found: dict[str, Any] = {"metric": sweep.metric}
+    """The settings that define which metric of which images a sweep is judged by."""
+    question: dict[str, Any] = {"metric": sweep.metric}
     for config in _configs(sweep):
         values = config.trajectory_values()
-        found |= {key: value for key, value in values.items() if key.startswith("data.") and key not in TRAINING_ONLY}
+        question |= {
+            key: value for key, value in values.items() if key.startswith("data.") and key not in TRAINING_ONLY
+        }
         if denoises(sweep):
-            found["evaluation.noise_std"] = config.evaluation.noise_std
+            question["evaluation.noise_std"] = config.evaluation.noise_std
         if sweep.metric == "val.neg_elbo":
-            found["objective.likelihood"] = config.objective.likelihood
-    return found
+            question["objective.likelihood"] = config.objective.likelihood
+    return question
 
 
 def _fingerprints(sweep: Sweep) -> list[str]:
-    """What identifies the content of the data that a sweep's trials were trained on."""
-    kept = (read_object(sweep.run_dir(trial) / "config.json") or {} for trial in sweep.trials())
-    return sorted({str(each["trajectory"]["data.fingerprint"])[:12] for each in kept if each.get("trajectory")})
+    """Identifies the content of the data that a sweep's trials were trained on."""
+    stored = (read_object(sweep.run_dir(trial) / "config.json") or {} for trial in sweep.trials())
+    return sorted({str(tree["trajectory"]["data.fingerprint"])[:12] for tree in stored if tree.get("trajectory")})
 
 
 # -- which is better
 
 
 def _levels(sides: Sequence[_Side]) -> Iterator[Level]:
-    """The sizes that two sweeps or more have finished trials of.
+    """The sizes at which two or more sweeps have finished trials.
 
-    Where there is none, as between an MLP's codes and a convolution's grids, it is the sizes at which a sweep's best
-    with at most so many numbers changes.
+    If there is no such size, as with an MLP's codes and a convolution's grids, the sizes at which some sweep's best
+    with at most that many numbers changes.
     """
-    fresh = {side.name: again(side.sweep) for side in sides}
+    fresh = {side.name: fresh_losses(side.sweep) for side in sides}
     good = {side.name: [row for row in side.rows if _is_good(row)] for side in sides}
-    had = Counter(size for rows in good.values() for size in {row.size for row in rows})
-    common = sorted(size for size, count in had.items() if count > 1)
+    sweeps_by_size = Counter(size for rows in good.values() for size in {row.size for row in rows})
+    common = sorted(size for size, count in sweeps_by_size.items() if count > 1)
     before: dict[str, Best] = {}
-    for numbers in common or sorted(had):
-        found = {}
+    for numbers in common or sorted(sweeps_by_size):
+        best = {}
         for side in sides:
             rows = [row for row in good[side.name] if row.size == numbers or (not common and row.size < numbers)]
-            row, _ = chosen(side.sweep, rows, Selection("best"))
+            row, _ = choose_answer(side.sweep, rows, Selection("best"))
             if row is not None:
                 losses = tuple(fresh[side.name].get(row.trial.id, ()))
                 losses = losses if len(losses) > 1 else (-side.sweep.sign * row.value,)
                 value = -side.sweep.sign * statistics.mean(losses)
-                found[side.name] = Best(row.trial.id, row.size, value, losses)
-        if len(found) > 1 and found != before:
-            order = sorted(found, key=lambda name: statistics.mean(found[name].losses))
-            behind = {name: _behind(found[name], found[order[0]]) for name in order[1:]}
-            yield Level(numbers, not common, {name: found[name] for name in order}, behind)
-            before = found
+                best[side.name] = Best(row.trial.id, row.size, value, losses)
+        if len(best) > 1 and best != before:
+            order = sorted(best, key=lambda name: statistics.mean(best[name].losses))
+            behind = {name: _behind(best[name], best[order[0]]) for name in order[1:]}
+            yield Level(numbers, not common, {name: best[name] for name in order}, behind)
+            before = best
 
 
 def _is_good(row: Row) -> bool:
@@ -198,7 +205,7 @@ def _is_good(row: Row) -> bool:
 
 
 def _behind(other: Best, leader: Best) -> tuple[float, float] | None:
-    """Welch's 95 % interval of by how much one is worse, the seeds of both being fresh; None without them."""
+    """Welch's 95 % interval of how much worse ``other`` is, over fresh seeds of both; None without such seeds."""
     if not other.seeds or not leader.seeds:
         return None
     if not all(map(math.isfinite, (*other.losses, *leader.losses))):
@@ -207,42 +214,42 @@ def _behind(other: Best, leader: Best) -> tuple[float, float] | None:
 
     interval = ttest_ind(other.losses, leader.losses, equal_var=False).confidence_interval()
     gap = statistics.mean(other.losses) - statistics.mean(leader.losses)
-    spread = math.isfinite(interval.low)  # without any, both are what they are
-    return (float(interval.low), float(interval.high)) if spread else (gap, gap)
+    varies = math.isfinite(interval.low)  # else both have the same loss with every seed
+    return (float(interval.low), float(interval.high)) if varies else (gap, gap)
 
 
 def _sentences(levels: Sequence[Level], sides: Sequence[_Side], selection: Selection) -> list[str]:
-    """A sentence for each run of sizes with one verdict."""
-    runs: list[list[Level]] = []
+    """One sentence for each group of consecutive sizes with the same verdict."""
+    groups: list[list[Level]] = []
     for level in levels:
-        same = runs and (runs[-1][0].leader, runs[-1][0].verdict) == (level.leader, level.verdict)
-        runs[-1].append(level) if same else runs.append([level])
-    said = []
-    for run in runs:
-        *others, last = [str(level.numbers) for level in run]
+        same = groups and (groups[-1][0].leader, groups[-1][0].verdict) == (level.leader, level.verdict)
+        groups[-1].append(level) if same else groups.append([level])
+    sentences = []
+    for group in groups:
+        *others, last = [str(level.numbers) for level in group]
         sizes = f"{', '.join(others)} and {last}" if others else last
-        most = "at most " if run[0].at_most else ""
-        parts = [_said(name, kind, run, sides[0].sweep) for name, kind in run[0].verdict.items()]
-        said.append(f"With {most}{sizes} numbers, {'; '.join(parts)}")
+        at_most = "at most " if group[0].at_most else ""
+        parts = [_verdict(name, kind, group, sides[0].sweep) for name, kind in group[0].verdict.items()]
+        sentences.append(f"With {at_most}{sizes} numbers, {'; '.join(parts)}")
     lacking = {name for level in levels for name, best in level.best.items() if not best.seeds}
     if any("one seed" in level.verdict.values() for level in levels):
-        ways = [resuming(side.sweep, selection, 3) for side in sides if side.name in lacking]
-        way = f"fresh seeds of the answers can: {'; '.join(ways)}"
-        said.append(f"One seed cannot tell luck from a difference; {way}")
-    return said
+        commands = [resuming(side.sweep, selection, 3) for side in sides if side.name in lacking]
+        way = f"fresh seeds of the answers can: {'; '.join(commands)}"
+        sentences.append(f"One seed cannot tell luck from a difference; {way}")
+    return sentences
 
 
-def _said(name: str, kind: str, run: Sequence[Level], sweep: Sweep) -> str:
-    """What a run of sizes says about the leader and another sweep."""
-    leader, gaps = run[0].leader, []
-    for level in run:
-        ours, theirs = level.best[leader].value, level.best[name].value
-        gaps.append(abs(theirs - ours) / (abs(theirs) or 1) if sweep.metric == "val.mse" else abs(theirs - ours))
+def _verdict(name: str, kind: str, group: Sequence[Level], sweep: Sweep) -> str:
+    """Compares the leader and another sweep over a group of sizes, in words."""
+    leader, gaps = group[0].leader, []
+    for level in group:
+        best, other = level.best[leader].value, level.best[name].value
+        gaps.append(abs(other - best) / (abs(other) or 1) if sweep.metric == "val.mse" else abs(other - best))
     shown = [f"{gap:.1%}" if sweep.metric == "val.mse" else number(gap) for gap in (min(gaps), max(gaps))]
     by = shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
     unit = {"val.denoised_psnr": " dB", "val.neg_elbo": " nats"}.get(sweep.metric, "")
     if kind == "alike":
-        seeds = min(min(level.best[each].seeds for each in (leader, name)) for level in run)
+        seeds = min(level.best[side].seeds for level in group for side in (leader, name))
         return f"{leader} and {name} cannot be told apart with {seeds} fresh seeds"
     if kind == "worse":
         return f"{leader} is better than {name} by {by}{unit}, which fresh seeds confirm"
@@ -259,9 +266,9 @@ def _size_row(level: Level, sides: Sequence[_Side]) -> dict[str, str]:
         if best is None:
             cells[side.name] = "–"
             continue
-        told = [f"{best.size} numbers"] if level.at_most else []
-        told += [f"{best.seeds} fresh seeds"] if best.seeds else []
-        cells[side.name] = number(best.value) + (f" ({', '.join(told)})" if told else "")
+        notes = [f"{best.size} numbers"] if level.at_most else []
+        notes += [f"{best.seeds} fresh seeds"] if best.seeds else []
+        cells[side.name] = number(best.value) + (f" ({', '.join(notes)})" if notes else "")
     words = {"worse": "worse", "alike": "not distinguishable", "one seed": "behind, one seed"}
     rest = "; ".join(f"{name} {words[kind]}" for name, kind in level.verdict.items())
     return {**cells, "verdict": f"{level.leader} leads; {rest}"}
@@ -271,22 +278,22 @@ def _size_row(level: Level, sides: Sequence[_Side]) -> dict[str, str]:
 
 
 def _differences(sides: Sequence[_Side]) -> dict[str, dict[str, str]]:
-    """Searched ranges, fixed settings and the way of searching that are not the same in all; and what each took."""
+    """Searched ranges, fixed settings and search settings that differ between the sweeps; and the cost of each."""
     keys = [key for key, _ in Config().flat() if key not in ("name", "run_dir") and not key.startswith("tracking.")]
-    found = {"presets": {side.name: ", ".join(side.sweep.space.parts) for side in sides}}
-    found |= {key: {side.name: _told(side.sweep, key) for side in sides} for key in keys}
+    differences = {"presets": {side.name: ", ".join(side.sweep.space.parts) for side in sides}}
+    differences |= {key: {side.name: _setting(side.sweep, key) for side in sides} for key in keys}
     for key in Settings.model_fields:
-        if key not in HOW:
+        if key not in WITHOUT_EFFECT:
             values = {side.name: number(getattr(side.sweep.settings, key)) for side in sides}
-            found[f"--{key.replace('_', '-')}"] = values
-    found = {key: values for key, values in found.items() if len(set(values.values())) > 1}
+            differences[f"--{key.replace('_', '-')}"] = values
+    differences = {key: values for key, values in differences.items() if len(set(values.values())) > 1}
     for what in ("finished trials", "training steps", "seconds of trials"):
-        found[what] = {side.name: f"{_taken(side, what):,.0f}" for side in sides}
-    return found
+        differences[what] = {side.name: f"{_cost(side, what):,.0f}" for side in sides}
+    return differences
 
 
-def _told(sweep: Sweep, key: str) -> str:
-    """What a sweep does with a setting: what it searches, or the value that it keeps."""
+def _setting(sweep: Sweep, key: str) -> str:
+    """How a sweep treats a setting: the searched range, or the fixed value."""
     texts = {}
     for (preset, part), config in zip(sweep.space.parts.items(), _configs(sweep), strict=True):
         values = f"{part[key].kind} {number(part[key].values)}" if key in part else number(dict(config.flat())[key])
@@ -295,7 +302,7 @@ def _told(sweep: Sweep, key: str) -> str:
     return next(iter(texts.values())) if same else "; ".join(f"{preset}: {text}" for preset, text in texts.items())
 
 
-def _taken(side: _Side, what: str) -> float:
+def _cost(side: _Side, what: str) -> float:
     if what == "finished trials":
         return sum(row.outcome.status == "finished" for row in side.rows)
     name = "step" if what == "training steps" else "seconds"
@@ -312,22 +319,22 @@ def _front(side: _Side) -> list[dict[str, Any]]:
 
 
 def _fronts(sides: Sequence[_Side], pca: dict[str, dict[int, float]]) -> str:
-    """The fronts over each other, with the linear codes."""
+    """Draws the fronts into one chart, with the linear codes."""
     linear: dict[str, dict[int, float]] = {}
     for side in sides:
         for config in map(side.sweep.answer, (row.trial for row in side.rows)):
             linear.setdefault(linear_name(config), {}).update(pca[side.name])
     error = {side.name: errors(side.sweep, side.rows) for side in sides}
     with matplotlib.rc_context(LOOK):
-        figure, axes, _ = size_axes(linear, min(min(each.values(), default=math.inf) for each in error.values()))
+        figure, axes, _ = size_axes(linear, min(min(values.values(), default=math.inf) for values in error.values()))
         for side, color in zip(sides, [*dict.fromkeys(COLORS.values()), "#0f766e", "#be185d", "#111827"], strict=False):
-            own = error[side.name]
+            by_trial = error[side.name]
             for row in side.rows:
-                if row.trial.id in own:
-                    axes.plot(row.size, own[row.trial.id], "o", color=color, markersize=5, alpha=0.35)
-            axes.plot(*line_of(front(side.rows, own), own), "o-", color=color, linewidth=1.8, label=side.name)
-            if side.winner.trial.id in own:
+                if row.trial.id in by_trial:
+                    axes.plot(row.size, by_trial[row.trial.id], "o", color=color, markersize=5, alpha=0.35)
+            axes.plot(*line_of(front(side.rows, by_trial), by_trial), "o-", color=color, linewidth=1.8, label=side.name)
+            if side.winner.trial.id in by_trial:
                 ring: Any = {"color": color, "markersize": 13, "fillstyle": "none", "markeredgewidth": 1}
-                axes.plot(side.winner.size, own[side.winner.trial.id], "o", **ring)
+                axes.plot(side.winner.size, by_trial[side.winner.trial.id], "o", **ring)
         finish_sizes(figure)
         return as_uri(figure)

@@ -1,4 +1,4 @@
-"""Time: an estimate of what is left, and a sweep that ends within given minutes. Pure but for a clock that is given."""
+"""Time: an estimate of the time left, and a budget of minutes for a sweep. Pure functions but for a given clock."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-RECENT = 8  # ended trials that an estimate looks at: a machine's speed changes
+RECENT = 8  # ended trials that an estimate uses: a machine's speed changes
 RUNGS = (100.0, 100 / 3, 100 / 9, 100 / 27)  # percent of a trial at which ASHA may first stop it; the gentlest first
-ENOUGH = 16  # trials to make room for, where none are asked for
-SHARE, LEAST, MOST = 0.04, 20.0, 40.0  # of the budget, and its bounds in seconds: what ending and reporting may take
+ENOUGH = 16  # trials to make room for, if the user asks for no number
+SHARE, LEAST, MOST = 0.04, 20.0, 40.0  # time to end and report: share of the budget, and its bounds in seconds
 BETWEEN = 15.0  # seconds from the end of a search to the first run with a fresh seed
 
 
 def time_left(costs: Sequence[float], running: Sequence[float], waiting: int, slots: int) -> str:
-    """A range for the time that is left, from the second ended trial on; "" before, and where it is below 10 s.
+    """A range for the time left, from the second ended trial on; "" before that, and if it is below 10 s.
 
     Args:
         costs: seconds of each trial that ended, the oldest first.
-        running: seconds that each running trial has had.
+        running: seconds for which each running trial has run.
         waiting: trials that have not begun.
         slots: trials that run at once.
     """
@@ -34,14 +34,14 @@ def time_left(costs: Sequence[float], running: Sequence[float], waiting: int, sl
 
 
 def bounds(costs: Sequence[float], running: Sequence[float], waiting: int, slots: int) -> tuple[float, float]:
-    """(least, most) seconds that are left, by the mean and spread of the recent costs; (0, inf) with fewer than two."""
+    """(least, most) seconds left, by mean and spread of the recent costs; (0, inf) with fewer than two costs."""
     if len(costs) < 2:
         return 0.0, math.inf
     recent = costs[-RECENT:]
     mean, spread = statistics.mean(recent), statistics.stdev(recent)
-    rest = [max(mean - had, 0.1 * mean) for had in running]
+    rest = [max(mean - spent, 0.1 * mean) for spent in running]
     at_once = max(1, min(slots, waiting + len(running)))
-    # The last trials do not fill all places: half a trial more, on average, than the work divided by them.
+    # The last trials do not fill all slots: on average, half a trial more than the work divided by the slots.
     middle = max((waiting * mean + sum(rest)) / at_once + (0.5 * mean if waiting else 0), max(rest, default=0.0))
     count = waiting + len(running)
     half = 2 * spread * math.sqrt(count + count**2 / len(recent)) / at_once + 0.5 * mean * bool(count)
@@ -50,60 +50,62 @@ def bounds(costs: Sequence[float], running: Sequence[float], waiting: int, slots
 
 @dataclass
 class Budget:
-    """Minutes in which a sweep is to end with an answer, its start and its report included.
+    """Minutes in which a sweep ends with an answer, including its start and its report.
 
-    Trials begin as long as they can come as far as ASHA's first rung. That rung is as late as leaves room for as many
-    trials as are wanted, at the pace of the latest ones. What still runs at the end is cut off, and can be resumed.
+    Trials begin as long as they can reach ASHA's first rung. That rung is as late as possible while the wanted number
+    of trials still fits, at the pace of the latest ones. Trials that still run at the end are cut off, and can be
+    resumed.
     """
 
     minutes: float
     begun: float
     slots: int = 1
     wanted: int = 0  # trials; 0: as many as there is time for
-    held: int = 0  # whole runs, after these, that time is kept for: at most half of it
+    held: int = 0  # whole runs after the trials, for which up to half of the time is reserved
     clock: Callable[[], float] = time.monotonic
     _started: dict[str, float] = field(default_factory=dict)
-    _first: dict[str, tuple[float, float]] = field(default_factory=dict)  # when the first report came, and its percent
-    _took: dict[str, float] = field(default_factory=dict)  # seconds of a whole trial, as its last report has it
+    _first: dict[str, tuple[float, float]] = field(default_factory=dict)  # time and percent of the first report
+    _took: dict[str, float] = field(default_factory=dict)  # seconds of a whole trial, estimated by its last report
 
     @property
     def deadline(self) -> float:
         """When training must stop."""
         seconds = 60 * self.minutes
-        kept = (self.pace() or 0.0) * math.ceil(self.held / self.slots) + (BETWEEN if self.held else 0.0)
-        return self.begun + seconds - min(MOST, max(LEAST, SHARE * seconds)) - min(kept, seconds / 2)
+        reserved = (self.pace() or 0.0) * math.ceil(self.held / self.slots) + (BETWEEN if self.held else 0.0)
+        return self.begun + seconds - min(MOST, max(LEAST, SHARE * seconds)) - min(reserved, seconds / 2)
 
     def started(self, trial: str) -> None:
         """A trial began."""
         self._started[trial] = self.clock()
-        self._first.pop(trial, None)  # a trial that goes on after losing its process
+        self._first.pop(trial, None)  # for a trial that continues after losing its process
 
     def reported(self, trial: str, progress: float) -> None:
-        """A trial is at so many percent of its steps."""
+        """A trial has reached ``progress`` percent of its steps."""
         if progress > 0 and trial in self._started:
-            # A trial's first report holds its start, which is no part of the pace of the rest.
+            # The time to the first report includes the trial's start, which does not belong to the pace.
             now, begun = self.clock(), self._started[trial]
             at, done = self._first.setdefault(trial, (now, progress))
             if progress == done < 100 and self._took:
-                return  # what other trials took says more
-            self._took.pop(trial, None)  # the latest last
+                return  # the pace of other trials is a better estimate
+            self._took.pop(trial, None)  # keeps the latest at the end
             rate = (now - at) / (progress - done) if progress > done else (now - begun) / progress
             self._took[trial] = at - begun + (100 - done) * rate
 
     def pace(self) -> float | None:
-        """Seconds that a whole trial takes now; None while nothing was reported."""
+        """Seconds that a whole trial takes at present; None before the first report."""
         latest = list(self._took.values())[-max(2, self.slots) :]
         return statistics.mean(latest) if latest else None
 
     def rung(self) -> float:
-        """Percent of a trial before which ASHA stops none."""
+        """Percent of a trial before which ASHA stops no trial."""
         pace = self.pace()
         if pace is None:
             return RUNGS[0]
         whole = self.slots * (self.deadline - self.begun) / pace  # trials that would fit if none were stopped
-        for place, rung in enumerate(RUNGS):
-            # A third goes on from each rung to the next, three times as far: 2/3 of the first rung's cost for each.
-            if whole >= (self.wanted or ENOUGH) * rung / 100 * (1 + 2 / 3 * place):
+        for index, rung in enumerate(RUNGS):
+            # A third of the trials goes on from each rung to the next, three times as far. That costs 2/3 of the first
+            # rung for each further rung.
+            if whole >= (self.wanted or ENOUGH) * rung / 100 * (1 + 2 / 3 * index):
                 return rung
         return RUNGS[-1]
 
@@ -116,7 +118,7 @@ class Budget:
         return self.clock() >= self.deadline
 
     def fits(self, runs: int) -> bool:
-        """Whether so many more whole runs end in time."""
+        """Whether this many more whole runs end in time."""
         return self.clock() + (self.pace() or 0.0) * math.ceil(runs / self.slots) < self.deadline
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
-"""Fresh seeds for the leading trials: which runs are still needed, and what can then be told apart.
+"""Fresh seeds for the leading trials: which runs are still needed, and which trials can then be told apart.
 
-A trial that leads a search led with one seed, and was chosen for it. So the leaders are trained again, all with the
-same fresh seeds, one seed after the other, and only those that are still in question. Two trials are told apart by
-Student's 95 % interval of their paired differences; it is not corrected for looking after every seed.
+The leader of a search was chosen by its result with one seed. So the leaders are trained again, all with the same
+fresh seeds, one seed after the other, as long as they are in question. Two trials are told apart by Student's 95 %
+interval of their paired differences; it is not corrected for testing after every seed.
 """
 
 from __future__ import annotations
@@ -25,53 +25,54 @@ Losses = Mapping[str, Sequence[float]]  # trial id → values with fresh seeds 1
 # -- which runs are needed: pure functions
 
 
-def next_runs(searched: Sequence[tuple[str, float]], found: Losses, most: int) -> list[tuple[str, int]]:
-    """(trial id, fresh seed) of what is to be trained next; none once the leader stands alone or has ``most`` seeds.
+def next_runs(searched: Sequence[tuple[str, float]], fresh: Losses, most: int) -> list[tuple[str, int]]:
+    """(trial id, fresh seed) of the next runs; none once the leader stands alone or has ``most`` seeds.
 
     Args:
         searched: (trial id, loss in the search), best first.
     """
-    leaders = leading(searched, found)
-    first = [(name, seed) for name in leaders for seed in range(len(found.get(name, ())) + 1, 3)]
+    leaders = leading(searched, fresh)
+    first = [(name, seed) for name in leaders for seed in range(len(fresh.get(name, ())) + 1, 3)]
     if first:
         return first
-    still = undecided({name: found[name] for name in leaders})
-    seeds = [len(found[name]) for name in still]
-    if len(still) < 2 or min(seeds) >= most:
+    candidates = undecided({name: fresh[name] for name in leaders})
+    seeds = [len(fresh[name]) for name in candidates]
+    if len(candidates) < 2 or min(seeds) >= most:
         return []
-    upto = max(seeds) if min(seeds) < max(seeds) else max(seeds) + 1
-    return [(name, seed) for name in still for seed in range(len(found[name]) + 1, upto + 1)]
+    last = max(seeds) if min(seeds) < max(seeds) else max(seeds) + 1
+    return [(name, seed) for name in candidates for seed in range(len(fresh[name]) + 1, last + 1)]
 
 
-def leading(searched: Sequence[tuple[str, float]], found: Losses) -> list[str]:
-    """The trials in question: the first two, and those that seeds alone could have put behind the first.
+def leading(searched: Sequence[tuple[str, float]], fresh: Losses) -> list[str]:
+    """The trials in question: the first two, and those that may be behind the first by the choice of seeds alone.
 
-    The spread over seeds is that of the trials trained again so far; two standard deviations of a difference count.
+    The spread over seeds is estimated from the trials trained again so far; the margin is two standard deviations of a
+    difference.
     """
-    lines = [found[name] for name, _ in searched if len(found.get(name, ())) > 1]
-    finite = [line for line in lines if all(map(math.isfinite, line))]
+    losses = [fresh[name] for name, _ in searched if len(fresh.get(name, ())) > 1]
+    finite = [values for values in losses if all(map(math.isfinite, values))]
     margin = 2 * math.sqrt(2 * statistics.mean(map(statistics.variance, finite))) if finite else 0.0
-    near = [name for name, loss in searched[:LEADING] if loss <= searched[0][1] + margin]
-    wanted = {*near, *(name for name, _ in searched[:2]), *found}
-    return [name for name, _ in searched if name in wanted]
+    close = [name for name, loss in searched[:LEADING] if loss <= searched[0][1] + margin]
+    names = {*close, *(name for name, _ in searched[:2]), *fresh}
+    return [name for name, _ in searched if name in names]
 
 
-def undecided(found: Losses) -> list[str]:
-    """The leader by its mean, and those that cannot be told from it; best mean first."""
-    order = sorted(found, key=lambda name: statistics.mean(found[name]))
-    if not math.isfinite(statistics.mean(found[order[0]])):
+def undecided(fresh: Losses) -> list[str]:
+    """The leader by mean, and the trials that cannot be told from it; best mean first."""
+    order = sorted(fresh, key=lambda name: statistics.mean(fresh[name]))
+    if not math.isfinite(statistics.mean(fresh[order[0]])):
         return order
-    return [name for name in order if name == order[0] or behind(found[name], found[order[0]])[0] <= 0]
+    return [name for name in order if name == order[0] or behind(fresh[name], fresh[order[0]])[0] <= 0]
 
 
-def choose(found: Losses, sizes: Mapping[str, int]) -> str:
-    """The smallest code of those that cannot be told from the leader; of one size, the best mean."""
-    still = undecided(found)
-    return min(still, key=lambda name: (sizes[name], still.index(name)))
+def choose(fresh: Losses, sizes: Mapping[str, int]) -> str:
+    """The trial with the smallest code among those that cannot be told from the leader; then the best mean."""
+    candidates = undecided(fresh)
+    return min(candidates, key=lambda name: (sizes[name], candidates.index(name)))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean; of values that are not all finite, it is infinitely far."""
+    """Student's 95 % interval of a mean; infinite unless all values are finite."""
     if not all(map(math.isfinite, values)):
         return math.inf, math.inf
     from scipy.stats import t
@@ -84,15 +85,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def behind(losses: Sequence[float], leader: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of by how much a trial is worse than the leader, over the seeds that both have."""
-    return interval([own - its for own, its in zip(losses, leader, strict=False)])
+    """The 95 % interval of how much worse a trial is than the leader, over the seeds that both have."""
+    return interval([loss - best for loss, best in zip(losses, leader, strict=False)])
 
 
-# -- of a sweep
+# -- confirming a sweep
 
 
 def confirmation(sweep: Sweep) -> Sweep:
-    """The sweep in which leading trials are trained again, with a folder of its own and no scheduler."""
+    """The sweep that trains leading trials again, with its own folder and no scheduler."""
     fixed = {"scheduler": "none", "search": "random", "num_trials": 0, "budget": None}  # it searches nothing
     settings = sweep.settings.model_copy(update=fixed)
     path, name = sweep.path / "confirm", f"{sweep.name}-confirm"
@@ -100,7 +101,7 @@ def confirmation(sweep: Sweep) -> Sweep:
 
 
 def contenders(rows: list[Row], selection: Selection, sweep: Sweep) -> list[Row]:
-    """The finished trials that a selection chooses from, the one that it chose first."""
+    """The finished trials that a selection chooses from; the selected one comes first."""
     winner = select(rows, selection, sweep)
     if winner is None:
         return []
@@ -112,47 +113,46 @@ def contenders(rows: list[Row], selection: Selection, sweep: Sweep) -> list[Row]
     return good
 
 
-def again(sweep: Sweep) -> dict[str, list[float]]:
-    """The losses with fresh seeds of trials that were trained again, by the trials' ids."""
-    made = confirmation(sweep)
-    found: dict[str, dict[int, float]] = {}
-    for row in results(made):
+def fresh_losses(sweep: Sweep) -> dict[str, list[float]]:
+    """The losses with fresh seeds of trials that were trained again, by trial id."""
+    by_seed: dict[str, dict[int, float]] = {}
+    for row in results(confirmation(sweep)):
         if row.outcome.status in ("finished", "failed"):
             trial, seed = divmod(row.trial.number, PLACES)
             good = row.outcome.status == "finished" and math.isfinite(row.value)
-            found.setdefault(f"{sweep.key}-{trial:04d}", {})[seed] = -sweep.sign * row.value if good else math.inf
-    # Only an unbroken line of seeds counts: a run that is still to be done would shift the pairs.
-    lines = {name: [seeds[s] for s in range(1, len(seeds) + 1) if s in seeds] for name, seeds in found.items()}
-    return {name: line for name, line in lines.items() if len(line) == len(found[name])}
+            by_seed.setdefault(f"{sweep.key}-{trial:04d}", {})[seed] = -sweep.sign * row.value if good else math.inf
+    # Only seeds without a gap count: a run that is still to be done would shift the pairs.
+    losses = {name: [seeds[s] for s in range(1, len(seeds) + 1) if s in seeds] for name, seeds in by_seed.items()}
+    return {name: values for name, values in losses.items() if len(values) == len(by_seed[name])}
 
 
 def plan_runs(sweep: Sweep, rows: list[Row], most: int) -> Sweep | None:
-    """Plans the next runs with fresh seeds for contenders, best first; None where no more are needed."""
-    found = again(sweep)
+    """Plans the next runs with fresh seeds for contenders, best first; None if no more are needed."""
+    trials = {row.trial.id: row.trial for row in rows}
+    fresh = {name: losses for name, losses in fresh_losses(sweep).items() if name in trials}
     searched = [(row.trial.id, -sweep.sign * row.value) for row in rows]
-    known = {row.trial.id for row in rows}
-    todo = next_runs(searched, {name: each for name, each in found.items() if name in known}, most) if rows else []
-    made, trials = confirmation(sweep), {row.trial.id: row.trial for row in rows}
+    todo = next_runs(searched, fresh, most) if rows else []
+    rerun = confirmation(sweep)
     for name, seed in todo:
-        trial, place = trials[name], trials[name].number * PLACES + seed
-        if not (made.trial_dir(f"{made.key}-{place:04d}") / "trial.json").exists():
-            fresh = (sweep.answer(trial).seed + seed) % 2**63
-            made.new_trial(place, trial.preset, {**trial.values, "seed": fresh})
+        trial, number = trials[name], trials[name].number * PLACES + seed
+        if not (rerun.trial_dir(f"{rerun.key}-{number:04d}") / "trial.json").exists():
+            run_seed = (sweep.answer(trial).seed + seed) % 2**63
+            rerun.new_trial(number, trial.preset, {**trial.values, "seed": run_seed})
     if not todo:
         return None
-    made.write()
-    return made
+    rerun.write()
+    return rerun
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A trial over its fresh seeds, in the metric's own unit."""
+    """The results of a trial over its fresh seeds, in the unit of the metric."""
 
     seeds: int
     mean: float
     low: float  # the 95 % interval of the mean
     high: float
-    behind: tuple[float, float] | None  # the 95 % interval of by how much it is worse than the leader; the leader: None
+    behind: tuple[float, float] | None  # 95 % interval of how much worse it is than the leader; None for the leader
 
     def cells(self) -> dict[str, float | int | None]:
         """Its columns in trials.csv."""
@@ -163,7 +163,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What fresh seeds say: the trial to choose, a sentence, and the standing of each trial that was trained again."""
+    """The result of fresh seeds: the trial to choose, a sentence, and the standing of each trial trained again."""
 
     row: Row
     sentence: str
@@ -171,37 +171,41 @@ class Verdict:
 
 
 def verdict(sweep: Sweep, rows: list[Row]) -> Verdict | None:
-    """What the fresh seeds of contenders say; None where the one that leads the search has none yet."""
-    found, by_id = again(sweep), {row.trial.id: row for row in rows}
-    found = {name: each for name, each in found.items() if name in by_id and len(each) > 1}
-    if not rows or rows[0].trial.id not in found:
+    """The verdict of the contenders' fresh seeds; None if the leader of the search has none yet."""
+    by_id = {row.trial.id: row for row in rows}
+    fresh = {name: losses for name, losses in fresh_losses(sweep).items() if name in by_id and len(losses) > 1}
+    if not rows or rows[0].trial.id not in fresh:
         return None
-    still, sign = undecided(found), -sweep.sign
-    leader, order = still[0], sorted(found, key=lambda name: (statistics.mean(found[name]), name != still[0]))
+    candidates, sign = undecided(fresh), -sweep.sign
+    leader, order = candidates[0], sorted(fresh, key=lambda name: (statistics.mean(fresh[name]), name != candidates[0]))
     standings = {}
     for name in order:
-        low, high = sorted(sign * bound for bound in interval(found[name]))
-        gap = None if name == leader else behind(found[name], found[leader])
-        standings[name] = Standing(len(found[name]), sign * statistics.mean(found[name]), low, high, gap)
+        low, high = sorted(sign * bound for bound in interval(fresh[name]))
+        gap = None if name == leader else behind(fresh[name], fresh[leader])
+        standings[name] = Standing(len(fresh[name]), sign * statistics.mean(fresh[name]), low, high, gap)
     if len(order) == 1:
-        said = f"{leader} is the only one to choose from; {len(found[leader])} fresh seeds say how it varies"
-        return Verdict(by_id[leader], said, standings)
-    if len(still) == 1:
-        low, high = behind(found[order[1]], found[leader])
-        common = min(len(found[leader]), len(found[order[1]]))
-        said = f"{order[1]} is worse by {number(low)} to {number(high)}" if math.isfinite(low) else f"{order[1]} failed"
-        return Verdict(by_id[leader], f"{leader} leads with {common} fresh seeds, too: {said}", standings)
-    chosen = choose(found, {name: by_id[name].size for name in found})
-    others = " and ".join(still[1:]) if len(still) < 4 else f"{', '.join(still[1:-1])} and {still[-1]}"
-    sizes = {by_id[name].size for name in still}
+        sentence = f"{leader} is the only one to choose from; {len(fresh[leader])} fresh seeds show its spread"
+        return Verdict(by_id[leader], sentence, standings)
+    if len(candidates) == 1:
+        low, high = behind(fresh[order[1]], fresh[leader])
+        common = min(len(fresh[leader]), len(fresh[order[1]]))
+        sentence = (
+            f"{order[1]} is worse by {number(low)} to {number(high)}" if math.isfinite(low) else f"{order[1]} failed"
+        )
+        return Verdict(by_id[leader], f"{leader} also leads with {common} fresh seeds: {sentence}", standings)
+    chosen = choose(fresh, {name: by_id[name].size for name in fresh})
+    others = (
+        " and ".join(candidates[1:]) if len(candidates) < 4 else f"{', '.join(candidates[1:-1])} and {candidates[-1]}"
+    )
+    sizes = {by_id[name].size for name in candidates}
     way = f"the smaller code is chosen, {chosen} with {by_id[chosen].size} numbers"
-    way = way if len(sizes) > 1 else "their codes are of one size, and the better mean is chosen"
-    common = min(len(found[name]) for name in still)
-    said = f"{leader} is not distinguishable from {others} with {common} fresh seeds; {way}"
-    return Verdict(by_id[chosen], said, standings)
+    way = way if len(sizes) > 1 else "their codes have the same size, and the better mean is chosen"
+    common = min(len(fresh[name]) for name in candidates)
+    sentence = f"{leader} is not distinguishable from {others} with {common} fresh seeds; {way}"
+    return Verdict(by_id[chosen], sentence, standings)
 
 
-def chosen(sweep: Sweep, rows: list[Row], selection: Selection) -> tuple[Row | None, Verdict | None]:
-    """The answer of a sweep, and what fresh seeds say of it, where there are any."""
-    found = verdict(sweep, contenders(rows, selection, sweep))
-    return (found.row, found) if found else (select(rows, selection, sweep), None)
+def choose_answer(sweep: Sweep, rows: list[Row], selection: Selection) -> tuple[Row | None, Verdict | None]:
+    """The answer of a sweep, and the verdict of fresh seeds, if there are any."""
+    confirmed = verdict(sweep, contenders(rows, selection, sweep))
+    return (confirmed.row, confirmed) if confirmed else (select(rows, selection, sweep), None)

@@ -13,11 +13,11 @@ from .budget import Budget, time_left
 from .plan import Sweep
 from .results import number
 
-QUIET_SECONDS = 45.0  # without a line, after which a report of a trial says how far the sweep is
+QUIET_SECONDS = 45.0  # without a line, after which a trial's report shows the progress of the sweep
 
 
 class Progress(Callback):  # type: ignore[misc]
-    """Shows what ended, the best so far, and an estimate of the time left."""
+    """Shows each ended trial, the best so far, and an estimate of the time left."""
 
     def __init__(
         self, sweep: Sweep, total: int, before: dict[str, dict[str, Any]], slots: int, budget: Budget | None
@@ -32,12 +32,12 @@ class Progress(Callback):  # type: ignore[misc]
         self._last: dict[str, dict[str, Any]] = dict(before)
         self.bar = rich.progress.Progress(disable=not rich.get_console().is_terminal, refresh_per_second=2)
         self._task = self.bar.add_task(sweep.name, total=100 * total or None, completed=round(self._reached()))
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray pickles the whole experiment, and nothing here reads that pickle
 
-    # -- what Ray calls
+    # -- Ray's hooks
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running[trial.config["id"]] = time.monotonic()
@@ -51,11 +51,11 @@ class Progress(Callback):  # type: ignore[misc]
             if self._budget is not None:
                 self._budget.reported(trial.config["id"], result.get("progress", 0.0))
             self._update()
-            if not self.bar.console.is_terminal and time.monotonic() - self._said > QUIET_SECONDS:
+            if not self.bar.console.is_terminal and time.monotonic() - self._last_line > QUIET_SECONDS:
                 self._say(self._summary())
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(f"trial {trial.config['id']} lost its process; it goes on from its last checkpoint")
+        self._say(f"trial {trial.config['id']} lost its process; it continues from its last checkpoint")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         planned = self._sweep.trial(trial.config["id"])
@@ -71,10 +71,10 @@ class Progress(Callback):  # type: ignore[misc]
 
     on_trial_error = on_trial_complete
 
-    # -- what a person sees
+    # -- what the user sees
 
     def _reached(self) -> float:
-        """Percent of trials that need no more training. A stopped trial owes nothing."""
+        """The sum over trials of their progress in percent. A trial that ended counts 100."""
         return sum(r.get("progress", 0.0) if i in self._running else 100.0 for i, r in self._last.items())
 
     def _update(self) -> None:
@@ -93,5 +93,5 @@ class Progress(Callback):  # type: ignore[misc]
         return f"{done}{of} trials, {len(self._running)} running, best {number(best)}{rest}"
 
     def _say(self, line: str) -> None:
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
         self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

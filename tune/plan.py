@@ -1,9 +1,9 @@
-"""The sweep's folder: what was planned and what became of it. A sweep resumes from these files, not from Ray's.
+"""The sweep's folder: planned trials and their outcomes. A sweep resumes from these files, not from Ray's.
 
 sweep.json                     the space, the settings, the metric; written once, after the first trials are planned
 trials/<id>/trial.json         preset and sampled values, written before the trial starts
 trials/<id>/                   the trial's run directory, as dist-ae train writes it; result.json once it is finished
-trials/<id>/reports.jsonl      what the trial reported, one line an evaluation
+trials/<id>/reports.jsonl      the trial's reports, one line per evaluation
 trials/<id>/outcome.json       only if it was stopped early or failed for good
 """
 
@@ -44,13 +44,15 @@ class Settings(BaseModel):
     )
     search: Literal["random", "grid", "optuna"] = Field("random", description="where the next configuration comes from")
     workers_per_trial: int = Field(1, ge=1, le=MAX_TRIALS, description="processes that train one trial together")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of each")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each; 0.25 lets four one-worker trials share one")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of each worker")
+    gpus_per_worker: float = Field(
+        0, ge=0, description="GPUs of each worker; 0.25 lets four one-worker trials share one"
+    )
     max_concurrent: int | None = Field(
         None, ge=1, le=MAX_TRIALS, description="most trials at once; left out, all that fit"
     )
     address: str | None = Field(None, description="local, the default; auto: this machine's cluster; or HOST:PORT")
-    seed: int = Field(0, description="of the search")
+    seed: int = Field(0, description="seed of the search")
     budget: float | None = Field(
         None, ge=1, le=100_000, description="minutes in which to end with an answer; plans trials and stops weak ones"
     )
@@ -71,11 +73,11 @@ class Settings(BaseModel):
         if self.scheduler == "pbt" and self.workers_per_trial > 1:
             raise InputError(
                 "--scheduler pbt works with --workers-per-trial 1 only: Ray Train owns the checkpoints of a trial of "
-                "several workers, and Ray Tune would skip the cloning without a word. Use --scheduler asha"
+                "several workers, and Ray Tune would silently skip the cloning. Use --scheduler asha"
             )
         if self.budget is not None and self.scheduler in ("median", "pbt"):
-            said = "--budget stops weak trials by ASHA's rule, as time allows"
-            raise InputError(f"{said}; leave out --scheduler {self.scheduler}")
+            reason = "--budget stops weak trials by ASHA's rule, as time allows"
+            raise InputError(f"{reason}; leave out --scheduler {self.scheduler}")
         if self.scheduler == "pbt" and self.search == "optuna":
             reason = "changes the values of running trials, which would mislead --search optuna"
             raise InputError(f"--scheduler pbt {reason}; use --search random")
@@ -87,16 +89,17 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as planned.
+    """A planned trial.
 
-    Population-based training changes values on the way. Each clone is a new generation with its own run directory.
+    Population-based training changes values during training. Each clone is a new generation with its own run
+    directory.
     """
 
     id: str
     preset: str
     values: Values
     generation: int = 0
-    clone: str | None = None  # the stamp of the cloning that began this generation
+    clone: str | None = None  # identifies the cloning that began this generation
     donors: tuple[str, ...] = ()
 
     @property
@@ -106,7 +109,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial has come to.
+    """The state of a trial.
 
     ``status`` is ``pending``, ``unfinished``, ``finished``, ``stopped`` by the scheduler, or ``failed`` for good.
     """
@@ -122,7 +125,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder and what stands in its sweep.json."""
+    """A sweep's folder and the content of its sweep.json."""
 
     path: Path
     name: str
@@ -144,8 +147,8 @@ class Sweep:
 
     def trials(self) -> list[Trial]:
         """All planned trials, in order."""
-        found = [self.trial(path.parent.name) for path in (self.path / "trials").glob("*/trial.json")]
-        return sorted(found, key=lambda t: t.number)
+        trials = [self.trial(path.parent.name) for path in (self.path / "trials").glob("*/trial.json")]
+        return sorted(trials, key=lambda t: t.number)
 
     def trial(self, trial_id: str) -> Trial:
         path = self.trial_dir(trial_id) / "trial.json"
@@ -156,7 +159,7 @@ class Sweep:
             raise InputError(f"{path} is missing or damaged; {hint}") from None
 
     def new_trial(self, number: int, preset: str, values: Values) -> Trial:
-        """Plans a trial. From here on, it is never forgotten."""
+        """Plans a trial and writes it down, so that it outlives this process."""
         trial = Trial(f"{self.key}-{number:04d}", preset, values)
         self.write_trial(trial)
         return trial
@@ -165,7 +168,7 @@ class Sweep:
         write_json(self.trial_dir(trial.id) / "trial.json", asdict(trial))
 
     def run_dir(self, trial: Trial) -> Path:
-        """Where dist_ae keeps the trial's run."""
+        """The run directory of the trial's present generation."""
         folder = self.trial_dir(trial.id)
         return folder / f"generation-{trial.generation}" if trial.generation else folder
 
@@ -174,43 +177,44 @@ class Sweep:
         values = {**self.overrides, **trial.values, "name": f"{self.name}-{trial.number:04d}"}
         values |= {"tracking.group": self.name, "run_dir": self.run_dir(trial)}
         if self.settings.scheduler == "pbt":
-            values["train.save_every"] = None  # whatever is reported can be cloned
+            values["train.save_every"] = None  # so that every report has a checkpoint to clone
         return PRESETS[trial.preset].override(values)
 
     def answer(self, trial: Trial) -> Config:
-        """The trial's configuration as an experiment of its own: what best.json holds."""
+        """The trial's configuration as a separate experiment, as in best.json."""
         return PRESETS[trial.preset].override({**self.overrides, **trial.values})
 
     def outcome(self, trial: Trial) -> Outcome:
-        """What has become of a trial, read from its folder alone."""
+        """The state of a trial, read only from its folder."""
         reports = tuple(read_reports(self.trial_dir(trial.id)))
-        said = read_object(self.trial_dir(trial.id) / "outcome.json") or {}
+        stored = read_object(self.trial_dir(trial.id) / "outcome.json") or {}
         if read_object(self.run_dir(trial) / "result.json") is not None:
-            # A linear probe comes after the result. Without its figure, the trial is not done.
+            # A linear probe comes after the result. Without its accuracy, the trial is not done.
             done = reports and self.metric in reports[-1] and reports[-1]["progress"] >= 100
             status = "finished" if done else "unfinished"
-        elif said.get("status") in ("stopped", "failed"):
-            status = said["status"]
+        elif stored.get("status") in ("stopped", "failed"):
+            status = stored["status"]
         else:
             status = "unfinished" if reports or (self.run_dir(trial) / "checkpoints").exists() else "pending"
-        return Outcome(status, said.get("error"), reports)
+        return Outcome(status, stored.get("error"), reports)
 
     def value(self, trial: Trial, outcome: Outcome) -> float | None:
-        """A trial's value of the sweep's metric, for the weights that its run uses: those of its best evaluation.
+        """A trial's value of the sweep's metric, for the weights of its best evaluation, which its run uses.
 
-        A metric that comes with the last report alone, as a probe does, is of these weights already. A clone's run has
-        the evaluations since it was cloned, which its reports do not tell from those before: its last one counts.
+        A metric that only the last report has, as a probe's, already belongs to these weights. The run of a clone only
+        has evaluations since the cloning, which its reports do not distinguish from earlier ones: its last report
+        counts.
         """
         config = self.answer(trial)
         standardized = any("val.r2" in report for report in outcome.reports)
-        chosen, sign = selection(config.model.variational, config.objective.noise_std, standardized)
-        judged = [r for r in outcome.reports if math.isfinite(r.get(f"val.{chosen}", math.nan)) and self.metric in r]
+        judge, sign = selection(config.model.variational, config.objective.noise_std, standardized)
+        judged = [r for r in outcome.reports if math.isfinite(r.get(f"val.{judge}", math.nan)) and self.metric in r]
         if trial.generation or not judged or self.metric.startswith("val.probe"):
             return outcome.metric(self.metric)
-        return float(max(judged, key=lambda report: sign * report[f"val.{chosen}"])[self.metric])
+        return float(max(judged, key=lambda report: sign * report[f"val.{judge}"])[self.metric])
 
     def end_trial(self, trial_id: str, status: str, error: str | None = None) -> None:
-        """Notes that a trial will not be continued, and why."""
+        """Records that a trial will not be continued, and why."""
         write_json(self.trial_dir(trial_id) / "outcome.json", {"status": status, "error": error})
 
     # -- sweep.json
@@ -223,7 +227,7 @@ class Sweep:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep kept in a folder.
+    """The sweep in a folder.
 
     Raises:
         InputError: there is none, or its sweep.json cannot be read.
@@ -235,8 +239,8 @@ def read_sweep(path: Path) -> Sweep:
     try:
         return TypeAdapter(Sweep).validate_python({**data, "path": path})
     except (InputError, ValidationError) as error:
-        said = explained(error) if isinstance(error, ValidationError) else error
-        raise InputError(f"{path}/sweep.json is damaged ({said}); begin a new sweep") from None
+        reason = explained(error) if isinstance(error, ValidationError) else error
+        raise InputError(f"{path}/sweep.json is damaged ({reason}); begin a new sweep") from None
 
 
 def new_sweep(path: Path, space: Space, overrides: Values, metric: Metric, settings: Settings) -> Sweep:
@@ -245,8 +249,8 @@ def new_sweep(path: Path, space: Space, overrides: Values, metric: Metric, setti
 
 
 def plan_trials(sweep: Sweep) -> None:
-    """Plans what can be planned ahead, which is all of a random search or a grid, and then writes sweep.json."""
-    shutil.rmtree(sweep.path / "trials", ignore_errors=True)  # of a driver that died before it wrote sweep.json
+    """Plans the trials that are known in advance (all of a random search or a grid), then writes sweep.json."""
+    shutil.rmtree(sweep.path / "trials", ignore_errors=True)  # left by a driver that died before it wrote sweep.json
     settings = sweep.settings
     if settings.search != "optuna":
         points = sweep.space.plan(settings.search, settings.num_trials, settings.seed)
@@ -256,7 +260,7 @@ def plan_trials(sweep: Sweep) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises InputError unless the name suits both a folder and a W&B group."""
+    """Raises InputError unless the name is valid for both a folder and a W&B group."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         hint = "use at most 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
         raise InputError(f"--name {shown(name)}: {hint}")
@@ -270,7 +274,7 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
         InputError: the folder cannot be written, is in use, or (for a new sweep) holds a sweep already.
     """
     if not new and not path.is_dir():
-        read_sweep(path)  # says that there is none
+        read_sweep(path)  # raises: there is no sweep
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock").acquire(timeout=0)
@@ -282,7 +286,7 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
         raise InputError(f"--storage {path.parent}: {reason}; choose another folder") from None
     with lock:
         if new and (path / "sweep.json").exists():
-            ways_out = f"--resume {path.name} goes on with it, another --name begins a new one"
+            ways_out = f"--resume {path.name} continues it, another --name begins a new one"
             raise InputError(f"there is a sweep {path.name} in {path.parent} already; {ways_out}")
         yield
 
@@ -291,13 +295,13 @@ def only_driver(path: Path, new: bool) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file. Whenever the machine stops, either the old content or the new one is there, whole."""
+    """Replaces a JSON file. Whenever the machine stops, the file has either the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_json(value))
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none that can be read."""
+    """The JSON object in a file; None if it does not exist or cannot be read."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -312,7 +316,7 @@ def append_report(trial_dir: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
-    """What a trial reported, by rising step. After a retry or a clone from an earlier step, its reports count."""
+    """A trial's reports, by increasing step. Reports after a retry or a cloning replace those of the same steps."""
     reports: list[dict[str, Any]] = []
     try:
         lines = (trial_dir / "reports.jsonl").read_text().splitlines()
@@ -324,7 +328,7 @@ def read_reports(trial_dir: Path) -> list[dict[str, Any]]:
             step, _ = int(report["step"]), float(report["progress"])
             report = {key: math.nan if value is None else value for key, value in report.items()}
         except (ValueError, KeyError, TypeError):
-            continue  # an empty line, or one torn by a kill
+            continue  # an empty line, or one that a kill cut off
         while reports and reports[-1]["step"] >= step:
             reports.pop()
         reports.append(report)

@@ -21,14 +21,14 @@ from dist_ae import PRESETS, Config
 from dist_ae.sweeping import Linear, say, write_atomically
 
 from .answer import Answer
-from .confirm import Standing, chosen
+from .confirm import Standing, choose_answer
 from .insight import LEAST, ends, importance
 from .plan import Sweep
 from .results import Row, Selection, front, number, results, select, table, write_best, write_table
 from .spaces import METRICS
 
 SHOWN = 30  # rows of the ranking on the page; trials.csv has all
-EXACT = 1e-12  # a squared error per pixel up to here is nothing but rounding
+EXACT = 1e-12  # a squared error per pixel up to which only rounding is left
 COLORS = {  # by a preset's first word
     "ae": "#1f6fb4", "denoising": "#2f8f5b", "dropout": "#8a5bb5", "vae": "#d1602c", "conv": "#b08900",
     "table": "#1f6fb4",
@@ -54,9 +54,9 @@ LOOK: Any = {
 
 
 def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
-    """Writes the three files, says where they are, and returns what is in them; None where no trial finished."""
+    """Writes the three files, prints their paths, and returns their content; None if no trial finished."""
     rows = results(sweep)
-    winner, confirmed = chosen(sweep, rows, selection)
+    winner, confirmed = choose_answer(sweep, rows, selection)
     standings = confirmed.standings if confirmed else {}
     if confirmed:
         order = list(standings)
@@ -65,19 +65,21 @@ def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
     cells, pca = table(sweep, rows, standings), linear.errors(denoises(sweep)) if linear else {}
     write_table(sweep, cells)
     if winner is None and any(row.outcome.status == "finished" for row in rows):
-        say(f"--select {selection}: no finished trial has a code that small; the best of all is taken")
+        say(f"--select {selection}: no finished trial has a code that small; the best of all is the answer")
         winner = select(rows, Selection("best"), sweep)
-    cut = "" if winner else "WARNING: no trial finished in time. The answer was cut off, and is the best of such; "
+    cut_off = (
+        "" if winner else "WARNING: no trial finished in time. The answer is the best of the trials that were cut off; "
+    )
     if winner is None and sweep.settings.budget is not None:
         winner = next((row for row in rows if math.isfinite(row.value) and row.outcome.status != "failed"), None)
-        cut += f"dist-ae sweep --resume {sweep.name} --storage {sweep.path.parent} goes on with it"
+        cut_off += f"dist-ae sweep --resume {sweep.name} --storage {sweep.path.parent} continues it"
     statuses = [row.outcome.status for row in rows]
-    found = importance(sweep, rows)
-    said, answer = [], {}
+    importances = importance(sweep, rows)
+    sentences, answer = [], {}
     if winner is not None:
         first = headline(sweep, selection, winner, pca)
-        said = [line for line in (cut, first, confirmed.sentence if confirmed else "") if line]
-        said += map(str, ends(sweep, winner, found))
+        sentences = [line for line in (cut_off, first, confirmed.sentence if confirmed else "") if line]
+        sentences += map(str, ends(sweep, winner, importances))
         answer = _answer(sweep, winner, standings.get(winner.trial.id))
     with matplotlib.rc_context(LOOK):
         drawn = [(heading, note, as_uri(figure)) for heading, note, figure in charts(sweep, rows, winner, pca)]
@@ -90,11 +92,11 @@ def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
         counts=", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)),
         steps=sum(row["steps"] for row in cells),
         seconds=sum(row["seconds"] for row in cells),
-        said=said,
+        said=sentences,
         answer=answer,
         charts=drawn,
         pictures=pictures,
-        importance=found,
+        importance=importances,
         no_importance=no_importance(rows),
         ranking=ranking,
         num_trials=len(rows),
@@ -102,36 +104,36 @@ def write_report(sweep: Sweep, selection: Selection) -> Answer | None:
     if winner is None:
         return None
     write_best(sweep, winner)
-    for line in said:
+    for line in sentences:
         say(line)
     say(", ".join(f"{name} {value}" for name, value in answer.items()))
-    shares = "; ".join(map(str, found))
-    say(f"importance for the ranking, 95 % intervals: {shares}" if found else no_importance(rows))
-    again = f"dist-ae train --config {shlex.quote(str(sweep.path / 'best.json'))} trains it again"
-    say(f"{sweep.path}/report.html, trials.csv, best.json ({again})")
+    shares = "; ".join(map(str, importances))
+    say(f"importance for the ranking, 95 % intervals: {shares}" if importances else no_importance(rows))
+    command = f"dist-ae train --config {shlex.quote(str(sweep.path / 'best.json'))} trains it again"
+    say(f"{sweep.path}/report.html, trials.csv, best.json ({command})")
     on_front = {row.trial.id for row in front(rows, errors(sweep, rows))}
     return Answer(
         path=sweep.path,
         best=sweep.answer(winner.trial),
         run_dir=sweep.run_dir(winner.trial),
-        sentences=said,
+        sentences=sentences,
         trials=cells,
         front=sorted((row for row in cells if row["trial"] in on_front), key=lambda row: int(row["model.latent_dim"])),
-        importance=found,
+        importance=importances,
         ranking=ranking,
         pictures=[*((note, image) for _, note, image in drawn[:1]), *pictures],
     )
 
 
 def write_page(path: Path, template: str, **parts: Any) -> None:
-    """Writes a page that loads nothing from elsewhere."""
+    """Writes a self-contained HTML page."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     write_atomically(path, environment.get_template(template).render(**parts).encode())
 
 
 def no_importance(rows: Sequence[Row]) -> str:
-    """Why nothing is said about importance."""
+    """Why no importance is given."""
     count = sum(row.outcome.status == "finished" for row in rows)
     if count >= LEAST:
         return "Importance: all finished trials have the same settings or the same result."
@@ -146,14 +148,14 @@ def no_importance(rows: Sequence[Row]) -> str:
 def errors(sweep: Sweep, rows: Sequence[Row], status: str = "finished") -> dict[str, float]:
     """Each finished trial's squared error per pixel, by trial id.
 
-    It is the error of denoised images where the sweep is about denoising, and of clean images otherwise.
+    It is the error of denoised images if the sweep is about denoising, else of clean images.
     """
-    found = {}
+    by_trial = {}
     for row in rows:
         value = row.outcome.metric("val.denoised_psnr" if denoises(sweep) else "val.mse")
         if row.outcome.status == status and value is not None and math.isfinite(value):
-            found[row.trial.id] = 10 ** (-value / 10) if denoises(sweep) else value
-    return found
+            by_trial[row.trial.id] = 10 ** (-value / 10) if denoises(sweep) else value
+    return by_trial
 
 
 def denoises(sweep: Sweep) -> bool:
@@ -162,36 +164,36 @@ def denoises(sweep: Sweep) -> bool:
 
 
 def linear_codes(sweep: Sweep, rows: Sequence[Row]) -> Linear | None:
-    """The linear codes of the sizes that were tried."""
+    """The linear codes of the searched sizes."""
     base = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
     configs = [sweep.answer(row.trial) for row in rows if row.outcome.reports]
     return Linear(base, configs) if configs else None
 
 
 def linear_name(config: Config) -> str:
-    """What the linear codes are that a model stands beside."""
+    """The name of the linear codes that a model is compared with."""
     return "PCA" if config.model.architecture == "mlp" or config.model.code == "vector" else "PCA of patches"
 
 
-def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, float], before: str = "") -> str:
-    """The answer beside PCA with as many numbers, in a line; a WARNING where it is worse."""
+def headline(sweep: Sweep, selection: Selection, winner: Row, pca: dict[int, float], prefix: str = "") -> str:
+    """Compares the answer with PCA of the same code size, in one line; a WARNING if it is worse."""
     config = sweep.answer(winner.trial)
     figure = f"{sweep.metric} {number(winner.value)}"
-    said = f"{before}{selection}: {winner.trial.preset} with a code of {winner.size}, {figure}"
+    text = f"{prefix}{selection}: {winner.trial.preset} with a code of {winner.size}, {figure}"
     error, linear = errors(sweep, [winner], winner.outcome.status).get(winner.trial.id), pca.get(winner.size)
     if error is None or linear is None:
-        return said
+        return text
     name = linear_name(config)
     what = "squared error" if winner.outcome.metric("val.r2") is None else "unexplained share of variance"
     if linear <= EXACT:
-        return f"{said}. {name} with as many numbers is exact: a code of this size saves nothing"
+        return f"{text}. {name} with as many numbers is exact: a code of this size saves nothing"
     both = f"{what} {number(error)} beside {number(linear)}"
     change = error / linear - 1
     if change > 0.005:
         ways_out = "train longer (--train.epochs), widen the search, or use PCA"
-        return f"WARNING: {said}. It is {change:.0%} WORSE than {name} with as many numbers: {both}; {ways_out}"
+        return f"WARNING: {text}. It is {change:.0%} WORSE than {name} with as many numbers: {both}; {ways_out}"
     better = "no better than" if change > -0.005 else f"{-change:.0%} better than"
-    return f"{said}. It is {better} {name} with as many numbers: {both}"
+    return f"{text}. It is {better} {name} with as many numbers: {both}"
 
 
 # -- page
@@ -205,41 +207,41 @@ def _answer(sweep: Sweep, winner: Row, standing: Standing | None) -> dict[str, s
         bounds = f"{number(standing.low)} to {number(standing.high)}"
         facts[f"{standing.seeds} fresh seeds"] = f"mean {number(standing.mean)}, 95 % interval {bounds}"
     if winner.trial.donors:
-        where = f"best.json holds the last values, the weights are in trials/{winner.trial.id}"
+        where = f"best.json has the last values, the weights are in trials/{winner.trial.id}"
         facts["trained by"] = f"{len(winner.trial.donors)} clonings; {where}"
     return facts
 
 
 def pictures_of(sweep: Sweep, winner: Row, linear: Linear | None) -> list[tuple[str, str]]:
-    """(caption, data URI): the answer beside PCA, and samples of a variational model."""
+    """(caption, data URI): the answer compared with PCA, and samples of a variational model."""
     run_dir = sweep.run_dir(winner.trial)
     with tempfile.TemporaryDirectory() as folder:
         beside = Path(folder) / "beside.png"
         images = winner.outcome.metric("val.r2") is None
-        what = "Validation images, what the answer makes of them, and what PCA does with a code of the same size."
-        what = what if images else "r2 of each column: the answer's, and that of PCA with a code of the same size."
-        made = []
+        caption = "Validation images, their reconstructions by the answer, and by PCA with a code of the same size."
+        caption = caption if images else "r2 of each column: of the answer, and of PCA with a code of the same size."
+        pictures = []
         if linear is not None and linear.picture(run_dir, denoises(sweep), beside):
-            made.append((what, _uri(beside.read_bytes())))
+            pictures.append((caption, _uri(beside.read_bytes())))
     samples = run_dir / "figures" / "samples.png"
     if samples.is_file():
-        made.append(("New images, decoded from z ~ N(0, I).", _uri(samples.read_bytes())))
-    return made
+        pictures.append(("New images, decoded from z ~ N(0, I).", _uri(samples.read_bytes())))
+    return pictures
 
 
 def _ranking(sweep: Sweep, cells: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The first rows of the table, with the columns that say most, as a person reads them."""
+    """The first rows of the table, with the most important columns, in readable form."""
     cells = [dict(row) for row in cells[:SHOWN]]
-    found = {name for row in cells for name, value in row.items() if value not in (None, "")}
-    metrics = [name for name in dict.fromkeys([sweep.metric, *METRICS, "val.rate"]) if name in found]
+    filled = {name for row in cells for name, value in row.items() if value not in (None, "")}
+    metrics = [name for name in dict.fromkeys([sweep.metric, *METRICS, "val.rate"]) if name in filled]
     names = ["rank", "trial", "status", "preset", *sweep.space.searched(), *metrics, "steps", "seconds"]
-    if "confirm.seeds" in found:
+    if "confirm.seeds" in filled:
         for row in cells:
             row["seeds"] = row["confirm.seeds"]
             row["mean, 95 %"] = _interval(row, "confirm")
             row["behind, 95 %"] = _interval(row, "behind")
         names[4:4] = ["seeds", "mean, 95 %", "behind, 95 %"]
-    names += ["error"] if "error" in found else []
+    names += ["error"] if "error" in filled else []
     return [{name: number(row[name])[:300] for name in names} for row in cells]
 
 
@@ -254,13 +256,13 @@ Chart = tuple[str, str, Figure]  # heading, what the chart shows
 
 
 def charts(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, float]) -> list[Chart]:
-    """The charts for which there is something to draw."""
-    made = (_front(sweep, rows, winner, pca), _curves(sweep, rows, winner), _effects(sweep, rows, winner))
-    return [chart for chart in made if chart is not None]
+    """The charts that have something to show."""
+    drawn = (_front(sweep, rows, winner, pca), _curves(sweep, rows, winner), _effects(sweep, rows, winner))
+    return [chart for chart in drawn if chart is not None]
 
 
 def as_uri(figure: Figure) -> str:
-    """A figure as a PNG within a page."""
+    """A figure as a data URI with a PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", pil_kwargs={"optimize": True})
     return _uri(content.getvalue())
@@ -292,25 +294,25 @@ def _front(sweep: Sweep, rows: list[Row], winner: Row | None, pca: dict[int, flo
 
 
 def size_axes(linear: dict[str, dict[int, float]], lowest: float) -> tuple[Figure, Axes, dict[int, float]]:
-    """Axes of code size against error, with linear codes by name and size; and those of them that are drawn."""
+    """Axes of code size against error with the linear codes (by name and size), and the linear codes drawn."""
     figure, (axes,) = _axes()
     drawn: dict[int, float] = {}
-    for name, found in linear.items():
-        # PCA with as many components as pixels is exact. On a logarithmic axis, that point would press all others flat.
-        kept = {size: value for size, value in sorted(found.items()) if value > lowest / 10}
+    for name, by_size in linear.items():
+        # PCA with as many components as pixels is exact. On a logarithmic axis, that point would flatten all others.
+        shown = {size: value for size, value in sorted(by_size.items()) if value > lowest / 10}
         style: Any = {"markersize": 3.5, "linewidth": 1.2, "label": name}
-        axes.plot(list(kept), list(kept.values()), "s--" if name == "PCA" else "D:", color=PCA, **style)
-        drawn |= kept
+        axes.plot(list(shown), list(shown.values()), "s--" if name == "PCA" else "D:", color=PCA, **style)
+        drawn |= shown
     return figure, axes, drawn
 
 
 def line_of(best: Sequence[Row], error: dict[str, float]) -> tuple[list[int], list[float]]:
-    """Sizes and errors of a front, to be drawn."""
+    """Sizes and errors of a front, for a plot."""
     return [row.size for row in best], [error[row.trial.id] for row in best]
 
 
 def finish_sizes(figure: Figure) -> None:
-    """Names and scales of axes of code size against error, once everything is drawn on them."""
+    """Labels and scales the axes of code size against error, after everything is drawn."""
     (axes,) = figure.axes
     axes.set(xlabel="code size", ylabel="squared error per pixel")
     _log(axes, "x")
@@ -319,7 +321,7 @@ def finish_sizes(figure: Figure) -> None:
 
 
 def size_note(sweep: Sweep) -> str:
-    """What a picture of code size against error shows."""
+    """The first words of a caption of code size against error."""
     what = "denoised images" if denoises(sweep) else "reconstructions"
     return f"Error of the {what}, pixels on [0, 1]. A larger code reconstructs better, all else equal:"
 
@@ -327,9 +329,9 @@ def size_note(sweep: Sweep) -> str:
 def _curves(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
     curves: list[tuple[Row, list[int], list[float]]] = []
     for row in rows:
-        there = [r for r in row.outcome.reports if math.isfinite(r.get(sweep.metric, math.nan))]
-        if there:
-            curves.append((row, [r["step"] for r in there], [r[sweep.metric] for r in there]))
+        reports = [r for r in row.outcome.reports if math.isfinite(r.get(sweep.metric, math.nan))]
+        if reports:
+            curves.append((row, [r["step"] for r in reports], [r[sweep.metric] for r in reports]))
     if not curves:
         return None
     figure, (axes,) = _axes()
@@ -339,7 +341,7 @@ def _curves(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
     axes.set(xlabel="step", ylabel=sweep.metric, xlim=(0, None))
     lowest, highest = min(min(values) for *_, values in curves), max(max(values) for *_, values in curves)
     if sweep.sign < 0 and lowest > 0:
-        # One diverging trial would press all others flat.
+        # One diverging trial would flatten all others.
         ceiling = 20 * sorted(values[-1] for _, _, values in curves)[len(curves) // 2]
         axes.set(ylim=(lowest * 0.95, min(ceiling, highest) * 1.05))
         _log(axes, "y")
@@ -353,27 +355,27 @@ def _effects(sweep: Sweep, rows: list[Row], winner: Row | None) -> Chart | None:
     if len(good) < 2 or not keys:
         return None
     columns = min(2, len(keys))
-    figure, every = _axes(math.ceil(len(keys) / columns), columns)
-    for axes, key in zip(every, keys, strict=False):
-        known = [(row, row.trial.values[key]) for row in good if key in row.trial.values]
-        numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for _, value in known)
-        for row, value in reversed(known):  # the best are drawn last
+    figure, all_axes = _axes(math.ceil(len(keys) / columns), columns)
+    for axes, key in zip(all_axes, keys, strict=False):
+        points = [(row, row.trial.values[key]) for row in good if key in row.trial.values]
+        numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for _, value in points)
+        for row, value in reversed(points):  # the best are drawn last
             look = _look(row, winner, len(good)) | {"markersize": 9 if row is winner else 5}
             axes.plot(value if numeric else number(value), row.value, "o", **look)
         axes.set_xlabel(key.rpartition(".")[2])
-        if numeric and _is_log(sweep, key, [value for _, value in known]):
+        if numeric and _is_log(sweep, key, [value for _, value in points]):
             _log(axes, "x")
         if sweep.sign < 0 and min(row.value for row in good) > 0:
             _log(axes, "y")
-    for axes in every[len(keys) :]:
+    for axes in all_axes[len(keys) :]:
         axes.set_axis_off()
-    every[0].set_ylabel(sweep.metric)
+    all_axes[0].set_ylabel(sweep.metric)
     _legend(figure)
     return "Parameters and result", f"Each point is a trial: its {sweep.metric} against one of its values.", figure
 
 
 def _is_log(sweep: Sweep, key: str, values: list[float]) -> bool:
-    """Whether a searched key gets a logarithmic axis: it does as a log range or choices over nearly a decade."""
+    """Whether a key gets a logarithmic axis, as log ranges and choices over nearly a decade do."""
     kinds = {part[key].kind for part in sweep.space.parts.values() if key in part}
     return not kinds & {"uniform", "randint"} and min(values) > 0 and max(values) / min(values) >= 8
 
@@ -395,13 +397,13 @@ def _log(axes: Axes, which: str) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    found = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    for line in figure.legend(found.values(), found, loc="outside upper left", ncols=6).get_lines():
+    lines = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for line in figure.legend(lines.values(), lines, loc="outside upper left", ncols=6).get_lines():
         line.set_alpha(1)
 
 
 def _look(row: Row, winner: Row | None, among: int = 1) -> dict[str, Any]:
-    """The look of a trial. The answer is black; the more others there are, the fainter each, so dense regions show."""
+    """The style of a trial. The answer is black; the more others there are, the fainter, so that dense regions show."""
     if row is winner:
         return {"label": "the answer", "color": ACCENT}
     color = COLORS[row.trial.preset.partition("-")[0]]

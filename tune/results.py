@@ -1,4 +1,4 @@
-"""What a sweep found: the ranking, the choice, trials.csv and best.json. Needs neither torch nor ray."""
+"""The results of a sweep: the ranking, the answer, trials.csv and best.json. Needs neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ ORDER = ("finished", "stopped", "unfinished", "pending", "failed")
 
 @dataclass(frozen=True)
 class Row:
-    """A trial and what has become of it. ``value`` is that of the sweep's metric, NaN if it has none."""
+    """A trial and its outcome. ``value`` is its value of the sweep's metric, NaN if it has none."""
 
     trial: Trial
     outcome: Outcome
     value: float
     latent_dim: int
-    size: int  # numbers of a code: latent_dim, or for a grid code that many in each cell
+    size: int  # numbers of a code: latent_dim, or latent_dim in each cell of a grid
 
 
 def results(sweep: Sweep) -> list[Row]:
-    """All trials, best first: finished ones, then those stopped early (at fewer steps), then the others; NaN last."""
+    """All trials, best first: finished ones, then those stopped early, then the others; NaN last in each group."""
     rows = []
     for trial in sweep.trials():
         outcome = sweep.outcome(trial)
@@ -51,13 +51,13 @@ def results(sweep: Sweep) -> list[Row]:
 
 
 def _code_size(sweep: Sweep, trial: Trial, config: Config) -> int:
-    """How many numbers a trial's code has. Its run directory knows the shape of the images, once it began."""
+    """The size of a trial's code. Its run directory has the shape of the images, once training has begun."""
     complete = (read_object(sweep.run_dir(trial) / "config.json") or {}).get("config", {})
     return code_size(config, complete.get("model", {}).get("image_shape"))
 
 
 def number(value: Any) -> str:
-    """A value as a person reads it."""
+    """A value in readable form."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -90,7 +90,7 @@ def parse_selection(text: str) -> Selection:
 
 
 def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
-    """The answer among the finished trials, or None where there is none."""
+    """The answer among the finished trials, or None if there is none."""
     good = [row for row in rows if row.outcome.status == "finished" and math.isfinite(row.value)]
     if selection.kind == "best-under":
         good = [row for row in good if row.size <= selection.number]
@@ -106,7 +106,7 @@ def select(rows: list[Row], selection: Selection, sweep: Sweep) -> Row | None:
 
 
 def front(rows: list[Row], error: dict[str, float]) -> list[Row]:
-    """The Pareto front of code size against error: the trials that no trial of the same size or smaller beats.
+    """The Pareto front of code size against error: the trials that no trial of at most the same size beats.
 
     ``error`` is by trial id, and smaller is better.
     """
@@ -122,7 +122,7 @@ def table(sweep: Sweep, rows: list[Row], standings: Mapping[str, Standing] = {})
     keys = [key for key in sweep.space.searched() if key != "model.latent_dim"]
     reports = [report for row in rows for report in row.outcome.reports]
     metrics = sorted({name for report in reports for name in report if name.startswith("val.")})
-    made = []
+    lines = []
     for rank, row in enumerate(rows, 1):
         last: dict[str, Any] = row.outcome.reports[-1] if row.outcome.reports else {}
         cells = {"rank": rank, "trial": row.trial.id, "status": row.outcome.status, "preset": row.trial.preset}
@@ -132,14 +132,14 @@ def table(sweep: Sweep, rows: list[Row], standings: Mapping[str, Standing] = {})
         cells |= {name: last.get(name) for name in metrics}
         cells |= {"steps": last.get("step", 0), "seconds": round(last.get("seconds", 0.0), 3)}
         if standings:
-            none = dict.fromkeys(next(iter(standings.values())).cells())
-            cells |= standings[row.trial.id].cells() if row.trial.id in standings else none
-        made.append({**cells, "cloned_from": " ".join(row.trial.donors), "error": row.outcome.error})
-    return made
+            empty = dict.fromkeys(next(iter(standings.values())).cells())
+            cells |= standings[row.trial.id].cells() if row.trial.id in standings else empty
+        lines.append({**cells, "cloned_from": " ".join(row.trial.donors), "error": row.outcome.error})
+    return lines
 
 
 def write_table(sweep: Sweep, cells: list[dict[str, Any]]) -> None:
-    """Writes trials.csv, a line for each trial."""
+    """Writes trials.csv, one line per trial."""
     text = io.StringIO()
     writer = csv.DictWriter(text, cells[0] if cells else (), lineterminator="\n")
     writer.writeheader()

@@ -1,6 +1,6 @@
-"""Ray Tune's schedulers and searchers, made to follow the sweep's folder.
+"""Ray Tune's schedulers and searchers, based on the sweep's folder.
 
-After a restart, what they must remember is replayed from that folder.
+After a restart, their state is replayed from that folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .plan import Sweep, Trial
 from .spaces import MAX_TRIALS, Distribution, Values
 from .trial import free_workers
 
-# Schedulers count in percent of a trial's own budget, so trials of different batch sizes compare, and 100 is the end.
+# Schedulers count in percent of a trial's own steps, which makes trials of different batch sizes comparable.
 TIME = "progress"
 GRACE, REDUCTION = 100 / 27, 3  # ASHA: the best third goes on at 1/27, 1/9 and 1/3 of the budget
 MEDIAN_GRACE, MEDIAN_SAMPLES = 10.0, 3
@@ -45,7 +45,7 @@ def scheduler(sweep: Sweep, budget: Budget | None = None) -> TrialScheduler:
 
 
 class FreeWorkers(ray.tune.Callback):  # type: ignore[misc]
-    """Frees what a trial's workers hold whenever the trial ends or is to be tried again."""
+    """Frees the resources of a trial's workers whenever the trial ends or is to be retried."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
@@ -76,10 +76,10 @@ class _Gone(NamedTuple):
 
 
 class _Recorded:
-    """A layer in front of an early-stopping scheduler.
+    """A mix-in for an early-stopping scheduler.
 
-    It notes each stop in the trial's folder. At the start, it repeats to the scheduler what trials reported to an
-    earlier driver.
+    It records each stop in the trial's folder. At the start, it replays to the scheduler the reports that trials sent
+    to an earlier driver.
     """
 
     def __init__(self, sweep: Sweep, budget: Budget | None = None, **arguments: Any) -> None:
@@ -96,7 +96,7 @@ class _Recorded:
                     gone = _Gone(planned.id)
                     super().on_trial_add(controller, gone)  # type: ignore[misc]
                     self._replay(controller, gone, outcome.reports)
-        # An unfinished trial is judged at the next rung, not again at those that it passed.
+        # An unfinished trial is judged at its next rung, not again at those that it has passed.
         self._replay(controller, trial, self._sweep.outcome(self._sweep.trial(trial.config["id"])).reports)
 
     def _replay(self, controller: Any, trial: Any, reports: tuple[dict[str, Any], ...]) -> None:
@@ -108,7 +108,7 @@ class _Recorded:
         decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
         if decision == TrialScheduler.STOP and result[TIME] < 100 and not result.get("failed"):
             if self._budget is not None and result[TIME] < self._budget.rung():
-                return str(TrialScheduler.CONTINUE)  # there is time for it
+                return str(TrialScheduler.CONTINUE)  # there is time for this trial
             self._sweep.end_trial(trial.config["id"], "stopped")
         return decision
 
@@ -119,7 +119,7 @@ class _Asha(_Recorded, schedulers.AsyncHyperBandScheduler):  # type: ignore[misc
 
 class _Median(_Recorded, schedulers.MedianStoppingRule):  # type: ignore[misc]
     def _replay(self, controller: Any, trial: Any, reports: tuple[dict[str, Any], ...]) -> None:
-        # The median rule needs the past of a trial, not another verdict on it.
+        # The median rule needs a trial's past reports, without judging them again.
         self._results[trial].extend(report for report in reports if self._sweep.metric in report)
         if not self._results[trial]:
             del self._results[trial]
@@ -139,12 +139,12 @@ class _Pbt(schedulers.PopulationBasedTraining):  # type: ignore[misc]
         self._sweep, self._part = sweep, part
 
     def _explore(self, config: dict[str, Any]) -> dict[str, Any]:
-        # Ray copies the better trial's assignment, changes the values, and hands it here: its id says who was cloned.
+        # Ray passes a copy of the better trial's assignment with changed values: the id tells which trial was cloned.
         clipped = {key: d.clip(config[key]) for key, d in self._part.items()}
         return {**config, **clipped, "donor": config["id"], "clone": uuid.uuid4().hex}
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
-        # Ray refuses a Searcher beside PBT, so the planned values come in here.
+        # Ray refuses a Searcher together with PBT, so the planned values come in here.
         planned = self._sweep.trial(trial.config["id"])
         trial.set_config({**trial.config, **planned.values, "clone": planned.clone})
         super().on_trial_add(controller, trial)
@@ -155,13 +155,13 @@ class _Pbt(schedulers.PopulationBasedTraining):  # type: ignore[misc]
         return str(super().on_trial_result(controller, trial, result))
 
     def _exploit(self, controller: Any, trial: Any, trial_to_clone: Any) -> None:
-        own = trial.config["id"]
+        trial_id = trial.config["id"]
         super()._exploit(controller, trial, trial_to_clone)
-        trial.set_config({**trial.config, "id": own})  # it keeps its own id, which a later clone of it must name
+        trial.set_config({**trial.config, "id": trial_id})  # it keeps its id, which a later clone of it must name
 
 
 class Planned(Searcher):  # type: ignore[misc]
-    """Hands out the trials that are planned and not done. With an optimizer, plans more trials as results come in."""
+    """Hands out planned trials that are not done. With an optimizer, plans more trials as results come in."""
 
     def __init__(
         self, sweep: Sweep, todo: list[Trial], optimizer: Optimizer | None = None, budget: Budget | None = None
@@ -169,7 +169,7 @@ class Planned(Searcher):  # type: ignore[misc]
         super().__init__(metric=sweep.metric, mode="max" if sweep.sign > 0 else "min")
         self._sweep, self._todo, self._optimizer, self._budget = sweep, list(todo), optimizer, budget
         self._number = len(sweep.trials())
-        self._given: dict[str, Trial] = {}
+        self._suggested: dict[str, Trial] = {}
 
     def suggest(self, trial_id: str) -> Any:
         settings = self._sweep.settings
@@ -182,17 +182,17 @@ class Planned(Searcher):  # type: ignore[misc]
             trial = self._sweep.new_trial(self._number, *self._optimizer.ask())
             self._number += 1
         elif settings.search == "random" and self._number < most:
-            # As many as there is time for.
+            # With a budget: as many trials as there is time for.
             trial = self._sweep.new_trial(self._number, *self._sweep.space.sample(settings.seed, self._number))
             self._number += 1
         else:
             return Searcher.FINISHED
-        self._given[trial_id] = trial
+        self._suggested[trial_id] = trial
         return {"id": trial.id, "sweep_dir": str(self._sweep.path), **trial.values, "clone": trial.clone}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._optimizer is not None:
-            trial = self._given[trial_id]
+            trial = self._suggested[trial_id]
             self._optimizer.tell(trial, self._sweep.value(trial, self._sweep.outcome(trial)))
 
     def save(self, checkpoint_path: str) -> None:
@@ -201,40 +201,41 @@ class Planned(Searcher):  # type: ignore[misc]
 
 
 class Optimizer:
-    """Optuna's TPE over a space, told what the sweep's folder knows."""
+    """Optuna's TPE over a space, told all results in the sweep's folder."""
 
     def __init__(self, sweep: Sweep) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._parts = sweep.space.parts
         known = [(trial, sweep.outcome(trial)) for trial in sweep.trials()]
-        # Each restart gets another seed, or a resumed sweep would ask its first questions again.
-        seed, at_random = (sweep.settings.seed + len(known)) % 2**32, min(10, max(2, sweep.settings.num_trials // 4))
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random)
+        # Each restart gets another seed, or a resumed sweep would repeat its first suggestions.
+        seed, num_random = (sweep.settings.seed + len(known)) % 2**32, min(10, max(2, sweep.settings.num_trials // 4))
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_random)
         self._study = optuna.create_study(direction="maximize" if sweep.sign > 0 else "minimize", sampler=sampler)
         for trial, outcome in known:
-            if outcome.status not in ("pending", "unfinished"):  # these are told when they are done
+            if outcome.status not in ("pending", "unfinished"):  # those are told when they are done
                 self.tell(trial, sweep.value(trial, outcome))
 
     def _distributions(self, *presets: str) -> dict[str, BaseDistribution]:
-        """In Optuna's terms: the choice of a preset, and the keys of each preset, which no other preset shares."""
-        found: dict[str, BaseDistribution] = {"preset": CategoricalDistribution(list(self._parts))}
+        """The space as Optuna's distributions: a choice of the preset, and for each preset its own keys."""
+        distributions: dict[str, BaseDistribution] = {"preset": CategoricalDistribution(list(self._parts))}
         for preset in presets:
-            found |= {f"{preset} {key}": _distribution(d) for key, d in self._parts[preset].items()}
-        return found
+            distributions |= {f"{preset} {key}": _distribution(d) for key, d in self._parts[preset].items()}
+        return distributions
 
     def ask(self) -> tuple[str, Values]:
         """(preset, values) of the next trial. Optuna suggests values for every preset; the chosen one's count."""
-        asked = self._study.ask(self._distributions(*self._parts)).params
-        part = self._parts[asked["preset"]]
-        given = {key: asked[f"{asked['preset']} {key}"] for key in part}
-        return asked["preset"], {k: d.values[given[k]] if d.kind == "choice" else given[k] for k, d in part.items()}
+        params = self._study.ask(self._distributions(*self._parts)).params
+        preset = params["preset"]
+        suggested = {key: params[f"{preset} {key}"] for key in self._parts[preset]}
+        choices = {key: d.values for key, d in self._parts[preset].items() if d.kind == "choice"}
+        return preset, {key: choices[key][value] if key in choices else value for key, value in suggested.items()}
 
     def tell(self, trial: Trial, value: float | None) -> None:
         """A trial's result; None or NaN counts as failed."""
         params: dict[str, Any] = {"preset": trial.preset}
         for key, d in self._parts[trial.preset].items():
-            given = trial.values[key]
-            params[f"{trial.preset} {key}"] = d.values.index(given) if d.kind == "choice" else given
+            value_of_key = trial.values[key]
+            params[f"{trial.preset} {key}"] = d.values.index(value_of_key) if d.kind == "choice" else value_of_key
         good = value is not None and math.isfinite(value)
         result = {"value": value, "state": TrialState.COMPLETE} if good else {"state": TrialState.FAIL}
         kinds = self._distributions(trial.preset)
@@ -242,9 +243,9 @@ class Optimizer:
 
 
 def _distribution(d: Distribution) -> BaseDistribution:
-    """A distribution in Optuna's terms. Optuna chooses scalars, so a list (hidden_dims) is chosen by its place."""
+    """A distribution as Optuna's. Optuna chooses scalars, so choices (such as hidden_dims) are made by position."""
     if d.kind == "choice":
         return CategoricalDistribution(range(len(d.values)))
     low, high = d.values
-    made = IntDistribution if "int" in d.kind else FloatDistribution
-    return made(low, high, log="log" in d.kind)
+    numeric = IntDistribution if "int" in d.kind else FloatDistribution
+    return numeric(low, high, log="log" in d.kind)

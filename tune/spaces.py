@@ -25,30 +25,30 @@ from dist_ae.sweeping import Damaged, read_bounded, unique_keys
 
 Values = dict[str, Any]  # dotted configuration key → value
 
-GRID_POINTS = 4  # how many values a range gives to --search grid, both ends included
+GRID_POINTS = 4  # values of a range in --search grid, including both ends
 MAX_TRIALS = 10_000  # each trial is a folder, and all folders are read again for every ranking
 MAX_BYTES = 2**20  # of a space file
-MAX_VALUES = 10_000  # every value of a space is checked before the sweep starts, at about 0.1 ms each
+MAX_VALUES = 10_000  # each value of a space is checked before the sweep starts, at about 0.1 ms each
 
-# What a trial may be judged by. None of them depends on what is searched.
+# The metrics that trials may be judged by. None of them depends on the searched settings.
 Metric = Literal["val.mse", "val.denoised_psnr", "val.neg_elbo", "val.probe_accuracy"]
-METRICS: dict[Metric, tuple[int, str]] = {  # (+1 where larger is better, else -1; what it is)
+METRICS: dict[Metric, tuple[int, str]] = {  # (+1 if larger is better, else -1; description)
     "val.mse": (
         -1,
-        "squared error of clean validation images, per pixel on [0, 1]; of tables a share of variance",
+        "squared error of clean validation images, per pixel on [0, 1]; for tables a share of variance",
     ),
     "val.denoised_psnr": (1, "PSNR in dB of denoised validation images, with the same noise for every trial"),
     "val.neg_elbo": (-1, "negative ELBO at β = 1, nats per image"),
     "val.probe_accuracy": (1, "accuracy of a linear probe on the code"),
 }
 
-# Searching these would change the question (or where the answer is kept) from trial to trial, not the answer.
+# Searching these would change the question (or the place of the answer) from trial to trial, not the answer.
 FIXED = ("data.", "evaluation.", "tracking.", "name", "run_dir", "model.variational", "model.image_shape")
 
 # Keys whose option means something else in a sweep, which has its own name and seed and many run directories.
 OWN = ("name", "seed", "run_dir")
 
-# What population-based training can change in the middle of a trial: nothing that a checkpoint's tensors depend on.
+# Settings that population-based training can change in the middle of a trial: a checkpoint's tensors fit any value.
 MUTABLE: tuple[str, ...] = ("optim.lr", "optim.lr_adam", "optim.weight_decay", "optim.clip_norm", "optim.momentum")
 MUTABLE += ("objective.noise_std", "objective.beta", "model.dropout")
 
@@ -100,8 +100,8 @@ class Distribution(BaseModel):
     @property
     def values(self) -> list[Any]:
         """The values of a choice, or the two ends of a range."""
-        found: list[Any] = getattr(self, self.kind)
-        return found
+        values: list[Any] = getattr(self, self.kind)
+        return values
 
     def sample(self, rng: random.Random) -> Any:
         """Draws one value."""
@@ -117,7 +117,7 @@ class Distribution(BaseModel):
         return list(dict.fromkeys([self.values[0], *inner, self.values[1]]))
 
     def at(self, share: float) -> Any:
-        """The value at a share of a range, or of its logarithm: beyond its ends below 0 and above 1."""
+        """The value at a share of a range, or of its logarithm. Shares below 0 and above 1 lie beyond its ends."""
         logarithmic = "log" in self.kind
         low, high = map(math.log, self.values) if logarithmic else self.values
         value = low + (high - low) * share
@@ -125,12 +125,12 @@ class Distribution(BaseModel):
         return round(value) if "int" in self.kind else value
 
     def share(self, value: float) -> float:
-        """Where a value lies in a range, or in its logarithm: 0 at the lower end, 1 at the upper one."""
+        """The share of a range, or of its logarithm, at which a value lies: 0 at the lower end, 1 at the upper."""
         low, high, value = map(math.log, (*self.values, value)) if "log" in self.kind else (*self.values, value)
         return float((value - low) / (high - low))
 
     def probes(self) -> list[Any]:
-        """Values that stand for all: every value of a choice; the ends of a range and ten values inside it.
+        """Values to check in place of all: every value of a choice; the ends of a range and ten values inside it.
 
         The ends alone are not enough: both ends of ``uniform [2, 5]`` are whole numbers, the values between are not.
         """
@@ -138,12 +138,12 @@ class Distribution(BaseModel):
         return self.values if self.kind == "choice" else [*self.values, *(self.sample(rng) for _ in range(10))]
 
     def clip(self, value: Any) -> Any:
-        """The nearest value of a range. Values of a choice are left alone."""
+        """The nearest value of a range. Values of a choice stay as they are."""
         return value if self.kind == "choice" else min(max(value, self.values[0]), self.values[1])
 
 
 class Space(BaseModel):
-    """What a sweep searches. Each part is one preset with the keys searched in it; a trial belongs to one part."""
+    """The search space of a sweep. Each part is a preset and its searched keys; a trial belongs to one part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -166,7 +166,7 @@ class Space(BaseModel):
     @field_validator("metric", mode="before")
     @classmethod
     def _check_metric(cls, metric: Any, others: ValidationInfo) -> Any:
-        """A metric that is left out becomes one that fits all presets."""
+        """Fills in a metric that is left out: one that fits all presets."""
         configs = {preset: PRESETS[preset] for preset in others.data.get("parts", ())}
         plain = [preset for preset, config in configs.items() if not config.model.variational]
         if metric == "val.neg_elbo" and plain:
@@ -193,7 +193,7 @@ class Space(BaseModel):
         return sum(math.prod(len(d.grid()) for d in part.values()) for part in self.parts.values())
 
     def plan(self, search: str, num_trials: int, seed: int) -> list[tuple[str, Values]]:
-        """(preset, values) of each trial that can be planned ahead: all of a grid or a random search."""
+        """(preset, values) of the trials that are known in advance: all of a grid or a random search."""
         return list(self.grid()) if search == "grid" else [self.sample(seed, index) for index in range(num_trials)]
 
     def grid(self) -> Iterator[tuple[str, Values]]:
@@ -203,19 +203,19 @@ class Space(BaseModel):
                 yield preset, dict(zip(part, values, strict=True))
 
     def pinned(self, overrides: Values) -> Space:
-        """The space without the keys that the command line gave one value."""
+        """The space without the keys that the command line fixes."""
         parts = {p: {k: d for k, d in part.items() if k not in overrides} for p, part in self.parts.items()}
         return self.model_copy(update={"parts": parts})
 
     def check_mutable(self) -> None:
-        """Raises InputError where population-based training cannot change a key in the middle of a trial."""
+        """Raises InputError if population-based training cannot change a key in the middle of a trial."""
         if len(self.parts) > 1:
             reason = "are different models, whose weights cannot be cloned into each other"
             raise InputError(f"--scheduler pbt: the presets of space {self.name} {reason}; use one preset")
         for key in self.searched():
             if key not in MUTABLE:
                 raise InputError(
-                    f"--scheduler pbt: {key} cannot change in the middle of training, the weights of a better trial "
+                    f"--scheduler pbt: {key} cannot change during training, since the weights of a better trial "
                     f"would not fit; fix it with {option(key)}, or use --scheduler asha. "
                     f"What can change: {', '.join(MUTABLE)}"
                 )
@@ -230,20 +230,20 @@ def parse_space(data: Any, name: str, metric: str | None = None) -> Space:
     Raises:
         InputError: naming the part that is wrong.
     """
-    told = {"presets": {}, **(data if isinstance(data, dict) else {}), "name": name}
+    values = {"presets": {}, **(data if isinstance(data, dict) else {}), "name": name}
     try:
-        return Space.model_validate(told if metric is None else {**told, "metric": metric})
+        return Space.model_validate(values if metric is None else {**values, "metric": metric})
     except ValidationError as error:
         raise InputError(f"space {name}, {explained(error)}") from None
 
 
 def explained(error: ValidationError) -> str:
-    """The first error that pydantic found, as one sentence that begins with its place."""
-    first, *more = error.errors(include_url=False)
+    """The first of pydantic's errors, as one sentence that begins with its location."""
+    first, *others = error.errors(include_url=False)
     place = ", ".join(shown(part).strip("'") for part in first["loc"])
-    said = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f", got {shown(first['input'])}"
-    return f"{place}{': ' if place else ''}{said}{got}{f' (and {len(more)} more)' if more else ''}"
+    return f"{place}{': ' if place else ''}{message}{got}{f' (and {len(others)} others)' if others else ''}"
 
 
 def shown(value: Any) -> str:
@@ -263,12 +263,12 @@ _PARTS: dict[str, dict[str, Any]] = {
 }
 _CONV: dict[str, Any] = {
     "model.latent_dim": {"choice": [2, 4, 8, 12, 24]},
-    # All of one length, which means one patch size, so that all trials see the same patches.
+    # All of the same length, which means the same patch size, so that all trials see the same patches.
     "model.widths": {"choice": [[16, 32, 64], [32, 64, 128], [64, 128, 192]]},
     "model.blocks": {"choice": [1, 2]},
     "optim.lr": {"loguniform": [3e-4, 5e-3]},
 }
-# How far a model may bend, and what keeps it from learning few rows by heart.
+# The capacity of a model, and what keeps it from learning few rows by heart.
 _TABLE: dict[str, Any] = {
     "model.latent_dim": {"choice": [2, 3, 5, 8]},
     "model.hidden_dims": {"choice": [[64, 32], [128, 64], [256, 128], [512, 256]]},
@@ -291,23 +291,23 @@ def load_space(name: str | None, file: Path | None) -> Space:
         InputError: the space is unknown, unreadable or wrong.
     """
     if (name is None) == (file is None):
-        raise InputError(f"give a space ({', '.join(SPACES)}) or --space FILE, one of the two")
+        raise InputError(f"give either a space ({', '.join(SPACES)}) or --space FILE")
     if file is None:
         if name not in SPACES:
             near = difflib.get_close_matches(str(name), SPACES, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            known = f"There are {', '.join(SPACES)}; --space FILE takes your own"
+            known = f"There are {', '.join(SPACES)}; --space FILE reads your own"
             raise InputError(f"unknown space {shown(name)}{hint} {known}")
         return parse_space(SPACES[name], name)
     return parse_space(_read(file), re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-")[:60] or "sweep")
 
 
 def _read(file: Path) -> Any:
-    """What a JSON or TOML file holds."""
+    """The content of a JSON or TOML file."""
     kind = "TOML" if file.suffix == ".toml" else "JSON"
     try:
         text = read_bounded(Path(os.path.realpath(file)), MAX_BYTES).decode("utf-8-sig")
-        if kind == "TOML":  # by way of JSON: dates become text, numbers too long to print are refused
+        if kind == "TOML":  # by way of JSON: dates become text, and numbers too long to print are refused
             text = json.dumps(tomllib.loads(text), default=str)
         return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
@@ -338,22 +338,22 @@ def parse_overrides(pairs: list[str]) -> Values:
 
 
 def option(key: str) -> str:
-    """How the command line fixes a key."""
+    """The option that fixes a key."""
     return f"--set {key}=VALUE" if key in OWN else f"--{key.replace('_', '-')} VALUE"
 
 
 def override(config: Config, values: Values, where: str) -> Config:
-    """A configuration with values replaced. Raises InputError in one sentence that says where the values come from."""
+    """A configuration with values replaced. An InputError is one sentence that begins with ``where``."""
     try:
         return config.override(values)
     except InputError as error:
-        first, *more = str(error).splitlines()
+        first, *others = str(error).splitlines()
         first = first if len(first) <= 300 else f"{first[:300]} …"
-        raise InputError(f"{where}{first}{f' (and {len(more)} more)' if more else ''}") from None
+        raise InputError(f"{where}{first}{f' (and {len(others)} others)' if others else ''}") from None
 
 
 def check(space: Space, overrides: Values, workers: int) -> None:
-    """Looks at every part of a space against the configuration.
+    """Checks every part of a space against the configuration.
 
     Raises:
         InputError: an unknown key, an illegal value, a key whose search would make trials incomparable, a code larger
@@ -369,7 +369,7 @@ def check(space: Space, overrides: Values, workers: int) -> None:
                 reason = "trials would no longer answer the same question"
                 raise InputError(f"{where}{key} cannot be searched: {reason}; fix it with {option(key)}")
             if key == "objective.likelihood" and space.metric == "val.neg_elbo":
-                reason = "densities and probabilities do not compare"
+                reason = "densities and probabilities are not comparable"
                 raise InputError(f"{where}{key} cannot be searched by val.neg_elbo: {reason}; use val.mse")
             for value in d.probes():
                 try:
@@ -382,13 +382,13 @@ def check(space: Space, overrides: Values, workers: int) -> None:
 
 
 def check_together(overrides: Values, points: Iterable[tuple[str, Values]]) -> None:
-    """Raises InputError where values are legal alone but not together, such as fp64 with bf16 gradients."""
+    """Raises InputError for values that are legal alone but not together, such as fp64 with bf16 gradients."""
     for preset, values in points:
         override(PRESETS[preset], {**overrides, **values}, f"preset {preset} with {shown(values)}: ")
 
 
 def check_sizes(config: Config, shape: tuple[int, ...] | None, workers: int, where: str) -> None:
-    """Raises InputError for a code larger than the image (``shape``, where it is known), or too small a batch."""
+    """Raises InputError for a code larger than the image (``shape``, if known), or for too small a batch."""
     size, batch = config.model.latent_dim, config.train.batch_size
     if shape is not None and size > math.prod(shape):
         image = f"{config.data.name} has {' × '.join(map(str, shape))} = {math.prod(shape)} values"

@@ -1,4 +1,4 @@
-"""A sweep from its request to its answer: check everything, plan, and run on Ray Tune."""
+"""Runs a sweep: checks everything, plans the trials, and runs them on Ray Tune."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from .results import Selection, number, results
 from .spaces import MAX_TRIALS, Space, Values, check, check_sizes, check_together, override, parse_space, shown
 
 CONNECT_SECONDS = 2.0
-LONGEST_FOLDER = 40  # characters of the folder that Ray keeps its sockets in
-FULL = 0.95  # of a disk, above which Ray stores no large objects
-LOST_SECONDS = 3.0  # without an answer of this machine's own Ray, after which it is gone
+LONGEST_FOLDER = 40  # characters of the path of the folder for Ray's sockets
+FULL = 0.95  # share of a disk in use above which Ray stores no large objects
+LOST_SECONDS = 3.0  # without an answer from a Ray on this machine, after which it counts as gone
 PROBED = 100  # points of an optimizer's space that are checked before it suggests its own
 
 
 class Interrupted(Exception):
-    """The sweep was interrupted. The message says how to resume it."""
+    """The sweep was interrupted. The message contains the command that resumes it."""
 
     exit_status = EXIT_STOPPED
 
 
-# -- what can be wrong, before Ray starts
+# -- checks, before Ray starts
 
 
 def checked(space: Space, overrides: Values, metric: str | None, settings: Settings, name: str, storage: Path) -> Sweep:
-    """The sweep that was asked for, if it can be run. Imports neither torch nor ray.
+    """Checks a request and returns the sweep. Imports neither torch nor ray.
 
     Raises:
         InputError: naming what is wrong and the way out.
     """
     check_name(name)
     space = parse_space(space.to_data(), space.name, metric).pinned(overrides)
-    decided = {"num_trials": _count(space, settings), "address": settings.address or "local"}
-    settings = Settings(**settings.model_dump() | decided)
+    defaults = {"num_trials": _count(space, settings), "address": settings.address or "local"}
+    settings = Settings(**settings.model_dump() | defaults)
     check(space, overrides, settings.workers_per_trial)
     if settings.scheduler == "pbt":
         space.check_mutable()
@@ -71,8 +71,10 @@ def _count(space: Space, settings: Settings) -> int:
         return settings.num_trials or (16 if settings.budget is None else 0)
     size = space.grid_size()
     if settings.num_trials not in (0, size):
-        asked, ways_out = settings.num_trials, "leave --num-trials out, or use --search random"
-        raise InputError(f"--num-trials {asked}: the grid of space {space.name} has {size:,} points; {ways_out}")
+        ways_out = "leave --num-trials out, or use --search random"
+        raise InputError(
+            f"--num-trials {settings.num_trials}: the grid of space {space.name} has {size:,} points; {ways_out}"
+        )
     if size > MAX_TRIALS:
         raise InputError(
             f"--search grid: the grid of space {space.name} has {size:,} points, more than {MAX_TRIALS:,}; "
@@ -82,33 +84,34 @@ def _count(space: Space, settings: Settings) -> int:
 
 
 def _check_local(settings: Settings) -> None:
-    """Refuses workers that this machine cannot hold, where Ray is to run on this machine alone."""
+    """Refuses workers that do not fit on this machine, if Ray is to run only on this machine."""
     if settings.address != "local":
         return
-    have = {"CPU": _cores(), "GPU": 0}
+    available = {"CPU": _cores(), "GPU": 0}
     if settings.gpus_per_worker:
         import torch
 
-        have["GPU"] = torch.cuda.device_count()
-    _check_fits(settings, have, "this machine")
+        available["GPU"] = torch.cuda.device_count()
+    _check_fits(settings, available, "this machine")
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_fits(settings: Settings, have: Mapping[str, float], where: str) -> None:
-    for kind, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
-        needed = settings.workers_per_trial * each
-        if needed > have[kind]:
+def _check_fits(settings: Settings, available: Mapping[str, float], where: str) -> None:
+    for kind, per_worker in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
+        needed = settings.workers_per_trial * per_worker
+        if needed > available[kind]:
             raise InputError(
-                f"a trial of {settings.workers_per_trial} workers with {each:g} {kind} each needs {needed:g} {kind}, "
-                f"and {where} has {have[kind]:g}; lower --workers-per-trial or --{kind.lower()}s-per-worker"
+                f"a trial of {settings.workers_per_trial} workers with {per_worker:g} {kind} each needs {needed:g} "
+                f"{kind}, and {where} has {available[kind]:g}; lower --workers-per-trial or "
+                f"--{kind.lower()}s-per-worker"
             )
 
 
 def _check_address(settings: Settings) -> None:
-    """Refuses an address where nothing answers, which Ray would try for a long time."""
+    """Refuses an address where nothing answers. Ray itself would keep trying for a long time."""
     host, _, port = str(settings.address).rpartition(":")
     try:
         if settings.address not in ("auto", "local"):
@@ -119,22 +122,22 @@ def _check_address(settings: Settings) -> None:
 
 
 def _absolute(overrides: Values) -> Values:
-    """Overrides whose paths mean the same in every process, whatever folder it works in."""
-    made = dict(overrides)
-    if "data.name" in made:
-        made["data.name"] = sweeping.absolute(str(made["data.name"]))
+    """Overrides with absolute paths, which mean the same in every working folder."""
+    values = dict(overrides)
+    if "data.name" in values:
+        values["data.name"] = sweeping.absolute(str(values["data.name"]))
     for key in ("data.root", "data.cache"):
-        if made.get(key) is not None:
-            made[key] = str(Path(made[key]).expanduser().resolve())
-    return made
+        if values.get(key) is not None:
+            values[key] = str(Path(values[key]).expanduser().resolve())
+    return values
 
 
 def check_data(sweep: Sweep) -> None:
-    """Loads the data once, here, and says what is missing, too small or not trainable before any trial starts.
+    """Loads the data once and checks all trials against it before any of them starts.
 
     Raises:
-        InputError: the data is not there; a batch or code is too large for it; this machine or the data does not allow
-            a configuration; or there are too few evaluations for the scheduler.
+        InputError: the data is missing; a batch or code is too large for it; this machine or the data does not allow a
+            configuration; or there are too few evaluations for the scheduler.
     """
     settings, space = sweep.settings, sweep.space
     if not settings.gpus_per_worker:
@@ -167,15 +170,15 @@ def check_data(sweep: Sweep) -> None:
 
 
 def _plan(space: Space, settings: Settings) -> list[tuple[str, Values]]:
-    """The trials to come, as far as they are known. For an optimizer, these are points that it might suggest."""
+    """The trials, as far as they are known in advance. For an optimizer: points that it might suggest."""
     count = PROBED if settings.search == "optuna" or not settings.num_trials else settings.num_trials
     return space.plan(settings.search, count, settings.seed)
 
 
 def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
-    an_epoch = -(-num_images // config.train.batch_size)
-    steps = config.train.steps or config.train.epochs * an_epoch
-    evaluations = steps // (config.train.eval_every or an_epoch)
+    steps_per_epoch = -(-num_images // config.train.batch_size)
+    steps = config.train.steps or config.train.epochs * steps_per_epoch
+    evaluations = steps // (config.train.eval_every or steps_per_epoch)
     if sweep.settings.scheduler != "none" and sweep.settings.budget is None and evaluations < 4:
         raise InputError(
             f"--scheduler {sweep.settings.scheduler} compares trials while they run, and these are evaluated "
@@ -183,15 +186,15 @@ def _check_evaluations(sweep: Sweep, config: Config, num_images: int) -> None:
         )
 
 
-# -- the run
+# -- running
 
 
 def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
     """Plans and runs a new sweep, then trains its leading trials with fresh seeds, if any are asked for.
 
     Raises:
-        InputError: there is a sweep of that name, or its data or cluster is not there.
-        Interrupted: Ctrl-C or SIGTERM came; ``--resume`` goes on.
+        InputError: there is already a sweep of that name, or its data or cluster is missing.
+        Interrupted: Ctrl-C or SIGTERM came; ``--resume`` continues.
     """
     budget = _budget(sweep.settings, seeds)
     with only_driver(sweep.path, new=True):
@@ -210,15 +213,15 @@ def start(sweep: Sweep, selection: Selection, seeds: int) -> None:
             confirm(sweep, selection, seeds, budget)
 
 
-def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Sweep:
-    """Resumes a sweep, with the given address, limit of trials at once, and budget.
+def resume(path: Path, new: Settings, selection: Selection, seeds: int) -> Sweep:
+    """Resumes a sweep with new settings for address, number of trials at once, and budget.
 
     Finished, stopped and failed trials stay as they are. The others continue from their checkpoints.
     """
     with only_driver(path, new=False):
         sweep = read_sweep(path)
-        new = given.model_dump(include={"address", "max_concurrent"}, exclude_none=True)
-        settings = Settings(**sweep.settings.model_dump() | new | {"budget": given.budget})
+        changes = new.model_dump(include={"address", "max_concurrent"}, exclude_none=True)
+        settings = Settings(**sweep.settings.model_dump() | changes | {"budget": new.budget})
         budget = _budget(settings, seeds)
         sweep = dataclasses.replace(sweep, settings=settings)
         _check_local(settings)
@@ -232,54 +235,54 @@ def resume(path: Path, given: Settings, selection: Selection, seeds: int) -> Swe
 
 
 def resuming(sweep: Sweep, selection: Selection, seeds: int) -> str:
-    """The command that goes on with a sweep."""
+    """The command that resumes a sweep."""
     words = ["dist-ae", "sweep", "--resume", sweep.name, "--storage", str(sweep.path.parent)]
     words += ["--select", str(selection)] if selection.kind != "best" else []
     return shlex.join([*words, "--confirm", str(seeds)] if seeds else words)
 
 
 def _budget(settings: Settings, seeds: int) -> Budget | None:
-    """The budget, which begins to be spent now. It keeps time for two leading trials with fresh seeds."""
+    """The budget, which starts now. It reserves time for two leading trials with fresh seeds."""
     if settings.budget is None:
         return None
     return Budget(settings.budget, time.monotonic(), wanted=settings.num_trials, held=2 * seeds)
 
 
 def confirm(sweep: Sweep, selection: Selection, seeds: int, budget: Budget | None) -> None:
-    """Trains the leading trials with fresh seeds, up to so many each, until the leader stands alone, or time is up."""
+    """Trains the leading trials with up to ``seeds`` fresh seeds, until the leader stands alone or time is up."""
     rows = contenders(results(sweep), selection, sweep)
     if budget is not None:
         budget.held = 0
-    while seeds and (made := plan_runs(sweep, rows, seeds)) is not None:
-        runs = len(unfinished(made))
+    while seeds and (rerun := plan_runs(sweep, rows, seeds)) is not None:
+        runs = len(unfinished(rerun))
         if budget is not None and not budget.fits(runs):
             say(f"no time is left for {runs} runs with fresh seeds; later: {resuming(sweep, selection, seeds)}")
             return
-        run(made, resuming(sweep, selection, seeds), budget)
+        run(rerun, resuming(sweep, selection, seeds), budget)
 
 
 def _tracking(sweep: Sweep) -> Values:
-    """Decides on W&B once, here. Workers elsewhere may not know the key, and the trials belong in one place."""
+    """Decides once whether to use W&B. Workers elsewhere may lack the key, and all trials belong in one place."""
     config = PRESETS[next(iter(sweep.space.parts))].override(sweep.overrides)
     return {"tracking.wandb": sweeping.wandb_mode(config)}
 
 
 def track(sweep: Sweep, answer: Answer, command: str) -> None:
-    """Puts the answer into the sweep's group in W&B, as a run of its own: front, importance and report.
+    """Logs the answer to the sweep's group in W&B as a separate run: front, importance and report.
 
     Args:
-        command: reports the sweep again.
+        command: the command that reports the sweep again.
     """
     config = answer.best.override(_tracking(sweep))
     winner = next(row for row in answer.trials if row["trial"] in answer.run_dir.parts)
     summary = {f"answer/{key}": value for key, value in _plain(winner).items() if value is not None}
-    tables = {"front": [*map(_plain, answer.front)], "importance": [asdict(each) for each in answer.importance]}
+    tables = {"front": [*map(_plain, answer.front)], "importance": [asdict(setting) for setting in answer.importance]}
     summary |= {"said": str(answer)}
     sweeping.track_sweep(config, sweep.path, sweep.name, f"{sweep.key}-summary", summary, tables, command)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Cells that a table of W&B takes."""
+    """Cells in a form that a table of W&B accepts."""
     return {key: number(value) if isinstance(value, (list, tuple)) else value for key, value in row.items()}
 
 
@@ -289,7 +292,7 @@ def unfinished(sweep: Sweep) -> list[Trial]:
 
 
 def left(sweep: Sweep) -> int:
-    """How many trials are still to be run or finished. With an optimizer, some of them may not be planned yet."""
+    """How many trials are still to be run or finished. An optimizer may not have planned all of them yet."""
     return len(unfinished(sweep)) + max(0, sweep.settings.num_trials - len(sweep.trials()))
 
 
@@ -297,15 +300,15 @@ def left(sweep: Sweep) -> int:
 def cluster(sweep: Sweep) -> Iterator[None]:
     """Starts Ray on this machine, or joins a cluster, for the length of a sweep.
 
-    Whoever reaches Ray can run code on it. A Ray of this machine alone therefore listens on loopback and asks every
-    client for a token that only its processes know. Ray reads both settings when it is imported, so a program that
-    imported it earlier has chosen them itself.
+    Anyone who can connect to Ray can run code on it. A Ray on this machine alone therefore listens on loopback and asks
+    every client for a token that only its processes know. Ray reads both settings when it is imported, so a program
+    that imported it earlier has made its own choice.
 
     Raises:
-        InputError: there is no cluster, or it is too small; a node does not see the storage, or cannot import the code.
+        InputError: there is no cluster, or it is too small; a node cannot see the storage, or cannot import the code.
     """
     settings = sweep.settings
-    # Turns off Tune's own tables and files.
+    # Turn off Tune's own tables and files.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -317,30 +320,38 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # makes 127.0.0.1 this machine's address, also on Linux
     import ray
 
-    # Import before joining Ray: nodes of one machine share a submitted job's code, and unpack it again while it runs.
+    # Import before joining Ray: nodes on one machine share a submitted job's code and unpack it again while it runs.
     from . import live, schedule, trial  # noqa: F401
 
-    # A stopped trial may take seconds to close its trackers. Its actor has torch imported and is worth waiting for.
+    # A stopped trial may take seconds to close its trackers. Its actor has imported torch, so it is worth the wait.
     variables = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "15", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
-    # How often a report of several workers is fetched, in seconds. The workers wait for it.
+    # Seconds between two looks for a report of several workers, which wait for it.
     variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     variables |= {key: os.environ[key] for key in ("WANDB_BASE_URL", "OMP_NUM_THREADS") if key in os.environ}
-    here: dict[str, Any] = {"include_dashboard": False, "num_cpus": _cores()} if settings.address == "local" else {}
-    if here and (short := short_folder()) is not None:
-        here["_temp_dir"] = short
-    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if here and (full := nearly_full(here.get("_temp_dir", usual))):
-        say(full, sys.stderr)
+    local_options: dict[str, Any] = (
+        {"include_dashboard": False, "num_cpus": _cores()} if settings.address == "local" else {}
+    )
+    if local_options and (folder := short_folder()) is not None:
+        local_options["_temp_dir"] = folder
+    default_folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if local_options and (disk_warning := nearly_full(local_options.get("_temp_dir", default_folder))):
+        say(disk_warning, sys.stderr)
     environment = {"env_vars": variables}
     try:
-        ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **here)
+        ray.init(
+            settings.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local_options
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "Ray did not start on this machine" if here else "no cluster there; start one with `ray start --head`"
+        hint = (
+            "Ray did not start on this machine"
+            if local_options
+            else "no cluster there; start one with `ray start --head`"
+        )
         raise InputError(f"--address {settings.address}: {hint} ({first_line(error)})") from None
     try:
         if settings.address != "local":
-            have = {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-            _check_fits(settings, have, "the cluster")
+            available = {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
+            _check_fits(settings, available, "the cluster")
             _check_shared(sweep)
         yield
     finally:
@@ -348,74 +359,74 @@ def cluster(sweep: Sweep) -> Iterator[None]:
 
 
 def short_folder() -> str | None:
-    """A folder for Ray's sockets where the usual one has too long a name; None where the usual one will do.
+    """A folder for Ray's sockets if the path of the default folder is too long; None if it is not.
 
-    A socket's path has at most 107 bytes, and Ray puts some 60 behind the folder.
+    A socket's path has at most 107 bytes, and Ray appends some 60 to the folder.
 
     Raises:
-        InputError: there is no short one.
+        InputError: there is no folder with a short path.
     """
-    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(os.path.join(usual, "ray"))) <= LONGEST_FOLDER:
+    default_folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(os.path.join(default_folder, "ray"))) <= LONGEST_FOLDER:
         return None
     for folder in ("/tmp", "/var/tmp", "/dev/shm"):
         if os.access(folder, os.W_OK):
             return os.path.join(folder, f"ray-{os.getuid()}")
     raise InputError(
-        f"{usual}: too long a name for Ray's sockets, and no short folder can be written; set RAY_TMPDIR to a local "
-        f"folder whose path has at most {LONGEST_FOLDER - 4} characters"
+        f"{default_folder}: the path is too long for Ray's sockets, and no folder with a short path can be written; "
+        f"set RAY_TMPDIR to a local folder whose path has at most {LONGEST_FOLDER - 4} characters"
     )
 
 
 def nearly_full(folder: str) -> str:
-    """A warning where a local Ray has little room for its files; "" where it has enough."""
+    """A warning if a local Ray has little room for its files; "" if it has enough."""
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    room = shutil.disk_usage(folder)
-    if room.free >= (1 - FULL) * room.total:
+    usage = shutil.disk_usage(folder)
+    if usage.free >= (1 - FULL) * usage.total:
         return ""
     return (
-        f"warning: the disk of {folder}, where Ray keeps its files, is {1 - room.free / room.total:.0%} full; above "
-        f"{FULL:.0%} Ray may refuse to store what trials hand over: make room, or set RAY_TMPDIR to another folder"
+        f"warning: the disk of {folder}, where Ray keeps its files, is {1 - usage.free / usage.total:.0%} full; above "
+        f"{FULL:.0%} Ray may refuse to store what trials send: make room, or set RAY_TMPDIR to another folder"
     )
 
 
 def _check_shared(sweep: Sweep) -> None:
-    """Asks every node whether it can import this code and sees the sweep's folder."""
+    """Checks that every node can import this code and sees the sweep's folder."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .trial import sees
 
-    token = sweep.path / f".seen-{uuid.uuid4().hex}"
-    token.touch()
+    probe = sweep.path / f".seen-{uuid.uuid4().hex}"
+    probe.touch()
     try:
         for node in (node for node in ray.nodes() if node["Alive"]):
             strategy, host = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), node["NodeManagerAddress"]
             task = ray.remote(sees).options(num_cpus=0, scheduling_strategy=strategy)
             try:
-                seen = ray.get(task.remote(str(token)), timeout=60)
+                visible = ray.get(task.remote(str(probe)), timeout=60)
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 raise InputError(
                     f"node {host} cannot run this code ({reason}); install the project there, or submit the sweep "
                     "with launch/ray/submit.sh, which sends it along"
                 ) from None
-            if not seen:
+            if not visible:
                 raise InputError(
-                    f"--storage {sweep.path.parent}: node {host} does not see this folder, and a trial may go on on "
+                    f"--storage {sweep.path.parent}: node {host} does not see this folder, and a trial may continue on "
                     "any node; use a folder on storage that all nodes share (NFS, Lustre, a mounted bucket)"
                 )
     finally:
-        token.unlink(missing_ok=True)
+        probe.unlink(missing_ok=True)
 
 
 def run(sweep: Sweep, command: str, budget: Budget | None = None) -> None:
-    """Runs what is planned and not done, on the Ray that is connected.
+    """Runs the planned trials that are not done, on the connected Ray.
 
     Args:
-        command: goes on with the sweep, should it be interrupted.
-        budget: ends it in time.
+        command: the command that resumes the sweep, for the message of an interruption.
+        budget: the time for the sweep.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came.
@@ -438,11 +449,11 @@ def run(sweep: Sweep, command: str, budget: Budget | None = None) -> None:
     progress = Progress(sweep, len(done) + left(sweep), done, _fits(settings), budget)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     if several:
-        # The driver of several workers computes nothing, and they hold the resources. Ray wants it to hold something.
+        # The workers hold the resources, and their driver computes nothing, but Ray wants it to hold something.
         trainable = ray.tune.with_resources(run_distributed_trial, {"memory": 1})
     else:
-        each = {"cpu": settings.cpus_per_worker, "gpu": settings.gpus_per_worker}
-        trainable = ray.tune.with_resources(run_trial, each)
+        resources = {"cpu": settings.cpus_per_worker, "gpu": settings.gpus_per_worker}
+        trainable = ray.tune.with_resources(run_trial, resources)
     ids = {"id": ray.tune.grid_search([trial.id for trial in todo]), "sweep_dir": str(sweep.path)}
     tuner = ray.tune.Tuner(
         trainable,
@@ -467,9 +478,9 @@ def run(sweep: Sweep, command: str, budget: Budget | None = None) -> None:
             verbose=0,
         ),
     )
-    # At SIGTERM or a closed terminal, Tune shall do what it does at Ctrl-C: stop the trials and return.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
-    old = {n: signal.signal(n, lambda number, frame: os.kill(os.getpid(), signal.SIGINT)) for n in numbers}
+    # On SIGTERM or a closed terminal, let Tune do what it does on Ctrl-C: stop the trials and return.
+    signals = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
+    old_handlers = {n: signal.signal(n, lambda number, frame: os.kill(os.getpid(), signal.SIGINT)) for n in signals}
     interrupted = False
     try:
         with progress.bar, _ending_without_ray(command, LOST_SECONDS if settings.address == "local" else 60.0):
@@ -477,22 +488,22 @@ def run(sweep: Sweep, command: str, budget: Budget | None = None) -> None:
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        for number, handler in old.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
     remaining = left(sweep)
     if remaining and budget is not None and not interrupted:
-        say(f"the budget of {budget.minutes:g} minutes is spent; {command} goes on with {remaining} trials")
+        say(f"the budget of {budget.minutes:g} minutes is spent; {command} continues {remaining} trials")
     elif remaining:
-        raise Interrupted(f"{remaining} trials are not finished; this goes on with them: {command}")
+        raise Interrupted(f"{remaining} trials are not finished; this continues them: {command}")
     shutil.rmtree(sweep.path / "ray", ignore_errors=True)  # Ray's own records; with pbt, also copies of checkpoints
 
 
 @contextmanager
 def _ending_without_ray(command: str, patience: float) -> Iterator[None]:
-    """Ends the sweep with its own words where Ray's central process is gone.
+    """Ends the sweep with a clear message if Ray's central process is gone.
 
     A signal to all processes of a job (systemd, Slurm, ``timeout``, a closed terminal) ends Ray, too. Its client would
-    wait for it for a minute and then end this process from within, without a word on how to go on.
+    wait a minute for it and then abort this process, without saying how to resume the sweep.
 
     Args:
         patience: seconds without an answer. On a cluster, the central process may come back within a minute.
@@ -510,7 +521,7 @@ def _ending_without_ray(command: str, patience: float) -> Iterator[None]:
                 answered = time.monotonic()
             except OSError:
                 if time.monotonic() - answered > patience and not done.is_set():
-                    text = f"Ray ended while the sweep was running; this goes on with its trials: {command}"
+                    text = f"Ray ended while the sweep was running; this continues its trials: {command}"
                     say(text, sys.stderr)
                     os._exit(EXIT_STOPPED)
 
@@ -524,7 +535,7 @@ def _ending_without_ray(command: str, patience: float) -> Iterator[None]:
 
 
 def _concurrency(settings: Settings) -> int | None:
-    """Most trials at once. A driver of several workers needs next to nothing, so Tune is told what the workers need."""
+    """Most trials at once. With several workers, Tune sees only their driver, so the number is computed here."""
     return settings.max_concurrent if settings.workers_per_trial == 1 else _fits(settings)
 
 
@@ -532,6 +543,7 @@ def _fits(settings: Settings) -> int:
     """How many trials run at once."""
     import ray
 
-    have, each = ray.cluster_resources(), {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
-    fits = [int(have.get(kind, 0) // (settings.workers_per_trial * share)) for kind, share in each.items() if share]
+    available, per_worker = ray.cluster_resources(), {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+    workers = settings.workers_per_trial
+    fits = [int(available.get(kind, 0) // (workers * share)) for kind, share in per_worker.items() if share]
     return max(1, min([*fits, settings.max_concurrent or MAX_TRIALS]))

@@ -1,6 +1,6 @@
-"""One trial. It trains in a run directory of its own.
+"""Runs one trial, in its own run directory.
 
-A retry, on whatever node, is the same call again. dist_ae goes on from the last checkpoint.
+A retry, on any node, is the same call again. dist_ae continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dist_ae.sweeping import can_retry, probe_accuracy, tell_resources
 
 from .plan import Sweep, Trial, append_report, read_object, read_reports, read_sweep, write_json
 
-RETRIES = 5  # how often a trial goes on after losing its process, before it is left for --resume
-LOCK_SECONDS = 120  # how long the process that a retry replaces may still hold the run directory
+RETRIES = 5  # how often a trial continues after losing its process, before it is left for --resume
+LOCK_SECONDS = 120  # how long the process before a retry may still hold the run directory
 WORKERS = "workers.json"  # names the placement group of a trial's workers while they hold one
 Send = Callable[[dict[str, Any]], None]
 
@@ -55,7 +55,7 @@ def _report_to_tune(sweep: Sweep, trial: Trial, report: dict[str, Any]) -> None:
 
 
 def run_distributed_trial(assignment: dict[str, Any]) -> None:
-    """A trial with several workers. This actor only drives Ray Train, whose workers train together under Accelerate."""
+    """A trial with several workers. This actor only drives Ray Train, whose workers train together by Accelerate."""
     import ray.train
     import ray.tune
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -64,20 +64,20 @@ def run_distributed_trial(assignment: dict[str, Any]) -> None:
     sweep = read_sweep(Path(assignment["sweep_dir"]))
     trial = sweep.trial(ray.tune.get_context().get_trial_name())
     settings, gpu = sweep.settings, sweep.settings.gpus_per_worker > 0
-    each = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if gpu else {})
+    resources = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if gpu else {})
     timeout = int(sweep.config(trial).train.timeout)
     workers = settings.workers_per_trial
-    scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=each)
+    scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources)
     TorchTrainer(
         run_worker,
         train_loop_config={"sweep_dir": assignment["sweep_dir"], "id": trial.id},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout),
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            # A name for this attempt alone. The state of earlier attempts is in the run directory.
+            # The name of this attempt. The state of earlier attempts is in the run directory.
             name=f"{trial.id}-{uuid.uuid4().hex[:6]}",
             storage_path=str(sweep.path / "ray"),
-            # Tune retries the whole trial. Ray Train would retry even a trial that was stopped.
+            # Tune retries the whole trial. Ray Train would also retry a trial that was stopped.
             failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=[TuneReportCallback()],
         ),
@@ -100,29 +100,29 @@ def run_worker(loop: dict[str, Any]) -> None:
 
 
 def free_workers(trial_dir: Path) -> None:
-    """Frees what the workers of a trial held, and ends them, whatever became of their driver.
+    """Frees the resources of a trial's workers, and ends them, even if their driver is gone.
 
-    Without the dashboard, when a Ray Train run is cut off, Ray keeps its resources until the whole job ends. The next
-    trial would wait for them for ever.
+    Without the dashboard, Ray keeps the resources of an aborted Ray Train run until the whole job ends. The next trial
+    would wait for them for ever.
     """
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    held = read_object(trial_dir / WORKERS)
-    if held is not None:
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(held["placement_group"])))
+    group = read_object(trial_dir / WORKERS)
+    if group is not None:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group["placement_group"])))
         (trial_dir / WORKERS).unlink(missing_ok=True)
 
 
 def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
-    """Trains, or goes on training, and reports each evaluation. Every worker of every kind of trial calls this.
+    """Trains, or continues training, and reports each evaluation. Every worker of every kind of trial calls this.
 
-    An error of the code, the data or the arithmetic is noted and not raised, since Ray would only repeat it. An error
-    that a retry can mend (memory, storage, a lost peer) is raised.
+    An error of the code, the data or the arithmetic is recorded and not raised, since a retry would only repeat it. An
+    error that a retry can mend (memory, storage, a lost peer) is raised.
     """
     folder = sweep.trial_dir(trial.id)
     if (read_object(folder / "outcome.json") or {}).get("status") == "failed":
-        return  # another worker noted the failure, and this one was only waiting for that worker
+        return  # another worker recorded the failure, and this one was only waiting for it
     tell_resources(sweep.settings.cpus_per_worker, sweep.settings.gpus_per_worker)
     rank = int(os.environ.get("RANK", 0))
     main = rank == 0
@@ -132,7 +132,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
     def announce(step: int, progress: float, metrics: dict[str, float]) -> None:
         if sweep.metric == "val.probe_accuracy":
-            # Rank 0 speaks for the trial.
+            # Rank 0 computes it for the trial.
             metrics = {**metrics, "val.probe_accuracy": probe_accuracy(run_dir) if main else math.nan}
         report = {"step": step, "progress": progress, **metrics, "seconds": before + time.monotonic() - started}
         last.update(step=step, progress=progress)
@@ -141,7 +141,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
         send(report)
 
     def on_evaluation(report: dist_ae.Report) -> None:
-        if report.step < report.total_steps:  # the last one waits for result.json: a stop could come in between
+        if report.step < report.total_steps:  # the last one is sent after result.json: a stop could come in between
             announce(report.step, 100 * report.step / report.total_steps, report.metrics)
 
     try:
@@ -154,7 +154,7 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
     except Exception as error:
         if can_retry(error) and not (isinstance(error, dist_ae.OutOfMemory) and _seen_before(folder, rank)):
             raise
-        # All workers raise these two at once.
+        # All workers raise InputError and NonFinite at once.
         if main or not isinstance(error, (dist_ae.InputError, dist_ae.NonFinite)):
             sweep.end_trial(trial.id, "failed", f"{type(error).__name__}: {error}")
             import traceback
@@ -164,10 +164,10 @@ def train_trial(sweep: Sweep, trial: Trial, send: Send) -> None:
 
 
 def _seen_before(folder: Path, rank: int) -> bool:
-    """Whether this worker of the trial was out of a device's memory before.
+    """Whether this worker of the trial has run out of a device's memory before.
 
     The first time, another trial may have held some of it. A second time, the trial itself is too large, and the sweep
-    goes on without it. Each worker counts for itself, since all of them may fail in one try.
+    continues without it. Each worker counts separately, since all of them may fail in one attempt.
     """
     marker = folder / f"out-of-memory-{rank}"
     seen = marker.exists()
@@ -176,23 +176,23 @@ def _seen_before(folder: Path, rank: int) -> bool:
 
 
 def _wait_for_lock(run_dir: Path) -> None:
-    """Waits until the process that this one replaces lets go of the run directory.
+    """Waits until the process before this one releases the run directory.
 
-    That process was stopped or paused, or it is cut off on a node that Ray gave up.
+    That process was stopped or paused, or it is cut off on a node that Ray has given up.
     """
     if (run_dir / ".lock").exists():
         FileLock(run_dir / ".lock").acquire(timeout=LOCK_SECONDS).lock.release()
 
 
 def _fix_tracking_id(run_dir: Path, trial_id: str) -> None:
-    """Makes W&B know the trial by its id, in every generation and after every retry."""
+    """Gives W&B the trial's id, in every generation and after every retry."""
     if read_object(run_dir / "tracking.json") is None:
         write_json(run_dir / "tracking.json", {"wandb_id": trial_id})
 
 
 @contextlib.contextmanager
 def _own_log(folder: Path, name: str = "log.txt") -> Iterator[None]:
-    """Sends what training prints into the trial's folder. The terminal shows the sweep."""
+    """Redirects the output of training into the trial's folder. The terminal shows the sweep."""
     with open(folder / name, "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
 
