@@ -371,7 +371,7 @@ def test_a_run_finds_its_pictures_where_they_now_lie(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)  # a relative path was kept in full
     expected = np.load(commands.embed_run(tmp_path / "run", out=tmp_path / "codes.npy"))
     (tmp_path / "here").rename(tmp_path / "there")
-    with pytest.raises(InputError, match=r"if the images have moved, --data\.root says where they lie now"):
+    with pytest.raises(InputError, match=r"if the images have moved, name their new folder with --data\.root"):
         commands.embed_run(tmp_path / "run", out=tmp_path / "none.npy")
     moved = tmp_path / "there" / "pictures"
     assert np.array_equal(

@@ -196,7 +196,7 @@ def test_from_labels_takes_the_best_f1_and_says_the_quantile_beside_it(bottle: t
     assert found.threshold == found.figures["best_f1_threshold"] and found.interval is None
     assert found.basis == "the best F1 on 12 anomalous and 12 normal images"
     assert any("flatters" in each for each in found.remarks)
-    (beside,) = [each for each in found.remarks if each.startswith("beside it the 99 % quantile")]
+    (beside,) = [each for each in found.remarks if each.startswith("for comparison, the 99 % quantile")]
     assert f"{dist_ae.load(run).threshold():.6g}, with precision" in beside
     usual = commands.score_run(run, root / "test", root.parent / "q.csv")
     assert usual.figures["best_f1"] == found.figures["f1"] and usual.figures["f1"] <= found.figures["f1"]
@@ -219,7 +219,7 @@ def test_masks_are_taken_from_where_they_are_named_and_what_is_missing_is_said(
     tiny[0, 0] = 255
     Image.fromarray(tiny).save(masks / "000.png")
     again = commands.score_run(run, root / "test", tmp_path / "t.csv", masks=tmp_path / "masks")
-    assert any("of 1 masks nothing is left at the model's size" in each for each in again.remarks)
+    assert any("1 masks are empty at the model's size" in each for each in again.remarks)
     (masks / "001.png").write_text("none")
     for more, expected in (
         ({"masks": tmp_path / "masks"}, r"001\.png: cannot be read as a mask"),

@@ -122,7 +122,7 @@ def test_a_run_that_kept_no_threshold_finds_it_in_its_data_or_says_what_to_do(ru
     shutil.rmtree(bare / "calibration")
     np.save(tmp_path / "val.npy", VAL)
     for score in (None, "mahalanobis"):
-        with pytest.raises(InputError, match=r"no threshold was kept.*handed over from Python.*--threshold"):
+        with pytest.raises(InputError, match=r"no threshold was saved.*handed over from Python.*--threshold"):
             commands.score_run(bare, tmp_path / "val.npy", tmp_path / "s.csv", score=score)
     found = commands.score_run(bare, tmp_path / "val.npy", tmp_path / "s.csv", threshold=0.02)
     assert found.threshold == 0.02 and found.basis == "as given"
@@ -227,7 +227,7 @@ def test_folders_with_the_truth_give_auroc_and_average_precision_beside_pca(
     # A run whose data is not there says that PCA is missing, and why.
     memory = commands.score_run(runs / "ae", folders / layout, tmp_path / "m.csv")
     assert "pca.auroc" not in memory.figures and memory.figures["auroc"] > 0.7
-    assert "no PCA beside" in memory.remarks[0]
+    assert "no comparison with PCA" in memory.remarks[0]
 
 
 @pytest.mark.parametrize("kind", ["error", "ssim"])

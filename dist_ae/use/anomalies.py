@@ -1,4 +1,4 @@
-"""`dist-ae score`: scores and verdicts, how well they tell the images known to be anomalous, and heat maps."""
+"""`dist-ae score`: scores, thresholds, how well they separate images known to be anomalous, and heat maps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ MVTEC_NORMAL = "good"  # MVTec AD's name for its folder of pictures without a de
 EXTREMES, ROC = "-extremes.png", "-roc.png"  # endings of the pictures beside the scores
 VERDICT = "-verdict.json"  # of the threshold and the figures
 ODD_PLACES = 3  # columns of a row, or positions of a signal, that the scores name
-ODD_WINDOWS = 32  # of a signal, each of which is named by its oddest position alone: neighbours tell the same
-SATURATED = 0.01  # share of images whose map may exceed the one scale of all maps
+ODD_WINDOWS = 32  # windows of a signal, each represented by its oddest position: neighbours say the same
+SATURATED = 0.01  # share of images whose map may exceed the common scale of all maps
 
 
 class Limit(NamedTuple):
@@ -47,7 +47,7 @@ class Limit(NamedTuple):
 
 
 class Separation(NamedTuple):
-    """How well scores tell anomalous images from normal ones."""
+    """How well scores separate anomalous images from normal ones."""
 
     auroc: float
     average_precision: float
@@ -56,41 +56,42 @@ class Separation(NamedTuple):
 
 
 def truth_of(names: Sequence[str] | None, what: str) -> Array | None:
-    """Which images are anomalous, by the folders they lie in: 1, 0, or -1 for neither; None where no folder says so.
+    """Which images are anomalous, by their folders: 1, 0, or -1 for neither; None if there are no such folders.
 
-    The folders are ``normal/`` and ``anomalous/``, or MVTec AD's ``good/`` beside one folder for each defect (``test``
-    of a category).
+    The folders are ``normal/`` and ``anomalous/``, or MVTec AD's ``good/`` and one folder for each defect (``test`` of
+    a category).
 
     Raises:
-        InputError: there is only one of the two kinds, or it is MVTec's whole category, whose masks are pictures, too.
+        InputError: there is only one of the two kinds, or the folder is a whole category of MVTec, whose masks are
+            pictures, too.
     """
     if names is None:
         return None
     folders = [Path(name).parts[:-1] for name in names]
-    seen = {part for parts in folders for part in parts}
-    if "ground_truth" in seen and MVTEC_NORMAL in seen:
+    folder_names = {part for parts in folders for part in parts}
+    if "ground_truth" in folder_names and MVTEC_NORMAL in folder_names:
         raise InputError(
             f"{what}: holds MVTec's ground_truth, whose masks are no pictures of the object; score its folder test/"
         )
-    if seen & {NORMAL, ANOMALOUS}:
+    if folder_names & {NORMAL, ANOMALOUS}:
         truth = np.array([1 if ANOMALOUS in parts else 0 if NORMAL in parts else -1 for parts in folders])
-    elif MVTEC_NORMAL in seen:
+    elif MVTEC_NORMAL in folder_names:
         truth = np.array([-1 if not parts else 0 if MVTEC_NORMAL in parts else 1 for parts in folders])
     else:
         return None
-    for value, has, lacks in ((1, "normal", "anomalous"), (0, "anomalous", "normal")):
+    for value, present, absent in ((1, "normal", "anomalous"), (0, "anomalous", "normal")):
         if not (truth == value).any():
             raise InputError(
-                f"{what}: its folders name {has} pictures and no {lacks} ones, so there is nothing to tell apart; "
+                f"{what}: its folders name {present} pictures and no {absent} ones, so there is nothing to separate; "
                 f"give both ({NORMAL}/ and {ANOMALOUS}/, or {MVTEC_NORMAL}/ and a folder a defect), or one inner folder"
             )
     return truth
 
 
 def best_threshold(truth: Array, scores: Tensor) -> float:
-    """The threshold above which images are flagged with the largest F1, halfway to the next lower score.
+    """The threshold whose flags have the largest F1, halfway to the next lower score.
 
-    Of several that are equally good it is the highest, which flags the fewest.
+    Of several equally good thresholds it is the highest, which flags the fewest images.
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -98,23 +99,23 @@ def best_threshold(truth: Array, scores: Tensor) -> float:
     values = scores.double().numpy()[known]
     precision, recall, candidates = precision_recall_curve(truth[known], values)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    lowest = float(candidates[np.flatnonzero(f1[:-1] == f1[:-1].max())[-1]])  # the lowest score that is flagged
+    lowest = float(candidates[np.flatnonzero(f1[:-1] == f1[:-1].max())[-1]])  # the lowest flagged score
     below = values[values < lowest]
     if not len(below):
         return float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
-    middle = float(np.float32((lowest + below.max()) / 2))  # scores are float32, and so is what they are compared with
+    middle = float(np.float32((lowest + below.max()) / 2))  # float32, as the scores that are compared with it
     return middle if middle < lowest else float(below.max())
 
 
 def flagging(truth: Array, scores: Tensor, threshold: float) -> dict[str, float]:
-    """Precision, recall and F1 of flagging what scores above a threshold, over the images whose truth is known."""
+    """Precision, recall and F1 of flagging scores above a threshold, over the images whose truth is known."""
     from sklearn.metrics import precision_recall_fscore_support
 
     known = truth >= 0
-    found = precision_recall_fscore_support(
+    values = precision_recall_fscore_support(
         truth[known], (scores > threshold).numpy()[known], average="binary", zero_division=0.0
     )
-    return dict(zip(("precision", "recall", "f1"), map(float, found), strict=False))
+    return dict(zip(("precision", "recall", "f1"), map(float, values), strict=False))
 
 
 def separation(truth: Array, scores: Tensor) -> Separation:
@@ -137,7 +138,7 @@ def limit_of(
     scores: Tensor,
     what: str,
 ) -> Limit:
-    """The threshold: as it is given, the best on labelled images, or a quantile of the validation images.
+    """The threshold: the given one, the best on labelled images, or a quantile of the validation images.
 
     Raises:
         InputError: there are no labels, or no validation images.
@@ -152,24 +153,25 @@ def limit_of(
             f"{ANOMALOUS}/, or {MVTEC_NORMAL}/ and a folder a defect"
         )
     value = best_threshold(truth, scores)
-    remarks = ["the threshold was chosen on these very images, which flatters precision, recall and F1"]
+    remarks = ["the threshold was chosen on the same images, which flatters precision, recall and F1"]
     try:
-        usual = _quantile(view, name, quantile)
+        default = _quantile(view, name, quantile)
     except InputError as error:
-        remarks.append(f"no quantile beside it: {error}")
+        remarks.append(f"no quantile to compare with: {error}")
     else:
-        found = ", ".join(f"{key} {each:.4g}" for key, each in flagging(truth, scores, usual.value).items())
-        remarks += [f"beside it {usual.basis}: {usual.value:.6g}, with {found}", *usual.remarks]
+        figures = flagging(truth, scores, default.value).items()
+        listed = ", ".join(f"{key} {value:.4g}" for key, value in figures)
+        remarks += [f"for comparison, {default.basis}: {default.value:.6g}, with {listed}", *default.remarks]
     known = truth[truth >= 0]
     basis = f"the best F1 on {int(known.sum()):,} anomalous and {int((1 - known).sum()):,} normal images"
     return Limit(value, basis, None, tuple(remarks))
 
 
 def _quantile(view: View, name: str, quantile: float) -> Limit:
-    """The threshold at a quantile of the held-out images, and between which scores that of all normal ones lies."""
-    kept = view.normal(name)
-    value = kept.threshold(name, quantile)
-    count, (low, high) = len(kept.scores[name]), kept.interval(name, quantile)
+    """The threshold at a quantile of the held-out images, and the confidence interval of that quantile."""
+    calibration = view.calibration(name)
+    value = calibration.threshold(name, quantile)
+    count, (low, high) = len(calibration.scores[name]), calibration.interval(name, quantile)
     between = f"{low:.4g} to {high:.4g}" if math.isfinite(low) else f"at most {high:.4g}"
     between = between if math.isfinite(high) else f"{low:.4g} or more" if math.isfinite(low) else "anything"
     basis = f"the {100 * quantile:g} % quantile of {count:,} {view.held_out} (95 % interval: {between})"
@@ -189,7 +191,7 @@ def pca_scores(view: View) -> Tensor | None:
     None for a model that has no linear counterpart.
 
     Raises:
-        InputError: the run's training images are not there.
+        InputError: the run's training images are missing.
     """
     model = view.trained.model
     code = model.linear_code()
@@ -202,8 +204,8 @@ def pca_scores(view: View) -> Tensor | None:
 
 
 def scale_of(view: View, kind: Kind) -> float:
-    """The upper end of the one scale of all maps. In one image of a hundred, the largest value exceeds it."""
-    largest = [float(found.values.max()) for found in view.maps(kind)]
+    """The upper end of the common scale of all maps. In one image of a hundred, the largest value exceeds it."""
+    largest = [float(difference.values.max()) for difference in view.maps(kind)]
     return max(float(np.quantile(largest, 1 - SATURATED, method="inverted_cdf")), 1e-6)
 
 
@@ -211,20 +213,20 @@ def scale_of(view: View, kind: Kind) -> float:
 
 
 def odd_places(trained: TrainedModel, records: Given) -> dict[str, list[str]]:
-    """What contributes most to the error of each row or signal, largest first: ``odd_1`` to ``odd_3``.
+    """The largest contributions to the error of each row or signal, largest first: ``odd_1`` to ``odd_3``.
 
-    It is a column of a table, by its name; or a position of a signal, counted from 0, with its channel where there are
+    Each is the name of a table's column; or a position of a signal, counted from 0, with its channel if there are
     several.
     """
     channels, _, length = trained.model.image_shape
     window = -(-length // ODD_WINDOWS)  # 1 for a table
-    found = []
+    parts = []
     for rows in blocks(records):
         errors = trained.contributions(floats(records, rows)).reshape(-1, channels, length)
         largest, positions = F.max_pool1d(errors, window, ceil_mode=True, return_indices=True)
         order = largest.flatten(1).topk(min(ODD_PLACES, largest[0].numel()), 1).indices
-        found.append(torch.stack([order // largest.shape[2], positions.flatten(1).gather(1, order)], 2))
-    places = torch.cat(found).tolist()  # [N, ranks, (channel, position)]
+        parts.append(torch.stack([order // largest.shape[2], positions.flatten(1).gather(1, order)], 2))
+    places = torch.cat(parts).tolist()  # [N, ranks, (channel, position)]
 
     def name(channel: int, position: int) -> str:
         if length == 1:
@@ -255,37 +257,41 @@ def draw_extremes(view: View, out: Path, scores: Tensor, name: str, limit: Limit
 def judge(
     view: View, truth: Array, scores: Tensor, name: str, out: Path, limit: float
 ) -> tuple[dict[str, float], Path, list[str]]:
-    """AUROC and average precision of the scores and of PCA's, what the threshold ``limit`` tells apart beside the best
-    one, the picture of the ROC, and remarks on them.
+    """Figures, the picture of the ROC, and remarks.
+
+    The figures are AUROC and average precision of the scores and of PCA's, and precision, recall and F1 at the
+    threshold ``limit`` and at the best one.
     """
     remarks = []
-    found = {name: separation(truth, scores)}
+    separations = {name: separation(truth, scores)}
     try:
         linear = pca_scores(view)
     except InputError as error:
         linear = None
-        remarks.append(f"no PCA beside: the run's training images are not there ({error})")
+        remarks.append(f"no comparison with PCA: the run's training images are missing ({error})")
     if linear is not None:
         numbers = math.prod(view.trained.model.code_shape)
-        found[f"PCA, {numbers:,} numbers"] = separation(truth, linear)
+        separations[f"PCA, {numbers:,} numbers"] = separation(truth, linear)
     figures: dict[str, float] = {}
-    for key, each in zip(("", "pca."), found.values(), strict=False):
-        figures |= {f"{key}auroc": each.auroc, f"{key}average_precision": each.average_precision}
+    for prefix, result in zip(("", "pca."), separations.values(), strict=False):
+        figures |= {f"{prefix}auroc": result.auroc, f"{prefix}average_precision": result.average_precision}
     best = best_threshold(truth, scores)
     figures |= flagging(truth, scores, limit)
     figures |= {"best_f1": flagging(truth, scores, best)["f1"], "best_f1_threshold": best}
     known = truth[truth >= 0]
     if len(known) < len(truth):
-        remarks.append(f"{len(truth) - len(known):,} images lie in neither kind of folder and are not in these figures")
+        remarks.append(
+            f"{len(truth) - len(known):,} images lie in neither kind of folder and do not count in these figures"
+        )
     title = f"{int(known.sum()):,} anomalous and {int((1 - known).sum()):,} normal images"
 
     def draw(path: Path) -> None:
         from dist_ae.figures import roc
 
-        labels = {
-            f"{label}: AUROC {each.auroc:.3f}, AP {each.average_precision:.3f}": each for label, each in found.items()
-        }
-        curves = {label: (each.false_positives, each.true_positives) for label, each in labels.items()}
+        curves = {}
+        for label, result in separations.items():
+            text = f"{label}: AUROC {result.auroc:.3f}, AP {result.average_precision:.3f}"
+            curves[text] = (result.false_positives, result.true_positives)
         roc(curves, path, title)
 
     return figures, write_whole(with_ending(out, ROC), draw), remarks
@@ -295,29 +301,29 @@ def judge_maps(view: View, truth: Array | None, kind: Kind, masks: Path) -> tupl
     """Pixel AUROC and AUPRO of the heat maps against a folder of masks, and remarks on them."""
     names = view.records.names
     if names is None:
-        return {}, ["no figures of pixels: masks are found by the names of pictures, which these have not"]
-    found = masks_by_name(masks, names)
-    if not found:
+        return {}, ["no figures of pixels: masks are found by the names of pictures, and these have none"]
+    mask_paths = masks_by_name(masks, names)
+    if not mask_paths:
         return {}, [f"no figures of pixels: {shown(masks)} holds no mask of these pictures"]
-    unknown = np.full(len(names), -1) if truth is None else truth
-    maps = ((each.place, each.values.numpy()) for each in view.maps(kind))
-    return localized(maps, names, unknown, found, view.masks, view.size)
+    truth = np.full(len(names), -1) if truth is None else truth
+    maps = ((difference.place, difference.values.numpy()) for difference in view.maps(kind))
+    return localized(maps, names, truth, mask_paths, view.masks, view.size)
 
 
-def write_verdict(found: Scored, out: Path) -> Path:
-    """Writes the threshold, where it comes from, and the figures as JSON beside the scores."""
-    low, high = found.interval or (None, None)
+def write_verdict(scored: Scored, out: Path) -> Path:
+    """Writes the threshold, its origin, and the figures as JSON next to the scores."""
+    low, high = scored.interval or (None, None)
     content = {
-        "score": found.score, "threshold": found.threshold, "basis": found.basis,
-        "interval": None if found.interval is None else {"low": low, "high": high, "confidence": CONFIDENCE},
-        "images": len(found.scores), "flagged": int(found.flagged.sum()),
-        "figures": found.figures, "remarks": found.remarks,
+        "score": scored.score, "threshold": scored.threshold, "basis": scored.basis,
+        "interval": None if scored.interval is None else {"low": low, "high": high, "confidence": CONFIDENCE},
+        "images": len(scored.scores), "flagged": int(scored.flagged.sum()),
+        "figures": scored.figures, "remarks": scored.remarks,
     }  # fmt: skip
     return write_whole(with_ending(out, VERDICT), lambda path: path.write_bytes(to_json(content)))
 
 
 def write_maps(view: View, scores: Tensor, name: str, limit: float, folder: Path, kind: Kind, reads: Reads) -> Path:
-    """Writes a picture of every image with its heat map, all on one scale; each is there as soon as it is drawn."""
+    """Writes a picture of every image with its heat map, all on the same scale, each as soon as it is drawn."""
     from dist_ae.figures import HeatMaps
 
     label, upper = "squared error" if kind == "error" else "1 - SSIM", scale_of(view, kind)
@@ -331,5 +337,5 @@ def write_maps(view: View, scores: Tensor, name: str, limit: float, folder: Path
         value = float(scores[place])
         note = f"{name} {value:.3g}, threshold {limit:.3g}{', flagged' if value > limit else ''}"
         picture = panels[values.shape].picture(image, reconstruction, values, note, value > limit)
-        write_whole(targets[place], picture.save)  # one by one: what is there when it is stopped stays
+        write_whole(targets[place], picture.save)  # one by one, so that finished pictures stay if this is stopped
     return folder

@@ -1,8 +1,8 @@
-"""What can be done with a trained run: the functions behind the commands, as tyro and Python call them.
+"""The functions behind the commands that use a trained run, as tyro and Python call them.
 
-Each loads a run, applies its model, writes, and returns what it wrote. All raise InputError for a run that does not
-exist; for images that are missing, unreadable or do not fit the model; and for a place that cannot be written. What
-needs torch is imported inside, so that help comes at once.
+Each loads a run, applies its model, writes files, and returns their paths. All raise InputError for a run that does not
+exist; for images that are missing, unreadable or do not fit the model; and for a path that cannot be written. Imports
+that need torch are inside the functions, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_ae.use.results import Evaluated, ExportedTo, Scored
 if TYPE_CHECKING:
     from dist_ae.models import Autoencoder
 
-TILES = 100  # most rows or columns of a picture: more images are too many to look at, and take megabytes
+TILES = 100  # most rows or columns of a picture: more are too many to look at, and take megabytes
 SAMPLE_COLUMNS = 8
 
 PICTURES = "pictures (a file, a folder, tar:PATTERN or hf:NAME), a .npy or .npz, or packed:PATH; left out, the run's "
@@ -38,13 +38,13 @@ Noisy = Annotated[
 Scorable = Annotated[str | Path | None, tyro.conf.arg(metavar="IMAGES", help=f"{PICTURES}validation images. {TRUTH}")]
 Which = Annotated[
     Literal["best", "last"],
-    tyro.conf.arg(help="the best weights by validation, or those of the newest checkpoint."),
+    tyro.conf.arg(help="use the best weights by validation, or those of the newest checkpoint."),
 ]
 Root = Annotated[
     Path | None,
     tyro.conf.arg(
         name="data.root",  # as `train` spells it
-        help="where the run's data lies here, if elsewhere than where it was trained.",
+        help="folder of the run's data, if it has moved since training.",
     ),
 ]
 Format = Literal["torch", "onnx", "safetensors"]
@@ -52,15 +52,15 @@ Part = Literal["whole", "encoder", "decoder"]
 Size = Annotated[
     Literal["own", "model"] | None,
     tyro.conf.arg(
-        help="of pictures: their own, piece by piece, or the model's; left out, their own where the run was trained on "
-        "crops (--data.crop)."
+        help="size of pictures: their own, piece by piece, or the model's; left out, their own if the run was trained "
+        "on crops (--data.crop)."
     ),
 ]
 ScoredSize = Annotated[
     Literal["own", "model"] | None,
     tyro.conf.arg(
-        help="of pictures: their own, where the score is that of their oddest square, or the model's; left out, their "
-        "own where the run was trained on crops (--data.crop)."
+        help="size of pictures: their own, with the score of their oddest square, or the model's; left out, their own "
+        "if the run was trained on crops (--data.crop)."
     ),
 ]
 
@@ -79,19 +79,19 @@ def evaluate_run(
     bm3d: bool = False,
     features: Path | None = None,
 ) -> Evaluated:
-    """Says how good a trained run is, beside PCA and classical filters: a table, JSON and one picture.
+    """Evaluates a trained run, compared with PCA and classical filters: a table, JSON and one picture.
 
     It runs on any number of processes.
 
     Args:
         split: the images to evaluate on.
         noise_std: noise of the fixed noisy copy; left out, the run's own setting.
-        batch_size: images at once over all processes; changes no figure.
-        out: .json, with the picture beside it; left out, RUN_DIR/evaluation.json.
-        subset: evenly spaced images for what is slow: denoising, and a variational run's importance-weighted bound.
+        batch_size: images at once over all processes; does not change the results.
+        out: .json; the picture gets the same name; left out, RUN_DIR/evaluation.json.
+        subset: evenly spaced images for the slow parts: denoising, and a variational run's importance-weighted bound.
         samples: draws K of that bound.
-        noise_levels: noise, on [0, 1] pixels, at which the model denoises beside a median filter and non-local means.
-        bm3d: also beside BM3D: `pip install bm3d` (free for uses that are not commercial); seconds an image.
+        noise_levels: noise, on [0, 1] pixels, for the comparison with a median filter and non-local means.
+        bm3d: also compare with BM3D: `pip install bm3d` (free for non-commercial use); takes seconds per image.
         features: a TorchScript file of a feature network (uint8 RGB in, features out), for FID and KID. It is a
             program: use one that you trust.
     """
@@ -114,7 +114,7 @@ def evaluate_run(
 
     config = sources.located(run_config(run_dir), data_root)
     changes = {"evaluation.noise_std": noise_std, "evaluation.batch_size": batch_size}
-    # The run's batch plan and precision are about training; every figure is of the float32 (or float64) model.
+    # The run's batch size and precision are for training; all metrics are those of the float32 (or float64) model.
     precision = {"precision": "fp64" if config.precision == "fp64" else "fp32"}
     config = config.override({**{key: value for key, value in changes.items() if value is not None}, **precision})
     check_device(config)
@@ -147,15 +147,17 @@ def evaluate_run(
             if components is not None:
                 metrics["pca_mse"] = pca.baseline(raw, components, reader, runtime)
             levels = sorted({*noise_levels, *([config.evaluation.noise_std] if config.evaluation.noise_std else [])})
-            found = assess(
+            evaluated = assess(
                 raw, components, train, reader, metrics, levels, bm3d, subset, samples, network, config, runtime
             )
             if runtime.is_main:
                 run = f"{run_dir.name or run_dir}, {split}, step {trained.source[1] if trained.source else '?'}"
-                found = write_evaluation(found, run, split, target, lenient=out is None)
+                evaluated = write_evaluation(evaluated, run, split, target, lenient=out is None)
             else:
-                found = replace(found, metrics={f"{split}.{name}": value for name, value in found.metrics.items()})
-            return found
+                evaluated = replace(
+                    evaluated, metrics={f"{split}.{name}": value for name, value in evaluated.metrics.items()}
+                )
+            return evaluated
         finally:
             runtime.close()
 
@@ -168,12 +170,12 @@ def reconstruct_run(
     which: Which = "best",
     data_root: Root = None,
 ) -> Path:
-    """Writes what the model makes of images; noisy images come out denoised.
+    """Writes reconstructions of images; noisy images come out denoised.
 
     Args:
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder,
-            a picture for each image; left out, RUN_DIR/reconstructions.npy. Of pictures at their own size: a folder,
-            or the file of a single one (.png, .jpg, .webp, .tif); left out, RUN_DIR/reconstructions.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 originals over their reconstructions; or a folder
+            with a picture for each image; left out, RUN_DIR/reconstructions.npy. For pictures at their own size: a
+            folder, or the file of a single one (.png, .jpg, .webp, .tif); left out, RUN_DIR/reconstructions.
     """
     from dist_ae.data import sources
     from dist_ae.use.reconstructions import forms, write_reconstructions
@@ -202,14 +204,14 @@ def denoise_run(
     which: Which = "best",
     data_root: Root = None,
 ) -> Path:
-    """Writes noisy images without their noise: what `reconstruct` makes of them.
+    """Writes noisy images without their noise, as `reconstruct` does.
 
     Args:
-        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over what becomes of them; or a folder, a picture
-            for each image; left out, RUN_DIR/denoised.npy. Of pictures at their own size: a folder, or the file of a
-            single one (.png, .jpg, .webp, .tif); left out, RUN_DIR/denoised.
-        noise_std: add noise of this standard deviation on [0, 1] first; left out, none to images, and to validation
-            images the run's evaluation.noise_std.
+        out: .npy, float32 [N, C, H, W] on [0, 1]; .png, the first 12 over their reconstructions; or a folder with a
+            picture for each image; left out, RUN_DIR/denoised.npy. For pictures at their own size: a folder, or the
+            file of a single one (.png, .jpg, .webp, .tif); left out, RUN_DIR/denoised.
+        noise_std: first add noise of this standard deviation on [0, 1]; left out, none for given images, and the run's
+            evaluation.noise_std for its validation images.
     """
     from dist_ae.data import sources
     from dist_ae.use.reconstructions import forms, write_reconstructions
@@ -266,12 +268,12 @@ def interpolate_run(
     which: Which = "best",
     data_root: Root = None,
 ) -> Path:
-    """Writes what lies between images: straight lines between the codes of images 0 and 1, 2 and 3, …, decoded.
+    """Writes images between images: decoded straight lines between the codes of images 0 and 1, 2 and 3, ….
 
     Args:
         pairs: how many pairs of images.
         steps: images from one reconstruction to the other, both included.
-        out: .png, a row for each pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
+        out: .png, with a row for each pair, or .npy, float32 [pairs, steps, C, H, W] on [0, 1]; left out,
             RUN_DIR/interpolation.png.
     """
     import numpy as np
@@ -293,9 +295,7 @@ def interpolate_run(
     if not 1 <= pairs <= count // 2:
         where = shown(images) if images else "the run's validation images"
         way_out = f"ask for 1 to {count // 2}" if count > 1 else "at least two images are needed"
-        raise InputError(
-            f"{where}: number of images {count}, which make {count // 2} pairs, but --pairs asks for {pairs}; {way_out}"
-        )
+        raise InputError(f"{where}: {count} images make {count // 2} pairs, but --pairs asks for {pairs}; {way_out}")
     if out.suffix == ".png" and max(pairs, steps) > TILES:
         raise InputError(
             f"a picture holds at most {TILES} pairs of {TILES} steps, not {pairs} of {steps}; "
@@ -305,14 +305,14 @@ def interpolate_run(
     lines = trained.interpolate(first, second, steps)
     if out.suffix == ".npy":
         return write_array(out, lines)
-    ends = [floats(each, range(pairs))[:, None] for each in (first, second)]
+    ends = [floats(images, range(pairs))[:, None] for images in (first, second)]
     return write_images(out, trained.pictures(torch.cat([ends[0], lines, ends[1]], 1)), steps + 2)
 
 
 def embed_run(
     run_dir: RunDir, images: Images = None, out: Path | None = None, which: Which = "best", data_root: Root = None
 ) -> Path:
-    """Writes the codes of images; of a variational run, their means.
+    """Writes the codes of images; for a variational run, the means of the codes.
 
     Args:
         out: .npy, float32 [N, *code shape]; or .csv or .parquet, with the path and label of each image, and x and y,
@@ -336,7 +336,7 @@ def embed_run(
     codes = codes.flatten(1)
     columns: dict[str, Tensor | list[str]] = {}
     labels = records.split.labels
-    if labels is not None and records.units is not None and records.classes:  # as the table has them
+    if labels is not None and records.units is not None and records.classes:  # the classes of the table
         columns["label"] = [records.classes[label] if label >= 0 else "" for label in labels.tolist()]
     elif labels is not None:
         columns["label"] = torch.from_numpy(labels)
@@ -363,16 +363,16 @@ def score_run(
 
     Args:
         out: .csv or .parquet with path, score and flagged; .npy, float32 [N]; left out, RUN_DIR/scores.csv. Threshold
-            and figures are in -verdict.json beside it.
+            and figures go to the file of that name with -verdict.json.
         score: error: squared error per pixel; neg_elbo: nats, of a variational run; mahalanobis: distance of the code
-            from those of training images; left out, neg_elbo of a variational run, else error.
+            from those of training images; left out, neg_elbo for a variational run, else error.
         quantile: flag above this quantile of the validation images' scores.
-        threshold: flag above this score instead; from-labels: the one with the best F1 on these images, whose folders
-            say which are anomalous.
-        maps: a folder for heat maps, a .png for each image, all on one scale.
-        map: what they show: the squared error, smoothed, or 1 - SSIM.
-        masks: a folder of masks, of broken/000.png broken/000_mask.png: pixel AUROC and AUPRO of the heat maps; left
-            out, MVTec's ground_truth/ beside a folder test/.
+        threshold: flag above this score instead; from-labels: the score with the best F1 on these images, whose folders
+            name the anomalous ones.
+        maps: a folder for heat maps, a .png for each image, all on the same scale.
+        map: content of the heat maps: the squared error, smoothed, or 1 - SSIM.
+        masks: a folder of masks, such as broken/000_mask.png for broken/000.png, for pixel AUROC and AUPRO of the heat
+            maps; left out, MVTec's ground_truth/ next to a folder test/.
     """
     import torch
     from torch import Tensor
@@ -403,17 +403,17 @@ def score_run(
     name = check_score(trained.model, score)
     if isinstance(threshold, float | int) and not math.isfinite(threshold):
         raise InputError(f"--threshold: expected a score, got {threshold}")
-    marked = masks_folder(images, masks)
-    reads = reads_of(run_dir, trained, images, marked)
-    beside = (EXTREMES, ROC, VERDICT)
-    out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=beside)
+    mask_folder = masks_folder(images, masks)
+    reads = reads_of(run_dir, trained, images, mask_folder)
+    endings = (EXTREMES, ROC, VERDICT)
+    out = destination(reads, run_dir, out, "scores.csv", (".csv", ".parquet", ".npy"), beside=endings)
     if maps is not None and trained.config.model.record_shape is not None:
-        raise InputError("--maps: heat maps are of images; the scores name the columns or positions that are odd")
+        raise InputError("--maps: heat maps are for images; the scores name the columns or positions that are odd")
     if maps is not None:
         maps = destination(reads, run_dir, maps, "", ("",), "--maps")
     what = shown(os.fspath(images)) if images is not None else "the run's validation images"
     if threshold is None:
-        trained.threshold(quantile, name)  # what is wrong is found before anything is computed
+        trained.threshold(quantile, name)  # raises its errors before anything is computed
     view = view_of(trained, images, size)
     records = view.records
     truth = truth_of(records.names, what)
@@ -431,19 +431,19 @@ def score_run(
     figures: dict[str, float] = {}
     remarks = list(limit.remarks)
     if truth is not None:
-        figures, picture, more = judge(view, truth, scores, name, out, limit.value)
+        figures, picture, new_remarks = judge(view, truth, scores, name, out, limit.value)
         pictures.append(picture)
-        remarks += more
-    if marked is not None and shape is None:
-        of_pixels, more = judge_maps(view, truth, map, marked)
-        figures |= of_pixels
-        remarks += more
+        remarks += new_remarks
+    if mask_folder is not None and shape is None:
+        pixel_figures, new_remarks = judge_maps(view, truth, map, mask_folder)
+        figures |= pixel_figures
+        remarks += new_remarks
     if maps is not None:
         pictures.append(write_maps(view, scores, name, limit.value, maps, map, reads))
-    names = None if records.names is None else [shown(each) for each in records.names]
-    found = Scored(path, name, scores, limit.value, limit.basis, limit.interval, names, figures, pictures, remarks)
-    write_verdict(found, out)
-    return found
+    names = None if records.names is None else [shown(name) for name in records.names]
+    scored = Scored(path, name, scores, limit.value, limit.basis, limit.interval, names, figures, pictures, remarks)
+    write_verdict(scored, out)
+    return scored
 
 
 def export_run(
@@ -458,12 +458,12 @@ def export_run(
     """Writes the deterministic model for other programs: images on [0, 1] to reconstruction and code.
 
     Args:
-        out: where to write; left out, model.pt2, model.onnx or the folder export/ in RUN_DIR.
-        format: torch, a .pt2 that needs torch and nothing else; onnx, compared with torch by onnxruntime first;
-            safetensors, a folder with a model card that dist_ae.load takes.
+        out: file or folder to write; left out, model.pt2, model.onnx or the folder export/ in RUN_DIR.
+        format: torch, a .pt2 that needs only torch; onnx, first compared with torch by onnxruntime; safetensors, a
+            folder with a model card, for dist_ae.load.
         part: the whole model, or one half of it.
         license: licence in the model card, by the Hugging Face Hub's identifiers.
-        push_to_hub: OWNER/NAME to upload the safetensors folder to; dist_ae.load("hf:OWNER/NAME") brings it back.
+        push_to_hub: OWNER/NAME to upload the safetensors folder to; dist_ae.load("hf:OWNER/NAME") loads it from there.
     """
     from dist_ae.data.pictures import expand, shown
     from dist_ae.use import export, hub
@@ -495,17 +495,17 @@ def export_run(
 
 
 def _how_to_load(model: Autoencoder, path: Path, format: Format, part: Part) -> str:
-    """A line of Python that loads an exported model and says what goes in and comes out."""
+    """A line of Python that loads an exported model, with its inputs and outputs."""
     shape = model.record_shape
     records, entry = ("images", "pictures") if shape is None else ("records", "records")
     axes = "C, H, W" if shape is None else ", ".join(map(str, shape))
-    own = f"[N, {axes}] {'on [0, 1]' if model.units_scale is None else 'in their own units'}"
+    array = f"[N, {axes}] {'on [0, 1]' if model.units_scale is None else 'in their array units'}"
     results = {"whole": "reconstruction, code", "encoder": "code", "decoder": records}[part]
-    given, entry, what = (records, entry, own) if part != "decoder" else ("code", "code", "codes")
+    argument, entry, values = (records, entry, array) if part != "decoder" else ("code", "code", "codes")
     name = repr(str(path))
     return {
-        "torch": f"{results} = torch.export.load({name}).module()({given})  # float32 {what}, any N",
-        "onnx": f"onnxruntime.InferenceSession({name}).run(None, {{{entry!r}: {given}}})  # float32 {what}, any N",
+        "torch": f"{results} = torch.export.load({name}).module()({argument})  # float32 {values}, any N",
+        "onnx": f"onnxruntime.InferenceSession({name}).run(None, {{{entry!r}: {argument}}})  # float32 {values}, any N",
         "safetensors": f"model = dist_ae.load({name})",
     }[format]
 
@@ -519,7 +519,7 @@ def explore_run(
     which: Which = "best",
     data_root: Root = None,
 ) -> Path:
-    """Writes one page about a run, which needs no network.
+    """Writes a self-contained HTML page about a run.
 
     It shows a map of images by their codes, neighbours, best and worst reconstructions, directions of the code, and
     lines between images.
@@ -527,8 +527,8 @@ def explore_run(
     Args:
         out: .html; left out, RUN_DIR/explore.html.
         num: most images on the map.
-        onnxruntime_web: the folder node_modules/onnxruntime-web that `npm install onnxruntime-web` makes: puts the
-            decoder of a convolutional model, or of your own, into the page (4 MB). The decoder of an mlp needs none.
+        onnxruntime_web: the folder node_modules/onnxruntime-web from `npm install onnxruntime-web`: puts the decoder of
+            a convolutional model, or of your own model, into the page (4 MB). The decoder of an mlp does not need it.
     """
     from dist_ae.data import sources
     from dist_ae.data.pictures import shown
@@ -542,16 +542,16 @@ def explore_run(
     trained.config = sources.located(trained.config, data_root)
     out = destination(reads_of(run_dir, trained, images, onnxruntime_web), run_dir, out, "explore.html", (".html",))
     records = images_of(trained, images)
-    more = [f"weights: {which}", *([f"images of {shown(images)}"] if images is not None else [])]
-    page = page_of(trained, records, Path(run_dir).resolve().name, more, num, onnxruntime_web)
+    lines = [f"weights: {which}", *([f"images of {shown(images)}"] if images is not None else [])]
+    page = page_of(trained, records, Path(run_dir).resolve().name, lines, num, onnxruntime_web)
     return write_whole(out, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def prune_run(run_dir: RunDir, weights_only: bool = False) -> tuple[int, int]:
-    """Frees the disk of what a finished run needs no more: all but its last checkpoint and the best weights.
+    """Removes what a finished run no longer needs: all but its last checkpoint and the best weights.
 
     Args:
-        weights_only: also remove the optimizer state, so that the run can be used and not be extended.
+        weights_only: also remove the optimizer state; the run can then be used but not extended.
     """
     from dist_ae.use.prune import prune
 

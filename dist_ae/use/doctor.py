@@ -27,11 +27,11 @@ from dist_ae.run.directory import RunDirectory
 from dist_ae.run.tracking import wandb_options
 from dist_ae.saved import image_shape, is_exported, run_config
 
-MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json: it names every image of one batch
+MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json, which names every image of a batch
 
 
 def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
-    """(whole, what) for each thing that a run directory holds. Only reads, and holds no large file in memory.
+    """(whole, description) of each part of a run directory. Only reads, and never holds a large file in memory.
 
     Raises:
         InputError: it is not a run directory.
@@ -47,7 +47,7 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
     except Damaged as error:
         yield False, str(error)
     if is_exported(run_dir):
-        yield True, "an exported model, which is used as it is; --init-from it to train on"
+        yield True, "an exported model, which can be used as it is; --init-from it to train on"
         return
     yield from _examine_checkpoints(run_dir / "checkpoints")
     for path in files_inside(run_dir, calibration.FOLDER, calibration.NAMES):
@@ -62,7 +62,7 @@ def examine(run_dir: Path) -> Iterator[tuple[bool, str]]:
 
 def _examine_checkpoints(folder: Path) -> Iterator[tuple[bool, str]]:
     if folder.is_symlink():
-        yield False, "checkpoints: a symbolic link; a run keeps its checkpoints itself"
+        yield False, "checkpoints: a symbolic link; a run has its checkpoints in its own folder"
         return
     for path in sorted(folder.iterdir(), key=lambda p: p.name) if folder.is_dir() else []:
         if step_of(path) is not None:
@@ -74,9 +74,9 @@ def _examine_checkpoints(folder: Path) -> Iterator[tuple[bool, str]]:
         elif ".corrupt" in path.name:
             yield False, f"checkpoints/{path.name}: set aside as damaged; remove it when you know why"
         elif path.name.startswith("."):
-            yield True, f"checkpoints/{path.name}: left by a run that was killed; the next one clears it"
+            yield True, f"checkpoints/{path.name}: left by a run that was killed; the next start removes it"
         else:
-            yield False, f"checkpoints/{path.name}: nothing that a run writes"
+            yield False, f"checkpoints/{path.name}: not written by a run"
 
 
 def _examine_metrics(path: Path) -> Iterator[tuple[bool, str]]:
@@ -94,7 +94,10 @@ def _examine_metrics(path: Path) -> Iterator[tuple[bool, str]]:
                     line = json.loads(raw)
                     step, split = int(line["step"]), str(line["split"])
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    yield False, f"metrics.jsonl: line {number} is torn; resuming drops what is after the checkpoint"
+                    yield (
+                        False,
+                        f"metrics.jsonl: line {number} is cut off; resuming drops all lines after the checkpoint",
+                    )
                     continue
                 if step <= steps.get(split, -1):
                     yield False, f"metrics.jsonl: line {number} repeats {split} step {step}"
@@ -106,7 +109,7 @@ def _examine_metrics(path: Path) -> Iterator[tuple[bool, str]]:
 
 
 def _examine_result(run_dir: Path) -> tuple[bool, str]:
-    """Whether the run is finished. It is when the checkpoint of its last step is on the disk."""
+    """Whether the run is finished, that is, whether the checkpoint of its last step is on the disk."""
     if not os.path.lexists(run_dir / "result.json"):
         return True, "the run is not finished; the same command resumes it"
     try:
@@ -114,21 +117,21 @@ def _examine_result(run_dir: Path) -> tuple[bool, str]:
     except (Damaged, KeyError, TypeError, ValueError) as error:
         return False, f"result.json cannot be read ({error}); the same command writes it again"
     if not (run_dir / "checkpoints" / f"{step:08d}").is_dir():
-        lacks = f"result.json is of step {step}, and there is no checkpoint of it"
-        return False, f"{lacks}; the same command resumes the run"
+        problem = f"result.json is of step {step}, which has no checkpoint"
+        return False, f"{problem}; the same command resumes the run"
     return True, "the run is finished"
 
 
 def replay(run_dir: Path) -> list[str]:
     """Repeats, on one process, the step whose loss or gradient was not finite.
 
-    Returns what is not finite in it, in the order in which it came about.
+    Returns a line for each value that is not finite, in the order of computation.
 
     Raises:
-        InputError: no such step is on record, or its weights are damaged.
+        InputError: no such step is recorded, or its weights are damaged.
     """
     if not os.path.lexists(run_dir / "nonfinite.json"):
-        raise InputError(f"{run_dir} holds no step to replay: none was not finite")
+        raise InputError(f"{run_dir} holds no step to replay: all steps were finite")
     try:
         bundle = parse_json(read_bounded(run_dir / "nonfinite.json", MAX_BUNDLE), "nonfinite.json")
         config = parse(bundle["config"], "nonfinite.json")
@@ -147,8 +150,8 @@ def replay(run_dir: Path) -> list[str]:
     if rows.ndim != 1 or not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(dataset.train):
         raise InputError(f"{run_dir}/nonfinite.json names images that {dataset.name} does not have")
     model.load_state_dict(weights, assign=True)
-    read = torch.from_numpy(placed(dataset.train, rows.numpy(), config.seed, step, config.data.flip))
-    images = Reader(drawn_from(dataset.train), torch.device("cpu"), dtype).take(read)
+    reader_rows = torch.from_numpy(placed(dataset.train, rows.numpy(), config.seed, step, config.data.flip))
+    images = Reader(drawn_from(dataset.train), torch.device("cpu"), dtype).take(reader_rows)
     draws = draw(
         model.draw_shapes(), Step(step), range(len(rows)), torch.device("cpu"), dtype,
         seed=config.seed, std=config.objective.noise_std, keep=1 - config.model.dropout,
@@ -159,17 +162,17 @@ def replay(run_dir: Path) -> list[str]:
     losses = terms(output, images, config.objective, timeline.beta(step, config.objective))
     losses.loss.mean().backward()  # type: ignore[no-untyped-call]
     named = {**output._asdict(), **losses._asdict()}
-    found = [
+    bad = [
         f"{name} of image {_first(values, rows)}"
         for name, values in named.items()
         if isinstance(values, torch.Tensor) and not values.isfinite().all()
     ]
-    found += [
+    bad += [
         f"gradient of {name}"
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
-    return [f"step {step}: {what} is not finite" for what in found]
+    return [f"step {step}: {what} is not finite" for what in bad]
 
 
 def _first(values: torch.Tensor, rows: torch.Tensor) -> int:
@@ -179,7 +182,7 @@ def _first(values: torch.Tensor, rows: torch.Tensor) -> int:
 
 
 def _metrics(raw: bytes) -> tuple[int, str, dict[str, float]]:
-    """Step, split and figures of a line of metrics.jsonl."""
+    """Step, split and metrics of a line of metrics.jsonl."""
     line = parse_json(raw, "metrics.jsonl")
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "epoch"}
     return int(numbers.pop("step")), str(line["split"]), numbers

@@ -19,12 +19,12 @@ from dist_ae.processes.runtime import Runtime
 from dist_ae.use.results import Evaluated
 from dist_ae.use.write import write_whole
 
-MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # of a number's aggregate posterior; beyond them it is reported as off N(0, 1)
+MEAN_OFF, VARIANCE_OFF = 0.3, 1.5  # bounds of a number's aggregate posterior beyond which it counts as off N(0, 1)
 
 
 @dataclass(frozen=True)
 class Assessed(Evaluated):
-    """``Evaluated``, with what only the picture shows."""
+    """``Evaluated``, with the errors of single images for the picture."""
 
     per_image: quality.PerImage
 
@@ -34,20 +34,20 @@ def assess(
     levels: list[float], bm3d: bool, subset: int, samples: int, network: torch.nn.Module | None, config: Config,
     runtime: Runtime,
 ) -> Assessed:  # fmt: skip
-    """What ``quality`` finds, beside the metrics of training, with remarks on it."""
+    """Adds the metrics of ``quality`` to those of training, with remarks."""
     batch, count = config.evaluation.batch_size, len(reader.split)
-    found, remarks = dict(metrics), []
-    each = quality.per_image(model, components, reader, batch, runtime)
-    for name, values in (("ssim", each.ssim), ("pca_ssim", each.pca_ssim)):
+    metrics, remarks = dict(metrics), []
+    per_image = quality.per_image(model, components, reader, batch, runtime)
+    for name, values in (("ssim", per_image.ssim), ("pca_ssim", per_image.pca_ssim)):
         if values is not None:
-            found[name] = float(values.mean())
-    if count > len(each.error):
-        remarks.append(f"SSIM: of {len(each.error):,} evenly spaced images of {count:,}")
+            metrics[name] = float(values.mean())
+    if count > len(per_image.error):
+        remarks.append(f"SSIM: of {len(per_image.error):,} evenly spaced images of {count:,}")
     if reader is train:
         remarks.append("no linear probe on training images: it is fitted on them")
     else:
         probed = quality.probe(model, components, train, reader, batch, runtime)
-        found |= probed
+        metrics |= probed
         if not probed:
             remarks.append("no linear probe: the data has no labels of two classes, or the code is too long for one")
     denoised: dict[float, dict[str, float]] = {}
@@ -60,45 +60,45 @@ def assess(
     elif model.standardized:
         scores = quality.by_channel(model, components, reader, batch, runtime)
         names = config.data.columns or [f"channel {number}" for number in range(model.image_shape[0])]
-        columns = {name: {key: each[i] for key, each in scores.items()} for i, name in enumerate(names)}
+        columns = {name: {key: values[i] for key, values in scores.items()} for i, name in enumerate(names)}
     code: dict[str, list[float]] = {}
     if model.variational:
         posterior = quality.posterior(model, reader, batch, runtime)
         bound = quality.importance_bound(model, reader, samples, subset, config, runtime)
-        found |= {"neg_iw_bound": bound.bound, "subset_neg_elbo": bound.neg_elbo}
+        metrics |= {"neg_iw_bound": bound.bound, "subset_neg_elbo": bound.neg_elbo}
         remarks.append(
             f"importance-weighted bound: K = {samples}, of {min(count, subset):,} evenly spaced images, whose own "
             f"negative ELBO is {bound.neg_elbo:.6g}"
         )
         if config.objective.likelihood == "discretized":
-            found["neg_iw_bound.bits_per_dim"] = bound.bound / math.prod(model.image_shape) / math.log(2)
+            metrics["neg_iw_bound.bits_per_dim"] = bound.bound / math.prod(model.image_shape) / math.log(2)
         else:
             remarks.append(
                 f"no bits per dimension: a {config.objective.likelihood} likelihood gives no probability of a byte; "
                 "--objective.likelihood discretized does"
             )
-        found["aggregate.mean"] = float(posterior.mean.abs().max())
-        found["aggregate.variance.min"] = float(posterior.variance.min())
-        found["aggregate.variance.max"] = float(posterior.variance.max())
+        metrics["aggregate.mean"] = float(posterior.mean.abs().max())
+        metrics["aggregate.variance.min"] = float(posterior.variance.min())
+        metrics["aggregate.variance.max"] = float(posterior.variance.max())
         code = {
             "rate": posterior.rate.tolist(),
             "aggregate_mean": posterior.mean.tolist(),
             "aggregate_variance": posterior.variance.tolist(),
             "variance_of_means": posterior.variance_of_means.tolist(),
         }
-        remarks += _of_posterior(posterior, found)
+        remarks += _code_remarks(posterior, metrics)
     if model.record_shape is not None:
         if network is not None:
             raise InputError("--features: FID and KID are of images, and the run's records are none")
     elif network is None:
         remarks.append("no FID, no KID: they need a feature network, --features FILE (TorchScript, uint8 RGB in)")
     else:
-        found |= quality.feature_distances(model, reader, network, batch, runtime)
-    return Assessed(found, denoised, code, columns, remarks, [], each)
+        metrics |= quality.feature_distances(model, reader, network, batch, runtime)
+    return Assessed(metrics, denoised, code, columns, remarks, [], per_image)
 
 
-def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> list[str]:
-    """What is wrong with a variational code, in words."""
+def _code_remarks(posterior: quality.Posterior, metrics: dict[str, float]) -> list[str]:
+    """Remarks on the problems of a variational code."""
     if warning := collapsed(metrics):
         return [warning]
     remarks = []
@@ -117,28 +117,28 @@ def _of_posterior(posterior: quality.Posterior, metrics: dict[str, float]) -> li
     return remarks
 
 
-def write_evaluation(found: Assessed, run: str, split: str, target: Path, lenient: bool) -> Assessed:
+def write_evaluation(assessed: Assessed, run: str, split: str, target: Path, lenient: bool) -> Assessed:
     """Writes JSON and the picture.
 
-    ``lenient``: where they cannot be written, as in a run that is read-only, a remark says so in place of an error.
+    ``lenient``: if they cannot be written, as into a read-only run, add a remark instead of raising an error.
     """
-    metrics = {f"{split}.{name}": value for name, value in found.metrics.items()}
+    metrics = {f"{split}.{name}": value for name, value in assessed.metrics.items()}
     content = {
         "run": run,
         "metrics": metrics,
-        "denoising": {str(level): values for level, values in found.denoising.items()},
-        "code": found.code,
-        "columns": found.columns,
-        "remarks": found.remarks,
+        "denoising": {str(level): values for level, values in assessed.denoising.items()},
+        "code": assessed.code,
+        "columns": assessed.columns,
+        "remarks": assessed.remarks,
     }
 
     def draw(path: Path) -> None:
         from dist_ae.figures import evaluation
 
-        each = found.per_image
-        evaluation(run, each.error, each.pca_error, found.denoising, found.code, found.columns, path)
+        errors = assessed.per_image
+        evaluation(run, errors.error, errors.pca_error, assessed.denoising, assessed.code, assessed.columns, path)
 
-    written, remarks = [], list(found.remarks)
+    written, remarks = [], list(assessed.remarks)
     try:
         written.append(write_whole(target, lambda path: path.write_bytes(to_json(content))))
         written.append(write_whole(target.with_suffix(".png"), draw))
@@ -146,4 +146,4 @@ def write_evaluation(found: Assessed, run: str, split: str, target: Path, lenien
         if not lenient:
             raise
         remarks.append(str(error))
-    return replace(found, metrics=metrics, remarks=remarks, written=written)
+    return replace(assessed, metrics=metrics, remarks=remarks, written=written)

@@ -1,6 +1,6 @@
 """One self-contained page about a trained model.
 
-It shows a map of images by their codes, what the model does well and badly, and what its code means.
+It shows a map of images by their codes, the best and worst reconstructions, and the meaning of the code.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from dist_ae.use.program import onnx_bytes
 from dist_ae.use.trained import TrainedModel
 
 TEMPLATE = Path(__file__).with_name("explore.html")
-LARGEST_PAGE = 15_000_000  # bytes of the whole page: what mail and chat programs still carry
-LARGEST_DECODER = 5_000_000  # bytes of it for the layers of an MLP, in base64
-LARGEST_SPRITES = 8_000_000  # bytes of it for thumbnails of images and reconstructions, in base64
-DIRECTIONS = 128  # principal directions of the code that the page keeps: all of them for most models
+LARGEST_PAGE = 15_000_000  # bytes of the page, which mail and chat programs still accept
+LARGEST_DECODER = 5_000_000  # bytes of the page for the layers of an MLP, in base64
+LARGEST_SPRITES = 8_000_000  # bytes of the page for thumbnails of images and reconstructions, in base64
+DIRECTIONS = 128  # most principal directions of the code in the page: all of them for most models
 STRIPS, FRAMES = 8, 9  # directions shown as film strips, and the frames of each, from -3 to 3 standard deviations
 EXTREMES = 12  # images with the smallest and the largest error
 LARGEST_STRIP_SIDE = 96  # pixels
@@ -45,10 +45,10 @@ def explore_page(
 
     Args:
         trained: the model.
-        images: what the map shows; labels and their names where the images have them.
+        images: the images on the map, with their labels and class names if they have any.
         title: the page's title.
         facts: short lines under the title.
-        runtime: the folder of npm's onnxruntime-web, which decodes in the browser for models that are no MLP.
+        onnxruntime_web: the folder of npm's onnxruntime-web, which decodes in the browser for models that are no MLP.
 
     Raises:
         InputError: there are fewer than three images, ``onnxruntime_web`` is not that folder, or the page
@@ -57,19 +57,22 @@ def explore_page(
     count = len(images.split)
     if count < 3:
         raise InputError(f"a map needs at least 3 images, got {count}")
-    codes, errors, originals, reconstructed = _applied(trained, images)
+    codes, errors, originals, reconstructed = _apply(trained, images)
     if not (np.isfinite(codes).all() and np.isfinite(errors).all()):
         raise InputError(
-            "the model's codes or reconstructions of these images are not finite, so there is no map of them"
+            "the model's codes or reconstructions of these images are not finite, so they cannot be put on a map"
         )
     mean, directions, scales = _principal(codes)
     coordinates = (codes - mean) @ directions.T
-    kept = float((scales**2).sum() / np.maximum(codes.var(0, ddof=1).sum(), 1e-30))
+    share_kept = float((scales**2).sum() / np.maximum(codes.var(0, ddof=1).sum(), 1e-30))
     labels = images.split.labels
     worst_first = np.argsort(-errors, kind="stable")
     extremes = [*worst_first[::-1][:EXTREMES], *worst_first[:EXTREMES]]
     decoder = _decoder(trained, mean, directions, onnxruntime_web)
-    if "layers" in decoder and sum(len(part) for each in decoder["layers"] for part in each.values()) > LARGEST_DECODER:
+    if (
+        "layers" in decoder
+        and sum(len(text) for layer in decoder["layers"] for text in layer.values()) > LARGEST_DECODER
+    ):
         decoder = {}
         facts = [*facts, "no live decoder: its weights are too large for a page"]
     page: dict[str, Any] = {
@@ -82,7 +85,7 @@ def explore_page(
         "names": images.names,
         "labels": None if labels is None else labels.tolist(),
         "classes": list(images.classes),
-        "kept": kept,
+        "kept": share_kept,
         "extremes": [int(image) for image in extremes],
         "pairs": _pairs(originals[extremes], reconstructed[extremes]),
         "strips": _strips(trained, mean, directions, scales),
@@ -102,17 +105,17 @@ def explore_page(
     return html
 
 
-def _applied(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor, Tensor]:
+def _apply(trained: TrainedModel, images: Given) -> tuple[Array, Array, Tensor, Tensor]:
     """Codes [N, D], errors per pixel [N], and originals and reconstructions [N, C, H, W] as bytes."""
     codes, errors, originals, reconstructed = [], [], [], []
     for rows in blocks(images):
         clean = trained.model.to_units(floats(images, rows).to(trained.device))
         output = trained.model(clean, None)
-        seen = output.reconstruction.float()
+        reconstruction = output.reconstruction.float()
         codes.append(output.mean.flatten(1).float().cpu().numpy())
-        errors.append((seen - clean).square().flatten(1).mean(1).cpu().numpy())
+        errors.append((reconstruction - clean).square().flatten(1).mean(1).cpu().numpy())
         originals.append(as_bytes(trained.model.visible(clean)).cpu())
-        reconstructed.append(as_bytes(trained.model.visible(seen)).cpu())
+        reconstructed.append(as_bytes(trained.model.visible(reconstruction)).cpu())
     return np.concatenate(codes), np.concatenate(errors), torch.cat(originals), torch.cat(reconstructed)
 
 
@@ -120,36 +123,36 @@ def _principal(codes: Array, most: int = DIRECTIONS) -> tuple[Array, Array, Arra
     """Mean [D], principal directions [k, D] and standard deviations [k] of codes [N, D], k at most ``most``."""
     from sklearn.decomposition import PCA
 
-    found = PCA(min(most, *codes.shape), random_state=0).fit(codes)
-    scales = np.sqrt(np.maximum(found.explained_variance_, 0))
+    pca = PCA(min(most, *codes.shape), random_state=0).fit(codes)
+    scales = np.sqrt(np.maximum(pca.explained_variance_, 0))
     # The sign of a direction has no meaning. A fixed one keeps the pages of two runs comparable.
-    signs = np.sign(found.components_[np.arange(len(scales)), np.abs(found.components_).argmax(1)])
-    return found.mean_, found.components_ * signs[:, None], scales
+    signs = np.sign(pca.components_[np.arange(len(scales)), np.abs(pca.components_).argmax(1)])
+    return pca.mean_, pca.components_ * signs[:, None], scales
 
 
 def _map(coordinates: Array) -> Array:
-    """A place [N, 2] on [0, 1] for each image: its code where that has two numbers, else t-SNE of the codes."""
+    """A position [N, 2] on [0, 1] for each image: its code if that has two numbers, else t-SNE of the codes."""
     count, numbers = coordinates.shape
     spread = coordinates.std(0)
     if spread.max(initial=0.0) <= 1e-6 * max(1.0, float(np.abs(coordinates).max(initial=0.0))):
-        return np.full((count, 2), 0.5, np.float32)  # equal codes lie in one place; t-SNE would divide by nothing
+        return np.full((count, 2), 0.5, np.float32)  # equal codes have one position; t-SNE would divide by zero
     if numbers > 2 and count > 10:
         from sklearn.manifold import TSNE
 
-        # With 400 iterations and a coarser angle, 10,000 images take 8 s on two cores, and the map looks the same.
+        # With 400 iterations and a coarser angle, 10,000 images take 8 s on two cores and give the same picture.
         perplexity = min(30.0, (count - 1) / 3)
         settings: dict[str, Any] = {"max_iter": 400, "angle": 0.6, "n_jobs": -1, "random_state": 0}
         coordinates = TSNE(perplexity=perplexity, init="pca", **settings).fit_transform(coordinates[:, :50])
     places = np.zeros((count, 2))
     places[:, : min(2, numbers)] = coordinates[:, :2]
-    # A few images far out would press the others together, so the range is that of nearly all images.
+    # A few distant images would squeeze the others together, so the range covers only nearly all images.
     low, high = np.quantile(places, [0.001, 0.999], axis=0)
-    placed: Array = ((places - low) / np.maximum(high - low, 1e-12)).clip(-0.05, 1.05).astype(np.float32)
-    return placed
+    scaled: Array = ((places - low) / np.maximum(high - low, 1e-12)).clip(-0.05, 1.05).astype(np.float32)
+    return scaled
 
 
 def plane(codes: Tensor) -> Tensor:
-    """The first two principal components of codes [N, D], [N, 2]: a map for programs that show points."""
+    """The first two principal components of codes [N, D], as [N, 2]: a map for programs that show points."""
     places = torch.zeros(len(codes), 2)
     if len(codes) > 1:
         mean, directions, _ = _principal(codes.numpy(), 2)
@@ -165,13 +168,13 @@ def _quantized(coordinates: Array) -> dict[str, Any]:
 
 
 def _decoder(trained: TrainedModel, mean: Array, directions: Array, onnxruntime_web: Path | None) -> dict[str, Any]:
-    """What decodes in the browser: the layers of an MLP, a few matrix products, or else ONNX and its runtime."""
+    """The decoder for the browser: the layers of an MLP, or else an ONNX model and its runtime."""
     code = {"mean": _text(mean.astype("<f4")), "basis": _text(directions.astype("<f2"))}
     if onnxruntime_web is not None:
         loader, program = (_runtime_file(onnxruntime_web, name) for name in RUNTIME_FILES)
         onnx = gzip.compress(onnx_bytes(trained.model, "decoder"), 6)
-        packed = {"loader": _text(loader), "program": _text(gzip.compress(program, 9)), "onnx": _text(onnx)}
-        return {**code, "runtime": packed, "codeShape": list(trained.model.code_shape)}
+        runtime = {"loader": _text(loader), "program": _text(gzip.compress(program, 9)), "onnx": _text(onnx)}
+        return {**code, "runtime": runtime, "codeShape": list(trained.model.code_shape)}
     if isinstance(trained.model, MLP) and not trained.model.standardized:
         layers = [*trained.model.decoder, trained.model.to_pixels]
         weights = [
@@ -188,13 +191,13 @@ def _runtime_file(folder: Path, name: str) -> bytes:
         if path.is_file():
             return path.read_bytes()
     raise InputError(
-        f"--onnxruntime-web {folder}: no {name} there; "
-        "expected the folder that `npm install onnxruntime-web` makes, node_modules/onnxruntime-web"
+        f"--onnxruntime-web {folder}: has no {name}; "
+        "expected the folder from `npm install onnxruntime-web`, node_modules/onnxruntime-web"
     )
 
 
 def _strips(trained: TrainedModel, mean: Array, directions: Array, scales: Array) -> list[str]:
-    """A picture for each of the first directions: what the decoder makes of the mean code moved along it."""
+    """A picture for each of the first directions: decoded codes along it, around the mean code."""
     moves = torch.linspace(-3, 3, FRAMES)
     strips = []
     for direction, scale in list(zip(directions, scales, strict=True))[:STRIPS]:
@@ -220,7 +223,7 @@ def _pairs(originals: Tensor, reconstructed: Tensor) -> list[str]:
 
 
 def _sprites(originals: Tensor, reconstructed: Tensor) -> dict[str, Any]:
-    """Thumbnails of all images and of all reconstructions, one picture each, as fine as the page has room for."""
+    """Thumbnails of all images and of all reconstructions, one sheet each, as fine as the page has room for."""
     columns = math.ceil(math.sqrt(len(originals)))
     small = [originals, reconstructed]
     for side, quality in ((32, 80), (32, 60), (28, 50), (24, 40), (20, 30), (16, 20)):
@@ -243,7 +246,7 @@ def _shrunk(images: Tensor, side: int) -> Tensor:
 
 
 def _tiled(images: Tensor, columns: int) -> Array:
-    """Images [N, C, H, W] side by side as one picture [H', W', C]."""
+    """Images [N, C, H, W] side by side in one picture [H', W', C]."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = np.zeros((rows * columns, channels, height, width), np.uint8)
@@ -253,7 +256,7 @@ def _tiled(images: Tensor, columns: int) -> Array:
 
 
 def _data_uri(picture: Array, kind: str, quality: int = 80) -> str:
-    if picture.shape[2] not in (1, 3, 4):  # neither grey nor colour, transparent or not: its first channel
+    if picture.shape[2] not in (1, 3, 4):  # neither grey nor colour: show the first channel
         picture = picture[..., :1]
     file = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(file, kind, quality=quality)

@@ -21,7 +21,7 @@ LARGEST_VALUES = 10_000_000  # bytes of the page, in base64, for the values of t
 
 
 def records_page(trained: TrainedModel, records: Given, title: str, facts: Sequence[str] = ()) -> str:
-    """The page as HTML: as many evenly spaced records as it has room for.
+    """The page as HTML, with as many evenly spaced records as it has room for.
 
     Raises:
         InputError: there are fewer than three records, or one alone is too large for a page.
@@ -40,11 +40,13 @@ def records_page(trained: TrainedModel, records: Given, title: str, facts: Seque
     if count > most:
         records = picked(records, evenly_spaced(count, most).numpy())
     values = np.concatenate([floats(records, rows).flatten(1).numpy() for rows in blocks(records)])
-    seen = trained.reconstruct(records).flatten(1).numpy()
+    reconstructions = trained.reconstruct(records).flatten(1).numpy()
     contributions = trained.contributions(records).flatten(1).numpy()
     codes = trained.embed(records).flatten(1).numpy()
-    if not (np.isfinite(codes).all() and np.isfinite(seen).all()):
-        raise InputError("the model's codes or reconstructions of these records are not finite, so there is no map")
+    if not (np.isfinite(codes).all() and np.isfinite(reconstructions).all()):
+        raise InputError(
+            "the model's codes or reconstructions of these records are not finite, so they cannot be put on a map"
+        )
     mean, directions, _ = _principal(codes)
     labels = records.split.labels
     page: dict[str, Any] = {
@@ -54,7 +56,7 @@ def records_page(trained: TrainedModel, records: Given, title: str, facts: Seque
         "points": _text(_map((codes - mean) @ directions.T)),
         "errors": _text(contributions.mean(1).astype("<f4")),
         "values": _text(values.astype("<f4")),
-        "reconstructions": _text(seen.astype("<f4")),
+        "reconstructions": _text(reconstructions.astype("<f4")),
         "scale": _text(_scale(trained, size)),
         "labels": None if labels is None else labels.tolist(),
         "classes": list(records.classes),
@@ -67,7 +69,7 @@ def records_page(trained: TrainedModel, records: Given, title: str, facts: Seque
 
 
 def _scale(trained: TrainedModel, size: int) -> np.ndarray[Any, np.dtype[Any]]:
-    """The deviation of each number of a record, by which differences are judged."""
+    """The standard deviation of each number of a record, as the scale for differences."""
     scale = trained.model.units_scale
     channels = np.ones(1) if scale is None else scale.flatten().cpu().numpy()
     return np.repeat(channels, size // len(channels)).astype("<f4")

@@ -21,11 +21,11 @@ from dist_ae.use.trained import TrainedModel
 
 CARD, PICTURE = "README.md", "reconstructions.png"
 MAX_PICTURE = 64 << 20  # bytes
-PUBLISHED = (EXPORTED_WEIGHTS, CONFIG, CARD, PICTURE)  # all that an exported folder consists of
+PUBLISHED = (EXPORTED_WEIGHTS, CONFIG, CARD, PICTURE)  # all files of an exported folder
 
 
 def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: str = "other") -> None:
-    """Writes ``model.safetensors``, ``config.json`` and a model card: what ``dist_ae.load`` takes, and the Hub shows.
+    """Writes ``model.safetensors``, ``config.json`` and a model card, for ``dist_ae.load`` and the Hub.
 
     Args:
         run_dir: the run, for its figures and pictures.
@@ -33,10 +33,10 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
         license: an identifier of the Hub, such as apache-2.0 or cc-by-4.0.
     """
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    # Not save_file, whose errors of a full disk are no OSError.
+    # Not save_file: on a full disk, its errors are no OSError.
     (folder / EXPORTED_WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
     config = _without_paths(trained.config)
-    if config.precision == "fp64":  # a trained model computes in float32, and is written so
+    if config.precision == "fp64":  # a trained model is used and written in float32
         config = config.override({"precision": "fp32"})
     (folder / CONFIG).write_bytes(to_json({"config": config.model_dump(mode="json")}))
     picture = _picture(run_dir)
@@ -56,7 +56,7 @@ def write_folder(trained: TrainedModel, run_dir: Path, folder: Path, license: st
 
 
 def _without_paths(config: Config) -> Config:
-    """A configuration that tells nothing of the machine it was made on: of a path, the last name."""
+    """A configuration that reveals nothing about its machine: of each path, only the last name."""
     prefix, colon, path = config.data.name.partition(":")
     hub = prefix == "hf" and not expand(path).is_absolute() and not expand(path).exists()  # OWNER/NAME is no path
     name = f"{prefix}{colon}{Path(path).name}" if colon and not hub else config.data.name
@@ -65,7 +65,7 @@ def _without_paths(config: Config) -> Config:
 
 
 def _picture(run_dir: Path) -> bytes | None:
-    """The run's picture of reconstructions, for all to see; None where what lies there is none that a run drew."""
+    """The run's picture of reconstructions, for the Hub; None unless it is a PNG in the run."""
     try:
         content = read_bounded(inside(run_dir, "figures", PICTURE), MAX_PICTURE)
     except Damaged:
@@ -74,7 +74,7 @@ def _picture(run_dir: Path) -> bytes | None:
 
 
 def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
-    """What the evaluation at a step found: the figures of these very weights, even if they are not the last."""
+    """The metrics of the evaluation at a step, which belong to these weights even if they are not the last."""
     try:
         lines = read_bounded(run_dir / "metrics.jsonl", MAX_LINES).splitlines()
     except Damaged:
@@ -90,7 +90,7 @@ def _figures(run_dir: Path, step: int | None) -> dict[str, float]:
 
 
 def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: str, picture: str | None) -> str:
-    """A model card from what the run knows: data, figures, the command, and how to load it."""
+    """A model card: data, metrics, the command that trained it, and how to load it."""
     config, model = _without_paths(trained.config), trained.model
     kind = f"{'A variational' if config.model.variational else 'An'} autoencoder, {config.model.architecture}"
     numbers = torch.Size(model.code_shape).numel()
@@ -145,18 +145,18 @@ def _card(trained: TrainedModel, figures: Sequence[tuple[str, str]], license: st
 
 
 def _plain(text: str) -> str:
-    """A name that a person chose, as Markdown shows it and nothing else: no markup, no HTML, one line."""
+    """Escapes a name that a person chose for Markdown: no markup, no HTML, one line."""
     return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", html.escape(shown(text), quote=False))
 
 
 def command_of(config: Config) -> str:
-    """The command that trains this configuration: its preset and whatever differs from it."""
+    """The command that trains this configuration: its preset and all settings that differ from it."""
     preset = config.name if config.name in PRESETS else "ae"
-    usual = dict(PRESETS[preset].flat())
+    defaults = dict(PRESETS[preset].flat())
     skipped = ("name", "run_dir", "data.root", "data.cache", "model.image_shape", "model.record_shape")
     parts = [f"dist-ae train {preset}"]
     for key, value in config.flat():
-        if key in skipped or value == usual[key]:
+        if key in skipped or value == defaults[key]:
             continue
         flag = key.replace("_", "-")
         if isinstance(value, bool):

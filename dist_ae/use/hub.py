@@ -1,4 +1,4 @@
-"""Uploads folders that ``dist-ae export --format safetensors`` made to the Hugging Face Hub, and downloads them."""
+"""Uploads folders from ``dist-ae export --format safetensors`` to the Hugging Face Hub, and downloads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX = "hf:"
 
 
 def push(folder: Path, name: str, files: Sequence[str]) -> str:
-    """Uploads these files of an exported folder, and nothing else that lies in it, and returns its address.
+    """Uploads these files of an exported folder, and no others, and returns the address of the repository.
 
     Raises:
         InputError: the upload fails: no login, no such owner, or no network.
@@ -43,4 +43,4 @@ def pull(name: str) -> Path:
     try:
         return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=[CONFIG, EXPORTED_WEIGHTS]))
     except Exception as error:  # as above
-        raise InputError(f"{name}: cannot be had from the Hugging Face Hub: {first_line(error)}") from None
+        raise InputError(f"{name}: cannot be downloaded from the Hugging Face Hub: {first_line(error)}") from None

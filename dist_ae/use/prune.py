@@ -1,4 +1,4 @@
-"""`dist-ae prune`: frees the disk of what a finished run needs no more."""
+"""`dist-ae prune`: removes what a finished run no longer needs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dist_ae.saved import is_exported, run_config
 
 
 def prune(run_dir: Path, weights_only: bool = False) -> tuple[int, int]:
-    """Leaves the last checkpoint and the weights of the best one. Returns the bytes of the run before and after.
+    """Keeps the last checkpoint and the weights of the best one. Returns the bytes of the run before and after.
 
     Args:
         weights_only: also remove the optimizer state of the last checkpoint, so that the run cannot be extended.
 
     Raises:
-        InputError: the run is not finished, so that a resume needs what it has; or it is damaged, in use, or none.
+        InputError: the run is not finished, so that a resume needs its files; or it is damaged, in use, or no run.
     """
     run_config(run_dir)
     if is_exported(run_dir):
-        raise InputError(f"{run_dir} is an exported model, which holds weights alone: there is nothing to remove")
+        raise InputError(f"{run_dir} is an exported model, which holds only weights: there is nothing to remove")
     folder = RunDirectory(run_dir)
     try:
         last = _finished(folder)
@@ -29,7 +29,7 @@ def prune(run_dir: Path, weights_only: bool = False) -> tuple[int, int]:
         folder.finish(last, resumable=not weights_only)
     except (OSError, Damaged) as error:
         raise InputError(
-            f"{run_dir}: {getattr(error, 'strerror', None) or error}; what is used was left alone"
+            f"{run_dir}: {getattr(error, 'strerror', None) or error}; the files in use were not touched"
         ) from None
     finally:
         folder.close()
@@ -37,12 +37,12 @@ def prune(run_dir: Path, weights_only: bool = False) -> tuple[int, int]:
 
 
 def _finished(folder: RunDirectory) -> int:
-    """The last step of a finished run, which is one whose newest checkpoint is that of its result."""
+    """The last step of a run that is finished, that is, whose newest checkpoint belongs to its result."""
     newest = folder.newest_step()
     try:
         result = read_json(folder.path / "result.json")
     except Damaged:
         result = {}
     if newest is None or result.get("steps") != newest or not folder.holds(newest):
-        raise InputError(f"{folder.path} is not finished, and a resume needs what it has: nothing was removed")
+        raise InputError(f"{folder.path} is not finished, and a resume needs its files: nothing was removed")
     return newest

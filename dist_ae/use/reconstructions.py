@@ -23,21 +23,21 @@ TIFF = (".tif", ".tiff")
 
 
 def forms(trained: TrainedModel, name: str, out: Path | None) -> tuple[str, tuple[str, ...]]:
-    """Where reconstructions go by default, and the endings of all forms that they can have.
+    """The default file of reconstructions, and the endings of all their possible formats.
 
     Raises:
-        InputError: ``out`` is a folder of pictures, and what the model gives is none.
+        InputError: ``out`` is a folder for pictures, and the model's output is no pictures.
     """
     shape, channels = trained.config.model.record_shape, trained.model.image_shape[0]
     if shape is None:
         is_colour = colour_of(trained.config.data, channels) is not None
         reason = "" if is_colour else f"the model's images have {channels} channels"
         if not reason and trained.model.units_scale is not None and trained.config.data.bits == "auto":
-            reason = "the model's images have units of their own"  # those of pictures are the numbers of their files
+            reason = "the model's images have units of their own"  # pictures have the numbers in their files
         if reason and out is not None and not out.suffix:
             raise InputError(
-                f"--out {shown(out)}: {reason}, and files of pictures have grey or colour on [0, 1]; name a .npy, "
-                "which takes them as they are, or a .png, which shows the first channel"
+                f"--out {shown(out)}: {reason}, and files of pictures hold grey or colour on [0, 1]; name a .npy, "
+                "which holds all of them, or a .png, which shows the first channel"
             )
         return f"{name}.npy", (".npy", ".png") if reason else (".npy", ".png", "")
     return (f"{name}.csv", (*TABLES, ".npy")) if len(shape) == 1 else (f"{name}.npy", (".npy",))
@@ -69,27 +69,27 @@ def write_reconstructions(
             image_rows(rows, path)
 
         return write_whole(out, draw)
-    cut = blocks(records)
+    parts = blocks(records)
     if out.suffix == ".npy":
-        return write_array(out, torch.cat([outputs(rows) for rows in cut]))
+        return write_array(out, torch.cat([outputs(rows) for rows in parts]))
     if out.suffix in TABLES:
-        found = torch.cat([outputs(rows) for rows in cut])
-        return write_table(out, records, dict(zip(trained.columns, found.unbind(1), strict=True)))
+        values = torch.cat([outputs(rows) for rows in parts])
+        return write_table(out, records, dict(zip(trained.columns, values.unbind(1), strict=True)))
     dtype = np.uint16 if trained.config.data.bits == "16" else records.split.images.dtype
     grey = trained.model.image_shape[0] == 1
     names = file_names(records, TIFF if dtype == np.uint16 and grey else ())
     pairs = (
         (names[row], image)
-        for rows in cut
+        for rows in parts
         for row, image in zip(rows, stored(trained, outputs(rows), np.dtype(dtype)), strict=True)
     )
     return write_folder(out, pairs, reads)
 
 
 def stored(trained: TrainedModel, images: Tensor, dtype: np.dtype[Any]) -> Array:
-    """Reconstructions [B, C, H, W] as a file of pictures has them: uint16 where the images are so, else uint8."""
+    """Reconstructions [B, C, H, W] as the pixels of a picture file: uint16 if ``dtype`` is, else uint8."""
     whole = np.dtype(np.uint16) if dtype == np.uint16 else np.dtype(np.uint8)
     most = np.iinfo(whole).max
-    own = trained.model.units_scale is not None and dtype == whole  # units are the numbers that were stored
-    values = images if own else trained.pictures(images) * float(most)
+    in_units = trained.model.units_scale is not None and dtype == whole  # units are the stored numbers
+    values = images if in_units else trained.pictures(images) * float(most)
     return values.round().clamp(0, most).numpy().astype(whole)

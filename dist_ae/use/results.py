@@ -1,4 +1,4 @@
-"""What the commands that find figures give back."""
+"""The results of commands that compute figures."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What ``evaluate_run`` found, on every process, and what rank 0 wrote."""
+    """The results of ``evaluate_run`` on every process, and the files that rank 0 wrote."""
 
     metrics: dict[str, float]  # by split: "val.mse"
     denoising: dict[float, dict[str, float]]  # PSNR in dB by noise and method
-    code: dict[str, list[float]]  # of a variational model, number by number
-    columns: dict[str, dict[str, float]]  # of a table: r2 and PCA's, by the name of the column
-    remarks: list[str]  # in words: what was computed from how many images, what is missing, what is wrong
+    code: dict[str, list[float]]  # figures of a variational model's code, number by number
+    columns: dict[str, dict[str, float]]  # of a table: r2 and PCA's r2, by column
+    remarks: list[str]  # from how many images figures were computed, what is missing, what is wrong
     written: list[Path]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What ``score_run`` found, and what it wrote."""
+    """The results of ``score_run``, and the files that it wrote."""
 
     path: Path
     score: str  # its name
     scores: Tensor  # [N]
     threshold: float
-    basis: str  # where the threshold comes from, in words
+    basis: str  # the origin of the threshold, in words
     interval: tuple[float, float] | None  # of a quantile, with 95 % confidence; its ends may be infinite
     names: list[str] | None
-    figures: dict[str, float]  # AUROC, F1 and so on, where folders say what is anomalous; of pixels where masks do
+    figures: dict[str, float]  # AUROC, F1 and so on, if folders name the anomalous images; of pixels, if masks do
     pictures: list[Path]
     remarks: list[str]
 
@@ -44,7 +44,7 @@ class Scored:
 
 
 class ExportedTo(NamedTuple):
-    """What ``export_run`` wrote, the line of Python that loads it, and where it was uploaded."""
+    """The path that ``export_run`` wrote, the line of Python that loads it, and the address of an upload."""
 
     path: Path
     how: str

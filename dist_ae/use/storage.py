@@ -1,4 +1,4 @@
-"""Tries what run directories need from a file system, append, rename and lock: ``dist-ae doctor --storage DIR``."""
+"""Tests whether a file system can append, rename and lock as run directories need: `dist-ae doctor --storage DIR`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from dist_ae.config import InputError
 from dist_ae.files import sync, write_atomically, write_new
 
-SECONDS = 60.0  # how long another process may take for what it is asked to do
-# Another process that reads a file again and again, which is replaced meanwhile: for so long, and so often at least.
+SECONDS = 60.0  # how long another process may take
+# Another process that reads a file again and again while it is replaced: for at least that time and that often.
 READ = """
 import sys, time
 path, seconds, times = sys.argv[1], 0.5, 200
@@ -37,7 +37,7 @@ while number < times or time.monotonic() < end:
     if len(data) != 4096 or len(set(data)) != 1:
         sys.exit(print("a torn file"))
 """
-# Another process that takes a lock, says so, and keeps it.
+# Another process that takes a lock, reports it, and keeps it.
 HOLD = """
 import sys, time, filelock
 lock = filelock.FileLock(sys.argv[1])
@@ -48,9 +48,9 @@ time.sleep(600)
 
 
 def examine_storage(folder: Path) -> Iterator[tuple[bool, str]]:
-    """(whether it holds, what) for each thing that run directories and sweeps need of the storage they lie on.
+    """(whether it works, description) of each feature of the file system that run directories and sweeps need.
 
-    Everything is tried in a folder of its own, which is removed afterwards. What other hosts see is not tried.
+    Tests run in a new folder, which is removed afterwards. They do not cover what other hosts see.
 
     Raises:
         InputError: ``folder`` is not a folder.
@@ -58,24 +58,24 @@ def examine_storage(folder: Path) -> Iterator[tuple[bool, str]]:
     if not folder.is_dir():
         raise InputError(f"--storage {folder}: not a folder")
     try:
-        own = Path(tempfile.mkdtemp(prefix=".dist-ae-storage-", dir=folder))
+        test_folder = Path(tempfile.mkdtemp(prefix=".dist-ae-storage-", dir=folder))
     except OSError as error:
         yield False, f"a new folder: {error.strerror}. Nothing can be kept here"
         return
     try:
-        for what, otherwise, check in CHECKS:
+        for what, consequence, check in CHECKS:
             try:
-                found = check(own)
-            except Exception as error:  # whatever error a file system comes up with is its answer
-                yield False, f"{what}: {getattr(error, 'strerror', None) or error}. {otherwise}"
+                detail = check(test_folder)
+            except Exception as error:  # file systems fail in many ways
+                yield False, f"{what}: {getattr(error, 'strerror', None) or error}. {consequence}"
             else:
-                yield True, f"{what}: {found}" if found else what
+                yield True, f"{what}: {detail}" if detail else what
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(test_folder, ignore_errors=True)
 
 
 class Fails(Exception):
-    """A file system does what it should not do."""
+    """A file system does not behave as it should."""
 
 
 def _append(folder: Path) -> None:
@@ -101,7 +101,7 @@ def _sync(folder: Path) -> str:
 
 
 def _replace(folder: Path) -> None:
-    """Checks that another process, which reads all the time, finds either the old content or the new one, whole."""
+    """Checks that another process that reads all the time always finds the whole old or the whole new content."""
     path, temporary = folder / "replaced", folder / "replacing"
     contents = [bytes([65 + number]) * 4096 for number in range(2)]
     write_atomically(path, contents[0])
@@ -115,11 +115,11 @@ def _replace(folder: Path) -> None:
                 number += 1
                 temporary.write_bytes(contents[number % 2])
                 os.replace(temporary, path)
-            found, _ = reader.communicate(timeout=SECONDS)
+            problem, _ = reader.communicate(timeout=SECONDS)
         finally:
             reader.kill()
-    if found:
-        raise Fails(f"a reader found {found.strip()}")
+    if problem:
+        raise Fails(f"a reader found {problem.strip()}")
 
 
 def _rename_folder(folder: Path) -> None:
@@ -140,8 +140,8 @@ def _lock(folder: Path) -> None:
         assert holder.stdout is not None and holder.stderr is not None
         if not holder.stdout.readline():
             holder.kill()
-            said = holder.stderr.read().decode(errors="replace").strip().splitlines()
-            raise Fails(said[-1] if said else f"none was given within {SECONDS:g} s")
+            lines = holder.stderr.read().decode(errors="replace").strip().splitlines()
+            raise Fails(lines[-1] if lines else f"no lock was granted within {SECONDS:g} s")
         with contextlib.suppress(Timeout), FileLock(path).acquire(blocking=False):
             raise Fails("two processes hold the same lock")
         holder.send_signal(signal.SIGKILL)
@@ -155,7 +155,7 @@ def _lock(folder: Path) -> None:
         holder.communicate()
 
 
-# What is needed, what becomes of a run without it, and how it is tried.
+# A feature, the consequence without it, and its test.
 CHECKS: list[tuple[str, str, Callable[[Path], str | None]]] = [
     ("a file is added to at its end", "metrics.jsonl cannot be kept here", _append),
     ("a file and a folder are synced", "A power cut can cost checkpoints that were reported as saved", _sync),

@@ -31,7 +31,7 @@ from dist_ae.use import hub
 
 MOST_STEPS = 10_000  # of a line between two images
 
-Images = Any  # what `dist_ae.data.given.given` takes
+Images = Any  # see `dist_ae.data.given.given`
 
 
 class TrainedModel:
@@ -40,7 +40,7 @@ class TrainedModel:
     Images go in as a path (a picture, a folder, an array file, a packed set), a PIL image, a list of paths or of PIL
     images, or an array or tensor of uint8 or of floats on [0, 1]: [N, C, H, W], [N, H, W, C], [N, H, W] for grey, or
     one image. Pictures get the model's size by the run's own data settings; arrays must have it. A model of tables,
-    signals or volumes takes such, also as data frames, in the units that it was trained on. Results are float32
+    signals or volumes takes those, also as data frames, in the units that it was trained on. Results are float32
     tensors on the CPU, with one row per record.
     """
 
@@ -52,7 +52,7 @@ class TrainedModel:
         source: tuple[Path, int] | None = None,
     ) -> None:
         """Args:
-        source: the run directory and the step of the checkpoint, where the weights' calibration is kept.
+        source: the run directory and the step of the checkpoint, for the calibration of the weights.
         """
         self.config, self.source = config, source
         self._calibration: Calibration | None = None
@@ -61,14 +61,14 @@ class TrainedModel:
 
     @property
     def shapes(self) -> Shapes:
-        """What the model takes: the shape of a record inside and outside, and whether it has units of its own."""
+        """The shape of a record inside and outside the model, and whether records have their own units."""
         channels, height, width = self.model.image_shape
         units = None if self.model.units_scale is None else Units(self.model.missing)
         return Shapes((channels, height, width), self.config.model.record_shape, units)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of a table's columns, or their numbers where it had none."""
+        """The names of a table's columns, or numbers if they have none."""
         return self.config.data.columns or tuple(f"column_{number}" for number in range(self.model.image_shape[0]))
 
     def reconstruct(self, images: Images, batch_size: int = 1000) -> Tensor:
@@ -83,34 +83,34 @@ class TrainedModel:
         return self.model.visible(self.model.to_units(images.to(self.device))).cpu()
 
     def contributions(self, images: Images, batch_size: int = 1000) -> Tensor:
-        """The squared error of every entry, on the scale of the model, in the shape that records have outside.
+        """The squared error of every entry, on the scale of the model, in the shape of the original records.
 
-        The ``error`` score is the mean of it. Missing entries contribute 0.
+        Their mean is the ``error`` score. Missing entries contribute 0.
         """
 
         def squared(x: Tensor, rows: range) -> Tensor:
             error = (self.model(x, None).reconstruction - x).square()
             return torch.where(x.isnan(), 0.0, error) if self.model.missing else error
 
-        found = self.each(squared, images, batch_size)
+        errors = self.each(squared, images, batch_size)
         shape = self.config.model.record_shape
-        return found if shape is None else found.reshape(-1, *shape)
+        return errors if shape is None else errors.reshape(-1, *shape)
 
     def embed(self, images: Images, batch_size: int = 1000) -> Tensor:
         """Codes [N, *code_shape]; of a variational model, their means."""
         return self.each(lambda x, rows: self.model.encode(x)[0], images, batch_size)
 
     def score(self, images: Images, batch_size: int = 1000, score: str | None = None) -> Tensor:
-        """How little the model expects each image, [N].
+        """Anomaly scores, [N]; higher is more anomalous.
 
         Args:
             score: ``error``, the squared error per entry of the reconstruction, on [0, 1] or standardized;
-                ``neg_elbo``, the negative ELBO in nats of a variational model (one ε keyed by the record's place in the
-                call); or ``mahalanobis``, the distance of the code from those of training records. None stands for
-                ``neg_elbo`` where the model is variational, else for ``error``.
+                ``neg_elbo``, the negative ELBO in nats of a variational model (one ε keyed by the record's position in
+                the call); or ``mahalanobis``, the distance of the code from those of training records. None stands for
+                ``neg_elbo`` if the model is variational, else for ``error``.
 
         Raises:
-            InputError: there is no such score, not for this model, or ``mahalanobis`` lacks its ``calibration()``.
+            InputError: there is no such score for this model, or ``mahalanobis`` lacks its ``calibration()``.
         """
         name = check_score(self.model, score)
         moments = self.calibration().moments if name == "mahalanobis" else None
@@ -121,7 +121,9 @@ class TrainedModel:
         return self.each(scores, images, batch_size)
 
     def threshold(self, quantile: float = 0.99, score: str | None = None) -> float:
-        """The score that this share of the run's validation images does not exceed. Above it, an image is flagged.
+        """The score that the share ``quantile`` of the run's validation images does not exceed.
+
+        An image with a higher score is flagged.
 
         Raises:
             InputError: ``quantile`` is not a share, there is no such score, or no calibration.
@@ -130,10 +132,10 @@ class TrainedModel:
         return self.calibration().threshold(name, quantile)
 
     def calibration(self) -> Calibration:
-        """What thresholds need. Training keeps it in the run; else it is found from the run's own data, and kept.
+        """The calibration of the scores, which thresholds need: from the run, else computed from its data and saved.
 
         Raises:
-            InputError: the run kept none and its data is not there. Says what to do.
+            InputError: the run has none and its data is missing. Says what to do.
         """
         if self._calibration is None and self.source is not None:
             self._calibration = Calibration.of(calibration_files.read(*self.source) or {}, self.model)
@@ -143,13 +145,13 @@ class TrainedModel:
             except InputError as error:
                 where = "this model" if self.source is None else f"{self.source[0]}, step {self.source[1]}"
                 raise InputError(
-                    f"{where}: no threshold was kept, and the data it can be found from is not there ({error}). Say "
-                    "where it lies (--data.root), give --threshold (which mahalanobis cannot do without this), or from "
-                    "Python calibrate(train, normal) the loaded model"
+                    f"{where}: no threshold was saved, and the data to compute it from is missing ({error}). Name its "
+                    "folder (--data.root), give --threshold (not enough for mahalanobis), or in Python call "
+                    "calibrate(train, normal) of the loaded model"
                 ) from None
             self._calibrate(dataset.train, dataset.val)
             if self.source is not None:
-                with contextlib.suppress(OSError, Damaged):  # the run may be read-only, or a stranger's
+                with contextlib.suppress(OSError, Damaged):  # the run may be read-only, or belong to someone else
                     calibration_files.write(*self.source, self.calibration().tensors())
         assert self._calibration is not None
         return self._calibration
@@ -158,52 +160,52 @@ class TrainedModel:
         """The data that the run was trained on.
 
         Raises:
-            InputError: it is not there, or other data is in its place.
+            InputError: it is missing, or there is other data in its place.
         """
         try:
             dataset = sources.load(self.config.data)
         except InputError as error:
-            moved = "; if the images have moved, --data.root says where they lie now"
+            moved = "; if the images have moved, name their new folder with --data.root"
             raise InputError(f"{error}{moved if ':' in self.config.data.name else ''}") from None
-        kept: Any = None
+        fingerprint: Any = None
         if self.source is not None:
             with contextlib.suppress(Damaged, KeyError, TypeError):
-                kept = read_json(self.source[0] / CONFIG)["trajectory"]["data.fingerprint"]
-        if kept not in (None, dataset.fingerprint):
+                fingerprint = read_json(self.source[0] / CONFIG)["trajectory"]["data.fingerprint"]
+        if fingerprint not in (None, dataset.fingerprint):
             raise InputError(
-                f"{dataset.name} is not what the run was trained on: its images have changed, or are others. "
-                "--data.root says where those of the run lie, or their packed form"
+                f"{dataset.name} is not what the run was trained on: its images have changed, or are other ones. Name "
+                "the folder of the run's images, or their packed form, with --data.root"
             )
         return dataset
 
     def calibrate(self, train: Images, normal: Images) -> None:
-        """Takes thresholds and the place of codes from these images, for as long as this object lives.
+        """Calibrates the scores of this object on these images.
 
         Args:
-            train: images that the model was trained on. They show where codes lie.
-            normal: images that it was not trained on and that are as they should be. They show how such images score.
+            train: images that the model was trained on, for the distribution of their codes.
+            normal: normal images that it was not trained on, for the distribution of their scores.
         """
         self._calibrate(self.given(train).split, self.given(normal).split)
 
-    def _calibrate(self, train: Split, normal: Split) -> None:
+    def _calibrate(self, train: Split, held_out: Split) -> None:
         shape = self.model.image_shape
-        for split in (train, normal):
+        for split in (train, held_out):
             if split.images.shape[1:] != shape:
                 raise InputError(f"the run's model takes images of shape {list(shape)}, got {split.images.shape[1:]}")
         scaling = self._scaling()
-        readers = [Reader(split.with_scaling(scaling), self.device) for split in (train, normal)]
+        readers = [Reader(split.with_scaling(scaling), self.device) for split in (train, held_out)]
         self._calibration = calibrate(self.model, readers[0], readers[1], self.config, Alone(self.device))
 
     def _scaling(self) -> Scaling | None:
-        """The model's own scale, as readers of records take it."""
+        """The model's scale as a ``Scaling`` for readers."""
         model = self.model
         if model.units_offset is None or model.units_scale is None:
             return None
-        offset, scale = (each.double().cpu().numpy() for each in (model.units_offset, model.units_scale))
+        offset, scale = (units.double().cpu().numpy() for units in (model.units_offset, model.units_scale))
         return Scaling(offset, scale, model.standardized, model.missing)
 
     def sample(self, num: int, seed: int = 0) -> Tensor:
-        """New records as ``reconstruct`` gives them, decoded from z ~ N(0, I). The same seed gives the same ones.
+        """New records in the form of ``reconstruct``, decoded from z ~ N(0, I). Equal seeds give equal records.
 
         Raises:
             InputError: the model is not variational, so its codes have no distribution to draw from.
@@ -219,9 +221,9 @@ class TrainedModel:
         return self.decode(code)
 
     def _refuse_too_many(self, num: int, way_out: str) -> None:
-        """Raises InputError for more images than the memory holds, with their codes and once more while joined."""
-        each = 2 * math.prod(self.model.image_shape) + 2 * math.prod(self.model.code_shape)
-        if 4 * num * each > SHARE_OF_MEMORY * free_memory():
+        """Raises InputError for more images than fit into memory, twice with their codes, since they are joined."""
+        size = 2 * math.prod(self.model.image_shape) + 2 * math.prod(self.model.code_shape)
+        if 4 * num * size > SHARE_OF_MEMORY * free_memory():
             raise InputError(f"{num:,} images are too many for the memory; take {way_out}")
 
     def interpolate(self, first: Images, second: Images, steps: int) -> Tensor:
@@ -249,16 +251,16 @@ class TrainedModel:
         return decoded.view(-1, steps, *decoded.shape[1:])
 
     def given(self, images: Images) -> Given:
-        """Images as the model takes them, and their names where they have some.
+        """Images in the model's form, with their names if they have any.
 
         Raises:
-            InputError: images that are not there, not readable, or not of the model's shape.
+            InputError: images are missing, not readable, or not of the model's shape.
         """
         return given(images, self.config.data, self.shapes)
 
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
-        """codes [N, *code_shape] → records as ``reconstruct`` gives them."""
+        """codes [N, *code_shape] → records in the form of ``reconstruct``."""
         parts = torch.split(code, at_once(1000, self.model.image_shape))
         return torch.cat(
             [self.model.outside(self.model.decode(part.to(self.device, torch.float32))).cpu() for part in parts]
@@ -266,19 +268,19 @@ class TrainedModel:
 
     @torch.no_grad()
     def each(self, function: Callable[[Tensor, range], Tensor], images: Images, batch_size: int = 1000) -> Tensor:
-        """What a function makes of records [B, C, H, W] on the model's scale, given their places, joined."""
+        """Applies a function to batches [B, C, H, W] on the model's scale and their positions; joins the results."""
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        found = self.given(images)
-        cut = blocks(found, batch_size)
-        batches = ((self.model.to_units(floats(found, rows).to(self.device)), rows) for rows in cut)
+        records = self.given(images)
+        parts = blocks(records, batch_size)
+        batches = ((self.model.to_units(floats(records, rows).to(self.device)), rows) for rows in parts)
         return torch.cat([function(batch, rows).float().cpu() for batch, rows in batches])
 
 
 def load(
     run_dir: Path | str, which: Which = "best", device: torch.device | str = "cpu", model: Builder | None = None
 ) -> TrainedModel:
-    """What ``dist_ae.load`` finds, see there, for the commands, which bring their own ways to evaluate and export."""
+    """The same as ``dist_ae.load``, without ``evaluate``, ``explore`` and ``export``, for the commands."""
     if which not in ("last", "best"):
         raise InputError(f"which: expected 'last' or 'best', got {which!r}")
     run_dir = hub.pull(run_dir) if isinstance(run_dir, str) and run_dir.startswith(hub.PREFIX) else expand(run_dir)
@@ -288,7 +290,7 @@ def load(
         built = build(config, shape, model).to(dtype)
         saved = saved_weights(run_dir, built, which)
         built.load_state_dict(saved.weights)
-    else:  # nothing is made of a configuration before the file is seen to hold its tensors
+    else:  # allocate nothing before the file is known to hold the tensors of the configuration
         built = blank(config, shape).to(dtype)
         saved = saved_weights(run_dir, built, which)
         built.load_state_dict(saved.weights, assign=True)

@@ -1,7 +1,7 @@
-"""Records as `dist-ae score` looks at them: at the model's size, or whole pictures as the squares that they consist of.
+"""Records as `dist-ae score` sees them: at the model's size, or whole pictures cut into squares.
 
-Both kinds have the same methods. The score of a whole picture is the largest of its squares, side by side, and so are
-the scores that its threshold comes from.
+Both kinds have the same methods. The score of a whole picture is the largest score of its squares, and so are the
+scores that its threshold is computed from.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class AtModelSize:
         return self.trained.score(self.records, score=name)
 
     def each(self, measure: Measure) -> Tensor:
-        """A figure of every record, [N]."""
+        """A measure of every record, [N]."""
         return self.trained.each(measure, self.records)
 
-    def normal(self, name: str) -> Calibration:
-        """How held-out records score."""
+    def calibration(self, name: str) -> Calibration:
+        """The scores of held-out records."""
         return self.trained.calibration()
 
     def shown(self, index: Sequence[int]) -> Tensor:
@@ -67,8 +67,9 @@ class AtModelSize:
     def maps(self, kind: Kind) -> Iterator[Map]:
         for rows in blocks(self.records):
             images = floats(self.records, rows)
-            images, found = (self.trained.pictures(each) for each in (images, self.trained.reconstruct(images)))
-            for place, *parts in zip(rows, images, found, error_maps(images, found, kind), strict=True):
+            output = self.trained.pictures(self.trained.reconstruct(images))
+            images = self.trained.pictures(images)
+            for place, *parts in zip(rows, images, output, error_maps(images, output, kind), strict=True):
                 yield Map(place, *parts)
 
 
@@ -91,9 +92,9 @@ class AtOwnSize:
             return decode(self._pictures[number].content, self._form)
 
     def _squares(self, picture: Array) -> Tensor:
-        """The squares of a picture, side by side, [n, C, side, side] as the model takes them.
+        """The squares of a picture, side by side, [n, C, side, side] on the model's scale.
 
-        A picture that is smaller than one is mirrored at its edges.
+        A picture smaller than a square is mirrored at its edges.
         """
         lacking = [max(0, self._side - side) for side in picture.shape[1:]]
         picture = np.pad(picture, [(0, 0), (0, lacking[0]), (0, lacking[1])], "symmetric")
@@ -113,27 +114,27 @@ class AtOwnSize:
         return lambda images, rows: score_images(model, images, rows, config, (name,), moments)[name]
 
     def scores(self, name: str) -> Tensor:
-        found, measure, waiting = [], self._measure(name), Waiting("scoring", len(self._pictures), "pictures")
+        scores, measure, waiting = [], self._measure(name), Waiting("scoring", len(self._pictures), "pictures")
         self._oddest = []
         for number in range(len(self._pictures)):
             largest = self._of_squares(self._open(number), measure).max(0)
             self._oddest.append(int(largest.indices))
-            found.append(largest.values)
+            scores.append(largest.values)
             waiting()
-        return torch.stack(found)
+        return torch.stack(scores)
 
     def each(self, measure: Measure) -> Tensor:
-        """The largest figure of the squares of every picture, [N]."""
+        """The largest measure over the squares of every picture, [N]."""
         numbers = range(len(self._pictures))
         return torch.stack([self._of_squares(self._open(number), measure).max() for number in numbers])
 
-    def normal(self, name: str) -> Calibration:
-        """How held-out pictures score: found from the run's data whenever it is asked for."""
+    def calibration(self, name: str) -> Calibration:
+        """The scores of held-out pictures, computed from the run's data at every call."""
         crops, measure = self.trained.dataset().val, self._measure(name)
         assert isinstance(crops.images, Crops) and crops.rows is not None
         numbers = np.unique(crops.rows >> 33).tolist()
-        found = [self._of_squares(crops.images.picture(number), measure).max() for number in numbers]
-        return Calibration(self.trained.calibration().moments, {name: torch.stack(found).sort().values})
+        scores = [self._of_squares(crops.images.picture(number), measure).max() for number in numbers]
+        return Calibration(self.trained.calibration().moments, {name: torch.stack(scores).sort().values})
 
     def shown(self, index: Sequence[int]) -> Tensor:
         """The oddest square of each picture."""
@@ -143,8 +144,8 @@ class AtOwnSize:
     def maps(self, kind: Kind) -> Iterator[Map]:
         for number in range(len(self._pictures)):
             picture = self._open(number)
-            image, found = (self._visible(each) for each in (picture, reconstructed(self.trained.model, picture)))
-            yield Map(number, image, found, error_maps(image[None], found[None], kind, self._side)[0])
+            image, output = self._visible(picture), self._visible(reconstructed(self.trained.model, picture))
+            yield Map(number, image, output, error_maps(image[None], output[None], kind, self._side)[0])
 
     def _visible(self, picture: Array) -> Tensor:
         return self.trained.model.visible(on_scale(self.trained.model, picture)).cpu()
@@ -154,10 +155,10 @@ View = AtModelSize | AtOwnSize
 
 
 def view_of(trained: TrainedModel, images: Any, size: Literal["own", "model"] | None) -> View:
-    """The user's records, or the run's validation images. Whole pictures at their own size are those of crops alone.
+    """The user's records, or the run's validation images. Only runs on crops score pictures at their own size.
 
     Raises:
-        InputError: their own size is asked for, and not possible.
+        InputError: ``size`` is "own", and that is not possible.
     """
     if size == "own" and trained.config.data.crop is None:
         raise InputError("--size own: scores of whole pictures need a run that was trained on crops, --data.crop 64")
@@ -173,7 +174,7 @@ def error_maps(images: Tensor, reconstructions: Tensor, kind: Kind, side: int | 
     ``ssim``: 1 - structural similarity, [0, 2], in windows of 11 × 11.
 
     Args:
-        side: in pixels; left out, the shorter one.
+        side: in pixels; left out, the shorter side of the images.
     """
     if kind == "ssim":
         return 1 - structural_similarity(images, reconstructions)[1].mean(1)
@@ -181,7 +182,7 @@ def error_maps(images: Tensor, reconstructions: Tensor, kind: Kind, side: int | 
 
     squared = (images - reconstructions).square().mean(1, keepdim=True)
     sigma = max(1.0, (side or min(images.shape[-2:])) / 32)
-    # A window of three σ to each side, as far as the image is that large.
+    # A window of three σ to each side, if the image is that large.
     widths = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:]]
     blurred: Tensor = functional.gaussian_blur(squared, [widths[1], widths[0]], [sigma, sigma])
     return blurred[:, 0]

@@ -1,4 +1,4 @@
-"""A model on whole pictures, whatever its own size: piece by piece, in bounded memory."""
+"""Applies a model to whole pictures of any size: piece by piece, in bounded memory."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ from dist_ae.use.trained import TrainedModel
 from dist_ae.use.write import write_into, write_whole
 
 ORIENTATION = 0x0112  # EXIF's tag
-ONE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", "")  # of a single picture
-CORE = 768  # pixels of a side of a piece; beside it comes what the model sees around it
-AT_ONCE = 64  # windows of the model's own size that are computed together
+SINGLE_FILE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", "")  # endings of a single picture
+CORE = 768  # side of a piece in pixels, without the margin that the model sees around it
+AT_ONCE = 64  # windows of the model's own size in a batch
 
 
 def reconstructed(
     model: Autoencoder, picture: Array, noise: Array | None = None, advance: Callable[[float], None] = lambda _: None
 ) -> Array:
-    """What the model makes of a picture [C, H, W] of any size: the same type and size.
+    """The reconstruction of a picture [C, H, W] of any size, in the same type and size.
 
-    A convolution with a grid code and ``norm position`` sees only so far. Pieces with that much around them give its
-    result for the whole picture, to the last bits of float32. Any other model sees windows of its own size, of which
-    each overlaps the next by half and fades out towards its edges.
+    A convolution with a grid code and ``norm position`` has a limited reach. Pieces with a margin of that reach give
+    the result for the whole picture, up to rounding of float32. Any other model gets windows of its own size, each of
+    which overlaps the next by half and fades out towards its edges.
 
     Args:
         picture: uint8, uint16, or floats on [0, 1].
@@ -62,40 +62,38 @@ def reconstructed(
     largest = 1.0 if picture.dtype.kind == "f" else float(np.iinfo(picture.dtype).max)
     result = np.empty(picture.shape, picture.dtype)
 
-    def taken(top: Any, left: Any) -> Tensor:
-        """Rows and columns of the picture, as the model takes them."""
+    def crop(top: Any, left: Any) -> Tensor:
+        """Rows and columns of the picture, on the model's scale."""
         place = (slice(None), top, left) if isinstance(top, slice) else (slice(None), top[:, None], left)
         part = on_scale(model, np.asarray(picture[place]))
         return part if noise is None else part + torch.from_numpy(noise[place]).to(part.device)
 
-    pieces = (
-        _pieces(model, picture.shape, taken) if model.reach() is not None else _windows(model, picture.shape, taken)
-    )
+    pieces = (_pieces if model.reach() is not None else _windows)(model, picture.shape, crop)
     device = next(model.parameters()).device
     for rows, columns, values in pieces:
-        found = model.from_units(values.to(device)).cpu().numpy()
+        output = model.from_units(values.to(device)).cpu().numpy()
         if model.units_scale is None:
-            found = found * np.float32(largest)
-        result[:, rows, columns] = found if largest == 1 else np.rint(found.clip(0, largest))
+            output = output * np.float32(largest)
+        result[:, rows, columns] = output if largest == 1 else np.rint(output.clip(0, largest))
         advance(rows.stop / picture.shape[1])
     return result
 
 
 def on_scale(model: Autoencoder, picture: Array) -> Tensor:
-    """Pixels [C, H, W] as they are stored, as the model takes them, on its device."""
+    """Stored pixels [C, H, W] on the model's scale and device."""
     part = np.asarray(picture, np.float32)
     if model.units_scale is None and picture.dtype.kind != "f":
         part = part / np.float32(np.iinfo(picture.dtype).max)
     return model.to_units(torch.from_numpy(part).to(next(model.parameters()).device))
 
 
-Taken = Callable[[Any, Any], Tensor]
+Crop = Callable[[Any, Any], Tensor]  # rows and columns → that part of a picture, on the model's scale
 Pieces = Iterator[tuple[slice, slice, Tensor]]
 
 
 @torch.no_grad()
-def _pieces(model: Autoencoder, shape: tuple[int, ...], taken: Taken) -> Pieces:
-    """Pieces of a picture with all around them that the model sees."""
+def _pieces(model: Autoencoder, shape: tuple[int, ...], crop: Crop) -> Pieces:
+    """Reconstructs a picture in pieces, each computed with a margin of the model's reach."""
     _, height, width = shape
     reach = model.reach()
     assert reach is not None
@@ -103,16 +101,16 @@ def _pieces(model: Autoencoder, shape: tuple[int, ...], taken: Taken) -> Pieces:
         for left in range(0, width, CORE):
             bottom, right = min(top + CORE, height), min(left + CORE, width)
             y, x = max(0, top - reach), max(0, left - reach)
-            given = taken(slice(y, bottom + reach), slice(x, right + reach))
-            sized = model.at(*given.shape[1:])
+            piece = crop(slice(y, bottom + reach), slice(x, right + reach))
+            sized = model.at(*piece.shape[1:])
             assert sized is not None
-            found = sized(given[None], None).reconstruction[0]
-            yield slice(top, bottom), slice(left, right), found[:, top - y : bottom - y, left - x : right - x]
+            output = sized(piece[None], None).reconstruction[0]
+            yield slice(top, bottom), slice(left, right), output[:, top - y : bottom - y, left - x : right - x]
 
 
 @torch.no_grad()
-def _windows(model: Autoencoder, shape: tuple[int, ...], taken: Taken) -> Pieces:
-    """Bands of a picture, of windows of the model's own size. Half windows stand over the edges, which are mirrored."""
+def _windows(model: Autoencoder, shape: tuple[int, ...], crop: Crop) -> Pieces:
+    """Reconstructs a picture in bands of windows of the model's size; beyond its edges, the picture is mirrored."""
     _, height, width = shape
     down, across = (max(1, side // 2) for side in model.image_shape[1:])
     fade = _fade(model.image_shape[1], down)[:, None] * _fade(model.image_shape[2], across)
@@ -123,9 +121,9 @@ def _windows(model: Autoencoder, shape: tuple[int, ...], taken: Taken) -> Pieces
         columns = [_mirrored(left, model.image_shape[2], width) for left in lefts]
         band = torch.zeros(shape[0], 2 * down, across * (len(lefts) + 1))
         for start in range(0, len(lefts), AT_ONCE):
-            batch = torch.stack([taken(rows, each) for each in columns[start : start + AT_ONCE]])
-            found = model(batch, None).reconstruction.cpu()[:, :, : 2 * down, : 2 * across] * fade
-            for place, window in enumerate(found, start):
+            batch = torch.stack([crop(rows, window) for window in columns[start : start + AT_ONCE]])
+            output = model(batch, None).reconstruction.cpu()[:, :, : 2 * down, : 2 * across] * fade
+            for place, window in enumerate(output, start):
                 band[:, :, place * across : (place + 2) * across] += window
         if before is not None:
             bottom = min(top + down, height)
@@ -135,14 +133,14 @@ def _windows(model: Autoencoder, shape: tuple[int, ...], taken: Taken) -> Pieces
 
 
 def _fade(size: int, half: int) -> Tensor:
-    """Weights of a window's pixels: they rise and fall so that two windows, half a window apart, add up to 1."""
+    """Weights of a window's pixels, which rise and fall so that those of overlapping windows add up to 1."""
     if size == 1:
         return torch.full((2,), 0.5)
     return torch.sin(math.pi * (torch.arange(2 * half) + 0.5) / (2 * half)).square()
 
 
 def _mirrored(start: int, count: int, side: int) -> Array:
-    """``count`` places from ``start`` on a side of a picture, mirrored beyond its ends."""
+    """``count`` positions from ``start`` along a side of a picture, mirrored beyond its ends."""
     places = np.arange(start, start + count) % (2 * side)
     return np.where(places < side, places, 2 * side - 1 - places)
 
@@ -150,16 +148,16 @@ def _mirrored(start: int, count: int, side: int) -> Array:
 # -- files
 
 
-class Kept(NamedTuple):
-    """What a picture says beside its pixels, which is written again."""
+class Metadata(NamedTuple):
+    """The metadata of a picture, which is written again."""
 
     exif: Image.Exif
     profile: bytes | None  # ICC, of its colours
 
     @classmethod
-    def of(cls, content: Content, channels: int) -> Kept:
+    def of(cls, content: Content, channels: int) -> Metadata:
         """Args:
-        channels: of the pixels that are written; the profile of other ones says nothing about them.
+        channels: of the pixels to be written; a profile for another colour mode does not apply to them.
         """
         if not isinstance(content, str | bytes):
             return cls(Image.Exif(), None)
@@ -181,15 +179,15 @@ def readable(picture: Picture) -> Iterator[None]:
         raise InputError(f"{shown(picture.name)}: cannot be read as a picture ({reason(error)})") from None
 
 
-def write_picture(path: Path, pixels: Array, kept: Kept) -> None:
-    """Writes [C, H, W] of uint8 or uint16, in the form that the name says."""
+def write_picture(path: Path, pixels: Array, metadata: Metadata) -> None:
+    """Writes pixels [C, H, W], uint8 or uint16, in the format of the file's ending."""
     if pixels.dtype == np.uint16:
-        written = deep.tiff if path.suffix.lower() in (".tif", ".tiff") else deep.png
-        path.write_bytes(written(pixels, kept.exif, kept.profile))
+        encode = deep.tiff if path.suffix.lower() in (".tif", ".tiff") else deep.png
+        path.write_bytes(encode(pixels, metadata.exif, metadata.profile))
         return
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
     quality: dict[str, Any] = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-    image.save(path, exif=kept.exif, icc_profile=kept.profile, **quality)
+    image.save(path, exif=metadata.exif, icc_profile=metadata.profile, **quality)
 
 
 def pictures_of(images: str | Path, config: DataConfig) -> tuple[list[Picture], bool]:
@@ -213,7 +211,7 @@ def pictures_of(images: str | Path, config: DataConfig) -> tuple[list[Picture], 
 def write_whole_pictures(
     trained: TrainedModel, pictures: Sequence[Picture], out: Path, reads: Reads, noise_std: float = 0.0
 ) -> Path:
-    """Writes what the model makes of pictures at their own size: into a folder, or a single one to a file."""
+    """Writes reconstructions of pictures at their own size: into a folder, or a single one to a file."""
     model, config = trained.model, trained.config.data.model_copy(update={"image_size": None})
     form = form_of(config, colour_of(config, model.image_shape[0]) or "rgb")
     endings = (".tif", ".tiff")
@@ -223,14 +221,14 @@ def write_whole_pictures(
         picture = pictures[number]
         with readable(picture):
             pixels = decode(picture.content, form)
-            kept = Kept.of(picture.content, len(pixels))
+            metadata = Metadata.of(picture.content, len(pixels))
         noise = None
         if noise_std:
             noise = fixed_noise(noise_std, range(number, number + 1), pixels.shape, torch.device("cpu"))[0].numpy()
         target.parent.mkdir(parents=True, exist_ok=True)
         label = f"{names[number]}, {pixels.shape[2]:,} × {pixels.shape[1]:,}"
-        with share_of(label) as advance:
-            write_picture(target, reconstructed(model, pixels, noise, advance), kept)
+        with progress_of(label) as advance:
+            write_picture(target, reconstructed(model, pixels, noise, advance), metadata)
 
     if out.suffix:
         return write_whole(out, lambda path: write(0, path))
@@ -243,8 +241,8 @@ def write_whole_pictures(
 
 
 @contextmanager
-def share_of(label: str) -> Iterator[Callable[[float], None]]:
-    """A function to call with the share that is done; on a terminal it moves a bar."""
+def progress_of(label: str) -> Iterator[Callable[[float], None]]:
+    """Yields a function to call with the share that is done; on a terminal it moves a bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -261,31 +259,31 @@ def share_of(label: str) -> Iterator[Callable[[float], None]]:
 def own_size(
     trained: TrainedModel, images: str | Path | None, out: Path | None, size: Literal["own", "model"] | None
 ) -> tuple[list[Picture], tuple[str, ...]] | None:
-    """The pictures that are taken at their own size, and the endings of what is written; None: at the model's size.
+    """The pictures to be used at their own size, and the endings for the output; None: use the model's size.
 
     Args:
-        size: as asked for; None: their own where the run was trained on crops, and the pictures come as files.
+        size: the user's choice; None: their own if the run was trained on crops and the pictures are files.
 
     Raises:
-        InputError: their own size is asked for, and not possible; says why.
+        InputError: ``size`` is "own", and that is not possible; says why.
     """
     crops = trained.config.data.crop is not None or trained.config.data.name == "photos"
     if size == "model" or images is None or (size is None and not crops):
         if size == "own":
-            raise InputError("--size own is about pictures; name some")
+            raise InputError("--size own is for pictures; name some")
         return None
     channels = trained.model.image_shape[0]
     if trained.config.model.record_shape is not None or colour_of(trained.config.data, channels) is None:
-        raise InputError("--size own is about pictures in grey or colour, and the run was trained on none")
+        raise InputError("--size own is for pictures in grey or colour, and the run was trained on none")
     try:
         pictures, single = pictures_of(images, trained.config.data)
     except InputError:
         if size == "own":
             raise
         return None  # arrays and packed sets have the model's size
-    endings: tuple[str, ...] = ONE if single else ("",)
+    endings: tuple[str, ...] = SINGLE_FILE if single else ("",)
     if channels == 4:  # JPEG has no transparency
-        endings = tuple(each for each in endings if each not in (".jpg", ".jpeg"))
+        endings = tuple(ending for ending in endings if ending not in (".jpg", ".jpeg"))
     if size is None and out is not None and out.suffix and out.suffix not in endings:
-        return None  # one file of many pictures
+        return None  # a single file for many pictures
     return pictures, endings

@@ -1,4 +1,4 @@
-"""How commands write: they find what cannot be written before they compute, and leave nothing half-written."""
+"""Writes the output of commands: checks paths before anything is computed, and leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOWN = 12  # images in a picture of reconstructions, as in the run's own pictur
 
 
 def reads_of(run_dir: Path, trained: TrainedModel, images: Path | str | None = None, *also: Path | None) -> Reads:
-    """All that a command on a run reads. ``also``: further files and folders."""
+    """All paths that a command on a run reads. ``also``: further files and folders."""
     return Reads(images, trained.config.data, (run_dir / name for name in (*FILES, *FOLDERS, EXPORTED_WEIGHTS)), also)
 
 
@@ -44,21 +44,20 @@ def destination(
     option: str = "--out",
     beside: tuple[str, ...] = (),
 ) -> Path:
-    """Where to write: ``out``, else ``name`` in the run. The suffix "" stands for a folder.
+    """The path to write: ``out``, else ``name`` in the run. The suffix "" stands for a folder.
 
     Args:
-        beside: endings of further files that are written, as ``with_ending`` makes them of the name.
+        beside: endings of further files that are written, see ``with_ending``.
 
     Raises:
-        InputError: the place cannot be written to, or the command reads what lies there. It is found before anything is
-            computed.
+        InputError: the path cannot be written, or the command reads from it. Raised before anything is computed.
     """
     if out is None:
         for target in (run_dir / name, *(with_ending(run_dir / name, ending) for ending in beside)):
             reads.refuse(target, option, usual=True)
         return run_dir / name
     out = expand(out)
-    if out.name in ("", ".."):  # such as `.`, beside which nothing can be written
+    if out.name in ("", ".."):  # such as `.`, which has no parent to write a temporary file to
         out = out.resolve()
     like_folder = not out.suffix or suffixes == ("",) or (os.path.isdir(out) and out.suffix not in suffixes)
     folder = "" in suffixes and like_folder
@@ -67,7 +66,7 @@ def destination(
         raise InputError(
             f"{option} {shown(out)}: expected a name that ends in {names}{', or a folder' if '' in suffixes else ''}"
         )
-    above = next(path for path in out.absolute().parents if os.path.lexists(path))  # folders below it are made
+    above = next(path for path in out.absolute().parents if os.path.lexists(path))  # folders below it are created
     if not os.path.isdir(above):
         raise InputError(f"{option} {shown(out)}: {shown(above)} is no folder, so nothing can be written below it")
     if os.path.isdir(out) and not folder:
@@ -82,12 +81,12 @@ def destination(
 
 
 def with_ending(out: Path, ending: str) -> Path:
-    """The name of a file beside ``out``: scores.csv and "-roc.png" make scores-roc.png."""
+    """The name of a file next to ``out``: scores.csv and "-roc.png" give scores-roc.png."""
     return out.with_name(f"{out.stem}{ending}")
 
 
 def write_whole(out: Path, fill: Callable[[Path], object]) -> Path:
-    """Writes under another name beside ``out`` and renames, so that ``out`` is never half a file."""
+    """Writes under a temporary name next to ``out`` and renames, so that ``out`` is never half a file."""
     temporary = out.with_name(f".{secrets.token_hex(6)}.tmp{out.suffix}")  # some writers go by the suffix
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +125,7 @@ def write_into(out: Path, fill: Callable[[Path], object], reads: Reads, option: 
 
 
 def refuse_targets(out: Path, targets: Iterable[Path], reads: Reads, option: str) -> None:
-    """Looks at all files that are to be written into a folder, before the first one is.
+    """Checks all files that are to be written into a folder, before the first one is written.
 
     Raises:
         InputError: one of them would replace a folder or something that is read, or go through a link.
@@ -175,21 +174,21 @@ def write_folder(out: Path, images: Iterable[tuple[Path, Array]], reads: Reads) 
 
 
 def write_table(out: Path, records: Given, columns: Mapping[str, Tensor | Sequence[str]]) -> Path:
-    """Writes figures of records to .csv or .parquet, with the images' paths, or the numbers of rows without names.
+    """Writes values of records to .csv or .parquet, with the images' paths, or row numbers if they have no names.
 
     Args:
-        columns: numbers, or text, by the name of the column.
+        columns: numbers or text, by column name.
     """
     paths = [str(row) for row in range(len(records.split))] if records.names is None else records.names
     first = "row" if records.units is not None and records.names is None else "path"
-    values = {name: each.tolist() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
+    values = {name: cells.tolist() if isinstance(cells, Tensor) else list(cells) for name, cells in columns.items()}
     if out.suffix == ".parquet":
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
             raise InputError(f"--out {shown(out)} needs pyarrow: {install('parquet')}; or write .csv") from None
-        plain = {name: each.numpy() if isinstance(each, Tensor) else list(each) for name, each in columns.items()}
+        plain = {name: cells.numpy() if isinstance(cells, Tensor) else list(cells) for name, cells in columns.items()}
         keys = list(range(len(paths))) if records.names is None else [shown(path) for path in paths]
         named = {first: keys if first == "row" else list(map(str, keys)), **plain}
         return write_whole(out, lambda path: pyarrow.parquet.write_table(pyarrow.table(named), path))
@@ -205,5 +204,5 @@ def write_table(out: Path, records: Given, columns: Mapping[str, Tensor | Sequen
 
 
 def _harmless(path: str) -> str:
-    """A relative path that no program for tables takes for a formula: the same path, by way of ``./``."""
+    """A relative path that no spreadsheet takes for a formula: the same path with ``./`` in front."""
     return f"./{path}" if re.match(r"[=+\-@\t\r]", path) else path
