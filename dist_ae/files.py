@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and whose content is never trusted when they are read."""
+"""Writes files whole or not at all, and reads them without trusting their content."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MAX_JSON = 1 << 20  # bytes. Ours are a few KB; a larger file was not written here and is not parsed
+MAX_JSON = 1 << 20  # bytes. Ours are a few KB; a larger file is not ours and is not parsed
 MAX_LINES = 1 << 30  # bytes of metrics.jsonl: some five million lines
-# Windows has none of the first two, and without the third would translate the ends of lines.
+# Windows lacks the first two flags, and would translate line ends without the third.
 _PLAINLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Damaged(Exception):
-    """A file that is not what was written. The message says which one and what is wrong with it."""
+    """A file that is not as it was written. The message names the file and what is wrong with it."""
 
 
 # -- writing
@@ -52,15 +52,15 @@ def sync(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder that no other writer uses, short enough wherever the path's own name is allowed."""
+    """A name in the same folder that no other writer uses, short enough for any file system."""
     return path.with_name(f".{secrets.token_hex(6)}.tmp")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file. Whenever the machine stops, either the old content or the new one is there, whole.
+    """Replaces a file. Whenever the machine stops, the file has either the old content or the new one.
 
-    Any number of threads and processes may write the same file: one of the contents stays. Where a link lies there,
-    the link is replaced, and not what it leads to.
+    Any number of threads and processes may write the same file: one of the contents stays. If the path is a link, the
+    link itself is replaced, not its target.
     """
     temporary = temporary_beside(path)
     try:
@@ -73,21 +73,21 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Removes what killed writers left in a folder. Only whoever holds the folder's lock may call this."""
+    """Removes temporary files of killed writers. Only the holder of the folder's lock may call this."""
     for path in folder.iterdir():
         if re.fullmatch(r"\.[0-9a-f]{12}\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
 def append(path: Path, data: bytes) -> int:
-    """Adds to a regular file, made if it is not there. Returns how many bytes the disk took.
+    """Appends to a regular file, which is created if it does not exist. Returns how many bytes were written.
 
     Raises:
-        Damaged: a link, a pipe or a folder lies there.
-        OSError: the disk takes nothing.
+        Damaged: the path is a link, a pipe or a folder.
+        OSError: nothing could be written.
     """
     try:
-        descriptor = _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        descriptor = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise Damaged(f"{path.parent.name}/{path.name}: not a regular file") from None
@@ -100,8 +100,8 @@ def append(path: Path, data: bytes) -> int:
         os.close(descriptor)
 
 
-def _opened(path: Path, flags: int) -> int:
-    """A descriptor. Raises OSError, ELOOP of a link."""
+def _open(path: Path, flags: int) -> int:
+    """A file descriptor. Raises OSError; for a link, its number is ELOOP."""
     if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     return os.open(path, flags | _PLAINLY, 0o644)
@@ -113,15 +113,15 @@ def plain_name(path: str) -> str:
 
 
 def to_json(value: Any, indent: int | None = 2) -> bytes:
-    """A value as JSON that every program reads: what is not finite, for which JSON has no word, becomes null."""
+    """A value as JSON that every program can read: numbers that are not finite, which JSON lacks, become null."""
     return (json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -129,12 +129,12 @@ def _finite(value: Any) -> Any:
 
 
 def inside(folder: Path, *names: str) -> Path:
-    """A path below a folder that a stranger may have made: no part of it, where it exists, is a link.
+    """A path below a folder that a stranger may have made: no existing part of it is a link.
 
-    The folder itself may be one; its user named it.
+    The folder itself may be a link; the user named it.
 
     Raises:
-        Damaged: naming the link, or what lies where a folder belongs.
+        Damaged: naming the link, or a parent that is no folder.
     """
     path = folder
     for place, name in enumerate(names):
@@ -150,10 +150,10 @@ def inside(folder: Path, *names: str) -> Path:
 
 
 def folder_inside(folder: Path, *names: str) -> Path:
-    """Such a path as a folder, made where it is not there.
+    """A path from ``inside`` as a folder, which is created if it does not exist.
 
     Raises:
-        Damaged: a link or something other than a folder lies there.
+        Damaged: the path exists and is no folder.
     """
     path = inside(folder, *names)
     try:
@@ -166,7 +166,7 @@ def folder_inside(folder: Path, *names: str) -> Path:
 def files_inside(folder: Path, name: str, pattern: str) -> Iterator[Path]:
     """The regular files of a sub-folder whose whole names match a regular expression, sorted.
 
-    None where the sub-folder is a link or not there.
+    Empty if the sub-folder is a link or does not exist.
     """
     with contextlib.suppress(Damaged, OSError):
         for path in sorted(inside(folder, name).iterdir()):
@@ -175,14 +175,14 @@ def files_inside(folder: Path, name: str, pattern: str) -> Iterator[Path]:
 
 
 def open_plainly(path: Path) -> int:
-    """A descriptor of a regular file. A link is not followed, and a pipe does not block.
+    """A file descriptor of a regular file. Links are not followed, and pipes do not block.
 
     Raises:
-        Damaged: it is missing, or something other than a file.
+        Damaged: the file is missing, or no regular file.
     """
     where = f"{path.parent.name}/{path.name}"
     try:
-        descriptor = _opened(path, os.O_RDONLY)
+        descriptor = _open(path, os.O_RDONLY)
     except (OSError, ValueError) as error:
         link = isinstance(error, OSError) and error.errno == errno.ELOOP
         raise Damaged(f"{where}: {'a symbolic link' if link else getattr(error, 'strerror', error)}") from None
@@ -196,7 +196,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """A regular file of at most ``limit`` bytes.
 
     Raises:
-        Damaged: it is missing, something other than a file, or larger.
+        Damaged: it is missing, no regular file, or larger.
     """
     with os.fdopen(open_plainly(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -209,34 +209,34 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def verify_file(path: Path, size: object, sha256: object) -> int:
-    """The size of a regular file, once its size and SHA-256 are found to be as given. Reads it in pieces.
+    """Checks size and SHA-256 of a regular file, reading it in pieces, and returns its size.
 
     Raises:
         Damaged: it has another size or SHA-256.
     """
     where = f"{path.parent.name}/{path.name}"
     with os.fdopen(open_plainly(path), "rb") as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != size:
-            raise Damaged(f"{where}: {found} bytes, not the {size} it should have")
+        actual = os.fstat(file.fileno()).st_size
+        if actual != size:
+            raise Damaged(f"{where}: {actual} bytes, not the {size} it should have")
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise Damaged(f"{where}: its SHA-256 is not what was written")
-    return found
+    return actual
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object_pairs_hook. Raises Damaged where a key stands twice, of which json would drop the first silently."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise Damaged("a key stands in it twice")
-    return made
+    """An object_pairs_hook. Raises Damaged for a repeated key, of which json would silently drop the first."""
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise Damaged("it repeats a key")
+    return unique
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        Damaged: anything else, also an object that is nested too deeply to parse or has a key twice.
+        Damaged: anything else, also an object that is nested too deeply or repeats a key.
     """
     try:
         value = json.loads(data, object_pairs_hook=unique_keys)
@@ -253,6 +253,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file.
 
     Raises:
-        Damaged: it cannot be read, or is something other than a JSON object.
+        Damaged: it cannot be read, or is no JSON object.
     """
     return parse_json(read_bounded(path, MAX_JSON), f"{path.parent.name}/{path.name}")

@@ -15,14 +15,14 @@ from dist_ae.terminal import first_line
 
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents, fine to coarse (Wang, Simoncelli & Bovik 2003, § 3.2)
 WINDOW = 11  # pixels
-UNCORRELATED = 1e-3  # least likeness of a scale: below it, a fractional power has no gradient, or an endless one
+UNCORRELATED = 1e-3  # least likeness of a scale: below it, a fractional power has no gradient, or an infinite one
 
 
 def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Multi-scale SSIM of pairs of images [B, C, H, W] on [0, 1], [B]: 1 where they are equal.
+    """Multi-scale SSIM of pairs of images [B, C, H, W] on [0, 1], [B]: 1 if they are equal.
 
-    As Wang, Simoncelli and Bovik (2003), at as many of their five scales as leave both sides 11 pixels, with exponents
-    whose sum stays one. A scale on which the two do not correlate counts as 0.001.
+    As Wang, Simoncelli and Bovik (2003), at those of their five scales that leave both sides at least 11 pixels, with
+    exponents that sum to one. A scale on which the two do not correlate counts as 0.001.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # half a second to import
 
@@ -32,7 +32,7 @@ def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
         both, contrast = structural_similarity_index_measure(
             reconstructions, images, data_range=1.0, reduction="none", return_contrast_sensitivity=True
         )
-        value = both if scale == count - 1 else contrast  # brightness is compared at the coarsest scale alone
+        value = both if scale == count - 1 else contrast  # brightness is compared only at the coarsest scale
         total = total * value.clamp(min=UNCORRELATED) ** (exponent / sum(SCALES[:count]))
         images, reconstructions = F.avg_pool2d(images, 2), F.avg_pool2d(reconstructions, 2)
     return total
@@ -41,8 +41,8 @@ def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
 def distance(network: nn.Module, images: Tensor, reconstructions: Tensor) -> Tensor:
     """The distance of the network's features of pairs of images [B, C, H, W] on [0, 1], [B].
 
-    As LPIPS (Zhang et al. 2018, equation 1) with weights of one: of each layer the squared difference of features of
-    unit length, summed over channels and averaged over places; then the sum over the layers.
+    As LPIPS (Zhang et al. 2018, equation 1) with weights of one: in each layer, the squared difference of features of
+    unit length, summed over channels and averaged over positions; then the sum over the layers.
     """
     count = len(images)
     both = torch.cat([images, reconstructions]).float().expand(-1, 3, -1, -1)
@@ -56,14 +56,14 @@ def distance(network: nn.Module, images: Tensor, reconstructions: Tensor) -> Ten
 
 
 class Likeness:
-    """The weighted sum of both, in nats per image, as the configuration asks for it."""
+    """The weighted sum of both terms, in nats per image, as configured."""
 
     def __init__(self, config: ObjectiveConfig, device: torch.device) -> None:
         self._structure, self._weight = config.ms_ssim, config.perceptual_weight
         self._network = None if config.perceptual is None else load(config.perceptual).to(device)
 
     def __call__(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Of images and reconstructions [B, C, H, W] on [0, 1], [B]."""
+        """The loss of images and reconstructions [B, C, H, W] on [0, 1], [B]."""
         if images.dtype != torch.float64:
             images, reconstructions = images.float(), reconstructions.float()
         total = images.new_zeros(len(images))
@@ -74,12 +74,12 @@ class Likeness:
         return total
 
 
-def wanted(config: ObjectiveConfig) -> bool:
+def is_used(config: ObjectiveConfig) -> bool:
     return bool(config.ms_ssim) or config.perceptual is not None
 
 
 def sha256(path: Path) -> str:
-    """Of a feature network's file.
+    """The SHA-256 of a feature network's file.
 
     Raises:
         InputError: it cannot be read.
@@ -96,10 +96,10 @@ def check(config: ObjectiveConfig, image_shape: tuple[int, ...], is_image: bool)
     """Refuses terms that images of this shape do not allow.
 
     Raises:
-        InputError: the records are no images, these are too small or have other channels than one or three, or the
-            file is no network that takes them.
+        InputError: the records are no images, they are too small or do not have one or three channels, or the file is
+            no network for them.
     """
-    if not wanted(config):
+    if not is_used(config):
         return
     channels, *sides = image_shape
     if not is_image or (config.ms_ssim and min(sides) < WINDOW):
@@ -114,11 +114,11 @@ def check(config: ObjectiveConfig, image_shape: tuple[int, ...], is_image: bool)
         )
     pair = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
     try:
-        found = distance(load(path), pair[:1], pair[1:])
+        value = distance(load(path), pair[:1], pair[1:])
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-        found, reason = None, first_line(error)
-    if found is None or found.shape != (1,) or not found.isfinite().all():
-        why = f" ({reason})" if found is None else ""
+        value, reason = None, first_line(error)
+    if value is None or value.shape != (1,) or not value.isfinite().all():
+        why = f" ({reason})" if value is None else ""
         raise InputError(
             f"objective.perceptual {path}: it gives no features of images [N, 3, {sides[0]}, {sides[1]}] on [0, 1]{why}"
             "; expected one tensor [N, F, h, w], or several"
@@ -126,10 +126,10 @@ def check(config: ObjectiveConfig, image_shape: tuple[int, ...], is_image: bool)
 
 
 def load(path: Path, key: str = "objective.perceptual") -> nn.Module:
-    """A program of a feature network, by torch.export (.pt2) or TorchScript, on the CPU, whose weights get no gradient.
+    """Loads a feature network from torch.export (.pt2) or TorchScript, on the CPU, without gradients of its weights.
 
     Raises:
-        InputError: there is no such file, or it is something else; named as ``key`` says.
+        InputError: there is no such file, or it is no such program; the message begins with ``key``.
     """
     if not path.is_file():
         raise InputError(f"{key} {path}: no such file; expected a feature network as .pt2 or TorchScript")

@@ -1,6 +1,6 @@
-"""Principal components of a data set, found by all processes together.
+"""Principal components of a data set, computed by all processes together.
 
-They are the start of a model and the baseline that it is compared with.
+They are the start of a model and its baseline.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dist_ae.models import Autoencoder, Components, pad_to_multiple
 from dist_ae.processes.runtime import Processes
 from dist_ae.processes.stop import StopRequested
 
-SAMPLE_IMAGES = 65_536  # most images looked at: all of 60,000, a fixed sample of a million
-SAMPLE_VALUES = 2**28  # most pixels looked at, which bounds the time for large images
-CHUNK_VALUES = 2**20  # pixels in one product: about 20 MB with all that is made of them
-EXACT_SIZE = 1024  # up to this size the covariance is decomposed; beyond, products find its leading directions
-LARGEST_EXACT = 4096  # the same where more than a quarter of the directions are wanted, which costs some 10 s
+SAMPLE_IMAGES = 65_536  # most images used: all of 60,000, a fixed sample of a million
+SAMPLE_VALUES = 2**28  # most pixels used, which bounds the time for large images
+CHUNK_VALUES = 2**20  # pixels in one product: about 20 MB with all intermediate results
+EXACT_SIZE = 1024  # up to this size the covariance is decomposed; beyond, an iteration finds the leading directions
+LARGEST_EXACT = 4096  # the same if more than a quarter of the directions is needed, which takes some 10 s
 MOST = 4096  # directions of larger vectors: decomposing a matrix of 12,288² would take minutes on every process
 PASSES = 4  # over the sample
 NO_VARIANCE = 1e-12  # share of the total variance below which a direction counts as having none
@@ -33,15 +33,15 @@ Size = tuple[int, int]  # height, width
 
 
 def sample_rows(num_images: int, size: int) -> Tensor:
-    """The images that PCA looks at: evenly spaced rows, a pure function of the data set's size and the image's."""
+    """The images that PCA uses: evenly spaced rows, a pure function of the sizes of data set and image."""
     return evenly_spaced(num_images, min(SAMPLE_IMAGES, max(SAMPLE_VALUES // size, 1024)))
 
 
 def extra_directions(num: int) -> int:
-    """Directions that the iteration carries beside the wanted ones (Halko, Martinsson and Tropp 2011).
+    """Directions that the iteration computes in addition to ``num`` (Halko, Martinsson and Tropp 2011).
 
-    As many again: with 16 of them, PCA of photographs' patches with 128 numbers lost 2.3 % more than the exact one. A
-    baseline that is too weak flatters every model.
+    As many again: with only 16, PCA of photographs' patches with 128 numbers had a 2.3 % larger error than the exact
+    one. A weak baseline flatters every model.
     """
     return max(64, min(num, 512))
 
@@ -58,7 +58,7 @@ def vector_size(image_shape: Sequence[int], patch: Size | None) -> int:
 
 
 def patch_count(image_shape: Sequence[int], patch: Size | None) -> int:
-    """Patches of an image; one, where the whole image is coded."""
+    """Patches of an image; 1 if the whole image is coded."""
     if patch is None:
         return 1
     return math.prod(-(-side // multiple) for side, multiple in zip(image_shape[1:], patch, strict=True))
@@ -70,13 +70,13 @@ def principal_components(
 ) -> Components:
     """The ``num`` leading principal components of images, or of their patches, on [-1, 1].
 
-    There are fewer where fewer directions have variance. A fixed sample is used. Small vectors get the exact
-    decomposition of the sample's covariance. Large ones get a randomized subspace iteration (Halko, Martinsson and
+    There are fewer if fewer directions have variance. They are those of a fixed sample: small vectors get the exact
+    decomposition of its covariance, large ones a randomized subspace iteration (Halko, Martinsson and
     Tropp 2011, algorithm 4.4), whose cost grows with ``num`` and not with the square of their size. Each process takes
     its part of the chunks; apart from rounding, the result does not depend on the number of processes.
 
     Raises:
-        StopRequested: ``stop`` said so. It is asked before every chunk, equally often on every process.
+        StopRequested: ``stop`` answered yes. It is asked before every chunk, equally often on every process.
     """
     vectors = _Vectors(reader, patch, runtime, stop)
     if vectors.size <= EXACT_SIZE or (num > vectors.size // 4 and vectors.size <= LARGEST_EXACT):
@@ -86,16 +86,16 @@ def principal_components(
         total = float(covariance.diagonal().sum())
     else:
         mean, values, basis, total = vectors.leading(num)
-    # Directions without variance carry nothing, and rounding decides which ones a decomposition names.
-    some = max(1, int((values > NO_VARIANCE * total).sum()))
-    values, basis = values[:some], basis[:, :some]
+    # Directions without variance are arbitrary, up to rounding errors: drop them.
+    count = max(1, int((values > NO_VARIANCE * total).sum()))
+    values, basis = values[:count], basis[:, :count]
     # A decomposition leaves the sign open: make the largest entry of each component positive.
     basis = basis * torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
     return Components(mean, values.clamp(min=0), basis.T.contiguous(), total, reader.standardized)
 
 
 class _Vectors:
-    """The sample's images or patches as rows of a matrix that is never held whole in floating point."""
+    """The sample's images or patches as the rows of a matrix, which is never in memory as a whole in floating point."""
 
     def __init__(self, reader: Reader, patch: Size | None, runtime: Processes, stop: Callable[[], bool]) -> None:
         self._patch, self._runtime, self._stop = patch, runtime, stop
@@ -104,13 +104,13 @@ class _Vectors:
         self.size = vector_size(shape, patch)
         self.count = len(rows) * patch_count(shape, patch)
         self._bytes = reader.split.images.dtype == "uint8" and reader.split.scaling is None
-        # From the sample's numbers to those inside the model.
+        # From the stored numbers to the scale inside the model.
         self._scale, self._shift = (1.0, 0.0) if reader.standardized else (2.0, -1.0)
         if self._bytes:
             self._scale = 2 / 255
-        # Processes take whole chunks, so what is computed of a chunk does not depend on the number of processes.
+        # Processes take whole chunks, so the result of a chunk does not depend on the number of processes.
         chunks = torch.split(rows, max(1, CHUNK_VALUES // math.prod(shape)))
-        self._turns = -(-len(chunks) // runtime.world)
+        self._chunks_per_process = -(-len(chunks) // runtime.world)
         mine = share(range(len(chunks)), runtime.rank, runtime.world)
         self._reader, self._mine = reader, chunks[mine.start : mine.stop]
         self.device = reader.device if devices.has_float64(reader.device) else torch.device("cpu")
@@ -118,17 +118,16 @@ class _Vectors:
     def chunks(self) -> Iterator[Tensor]:
         """This process's vectors, chunk by chunk, [n, size]: whole numbers 0…255 in float32 for bytes, else float64.
 
-        They are on the reader's device, where all products are made. A device without float64 leaves that to the host.
+        They are on the reader's device, which computes all products; for a device without float64, on the host.
 
-        They are read anew in every pass, since a copy of the sample would often be as large as the data set.
+        Every pass reads them again, since a copy of the sample would often be as large as the data set.
         """
-        for turn in range(self._turns):
+        for index in range(self._chunks_per_process):
             if self._stop():
                 raise StopRequested
-            if turn < len(self._mine):
-                images = self._reader.raw(
-                    self._mine[turn], self._mine[turn + 1] if turn + 1 < len(self._mine) else None
-                )
+            if index < len(self._mine):
+                following = self._mine[index + 1] if index + 1 < len(self._mine) else None
+                images = self._reader.raw(self._mine[index], following)
                 images = images.to(self.device)
                 images = images.float() if self._bytes else self._reader.scaled(images, torch.float64)
                 if self._reader.missing:
@@ -164,9 +163,9 @@ class _Vectors:
             applied = torch.zeros(self.size, width, dtype=torch.float64, device=self.device)
             squares = torch.zeros((), dtype=torch.float64, device=self.device)
             dtype = torch.float32 if self._bytes else torch.float64
-            middle, directions = mean.to(self.device, dtype), basis.to(self.device, dtype)
+            offset, directions = mean.to(self.device, dtype), basis.to(self.device, dtype)
             for chunk in self.chunks():
-                centred = chunk.sub_(middle)
+                centred = chunk.sub_(offset)
                 applied += centred.T @ (centred @ directions)
                 squares += centred.square().sum()
             applied = self._sum(applied) / self.count  # the covariance, applied to the basis
@@ -183,7 +182,7 @@ class _Vectors:
 def of_model(
     model: Autoencoder, reader: Reader, runtime: Processes, stop: Callable[[], bool] = lambda: False
 ) -> Components | None:
-    """The components that a model's start and baseline need; None without a linear code, or one of too many numbers."""
+    """The components for a model's start and baseline; None if it has no linear code, or one that is too long."""
     code = model.linear_code()
     if code is None:
         return None
@@ -214,7 +213,7 @@ def check(config: Config, model: Autoencoder) -> None:
     size = vector_size(model.image_shape, code.patch)
     if size > LARGEST_EXACT and min(code.values, size) > MOST:
         raise InputError(
-            f"model.start pca: {code.values:,} components of {size:,} numbers take too long to find, the most are "
+            f"model.start pca: {code.values:,} components of {size:,} numbers take too long to compute, the limit is "
             f"{MOST:,}; use model.start random, a shorter code, or a code that is a grid"
         )
 
@@ -230,11 +229,11 @@ def baseline(
     """The squared error per pixel on [0, 1] of PCA, or of patch PCA, with as many code values as the model has.
 
     Args:
-        components: those of the training images, from ``of_model``.
-        val: the images whose error is measured.
+        components: of the training images, from ``of_model``.
+        val: the images to measure the error on.
 
     Raises:
-        StopRequested: ``stop`` said so.
+        StopRequested: ``stop`` answered yes.
     """
     code = model.linear_code()
     assert code is not None
@@ -260,13 +259,13 @@ def baseline(
 
 
 def coded(components: Components, patch: Size | None, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, C, H, W] through PCA, or PCA of patches: codes [B, values], reconstructions [B, C, H, W].
+    """Applies PCA, or PCA of patches, to images [B, C, H, W]: codes [B, values], reconstructions [B, C, H, W].
 
-    Images are on [0, 1], or standardized as those that the components are of; the mean takes the place of NaN there.
+    Images are on [0, 1], or standardized if those of the components are; then the mean replaces NaN.
     """
     mean, basis = components.mean.to(images.device).float(), components.basis.to(images.device).float()
-    given = images.float()
-    inside = torch.where(given.isnan(), 0.0, given) if components.standardized else given.mul(2).sub(1)
+    images = images.float()
+    inside = torch.where(images.isnan(), 0.0, images) if components.standardized else images.mul(2).sub(1)
     vectors = inside.flatten(1) if patch is None else patches(inside, patch)
     codes = (vectors - mean) @ basis.T
     decoded = unpatched(codes @ basis + mean, inside.shape, patch)
@@ -274,13 +273,13 @@ def coded(components: Components, patch: Size | None, images: Tensor) -> tuple[T
 
 
 def errors(components: Components, patch: Size | None, images: Tensor) -> Tensor:
-    """The squared error of ``coded``, over all that is not missing, per pixel: [B]."""
+    """The squared error of ``coded`` per pixel that is not missing: [B]."""
     squared = (coded(components, patch, images)[1] - images.float()).square().flatten(1)
     return squared.nanmean(1) if components.standardized else squared.mean(1)
 
 
 def unpatched(vectors: Tensor, shape: torch.Size, patch: Size | None) -> Tensor:
-    """Puts together what ``patches`` made of images of ``shape``: [B, C, H, W]."""
+    """Inverts ``patches`` for images of ``shape``: [B, C, H, W]."""
     if patch is None:
         return vectors.view(shape)
     batch, _, height, width = shape

@@ -1,7 +1,7 @@
-"""How good a trained model is: what `dist-ae evaluate` adds to the metrics of training.
+"""The metrics that `dist-ae evaluate` adds to those of training.
 
-Every figure is a sum over images, each of which counts once, so it is the same on any number of processes. Expensive
-figures are computed from evenly spaced images, and from no more than stated.
+Every metric is a sum over images, each of which counts once, so it is the same on any number of processes. Expensive
+metrics use evenly spaced images, and at most the stated number.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from dist_ae.processes.runtime import Processes
 from dist_ae.scores import SAMPLE, in_batches
 from dist_ae.terminal import first_line
 
-LONGEST_PROBED = 4096  # numbers of a code that a linear probe is fitted to; a longer code makes its matrix too large
-MEDIAN_SIDES = (3, 5)  # of a median filter's window; the better one counts, judged on the very images it is tried on
-DENOISED_VALUES = 2**21  # numbers of the images that are denoised, which bounds the time of non-local means
-NLM_STRENGTHS = (0.6, 0.8, 1.0)  # of non-local means, in units of the noise; the best one counts, judged likewise
+LONGEST_PROBED = 4096  # most numbers of a code for a linear probe; a longer code makes its matrix too large
+MEDIAN_SIDES = (3, 5)  # of a median filter's window; the better one on the same images counts
+DENOISED_VALUES = 2**21  # most values of all denoised images, which bounds the time of non-local means
+NLM_STRENGTHS = (0.6, 0.8, 1.0)  # of non-local means, in units of the noise; the best one on the same images counts
 
 
 class PerImage(NamedTuple):
-    """Figures of single images, each [n]. Those of PCA are None where a model has no linear counterpart."""
+    """Metrics of single images, each [n]. Those of PCA are None if a model has no linear counterpart."""
 
     error: Tensor
     ssim: Tensor | None
@@ -50,8 +50,8 @@ class Posterior(NamedTuple):
     """A variational model's code, number by number, over all images: each [L]."""
 
     rate: Tensor  # nats per image; they add up to the model's rate
-    mean: Tensor  # of the aggregate posterior, which should be that of N(0, 1): 0
-    variance: Tensor  # likewise: 1
+    mean: Tensor  # of the aggregate posterior; 0 for N(0, 1)
+    variance: Tensor  # of the aggregate posterior; 1 for N(0, 1)
     variance_of_means: Tensor  # above 0.01 the number is active
 
 
@@ -151,10 +151,10 @@ def denoising(
     config: Config,
     runtime: Processes,
 ) -> dict[float, dict[str, float]]:
-    """PSNR in dB of noisy images and of what becomes of them, by the standard deviation of the noise on [0, 1].
+    """PSNR in dB of noisy images and of the denoised ones, by the standard deviation of the noise on [0, 1].
 
-    The methods are ``model``; ``median``, the better of 3 × 3 and 5 × 5; and ``non-local means``, the best of three
-    strengths, where scikit-image is installed; and ``BM3D``, which is told the noise, where it is asked for. All see
+    The methods are ``model``; ``median``, the better of 3 × 3 and 5 × 5; ``non-local means``, the best of three
+    strengths, if scikit-image is installed; and ``BM3D``, which is given the noise level, if it is asked for. All get
     the same evenly spaced images (``denoised_images``) and noise.
     """
     rows = evenly_spaced(len(reader.split), denoised_images(subset, model))
@@ -175,11 +175,11 @@ def denoising(
             if has_non_local_means():
                 filtered += [_non_local_means(on_host, level, h) for h in NLM_STRENGTHS]
             filtered += [_bm3d(on_host, level)] if bm3d else []
-            cleaned += [torch.from_numpy(each).to(images) for each in filtered]
-            sums += torch.stack([(each - images).square().to(runtime.exact).sum() for each in cleaned])
-        found = dict(zip(methods, (psnr(float(value) / numbers) for value in runtime.sum(sums)), strict=True))
+            cleaned += [torch.from_numpy(denoised).to(images) for denoised in filtered]
+            sums += torch.stack([(denoised - images).square().to(runtime.exact).sum() for denoised in cleaned])
+        by_method = dict(zip(methods, (psnr(float(value) / numbers) for value in runtime.sum(sums)), strict=True))
         best: dict[str, float] = {}
-        for name, value in found.items():
+        for name, value in by_method.items():
             plain = re.sub(r" [0-9.]+$", "", name)
             best[plain] = max(value, best.get(plain, -math.inf))
         result[level] = best
@@ -187,7 +187,7 @@ def denoising(
 
 
 def denoised_images(subset: int, model: Autoencoder) -> int:
-    """How many images ``denoising`` looks at, at most; fewer than ``subset`` where the images are large."""
+    """The most images that ``denoising`` uses; fewer than ``subset`` if the images are large."""
     return max(1, min(subset, max(16, DENOISED_VALUES // math.prod(model.image_shape))))
 
 
@@ -208,7 +208,7 @@ def _non_local_means(images: Array, std: float, strength: float) -> Array:
     from skimage.restoration import denoise_nl_means
 
     settings: dict[str, Any] = {"patch_size": 5, "patch_distance": 6, "fast_mode": True}
-    if images.shape[1] == 1:  # with an axis of one channel, scikit-image gives the image back transposed
+    if images.shape[1] == 1:  # with an axis of one channel, scikit-image returns the image transposed
         cleaned = [denoise_nl_means(image[0], h=strength * std, sigma=std, **settings) for image in images]
         return np.stack(cleaned)[:, None]
     settings["channel_axis"] = 0
@@ -220,25 +220,25 @@ def require_bm3d() -> None:
     import importlib.util
 
     if importlib.util.find_spec("bm3d") is None:
-        raise InputError("--bm3d: needs the package, pip install bm3d (free for uses that are not commercial)")
+        raise InputError("--bm3d: needs the package, pip install bm3d (free for non-commercial use)")
 
 
 def _bm3d(images: Array, std: float) -> Array:
     import bm3d
 
-    # In colour it finds its blocks by the brightness, as the authors do (Dabov et al. 2007).
-    by_kind = bm3d.bm3d_rgb if images.shape[1] == 3 else bm3d.bm3d
-    cleaned = [by_kind(image.transpose(1, 2, 0).squeeze(), std) for image in images]
-    return np.stack([each.reshape(*images.shape[2:], -1).transpose(2, 0, 1) for each in cleaned])
+    # In colour it matches blocks by brightness, as its authors do (Dabov et al. 2007).
+    denoise = bm3d.bm3d_rgb if images.shape[1] == 3 else bm3d.bm3d
+    cleaned = [denoise(image.transpose(1, 2, 0).squeeze(), std) for image in images]
+    return np.stack([image.reshape(*images.shape[2:], -1).transpose(2, 0, 1) for image in cleaned])
 
 
 @torch.no_grad()
 def probe(
     model: Autoencoder, components: Components | None, train: Reader, val: Reader, batch_size: int, runtime: Processes
 ) -> dict[str, float]:
-    """Share of labels that a linear map of the code tells, and a linear map of PCA's code, fitted on training images.
+    """Accuracy of a linear classifier of the code, and of PCA's code, fitted on training images.
 
-    At most 10,000 evenly spaced labelled images of either split are used. Empty where there are no labels, or too few.
+    Uses at most 10,000 evenly spaced labelled images of either split. Empty if there are no labels, or too few.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -295,13 +295,13 @@ def _codes(
 
 @torch.no_grad()
 def posterior(model: Autoencoder, reader: Reader, batch_size: int, runtime: Processes) -> Posterior:
-    """What each number of a variational code carries, and where its aggregate posterior lies, over all images."""
+    """The rate of each number of a variational code, and its aggregate posterior, over all images."""
     size, count = math.prod(model.code_shape), len(reader.split)
     sums = torch.zeros(4, size, dtype=runtime.exact, device=runtime.device)
     for _, images in in_batches(reader, torch.arange(count), batch_size, runtime):
         if not len(images):
             continue
-        mean, logvar = (each.flatten(1).to(runtime.exact) for each in _variational(model, images))
+        mean, logvar = (moment.flatten(1).to(runtime.exact) for moment in _variational(model, images))
         variance = logvar.exp()
         rate = 0.5 * (variance + mean.square() - 1 - logvar)
         sums += torch.stack([rate.sum(0), mean.sum(0), mean.square().sum(0), variance.sum(0)])
@@ -323,7 +323,7 @@ def importance_bound(
     """The importance-weighted bound (Burda, Grosse and Salakhutdinov 2016) of at most ``subset`` evenly spaced images.
 
     It is -log 1/K Σ p(x, z) / q(z|x) with K = ``samples`` draws z of q(z|x). The draws are keyed by image and sample,
-    so the figure is the same however the images are shared and batched.
+    so the bound does not depend on how the images are shared and batched.
     """
     rows = evenly_spaced(len(reader.split), subset)
     sums = torch.zeros(2, dtype=runtime.exact, device=runtime.device)
@@ -354,7 +354,7 @@ def importance_bound(
 
 
 class _Features(nn.Module):
-    """A feature network for images on [0, 1], which it gets as RGB bytes, as most networks take them."""
+    """Wraps a feature network: converts images on [0, 1] to RGB bytes, the input of most networks."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -370,10 +370,10 @@ class _Features(nn.Module):
 
 
 def feature_network(path: Path) -> nn.Module:
-    """A TorchScript program that takes uint8 images [B, 3, H, W] and gives features [B, F].
+    """A TorchScript program that maps uint8 images [B, 3, H, W] to features [B, F].
 
     Raises:
-        InputError: there is no such file, or it is something else.
+        InputError: there is no such file, or it is no such program.
     """
     return _Features(load(path, "--features"))
 
@@ -382,12 +382,12 @@ def feature_network(path: Path) -> nn.Module:
 def feature_distances(
     model: Autoencoder, reader: Reader, network: nn.Module, batch_size: int, runtime: Processes
 ) -> dict[str, float]:
-    """``fid`` and ``kid`` of reconstructions against their images; of a variational model also of as many samples.
+    """``fid`` and ``kid`` of reconstructions against their images; for a variational model also of samples.
 
-    They are of all images of the split. torchmetrics adds up over processes.
+    They use all images of the split. torchmetrics sums over processes.
 
     Raises:
-        InputError: the network does not take these images.
+        InputError: the network does not accept these images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -424,9 +424,9 @@ def feature_distances(
                 metric.update(fake, real=False)
         with torch.random.fork_rng():
             torch.manual_seed(EVALUATION_SEED)  # KID draws its subsets from torch's own generator
-            found = {name: metric.compute() for name, metric in metrics.items()}
+            distances = {name: metric.compute() for name, metric in metrics.items()}
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             f"--features: the network or its distances fail on these images ({first_line(error)})"
         ) from None
-    return {name: float(value[0] if isinstance(value, tuple) else value) for name, value in found.items()}
+    return {name: float(value[0] if isinstance(value, tuple) else value) for name, value in distances.items()}

@@ -3,7 +3,7 @@
 - ``error``: squared error per pixel of the reconstruction from the mean code. It finds what the model cannot draw.
 - ``neg_elbo``: negative ELBO in nats, of a variational model: error and cost of the code, weighed as in training.
 - ``mahalanobis``: distance of the (mean) code from those of the training images. It finds images that the model can
-  draw, but whose codes lie where no training image has one.
+  draw, but whose codes are far from those of all training images.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from dist_ae.processes.stop import StopRequested
 
 SCORES = ("error", "neg_elbo", "mahalanobis")
 CONFIDENCE = 0.95  # of the interval of a threshold
-SAMPLE = 10_000  # most images that a calibration looks at, of either split, which bounds its time
-FULL_COVARIANCE = 2048  # numbers of a code; of a longer one only the variances are kept (16 MiB at this size)
+SAMPLE = 10_000  # most images of either split that a calibration uses, which bounds its time
+FULL_COVARIANCE = 2048  # most numbers of a code with a full covariance (16 MiB); of longer codes, only variances
 
 
 class CodeMoments(NamedTuple):
-    """Where codes lie, by which the Mahalanobis distance is measured."""
+    """The distribution of codes, for the Mahalanobis distance."""
 
     mean: Tensor  # [L]
-    whitening: Tensor  # [L, L]; the distance is |whitening · (code - mean)|. [L] where only variances are kept
+    whitening: Tensor  # [L, L], or [L] for variances alone; the distance is |whitening · (code - mean)|
 
     def distance(self, codes: Tensor) -> Tensor:
         """Mahalanobis distance of codes [B, …] → [B]."""
@@ -46,13 +46,13 @@ class CodeMoments(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What a threshold needs: the moments of training codes and the sorted scores of held-out images, by score."""
+    """The basis of thresholds: the moments of training codes, and the sorted scores of held-out images by score."""
 
     moments: CodeMoments
     scores: dict[str, Tensor]  # each [n], ascending
 
     def threshold(self, score: str, quantile: float) -> float:
-        """The smallest kept score that at least this share of the held-out images does not exceed.
+        """The smallest score that at least the share ``quantile`` of the held-out images does not exceed.
 
         Raises:
             InputError: ``quantile`` is not a share between 0 and 1.
@@ -62,11 +62,10 @@ class Calibration(NamedTuple):
         return float(np.quantile(self.scores[score].numpy(), quantile, method="inverted_cdf"))
 
     def interval(self, score: str, quantile: float) -> tuple[float, float]:
-        """Two kept scores between which the quantile of all normal images lies with 95 % confidence.
+        """The 95 % confidence interval of the quantile of all normal images.
 
-        They are order statistics: how many of n scores lie below the quantile is binomial, whatever the distribution of
-        the scores. Of few images nothing bounds it from above: the upper end is infinite, or the lower one for a small
-        quantile.
+        Its ends are order statistics: the number of n scores below the quantile is binomial, whatever the distribution
+        of the scores. With few images, the upper end is infinite, or the lower end for a small quantile.
         """
         from scipy.stats import binom
 
@@ -75,7 +74,7 @@ class Calibration(NamedTuple):
         return values[low - 1] if low else -math.inf, values[high] if high < len(values) else math.inf
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors as one file keeps them."""
+        """The calibration as tensors for a file."""
         return {
             "code.mean": self.moments.mean,
             "code.whitening": self.moments.whitening,
@@ -84,35 +83,35 @@ class Calibration(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], model: Autoencoder) -> Calibration | None:
-        """The calibration that ``tensors`` was made from, for this model; None where they are something else."""
+        """The calibration stored as ``tensors``; None unless they are a valid calibration of this model."""
         size = math.prod(model.code_shape)
-        wanted = {f"scores.{name}" for name in scores_of(model)}
-        if set(tensors) != {"code.mean", "code.whitening", *wanted}:
+        score_names = {f"scores.{name}" for name in scores_of(model)}
+        if set(tensors) != {"code.mean", "code.whitening", *score_names}:
             return None
         mean, whitening = tensors["code.mean"], tensors["code.whitening"]
-        shapes = {tuple(tensors[name].shape) for name in wanted}
+        shapes = {tuple(tensors[name].shape) for name in score_names}
         if tuple(mean.shape) != (size,) or tuple(whitening.shape) not in ((size,), (size, size)) or len(shapes) != 1:
             return None
-        if any(tensors[name].ndim != 1 or not len(tensors[name]) for name in wanted):
+        if any(tensors[name].ndim != 1 or not len(tensors[name]) for name in score_names):
             return None
         if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
             return None
-        # A threshold is a quantile of scores in order; of others it would be a figure that looks right.
-        if any(bool((tensors[name].diff() < 0).any()) for name in wanted):
+        # A threshold is a quantile of sorted scores; of others it would be wrong without looking so.
+        if any(bool((tensors[name].diff() < 0).any()) for name in score_names):
             return None
-        return cls(CodeMoments(mean, whitening), {name.removeprefix("scores."): tensors[name] for name in wanted})
+        return cls(CodeMoments(mean, whitening), {name.removeprefix("scores."): tensors[name] for name in score_names})
 
 
 def scores_of(model: Autoencoder) -> tuple[str, ...]:
-    """The scores that a model has; the usual one for its kind comes first."""
+    """The scores of a model, the default one first."""
     return ("neg_elbo", "error", "mahalanobis") if model.variational else ("error", "mahalanobis")
 
 
 def check_score(model: Autoencoder, score: str | None) -> str:
-    """The name of a score; None stands for the model's usual one.
+    """The name of a score; None stands for the model's default.
 
     Raises:
-        InputError: there is no score of that name, or not for this model.
+        InputError: there is no score of that name for this model.
     """
     if score is None:
         return scores_of(model)[0]
@@ -126,46 +125,46 @@ def check_score(model: Autoencoder, score: str | None) -> str:
 
 
 def score_images(
-    model: Autoencoder, images: Tensor, rows: range, config: Config, wanted: Sequence[str], moments: CodeMoments | None
+    model: Autoencoder, images: Tensor, rows: range, config: Config, names: Sequence[str], moments: CodeMoments | None
 ) -> dict[str, Tensor]:
     """Scores of images [B, C, H, W] on [0, 1], each [B]. The encoder runs once for all of them.
 
     Args:
-        rows: the places of the images, which key the one ε of ``neg_elbo``.
+        rows: the positions of the images, which key the one ε of ``neg_elbo``.
         moments: needed for ``mahalanobis``.
     """
     mean, logvar = model.encode(images)
-    found = {}
-    if "error" in wanted:
+    scores = {}
+    if "error" in names:
         squared = squared_error(images, model.decode(mean), model.missing)
-        found["error"] = squared / present(images, model.missing)
-    if "neg_elbo" in wanted:
+        scores["error"] = squared / present(images, model.missing)
+    if "neg_elbo" in names:
         assert logvar is not None
         epsilon = fixed_epsilon(rows, model.code_shape, images.device).to(images.dtype)
         raw = model.decode_raw(mean + torch.exp(0.5 * logvar) * epsilon)
         kind = model.bernoulli, model.standardized, model.missing
-        if model.bernoulli:  # beyond [0, 1] its likelihood has no lower bound: the most damaged image would score best
+        if model.bernoulli:  # outside [0, 1] its likelihood is unbounded: the most damaged image would score best
             images = images.clamp(0, 1)
         output = Output(raw, mean, logvar, model.log_sigma, *kind)
-        found["neg_elbo"] = terms(output, images, config.objective, beta=1.0).loss
-    if "mahalanobis" in wanted:
+        scores["neg_elbo"] = terms(output, images, config.objective, beta=1.0).loss
+    if "mahalanobis" in names:
         assert moments is not None
-        found["mahalanobis"] = moments.distance(mean)
-    return found
+        scores["mahalanobis"] = moments.distance(mean)
+    return scores
 
 
 def in_batches(
     reader: Reader, rows: Tensor, batch_size: int, runtime: Processes, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[range, Tensor]]:
-    """This process's pieces of ``rows``: their places in ``rows``, and the images [B, C, H, W]. Some may be empty.
+    """This process's parts of the batches of ``rows``: their positions in ``rows``, and the images [B, C, H, W].
 
-    A thread reads the next ones in the meantime.
+    A part may be empty. A thread reads ahead.
 
     Raises:
-        StopRequested: ``stop`` said so. It is asked before every piece, equally often on every process.
+        StopRequested: ``stop`` answered yes. It is asked before every part, equally often on every process.
     """
-    batch, every = max(batch_size, runtime.world), range(len(rows))
-    mine = [share(every[at : at + batch], runtime.rank, runtime.world) for at in every[::batch]]
+    batch, positions = max(batch_size, runtime.world), range(len(rows))
+    mine = [share(positions[at : at + batch], runtime.rank, runtime.world) for at in positions[::batch]]
     images = reader.each([rows[places.start : places.stop] for places in mine])
     for places in mine:
         if stop():
@@ -180,24 +179,24 @@ def code_moments(
     """Mean and covariance of the codes of at most 10,000 evenly spaced training images, summed over processes.
 
     The covariance is shrunk towards a multiple of the identity as in Chen, Wiesel, Eldar and Hero (2010, OAS), which
-    matters where there are few images for the length of the code. Of a code longer than 2,048 numbers only the
-    variances are kept.
+    matters if there are few images for the length of the code. For a code longer than 2,048 numbers, only the variances
+    are kept.
     """
     size = math.prod(model.code_shape)
     full = size <= FULL_COVARIANCE
     rows = evenly_spaced(len(train.split), SAMPLE)
-    # Sums of differences from about the middle: of codes far from 0 that vary little, squares would lose the variance.
-    middle = model.encode(train.take(rows[:256]))[0].flatten(1).to(runtime.exact).mean(0)
+    # Sums of differences from an approximate mean: for codes far from 0, plain squares would lose a small variance.
+    center = model.encode(train.take(rows[:256]))[0].flatten(1).to(runtime.exact).mean(0)
     total = torch.zeros(size, dtype=runtime.exact, device=runtime.device)
     second = torch.zeros((size, size) if full else (size,), dtype=runtime.exact, device=runtime.device)
     for _, images in in_batches(train, rows, batch_size, runtime, stop):
         if len(images):
-            codes = model.encode(images)[0].flatten(1).to(runtime.exact) - middle
+            codes = model.encode(images)[0].flatten(1).to(runtime.exact) - center
             total += codes.sum(0)
             second += codes.T @ codes if full else codes.square().sum(0)
     total, second = runtime.sum(total).cpu().double(), runtime.sum(second).cpu().double()
     offset = total / len(rows)
-    mean = middle.cpu().double() + offset
+    mean = center.cpu().double() + offset
     if not full:
         variance = (second / len(rows) - offset.square()).clamp(min=0)
         floor = max(float(variance.mean()) * 1e-6, 1e-12)
@@ -218,7 +217,7 @@ def code_moments(
 def calibrate(
     model: Autoencoder,
     train: Reader,
-    normal: Reader,
+    held_out: Reader,
     config: Config,
     runtime: Processes,
     stop: Callable[[], bool] = lambda: False,
@@ -229,18 +228,18 @@ def calibrate(
     rounding errors.
 
     Args:
-        normal: images that the model was not trained on and that are taken to be normal.
+        held_out: images that the model was not trained on and that are assumed to be normal.
 
     Raises:
-        StopRequested: ``stop`` said so.
+        StopRequested: ``stop`` answered yes.
     """
-    batch_size, wanted = config.evaluation.batch_size, scores_of(model)
+    batch_size, names = config.evaluation.batch_size, scores_of(model)
     moments = code_moments(model, train, batch_size, runtime, stop)
-    rows = evenly_spaced(len(normal.split), SAMPLE)
-    table = torch.zeros(len(wanted), len(rows), dtype=runtime.exact, device=runtime.device)
-    for places, images in in_batches(normal, rows, batch_size, runtime, stop):
+    rows = evenly_spaced(len(held_out.split), SAMPLE)
+    table = torch.zeros(len(names), len(rows), dtype=runtime.exact, device=runtime.device)
+    for places, images in in_batches(held_out, rows, batch_size, runtime, stop):
         if len(images):
-            found = score_images(model, images, places, config, wanted, moments)
-            table[:, places.start : places.stop] = torch.stack([found[name] for name in wanted]).to(table)
+            by_name = score_images(model, images, places, config, names, moments)
+            table[:, places.start : places.stop] = torch.stack([by_name[name] for name in names]).to(table)
     scores = runtime.sum(table).cpu().float().sort(1).values
-    return Calibration(moments, {name: scores[number].clone() for number, name in enumerate(wanted)})
+    return Calibration(moments, {name: scores[number].clone() for number, name in enumerate(names)})

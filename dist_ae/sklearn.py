@@ -1,7 +1,7 @@
 """Estimators for scikit-learn: a dimension reduction that starts as PCA, and a detector of outliers.
 
-They take arrays and data frames, work in pipelines and searches, and keep no files unless asked. A fit evaluates its
-start, PCA, on rows that are held out, and keeps the best weights: it is never worse there than PCA of the same size.
+They take arrays and data frames, work in pipelines and searches, and keep no files unless asked. A fit starts as PCA,
+evaluates held-out rows, and keeps the best weights: on those rows it is never worse than PCA of the same size.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dist_ae.use.export import write_folder
 from dist_ae.use.trained import load
 
 PARAMETERS = "estimator.json"
-MANY_ROWS = 4096  # to train on; from there on steps take more of them
+MANY_ROWS = 4096  # training rows from which on the default batch is larger
 ROWS_AT_ONCE = 4096
 
 
 class _Fitted(BaseEstimator):  # type: ignore[misc]
-    """What both estimators share: parameters, fitting, saving."""
+    """The base of both estimators: parameters, fitting, saving."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
 
     def _config(self, rows: int, columns: int, seed: int, run_dir: Path) -> Config:
         held_out = max(1, round(rows * self.validation_fraction))
-        # Large batches at a higher rate: as good on many rows, in half of the time.
-        usual = (600, 256, 3e-3) if self.batch_size is None and rows - held_out >= MANY_ROWS else (2000, 64, 1e-3)
+        # With many rows, large batches at a higher rate are as good in half of the time.
+        defaults = (600, 256, 3e-3) if self.batch_size is None and rows - held_out >= MANY_ROWS else (2000, 64, 1e-3)
         asked = self.max_steps, self.batch_size, self.learning_rate
-        steps, batch, rate = (each if own is None else own for own, each in zip(asked, usual, strict=True))
-        steps_an_epoch = -(-(rows - held_out) // max(1, int(batch)))
+        steps, batch, rate = (b if a is None else a for a, b in zip(asked, defaults, strict=True))
+        steps_per_epoch = -(-(rows - held_out) // max(1, int(batch)))
         return PRESETS["table"].override(
             {
                 "name": "table",
@@ -100,7 +100,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
                 "data.val_fraction": float(self.validation_fraction),
                 "train.batch_size": max(1, min(int(batch), rows - held_out)),
                 "train.steps": int(steps),
-                "train.eval_every": max(50, min(steps_an_epoch, int(steps))),
+                "train.eval_every": max(50, min(steps_per_epoch, int(steps))),
                 "train.patience": self.patience,
                 "train.log_every": max(50, int(steps) // 10),
                 "tracking.wandb": "off",
@@ -123,16 +123,16 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
         seed = int(check_random_state(self.random_state).randint(2**31))
-        kept = None if self.run_dir is None else Path(self.run_dir)
-        scratch = Path(tempfile.mkdtemp(prefix="dist-ae-")) if kept is None else None
+        own_dir = None if self.run_dir is None else Path(self.run_dir)
+        scratch = Path(tempfile.mkdtemp(prefix="dist-ae-")) if own_dir is None else None
         try:
-            run_dir = kept if kept is not None else (scratch or Path()) / "run"
+            run_dir = own_dir if own_dir is not None else (scratch or Path()) / "run"
             with _errors(), _quiet(self.verbose):
                 config = self._config(X.shape[0], X.shape[1], seed, run_dir)
                 metrics, best = self._train(config, X)
-                metrics |= _evaluated(run_dir, best)
+                metrics |= _metrics_at(run_dir, best)
                 self._model = load(run_dir, device=self.device)
-            self._model.source = None if kept is None else self._model.source
+            self._model.source = None if own_dir is None else self._model.source
         finally:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -159,24 +159,24 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
             environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **os.environ}
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            raise InputError(said[0].removeprefix("error: ") if said else done.stderr[-500:])
-        kept = read_json(config.directory() / "result.json")
-        return kept["metrics"], kept["best_step"]
+            errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            raise InputError(errors[0].removeprefix("error: ") if errors else done.stderr[-500:])
+        result_json = read_json(config.directory() / "result.json")
+        return result_json["metrics"], result_json["best_step"]
 
     # -- using
 
-    def _given(self, X: Any) -> Array:
+    def _validated(self, X: Any) -> Array:
         check_is_fitted(self, "_model")
         nan = "allow-nan" if self.missing == "mask" else True
-        given: Array = validate_data(self, X, dtype=[np.float64, np.float32], reset=False, ensure_all_finite=nan)
-        return given
+        rows: Array = validate_data(self, X, dtype=[np.float64, np.float32], reset=False, ensure_all_finite=nan)
+        return rows
 
     @torch.no_grad()
     def _coded(self, X: Array) -> tuple[Array, Array]:
         """Codes [N, n_components] and the mean squared error [N] of rows, in standard deviations.
 
-        In float64, where the result for a row does not depend on the rows beside it.
+        In float64, in which the result for a row does not depend on the other rows.
         """
         model = copy.deepcopy(self._model.model).to("cpu", torch.float64)
         codes, errors = [], []
@@ -189,7 +189,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
         return torch.cat(codes).numpy(), torch.cat(errors).numpy()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the fitted estimator to a folder: safetensors and JSON, no pickle. ``load`` brings it back."""
+        """Writes the fitted estimator to a folder: safetensors and JSON, no pickle. ``load`` reads it."""
         check_is_fitted(self, "_model")
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
@@ -213,41 +213,41 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
             InputError: there is none, or it is damaged.
         """
         try:
-            kept = read_json(Path(folder) / PARAMETERS)
-            parameters = {**kept["parameters"], "hidden": tuple(kept["parameters"]["hidden"])}
-            made = cls(**parameters)
-            for name, value in kept["fitted"].items():
-                setattr(made, name, np.array(value, object) if name == "feature_names_in_" else value)
-            made._n_features_out = made.n_components_
+            stored = read_json(Path(folder) / PARAMETERS)
+            parameters = {**stored["parameters"], "hidden": tuple(stored["parameters"]["hidden"])}
+            estimator = cls(**parameters)
+            for name, value in stored["fitted"].items():
+                setattr(estimator, name, np.array(value, object) if name == "feature_names_in_" else value)
+            estimator._n_features_out = estimator.n_components_
         except (Damaged, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}: no estimator that save() wrote ({error})") from None
-        made._model = load(Path(folder), device=made.device)
-        return made
+        estimator._model = load(Path(folder), device=estimator.device)
+        return estimator
 
 
 class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Fitted):  # type: ignore[misc]
-    """An autoencoder as a dimension reduction: it starts as PCA and is trained as long as held-out rows say it helps.
+    """An autoencoder as a dimension reduction: it starts as PCA and trains as long as held-out rows improve.
 
     Args:
         n_components: numbers of the code.
         hidden: widths of the hidden layers of the encoder; the decoder mirrors them.
-        variational: a variational autoencoder; ``transform`` gives the means of its codes.
-        noise: standard deviation, in those of each column, of noise on the input that it learns to remove.
+        variational: a variational autoencoder; ``transform`` returns the means of its codes.
+        noise: standard deviation, relative to that of each column, of noise on the input that it learns to remove.
         dropout: probability that a hidden unit is dropped.
-        learning_rate, batch_size, max_steps: peak rate, rows of a step, and steps at most. None: by the number of rows,
-            2,000 steps of 64 rows at 1e-3, or with 4,096 training rows and more 600 steps of 256 at 3e-3.
-        patience: evaluations in a row without a better one after which training ends.
+        learning_rate, batch_size, max_steps: peak rate, rows of a step, and most steps. None: 2,000 steps of 64 rows at
+            1e-3, or with 4,096 training rows or more, 600 steps of 256 rows at 3e-3.
+        patience: number of evaluations without improvement after which training ends.
         validation_fraction: share of the rows that are held out to choose the best weights.
-        missing: "refuse" NaN, or "mask": such entries are the mean at the input, count nothing, and are filled in.
-        n_jobs: processes that train together, with the same result to rounding; -1 is one for each core.
+        missing: "refuse" NaN, or "mask": the mean replaces NaN at the input, NaN does not count, and is filled in.
+        n_jobs: processes that train together, with the same result up to rounding; -1 means one per core.
         device: where the fitted model computes.
-        run_dir: where to keep the run with its checkpoints and metrics; None keeps nothing.
-        verbose: print what a run prints.
+        run_dir: folder for the run with its checkpoints and metrics; None keeps nothing.
+        verbose: print the messages of the run.
 
     Attributes:
         n_components_: numbers of the code.
-        mse_, r2_: of held-out rows: the share of variance that the weights in use leave unexplained, and r2.
-        pca_mse_: the same share for PCA with as many numbers.
+        mse_, r2_: on held-out rows: the share of variance that the weights in use leave unexplained, and r2.
+        pca_mse_: the same share for PCA with a code of the same size.
         n_steps_: the step of the weights that are used; 0 means that training did not improve on PCA.
     """
 
@@ -263,8 +263,8 @@ class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Fitted):  
 
     def transform(self, X: Any) -> Array:
         """Rows [N, D] → codes [N, n_components], in the type of X."""
-        given = self._given(X)
-        return self._coded(given)[0].astype(given.dtype)
+        rows = self._validated(X)
+        return self._coded(rows)[0].astype(rows.dtype)
 
     def inverse_transform(self, X: Any) -> Array:
         """Codes [N, n_components] → rows [N, D], in the units of the training data."""
@@ -277,15 +277,15 @@ class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Fitted):  
 
     def score(self, X: Any, y: Any = None) -> float:
         """r2 of the reconstruction, over all columns: larger is better, 0 is no better than the training mean."""
-        given = self._given(X)
-        unit = self._model.model.to_units(torch.from_numpy(np.asarray(given, np.float64))[:, :, None, None])
+        rows = self._validated(X)
+        unit = self._model.model.to_units(torch.from_numpy(np.asarray(rows, np.float64))[:, :, None, None])
         squares = float(unit.nan_to_num(0.0).square().sum())
-        entries = np.isfinite(given).sum(1)
-        return 1 - float((self._coded(given)[1] * entries).sum()) / squares if squares else 0.0
+        entries = np.isfinite(rows).sum(1)
+        return 1 - float((self._coded(rows)[1] * entries).sum()) / squares if squares else 0.0
 
     def score_samples(self, X: Any) -> Array:
         """How well each row is reconstructed, [N]: minus its mean squared error, in standard deviations."""
-        return -self._coded(self._given(X))[1]
+        return -self._coded(self._validated(X))[1]
 
 
 class AutoencoderDetector(OutlierMixin, _Fitted):  # type: ignore[misc]
@@ -350,7 +350,7 @@ class AutoencoderDetector(OutlierMixin, _Fitted):  # type: ignore[misc]
 
     def score_samples(self, X: Any) -> Array:
         """How normal each row is, [N]: minus its mean squared error, in standard deviations."""
-        return -self._coded(self._given(X))[1]
+        return -self._coded(self._validated(X))[1]
 
     def decision_function(self, X: Any) -> Array:
         """``score_samples`` minus the threshold: below 0 is an outlier."""
@@ -362,16 +362,16 @@ class AutoencoderDetector(OutlierMixin, _Fitted):  # type: ignore[misc]
         return np.where(self.decision_function(X) < 0, -1, 1)
 
 
-def _evaluated(run_dir: Path, step: int) -> dict[str, float]:
-    """The figures that a run found for its weights after ``step`` steps."""
+def _metrics_at(run_dir: Path, step: int) -> dict[str, float]:
+    """The validation metrics of a run's weights after ``step`` steps."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    found = [line for line in lines if line["split"] == "val" and line["step"] == step]
-    return {f"val.{name}": value for name, value in found[-1].items()} if found else {}
+    matching = [line for line in lines if line["split"] == "val" and line["step"] == step]
+    return {f"val.{name}": value for name, value in matching[-1].items()} if matching else {}
 
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """The trainer's errors of input as scikit-learn's."""
+    """Turns InputError into ValueError, as scikit-learn's users expect."""
     try:
         yield
     except InputError as error:

@@ -54,7 +54,7 @@ class Learner:
         # Since the last line of metrics: sums of loss, distortion and rate over this process's images, and how many
         # images all processes have seen.
         self.window, self.window_images = torch.zeros(3, dtype=runtime.exact, device=runtime.device), 0
-        self._likeness = Likeness(config.objective, runtime.device) if likeness.wanted(config.objective) else None
+        self._likeness = Likeness(config.objective, runtime.device) if likeness.is_used(config.objective) else None
         self.guard = Guard(self.optimizers, runtime.device)
         self.images = Reader(drawn_from(dataset.train), runtime.device, runtime.dtype)
         self._split = dataset.train

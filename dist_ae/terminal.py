@@ -1,4 +1,4 @@
-"""Output for a person. A closed or full terminal never stops a run."""
+"""Output to the terminal. A closed or full terminal never stops a run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again
 def prepare_streams() -> None:
     """Makes the standard streams safe to use. Called once, before any file is opened.
 
-    A closed stream (``>&-``) would hand its number to the next file opened, so it becomes the null device. A character
-    that the terminal's encoding lacks is replaced.
+    The next opened file would get the descriptor of a closed stream (``>&-``), so such a stream becomes the null
+    device. Characters that the terminal's encoding lacks are replaced.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
@@ -31,7 +31,7 @@ def prepare_streams() -> None:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Writes one line at once. A reader that is gone, or a full disk, silences the stream and ends nothing."""
+    """Writes one line and flushes it. If the reader is gone or the disk is full, silences the stream."""
     stream = stream or sys.stdout
     try:
         stream.write(f"{text}\n")  # not print, which Ray Train replaces by one that writes twice
@@ -41,18 +41,18 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's name where it has no message."""
+    """The first line of an error's message, or the error's type if it has no message."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def rank() -> int:
-    """This process's rank as the launcher gives it; 0 where it gives none that can be read."""
+    """This process's rank from the launcher's environment; 0 if that has none, or an invalid one."""
     text = os.environ.get("RANK", "")
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def silence(stream: TextIO) -> None:
-    """Sends everything written from now on to the null device, also what Python flushes at its end."""
+    """Redirects all further output to the null device, including what Python flushes at exit."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -62,9 +62,9 @@ def silence(stream: TextIO) -> None:
 
 
 class Waiting:
-    """Says how far a long piece of work is, and about how long it still takes, after half a minute without a word.
+    """Reports the progress of long work, and about how long it still takes, after half a minute without a report.
 
-    It is called with each part that is done. It never answers yes, so that it can stand where a question to stop does.
+    Call it with each finished part. It always returns False, so that it can serve as a ``Stop``.
     """
 
     SECONDS = 30.0
@@ -72,13 +72,13 @@ class Waiting:
     def __init__(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._first = self._done = done
-        self._since = self._said = time.monotonic()
+        self._since = self._last_report = time.monotonic()
 
     def __call__(self, parts: int = 1) -> bool:
         self._done += parts
         now = time.monotonic()
-        if now - self._said >= self.SECONDS and rank() == 0:
-            self._said = now
+        if now - self._last_report >= self.SECONDS and rank() == 0:
+            self._last_report = now
             of = "" if self._total is None else f" of {self._total:,}"
             left = time_left(now - self._since, self._done - self._first, (self._total or self._done) - self._done)
             say(f"{self._what}: {self._done:,}{of} {self._unit}{left if self._total else ''}", sys.stderr)
@@ -86,7 +86,7 @@ class Waiting:
 
 
 def time_left(seconds: float, done: float, left: float) -> str:
-    """About how long what is left takes, where so much is done; "" where nothing can be said, or is worth saying."""
+    """About how long the work that is left takes; "" if that is unknown, or too short to mention."""
     if done <= 0 or left <= 0:
         return ""
     rest = seconds / done * left

@@ -333,7 +333,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "key given twice": (
         "s.json",
         lambda path: path.write_text('{"presets": {"ae": {}, "ae": {}}}'),
-        "in it twice",
+        "it repeats a key",
     ),
     "date": ("s.toml", lambda path: path.write_text("presets = 2020-01-01"), "valid dictionary, got '2020-01-01'"),
 }

@@ -152,6 +152,6 @@ def _refuse_settings(config: DataConfig, but: tuple[str, ...]) -> None:
     for key in ("image_size", "fit", "channels", "background", "group", "budget", "include", "exclude"):
         if getattr(config, key) not in (None, ()) and key not in but:
             raise InputError(
-                f"data.{key} is about pictures (folder:, tar:, hf: and photos), "
+                f"data.{key} is for pictures (folder:, tar:, hf: and photos), "
                 f"and {shown(config.name)} is none; leave it out"
             )
