@@ -103,7 +103,7 @@ BAD_INPUT = {
     "lr as a word": (["--optim.lr", "fast"], "--optim.lr"),
     "batch larger than the dataset": (["--train.batch-size", "9999"], "use --train.batch-size 1500 or less"),
     "data root that does not exist": (["--data.name", "mnist", "--data.root", "/nowhere"], "/nowhere"),
-    "data root of a folder": (["--data.name", "folder:/usr", "--data.root", "/tmp"], "says itself where it lies"),
+    "data root of a folder": (["--data.name", "folder:/usr", "--data.root", "/tmp"], "contains its own path"),
     "two settings that exclude each other": (["--profile", "3"], "error: profile must be FROM:TO"),
     "a preset and a whole configuration": (["--config", "some.json"], "leave out the preset ae"),
     "no configuration named": (["--config"], "--config: expected a file"),

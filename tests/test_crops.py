@@ -113,8 +113,8 @@ def test_a_run_on_crops_that_is_stopped_and_resumed_is_the_undisturbed_one(tmp_p
 def test_what_has_no_crops_is_refused_with_the_reason(tmp_path: Path) -> None:
     for settings_, message in (
         ({"data.crop": 41}, "are smaller"),
-        ({"data.crop": None}, "data.flip is about crops"),
-        ({"data.crop": None, "data.flip": False, "data.crops": 3}, "data.crops is about crops"),
+        ({"data.crop": None}, "data.flip is for crops"),
+        ({"data.crop": None, "data.flip": False, "data.crops": 3}, "data.crops is for crops"),
         ({"data.window": 2}, "data.window"),
     ):
         with pytest.raises(InputError, match=message):

@@ -182,7 +182,7 @@ BAD_ARRAYS = {
     "integers": (np.zeros((5, 2, 2), np.int64), "expected uint8"),
     "one image": (np.zeros((1, 2, 2), np.uint8), "at least 2"),
     "one axis": (np.zeros(5, np.uint8), r"got shape \[5\]; reshape one column to \[N, 1\]"),
-    "two ways": (np.zeros((5, 32, 32, 5), np.float32), "say which: data.layout images or images-last"),
+    "two ways": (np.zeros((5, 32, 32, 5), np.float32), "choose one: data.layout images or images-last"),
     "complex": (np.zeros((5, 4), complex), "expected uint8, uint16 or floats, got complex128"),
     "empty": (np.zeros((0, 4, 4), np.uint8), "at least one"),
 }
@@ -206,7 +206,7 @@ def test_bad_array_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
     for name, expected in {
-        "ragged.npy": "differing shapes",
+        "ragged.npy": "different shapes",
         "shapes.npz": "differ in shape",
         "torn.npy": "not a readable",
         "empty.npy": "not a readable",
@@ -283,7 +283,7 @@ def test_training_and_test_files_of_differing_sizes_are_refused(tmp_path: Path) 
         "t10k-labels-idx1-ubyte": np.ones(2, np.uint8),
     }.items():
         (tmp_path / name).write_bytes(idx(array))
-    with pytest.raises(InputError, match="differing shapes"):
+    with pytest.raises(InputError, match="different shapes"):
         load(DataConfig(name="mnist", root=tmp_path))
 
 

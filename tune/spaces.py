@@ -243,7 +243,7 @@ def explained(error: ValidationError) -> str:
     place = ", ".join(shown(part).strip("'") for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f", got {shown(first['input'])}"
-    return f"{place}{': ' if place else ''}{message}{got}{f' (and {len(others)} others)' if others else ''}"
+    return f"{place}{': ' if place else ''}{message}{got}{f' (and {len(others)} more)' if others else ''}"
 
 
 def shown(value: Any) -> str:
@@ -349,7 +349,7 @@ def override(config: Config, values: Values, where: str) -> Config:
     except InputError as error:
         first, *others = str(error).splitlines()
         first = first if len(first) <= 300 else f"{first[:300]} …"
-        raise InputError(f"{where}{first}{f' (and {len(others)} others)' if others else ''}") from None
+        raise InputError(f"{where}{first}{f' (and {len(others)} more)' if others else ''}") from None
 
 
 def check(space: Space, overrides: Values, workers: int) -> None:

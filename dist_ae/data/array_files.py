@@ -1,4 +1,4 @@
-"""Arrays in .npy files, packed once as records that training maps into memory, as tables are."""
+"""Arrays in .npy files, packed once, as tables are, as records that training maps into memory."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ Each = Literal["record", "records"]
 
 
 def pack_numbers(name: str, out: Path, config: DataConfig, each: Each | None) -> dict[str, Any] | None:
-    """``dist-ae pack`` of a table, a .npy or a folder of .npy: its manifest. None where the source is of pictures."""
+    """``dist-ae pack`` for a table, a .npy or a folder of .npy: its manifest. None for a source of pictures."""
     out, name = Path(os.path.abspath(expand(out))), with_prefix(name)
     kind, _, path = name.partition(":")
     files = array_files(expand(path)) if kind in ("array", "folder") else []
     if kind == "folder" and files and each is None and scan(os.fspath(expand(path)))[0]:
-        files = []  # an array beside pictures, which training takes
+        files = []  # arrays among pictures, which training uses
     if kind != "table" and not files:
         return None
     if config.include:
-        raise InputError("--include chooses among the pictures of a folder, and this packs numbers; leave it out")
+        raise InputError("--include chooses among the pictures of a folder, and this source has numbers; leave it out")
     Reads(name).refuse(out, "OUT", folder=True)
     return pack_table(Table(path, config), out) if kind == "table" else pack_arrays(files, out, each)
 
 
 def array_files(path: Path) -> list[Path]:
-    """The .npy that a path names: itself, or those of a folder in the order of their names; none of other paths."""
+    """The .npy files of a path: itself, or those of a folder, sorted by name; none for other paths."""
     if path.is_dir():
-        return sorted(each for each in path.iterdir() if each.suffix == ".npy" and each.is_file())
+        return sorted(file for file in path.iterdir() if file.suffix == ".npy" and file.is_file())
     return [path] if path.suffix in (".npy", ".npz") and path.is_file() else []
 
 
 def pack_arrays(paths: list[Path], out: Path, each: Each | None) -> dict[str, Any]:
-    """Packs .npy files into the folder ``out``, whole or not at all, unless that is done already.
+    """Packs .npy files into the folder ``out``, whole or not at all, unless they are already there.
 
     Args:
-        each: of several files, whether each is one record, or an array of records [n, …].
+        each: whether each of several files is one record, or an array of records [n, …].
 
     Raises:
-        InputError: files of differing shapes or types, or numbers that cannot be packed; names the file.
+        InputError: files differ in shape or type, or numbers cannot be packed; names the file.
     """
     if len(paths) > 1 and each is None:
         raise InputError(
@@ -73,18 +73,18 @@ def _write(paths: list[Path], each: Each | None, identity: str, folder: Path) ->
     with (folder / RECORDS).open("wb") as file:
         file.write(bytes(128))
         for path in paths:
-            given = read_array(expand(path))
-            given = given[None] if each == "record" else given
-            if given.ndim < 2 or 0 in given.shape:
-                raise InputError(f"{shown(path)}: shape {list(given.shape)}, and an array of records is [N, …]")
-            for start in range(0, len(given), step := max(1, CHUNK_BYTES // given[0].nbytes)):
-                part = _stored(np.asarray(given[start : start + step]), path)
+            array = read_array(expand(path))
+            array = array[None] if each == "record" else array
+            if array.ndim < 2 or 0 in array.shape:
+                raise InputError(f"{shown(path)}: shape {list(array.shape)}, and an array of records is [N, …]")
+            for start in range(0, len(array), step := max(1, CHUNK_BYTES // array[0].nbytes)):
+                part = _stored(np.asarray(array[start : start + step]), path)
                 if form is None:
                     form = part.shape[1:], part.dtype
                 if form != (part.shape[1:], part.dtype):
                     raise InputError(
                         f"{shown(path)}: records of {part.dtype} {list(part.shape[1:])}, and {shown(paths[0])} has "
-                        f"{form[1]} {list(form[0])}; bring them to one shape and type first"
+                        f"{form[1]} {list(form[0])}; bring them to the same shape and type first"
                     )
                 if part.dtype.kind == "f":
                     missing += int(np.isnan(part).sum())
@@ -93,7 +93,7 @@ def _write(paths: list[Path], each: Each | None, identity: str, folder: Path) ->
                         low, high = min(low, least), max(high, most)
                 digest.update(part.data)
                 file.write(part.data)
-            rows += len(given)
+            rows += len(array)
         assert form is not None
         file.seek(0)
         file.write(npy_header((rows, *form[0]), form[1]))
@@ -122,7 +122,7 @@ def _write(paths: list[Path], each: Each | None, identity: str, folder: Path) ->
 
 
 def _stored(part: Array, path: Path) -> Array:
-    """Records as they are kept: bytes, 16 bits, or float32.
+    """Records in their packed type: uint8, uint16 or float32.
 
     Raises:
         InputError: another type, infinities, or numbers beyond float32.
@@ -130,9 +130,9 @@ def _stored(part: Array, path: Path) -> Array:
     part = typed(part, "auto", shown(path))
     if part.dtype.kind != "f":
         return np.ascontiguousarray(part)
-    with np.errstate(over="ignore"):  # named below
+    with np.errstate(over="ignore"):  # reported below
         single = np.ascontiguousarray(part, np.float32)
     if np.isinf(single).any():
         value = part[np.isinf(single)][0]
-        raise InputError(f"{shown(path)}: the value {value:g} is beyond float32, in which records are kept")
+        raise InputError(f"{shown(path)}: the value {value:g} is beyond float32, the type of packed records")
     return single

@@ -18,16 +18,16 @@ from dist_ae.data.scaling import resolved, scaling_of
 
 SAMPLED_BYTES = 4 * 2**30  # the fingerprint of a larger .npy is taken from a sample
 READ_BYTES = 2**20  # a smaller .npy is read at once
-NOISY_RANGE = (-2.0, 3.0)  # noise takes images on [0, 1] no further; values outside were never scaled
+NOISY_RANGE = (-2.0, 3.0)  # the range of noisy images on [0, 1]; values outside were never scaled
 
 
 def read_array(path: Path) -> Array:
-    """A user's records for a trained model, from a .npy or .npz, in any layout. It is memory-mapped where the file is.
+    """A user's records for a trained model, from a .npy or .npz, in any layout; a large .npy is memory-mapped.
 
-    Of a .npz it takes ``images``, else ``val``, else the only array.
+    From a .npz it takes ``images``, else ``val``, else the only array.
 
     Raises:
-        InputError: naming the file: not there or not readable, or several arrays.
+        InputError: naming a file that is missing, not readable, or has several arrays.
     """
     path = expand(path)
     arrays = _arrays(path)
@@ -42,20 +42,20 @@ def _names(arrays: dict[str, Array]) -> str:
 
 
 def _arrays(path: Path) -> dict[str, Array]:
-    """The named arrays of a .npz, or that of a .npy as ``images``."""
+    """The named arrays of a .npz, or the array of a .npy as ``images``."""
     if not os.path.isfile(path):  # unlike Path.is_file, it never raises, whatever the path
         raise InputError(f"{shown(path)}: {not_there(path)}; expected a .npy or .npz of {SHAPES}")
     try:
         mapped = path.suffix == ".npy" and path.stat().st_size > READ_BYTES
         loaded = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
-    except Exception as error:  # OSError, ValueError, zipfile.BadZipFile and what else a damaged archive raises
+    except Exception as error:  # OSError, ValueError, zipfile.BadZipFile and others, for a damaged archive
         if "Object arrays" in str(error) or "Python objects" in str(error):
             raise InputError(
-                f"{shown(path)}: holds objects, not one array of numbers; images of differing shapes? "
-                "Bring them to one shape first"
+                f"{shown(path)}: holds objects, not one array of numbers; images of different shapes? "
+                "Bring them to the same shape first"
             ) from None
-        # numpy takes a file of neither format for a pickle, and advises loading it unsafely.
+        # numpy takes a file of another format for a pickle, and advises loading it unsafely.
         reason = "it is in neither format" if "pickle" in str(error) else error
         raise InputError(f"{shown(path)}: not a readable .npy or .npz file ({reason})") from None
     other = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
@@ -65,9 +65,9 @@ def _arrays(path: Path) -> dict[str, Array]:
 
 
 def array_dataset(path: Path, config: DataConfig) -> Dataset:
-    """The records of a file, split as the file says, else by ``val_fraction``.
+    """The records of a file, with the file's own split if it has one, else split by ``val_fraction``.
 
-    Nothing is copied: ``Reader`` decides what is held in memory.
+    Nothing is copied: ``Reader`` decides whether images are held in memory.
     """
     arrays = _arrays(path)
     name = f"array:{path.name}"
@@ -103,14 +103,14 @@ def handed_dataset(
     Args:
         parts: (records, labels) of training and validation, or of one part, a share of which is held out.
         where: the source in words, for messages.
-        sampled: the fingerprint is taken from a sample.
-        columns: their names.
-        digest: what identifies the content, where it is known already.
-        known: the smallest and the largest value, where they are: no pass over the records looks for them, or for what
-            is not finite.
+        sampled: compute the fingerprint from a sample.
+        columns: names of the columns.
+        digest: identifies the content, if that is already known.
+        known: the smallest and the largest value, if they are known: then no pass over the records looks for them and
+            for values that are not finite.
 
     Raises:
-        InputError: a layout, type or value that is not taken; says which and where.
+        InputError: a layout, type or value is not supported; says which and where.
     """
     places = [where] if len(parts) == 1 else [f"{where} ({side})" for side in ("train", "val")]
     laid = [
@@ -124,12 +124,12 @@ def handed_dataset(
         )
     shape = laid[0].shape
     ranges = [
-        known or value_range(each.records, place, config.missing == "mask", shape, columns)
-        for each, place in zip(laid, places, strict=True)
+        known or value_range(part.records, place, config.missing == "mask", shape, columns)
+        for part, place in zip(laid, places, strict=True)
     ]
-    low, high = min(each[0] for each in ranges), max(each[1] for each in ranges)
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     scale = resolved(config.scale, config.missing, laid[0].records.dtype, low, high, where)
-    records = [_as_stored(each.records) for each in laid]
+    records = [_as_stored(part.records) for part in laid]
     test = None
     if config.fold is not None and config.folds is not None:
         if len(parts) == 2:
@@ -141,29 +141,30 @@ def handed_dataset(
             for rows in folded(spots, config.folds, config.fold, config.val_fraction, where)
         )
     elif len(parts) == 2:
-        train, val = (Split(each, labels) for each, (_, labels) in zip(records, parts, strict=True))
+        train, val = (Split(array, labels) for array, (_, labels) in zip(records, parts, strict=True))
     else:
         train, val = split_images(records[0], parts[0][1], config.val_fraction, where)
-    found = f"{digest} {config.val_fraction!r}" if digest is not None else fingerprint(train, val, sampled=sampled)
-    found += "" if test is None else f" {config.fold}/{config.folds}"
+    content = f"{digest} {config.val_fraction!r}" if digest is not None else fingerprint(train, val, sampled=sampled)
+    content += "" if test is None else f" {config.fold}/{config.folds}"
     from dist_ae.data.crops import cropped  # which needs torch
 
     dataset = cropped(
-        Dataset(name, train, val, found, classes=tuple(classes), shape=shape, columns=tuple(columns), test=test), config
+        Dataset(name, train, val, content, classes=tuple(classes), shape=shape, columns=tuple(columns), test=test),
+        config,
     )
     scaling = scaling_of(dataset.train, scale, config.missing == "mask")
     return dataset.with_scaling(scaling, "none" if scaling is None else scale)
 
 
 def _as_stored(records: Array) -> Array:
-    """Floats in memory become float32; a mapped array stays in its own type."""
+    """Converts floats in memory to float32; a mapped array stays as it is."""
     if isinstance(records, np.memmap) or records.dtype.kind != "f":
         return records
     return records.astype(np.float32, copy=False)
 
 
 def typed(records: Array, layout: Layout, where: str) -> Array:
-    """Records as uint8, uint16 or floats; whole numbers of other types become float32 where they are no images.
+    """Records as uint8, uint16 or floats; whole numbers of other types become float32 unless they are images.
 
     Raises:
         InputError: another type.
@@ -181,11 +182,11 @@ def value_range(
     """The smallest and the largest value of records [N, C, H, W].
 
     Raises:
-        InputError: a value that is infinite, or NaN where nothing may be ``missing``; says where it stands.
+        InputError: a value is infinite, or NaN unless entries may be ``missing``; names its place.
     """
     if records.dtype.kind != "f":
         return 0.0, 1.0
-    low, high, seen = np.inf, -np.inf, False
+    low, high, any_present = np.inf, -np.inf, False
     size = max(1, CHUNK_BYTES // (records.nbytes // len(records)))
     for start in range(0, len(records), size):
         part = np.asarray(records[start : start + size])
@@ -195,18 +196,18 @@ def value_range(
             place = _place(start + first[0], first[1:], shape, columns)
             way_out = ""
             if np.isnan(part[first]):
-                way_out = "; data.missing mask takes what is missing out of the loss and fills it in"
+                way_out = "; data.missing mask leaves missing entries out of the loss and fills them in"
             raise InputError(f"{where}: value {part[first]} at {place}; numbers must be finite{way_out}")
         present = part[np.isfinite(part)] if missing else part
         if present.size:
-            low, high, seen = min(low, float(present.min())), max(high, float(present.max())), True
-    if not seen:
+            low, high, any_present = min(low, float(present.min())), max(high, float(present.max())), True
+    if not any_present:
         raise InputError(f"{where}: every entry is missing")
     return low, high
 
 
 def _place(row: int, index: Sequence[int], shape: Sequence[int] | None, columns: Sequence[str]) -> str:
-    """Where a value stands, in the terms of its source."""
+    """The place of a value, in the terms of its source."""
     if shape is not None and len(shape) == 1:
         column = f"column {columns[index[0]]!r}" if columns else f"column {index[0]}"
         return f"row {row + 1 if columns else row}, {column}"
@@ -216,7 +217,7 @@ def _place(row: int, index: Sequence[int], shape: Sequence[int] | None, columns:
 def split_images(images: Array, labels: Array | None, val_fraction: float, where: str) -> tuple[Split, Split]:
     """Training and validation images as rows of one array: a share is held out.
 
-    The split is the same whatever the seed of the run, so that figures of different runs are about the same images.
+    The split does not depend on the seed of the run, so that all runs are evaluated on the same images.
     """
     num_val = min(max(1, round(len(images) * val_fraction)), len(images) - 1)
     if num_val < 1:
@@ -247,8 +248,8 @@ def _check_labels(labels: Array, where: str, count: int) -> Array:
 
 
 def as_array(images: Any) -> Array:
-    """What a person handed over, as numpy has it: a tensor of any device, and of bfloat16, which numpy has not."""
-    torch: Any = sys.modules.get("torch")  # where it was never loaded, there are no tensors
+    """A numpy array from an array or tensor, also one on a device, or of bfloat16, which numpy lacks."""
+    torch: Any = sys.modules.get("torch")  # if it was never loaded, there are no tensors
     if torch is not None and isinstance(images, torch.Tensor):
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()

@@ -1,4 +1,4 @@
-"""Squares of larger pictures: at a new place in every step of training, at fixed places for all that is measured."""
+"""Squares of larger pictures: at new places in every step of training, at fixed places for everything measured."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dist_ae.draws.keyed import stream_key
 from dist_ae.terminal import rank, say
 
 MOST_A_PICTURE = 64  # crops of one picture in an epoch, unless data.crops says otherwise
-MOST_HELD_OUT = 2000  # fixed crops of the held-out pictures, unless these are more: what an evaluation costs
+MOST_HELD_OUT = 2000  # fixed crops of all held-out pictures, or one per picture: bounds the cost of an evaluation
 
 
 class Crops:
-    """Every square of ``size`` × ``size`` pixels in every picture, as images that are cut where they are read.
+    """All squares of ``size`` × ``size`` pixels in all pictures, as images that are cut when they are read.
 
-    The number of a crop says where it lies: picture · 2³³ + mirrored · 2³² + y · 2¹⁶ + x. y and x are shares of the
-    room in 65,536ths. So a place is drawn with 16 bits each, and a row of a split can be any crop.
+    The number of a crop encodes its place: picture · 2³³ + mirrored · 2³² + y · 2¹⁶ + x. y and x are shares of the
+    possible positions in 65,536ths. So drawing a place takes 16 bits for each, and a row of a split can be any crop.
     """
 
     def __init__(self, pictures: Array | Shards | Whole | Encoded, size: int) -> None:
@@ -55,12 +55,12 @@ class Crops:
         places = list(zip(picture.tolist(), y.tolist(), x.tolist(), mirrored.tolist(), strict=True))
 
         def cut(crops: Sequence[int]) -> None:
-            """Crops of one picture, by their places in the result."""
+            """Cuts crops of one picture, given by their positions in the result."""
             whole = self.picture(places[crops[0]][0])
             for number in crops:
                 _, top, left, flip = places[number]
-                found = whole[:, top : top + self.size, left : left + self.size]
-                result[number] = found[:, :, ::-1] if flip else found
+                square = whole[:, top : top + self.size, left : left + self.size]
+                result[number] = square[:, :, ::-1] if flip else square
 
         if isinstance(self.pictures, Encoded):  # each picture is decoded once
             order = np.argsort(picture, kind="stable")
@@ -78,31 +78,31 @@ class Crops:
         return picture
 
     def read_ahead(self, rows: Array) -> None:
-        """Asks the system for the pictures of these crops, where they have one size."""
+        """Asks the system to read the pictures of these crops ahead, if all pictures have the same size."""
         if not isinstance(self.pictures, Whole | Encoded):
             read_ahead(self.pictures, np.unique(rows >> 33))
 
     def tiles(self, number: int, stride: int | None = None) -> Array:
-        """The numbers of fixed crops of a picture, in rows from its left upper corner to its right lower one.
+        """The numbers of fixed crops of a picture, row by row from its upper left corner.
 
         Args:
-            stride: pixels between two of them, about; left out, they lie side by side.
+            stride: approximate distance of two crops in pixels; left out, they lie side by side.
         """
         down, across = (_starts(int(side), self.size, stride or self.size) for side in self.sizes[number])
-        found: Array = ((number << 33) + (down[:, None] << 16) + across).ravel()
-        return found
+        numbers: Array = ((number << 33) + (down[:, None] << 16) + across).ravel()
+        return numbers
 
 
 def _starts(side: int, size: int, stride: int) -> Array:
-    """Where squares begin on a side of a picture, evenly spread, as shares of the room in 65,536ths."""
+    """Evenly spread starts of squares along a side of a picture, as shares of the possible ones in 65,536ths."""
     count, room = (side - size) // stride + 1, side - size + 1
     pixels = np.arange(count) * (side - size) // max(1, count - 1)
-    shares: Array = -(-pixels * 2**16 // room)  # rounded up: its share of the room, rounded down, is this pixel
+    shares: Array = -(-pixels * 2**16 // room)  # rounded up, so that rounding down gives this pixel
     return shares
 
 
 def cropped(dataset: Dataset, config: DataConfig) -> Dataset:
-    """A data set of crops: those of training lie at a new place in every step, those of validation are fixed.
+    """A data set of crops: new places in every step of training, fixed places for validation.
 
     Raises:
         InputError: records that are no pictures, or pictures that are all smaller than a crop.
@@ -110,19 +110,19 @@ def cropped(dataset: Dataset, config: DataConfig) -> Dataset:
     if config.crop is None:
         if config.flip or config.crops is not None:
             key = "flip" if config.flip else "crops"
-            raise InputError(f"data.{key} is about crops; give their size with --data.crop, such as 64")
+            raise InputError(f"data.{key} is for crops; give their size with --data.crop, such as 64")
         return dataset
     if isinstance(dataset.train.images, Crops):  # `photos` cuts its own
         return dataset
     if dataset.shape is not None:
-        raise InputError(f"data.crop cuts squares out of pictures, and {dataset.name} holds none; leave it out")
+        raise InputError(f"data.crop cuts squares out of pictures, and {dataset.name} has no pictures; leave it out")
     if dataset.test is not None:
         raise InputError("data.folds tests whole pictures, and data.crop trains on parts of them; leave one out")
     if config.window is not None:
-        raise InputError("data.window reads whole pictures in groups, and data.crop parts of them; leave one out")
+        raise InputError("data.window reads whole pictures in groups, and data.crop reads parts of them; leave one out")
     fixed = max(1, min(MOST_A_PICTURE, MOST_HELD_OUT // len(dataset.val)))
-    train, small = _of_split(dataset.train, config.crop, config.crops or MOST_A_PICTURE, exactly=bool(config.crops))
-    val, others = _of_split(dataset.val, config.crop, fixed, exactly=False)
+    train, small = _fixed_crops(dataset.train, config.crop, config.crops or MOST_A_PICTURE, exactly=bool(config.crops))
+    val, others = _fixed_crops(dataset.val, config.crop, fixed, exactly=False)
     for split, what in ((train, "training"), (val, "validation")):
         if not len(split):
             raise InputError(
@@ -133,43 +133,43 @@ def cropped(dataset: Dataset, config: DataConfig) -> Dataset:
     return replace(dataset, train=train, val=val, shards=None)
 
 
-def _of_split(split: Split, size: int, most: int, exactly: bool) -> tuple[Split, int]:
+def _fixed_crops(split: Split, size: int, most: int, exactly: bool) -> tuple[Split, int]:
     """The fixed crops of a split, and how many of its pictures are too small.
 
     Args:
-        most: crops of one picture.
-        exactly: where there are fewer, they stand in the split several times, so that an epoch takes as many.
+        most: most crops of one picture.
+        exactly: repeat the crops of a picture that has fewer, so that an epoch has exactly as many.
     """
     assert isinstance(split.images, np.ndarray | Shards | Whole | Encoded)
     crops = Crops(split.images, size)
     pictures = np.arange(len(split.images)) if split.rows is None else split.rows
     large = crops.sizes[pictures].min(1) >= size
     tiles = [crops.tiles(number) for number in pictures[large].tolist()]
-    tiles = [each if len(each) < most else each[np.arange(most) * len(each) // most] for each in tiles]
+    tiles = [numbers if len(numbers) < most else numbers[np.arange(most) * len(numbers) // most] for numbers in tiles]
     if exactly:
-        tiles = [np.resize(each, most) for each in tiles]
-    labels = None if split.labels is None else np.repeat(split.labels[large], [len(each) for each in tiles])
+        tiles = [np.resize(numbers, most) for numbers in tiles]
+    labels = None if split.labels is None else np.repeat(split.labels[large], [len(numbers) for numbers in tiles])
     rows = np.concatenate([np.empty(0, np.int64), *tiles])
     return Split(crops, labels, rows), int((~large).sum())
 
 
 def drawn_from(split: Split) -> Split:
-    """What the steps of training read: the split itself, or every crop of its pictures, by its number."""
+    """The split that training steps read from: the split itself, or all crops of its pictures, by number."""
     return Split(split.images, None, None, split.scaling) if isinstance(split.images, Crops) else split
 
 
 def placed(split: Split, rows: Array, seed: int, step: int, flip: bool) -> Array:
-    """The rows of ``drawn_from(split)`` that a step reads for rows of the split, [B]: crops at a new place each.
+    """The rows of ``drawn_from(split)`` that a step reads for rows [B] of the split: crops at new places.
 
-    It is a pure function of its arguments, so the same on any number of processes and after a resume.
+    A pure function of its arguments, so the same on any number of processes and after a resume.
 
     Args:
-        flip: half of the crops are mirrored.
+        flip: mirror half of the crops.
     """
     if not isinstance(split.images, Crops):
         return rows
     assert split.rows is not None
     drawn = philox.halves((seed % 2**64, stream_key("crop"), step), range(len(rows)), 3).astype(np.int64)
     mirrored = (drawn[:, 2] & 1) << 32 if flip else 0
-    found: Array = (split.rows[rows] >> 33 << 33) + mirrored + (drawn[:, 0] << 16) + drawn[:, 1]
-    return found
+    numbers: Array = (split.rows[rows] >> 33 << 33) + mirrored + (drawn[:, 0] << 16) + drawn[:, 1]
+    return numbers

@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits as 16 bits, read and written.
+"""Reads and writes pictures of more than 8 bits, as 16 bits.
 
 Imports no torch: the processes that decode pictures start without it.
 """
@@ -19,12 +19,12 @@ from dist_ae.data.records import Array
 
 MOST = 65535
 BITS_PER_SAMPLE, PLANES = 258, 284  # tags of a TIFF
-LUMA = np.array([0.299, 0.587, 0.114])  # as Pillow makes grey of colour
-OTHER_WAY = "save it as a PNG or TIFF of red, green and blue, or take 8 bits of each: --data.bits 8"
+LUMA = np.array([0.299, 0.587, 0.114])  # Pillow's weights for grey
+OTHER_WAY = "save it as a PNG or TIFF of red, green and blue, or use 8 bits of each: --data.bits 8"
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a picture that is not loaded yet has more than 8 bits a value, which ``pixels_of`` can read."""
+    """Whether a picture that is not loaded yet has more than 8 bits per value, so that it needs ``pixels_of``."""
     if image.mode == "F" or image.mode.startswith("I"):
         return True
     tags = getattr(image, "tag_v2", {})
@@ -47,7 +47,7 @@ def grey_of(image: Image.Image) -> Array:
     """Grey of 16 or 32 bits, or floats on [0, 1], as uint16 [H, W].
 
     Raises:
-        ValueError: values that are no 16 bits.
+        ValueError: the values do not fit into 16 bits.
     """
     pixels = np.asarray(image)
     if pixels.dtype.kind == "f":
@@ -64,14 +64,13 @@ def grey_of(image: Image.Image) -> Array:
 def colour_of(image: Any, opened: Callable[[], Any] | None) -> Array:
     """Colour of 16 bits as uint16 [H, W, 3 or 4].
 
-    Pillow has no such mode, and takes one byte of two. Told that the file has the other order of bytes, it takes the
-    other one.
+    Pillow has no such mode, and reads one byte of two. With the byte order swapped, it reads the other one.
 
     Raises:
-        ValueError: a form of which Pillow gives only one byte.
+        ValueError: Pillow can read only one byte of this format.
     """
     if opened is None:
-        raise ValueError("16-bit colour of which only 8 bits are left")
+        raise ValueError("16-bit colour of which only 8 bits are available")
     with opened() as again:
         again.seek(image.tell())
         again.tile = [tile._replace(args=_swapped(tile[3])) for tile in again.tile]
@@ -99,16 +98,16 @@ def _swapped(args: Any) -> Any:
 def pixels_of(
     image: Image.Image, opened: Callable[[], Image.Image] | None, grey: bool, background: tuple[int, int, int]
 ) -> Array:
-    """A deep picture as uint16 [1 or 3, H, W], nothing transparent."""
-    clear = image.info.get("transparency")  # of a PNG: the one value, or the one colour, that is not seen
-    found = grey_of(image)[..., None] if image.mode == "F" or image.mode.startswith("I") else colour_of(image, opened)
-    colours = found[..., :3]
-    seen: Array | None = found[..., 3:] / MOST if found.shape[2] == 4 else None
+    """A deep picture as uint16 [1 or 3, H, W], on a background if it is transparent."""
+    clear = image.info.get("transparency")  # of a PNG: the value or colour that is transparent
+    pixels = grey_of(image)[..., None] if image.mode == "F" or image.mode.startswith("I") else colour_of(image, opened)
+    colours = pixels[..., :3]
+    opacity: Array | None = pixels[..., 3:] / MOST if pixels.shape[2] == 4 else None
     if isinstance(clear, int | tuple):
-        seen = (colours != np.array(clear)).any(2, keepdims=True)
-    if seen is not None and not np.all(seen == 1):
+        opacity = (colours != np.array(clear)).any(2, keepdims=True)
+    if opacity is not None and not np.all(opacity == 1):
         behind = np.array(background) * 257.0
-        colours = rounded(colours * seen + behind * (1 - seen))
+        colours = rounded(colours * opacity + behind * (1 - opacity))
     if grey and colours.shape[2] == 3:
         colours = rounded(colours @ LUMA)[..., None]
     if not grey and colours.shape[2] == 1:
@@ -117,7 +116,7 @@ def pixels_of(
 
 
 def shade_of(colour: tuple[int, int, int], grey: bool) -> list[float]:
-    """A colour of 8 bits as values of 16 bits, one a channel."""
+    """A colour of 8 bits as values of 16 bits, one per channel."""
     return [float(np.dot(colour, LUMA)) * 257] if grey else [value * 257.0 for value in colour]
 
 
@@ -139,7 +138,7 @@ def narrowed(pixels: Array) -> Array:
 
 
 def png(pixels: Array, exif: Image.Exif | None = None, profile: bytes | None = None) -> bytes:
-    """uint16 [C, H, W], grey or colour, as a PNG of 16 bits; Pillow writes only grey.
+    """uint16 [C, H, W], grey or colour, as a PNG of 16 bits; Pillow can write only grey.
 
     Args:
         profile: ICC, of its colours.
@@ -163,6 +162,6 @@ def png(pixels: Array, exif: Image.Exif | None = None, profile: bytes | None = N
 
 def tiff(pixels: Array, exif: Image.Exif | None = None, profile: bytes | None = None) -> bytes:
     """uint16 [1, H, W] as a TIFF."""
-    file, more = io.BytesIO(), {"exif": exif} if exif else {}
-    Image.fromarray(pixels[0]).save(file, "TIFF", compression="tiff_adobe_deflate", icc_profile=profile, **more)
+    file, options = io.BytesIO(), {"exif": exif} if exif else {}
+    Image.fromarray(pixels[0]).save(file, "TIFF", compression="tiff_adobe_deflate", icc_profile=profile, **options)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Whole pictures of a packed set that stay as their files have them, and are decoded where they are read."""
+"""Whole pictures of a packed set that are stored as the bytes of their files, and decoded when they are read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dist_ae.data.records import Array
 
 
 class Encoded:
-    """Pictures as the bytes of their files, one after the other in flat arrays. Their pixels are those of ``Whole``.
+    """Pictures as the bytes of their files, one after the other in flat arrays, with the same pixels as ``Whole``.
 
-    Decoding 12 megapixels of JPEG takes about 0.1 s of a core, so it is for sets whose pixels have no room.
+    Decoding 12 megapixels of JPEG takes about 0.1 s of a core, so this is for sets whose pixels need too much room.
     """
 
     def __init__(
@@ -32,16 +32,16 @@ class Encoded:
         dtype: np.dtype[Any],
     ) -> None:
         """Args:
-        parts: of each shard, the bytes of its pictures, uint8.
-        ends: of each shard, where pictures end in them, int64 [n].
-        sizes: heights and widths of all pictures once they are decoded, int64 [N, 2].
-        form: what they are decoded to.
+        parts: the bytes of the pictures of each shard, uint8.
+        ends: where the pictures of each shard end in these bytes, int64 [n].
+        sizes: heights and widths of all decoded pictures, int64 [N, 2].
+        form: the form of the decoded pictures.
         """
         self.parts, self.sizes, self.channels, self.dtype = parts, sizes, channels, dtype
         self.nbytes = sum(part.nbytes for part in parts)
-        self._part = np.repeat(np.arange(len(parts)), [len(each) for each in ends])
+        self._part = np.repeat(np.arange(len(parts)), [len(shard_ends) for shard_ends in ends])
         self._end = np.concatenate(ends)
-        self._start = np.concatenate([np.append(0, each[:-1]) for each in ends])
+        self._start = np.concatenate([np.append(0, shard_ends[:-1]) for shard_ends in ends])
         self._form = form
         self._threads: ThreadPoolExecutor | None = None
 
@@ -52,7 +52,7 @@ class Encoded:
         """One picture [C, H, W], decoded.
 
         Raises:
-            InputError: its bytes give no such picture.
+            InputError: its bytes cannot be decoded, or not to the packed shape and type.
         """
         place = slice(int(self._start[number]), int(self._end[number]))
         try:
@@ -61,16 +61,16 @@ class Encoded:
             raise InputError(f"picture {number:,} of the packed set cannot be decoded ({reason(error)})") from None
         if self.dtype == np.uint16 and pixels.dtype == np.uint8:
             pixels = widened(pixels)
-        wanted = (self.channels, *self.sizes[number].tolist())
-        if pixels.shape != wanted or pixels.dtype != self.dtype:
+        shape = (self.channels, *self.sizes[number].tolist())
+        if pixels.shape != shape or pixels.dtype != self.dtype:
             raise InputError(
-                f"picture {number:,} of the packed set gives {pixels.dtype} {list(pixels.shape)}, and {self.dtype} "
-                f"{list(wanted)} was packed; pack again"
+                f"picture {number:,} of the packed set gives {pixels.dtype} {list(pixels.shape)}, but {self.dtype} "
+                f"{list(shape)} was packed; pack again"
             )
         return pixels
 
     def work(self, function: Callable[[Any], None], pieces: Iterable[Any]) -> None:
-        """Calls a function with each piece, on the threads of this process: decoders leave Python's lock free."""
+        """Calls a function with each piece, on threads: decoders release Python's lock."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(max(1, cores() // processes_here()), "decoding")
             weakref.finalize(self, self._threads.shutdown, cancel_futures=True)

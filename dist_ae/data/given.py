@@ -1,4 +1,4 @@
-"""What a user hands to a trained model: files, folders, arrays, tensors, pictures, in one form."""
+"""Brings a user's records for a trained model (files, folders, arrays, tensors, pictures) into one form."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ Shape = tuple[int, int, int]
 
 
 class Units(NamedTuple):
-    """Numbers come in units of their own, as a model of standardized records takes them."""
+    """Records have their own units, as models of standardized records expect them."""
 
     missing: bool  # NaN stands for a missing entry
 
 
 class Shapes(NamedTuple):
-    """What a model takes."""
+    """The form of a model's records."""
 
     image: Shape  # channels, height, width
     outside: tuple[int, ...] | None = None  # of a record that is no image: (D,), (C, L) or (C, D, H, W)
@@ -63,13 +63,13 @@ class Shapes(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Records of a model's shape, their names where they come from files, and the names of their labels."""
+    """Records of a model's shape, their names if they come from files, and the names of their labels."""
 
     split: Split
     names: list[str] | None = None
     classes: tuple[str, ...] = ()
     units: Units | None = None
-    note: str = ""  # what was done to pictures to get them to the model's size, in words
+    note: str = ""  # how pictures were brought to the model's size, in words
 
 
 def given(images: Any, config: DataConfig, shapes: Shapes) -> Given:
@@ -79,33 +79,33 @@ def given(images: Any, config: DataConfig, shapes: Shapes) -> Given:
         images: a path (a picture, a folder, .npy, .npz, .csv, .parquet, a packed set; also ``folder:``, ``tar:``,
             ``hf:``, ``array:``, ``table:``, ``packed:``), a PIL image, an array or tensor (in the layout of the
             training data, or one record), a data frame, or a list of such.
-        config: the run's own settings, which bring pictures to the model's size and choose the columns of tables.
-            Arrays are taken as they are.
+        config: the run's settings, which bring pictures to the model's size and choose the columns of tables. Arrays
+            are used as they are.
 
     Raises:
-        InputError: naming what is not there, not readable, or not of the model's shape.
+        InputError: naming what is missing, not readable, or not of the model's shape.
     """
     if isinstance(images, Given):
         return images
     if isinstance(images, str | os.PathLike):
-        found = _from_path(os.fspath(images), config, shapes)
+        records = _from_path(os.fspath(images), config, shapes)
     elif isinstance(images, Image.Image):
-        found = _one_picture(images, "the picture", config, shapes)
+        records = _one_picture(images, "the picture", config, shapes)
     elif isinstance(images, np.ndarray | Tensor):
-        found = Given(Split(arranged(as_array(images), shapes)))
+        records = Given(Split(arranged(as_array(images), shapes)))
     elif hasattr(images, "columns") and hasattr(images, "to_numpy"):
-        found = Given(Split(arranged(_frame(images, config), shapes)))
+        records = Given(Split(arranged(_frame(images, config), shapes)))
     elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
-        found = _from_list(list(images), config, shapes)
+        records = _from_list(list(images), config, shapes)
     else:
         raise InputError(
             "expected records as a path, a picture, an array, a tensor, a data frame or a list of these, got "
             f"{type(images).__name__}"
         )
-    if found.split.images.shape[1:] != shapes.image:
+    if records.split.images.shape[1:] != shapes.image:
         where = shown(os.fspath(images)) if isinstance(images, str | os.PathLike) else "images"
-        raise InputError(f"{where}: {_expected(shapes)}, got {list(found.split.images.shape)}")
-    return found._replace(units=shapes.units)
+        raise InputError(f"{where}: {_expected(shapes)}, got {list(records.split.images.shape)}")
+    return records._replace(units=shapes.units)
 
 
 def _frame(frame: Any, config: DataConfig) -> Array:
@@ -133,7 +133,7 @@ def picked(records: Given, index: Array) -> Given:
 
 
 def blocks(records: Given, size: int = 1000) -> list[range]:
-    """The rows of the images in blocks of at most ``size``, smaller where images are large."""
+    """The rows of the images in blocks of at most ``size``, smaller if images are large."""
     count, size = len(records.split), at_once(size, records.split.images.shape[1:])
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -150,8 +150,8 @@ def floats(records: Given, rows: range) -> Tensor:
         bad = result.isinf() if records.units.missing else ~result.isfinite()
         if bool(bad.any()):
             row, *index = bad.nonzero()[0].tolist()
-            what, place = float(result[(row, *index)]), f"record {rows.start + row}, index {tuple(index)}"
-            raise InputError(f"{what} at {place}, and numbers must be finite")
+            value, place = float(result[(row, *index)]), f"record {rows.start + row}, index {tuple(index)}"
+            raise InputError(f"{value} at {place}, and numbers must be finite")
         return result
     if images.dtype in (np.uint8, np.uint16):
         return result.div_(np.iinfo(images.dtype).max)
@@ -161,11 +161,11 @@ def floats(records: Given, rows: range) -> Tensor:
 
 
 def _refuse_unscaled(low: float, high: float, where: str) -> None:
-    """Raises InputError for values far outside [0, 1], which were never scaled; noise leaves it a little."""
+    """Raises InputError for values far outside [0, 1], which were never scaled. Noise may exceed it a little."""
     if not (low >= NOISY_RANGE[0] and high <= NOISY_RANGE[1]):
         hint = "; divide by 255?" if NOISY_RANGE[1] < high <= 255 and low >= 0 else ""
         raise InputError(
-            f"{where}expected floats on [0, 1] (noise may leave it a little), got values from {low} to {high}{hint}"
+            f"{where}expected floats on [0, 1] (noise may exceed it a little), got values from {low} to {high}{hint}"
         )
 
 
@@ -173,13 +173,13 @@ def arranged(images: Array, shapes: Shapes) -> Array:
     """An array in any usual layout as [N, C, H, W] of the model's shape.
 
     Raises:
-        InputError: another shape, or values that are no numbers of such records.
+        InputError: another shape, or values of a wrong type.
     """
-    layout: Layout = "table" if shapes.units is not None else "auto"  # whose whole numbers are numbers, too
-    found = fitted(typed(images, layout, "images"), shapes.image, shapes.outside)
-    if found is None:
+    layout: Layout = "table" if shapes.units is not None else "auto"  # a table's whole numbers become floats
+    fitting = fitted(typed(images, layout, "images"), shapes.image, shapes.outside)
+    if fitting is None:
         raise InputError(f"images: {_expected(shapes)}, got {list(images.shape)}")
-    return found
+    return fitting
 
 
 def _form(config: DataConfig, shapes: Shapes) -> Form:
@@ -188,7 +188,7 @@ def _form(config: DataConfig, shapes: Shapes) -> Form:
     if colour is None or (shapes.outside is not None) != (config.pages == "volume"):
         raise InputError(f"pictures are grey or in colour, and {_expected(shapes)}; give an array")
     form = form_of(config, colour, (height, width))
-    # Where the model takes numbers as they are stored, they must be of as many bits as those that it was trained on.
+    # A model of stored numbers needs pictures of as many bits as those that it was trained on.
     return form._replace(bits="8") if shapes.units is not None and config.bits != "16" else form
 
 
@@ -198,18 +198,18 @@ def _one_picture(content: Any, what: str, config: DataConfig, shapes: Shapes, na
 
 
 def _resized(facts: Sequence[Facts], config: DataConfig, shapes: Shapes) -> str:
-    """What was done to pictures of another size than the model's, in words; "" where there were none."""
+    """How pictures of another size were brought to the model's size, in words; "" if there were none."""
     height, width = (shapes.outside or shapes.image)[-2:]
-    other = [each for each in facts if (each.width, each.height) != (width, height)]
-    if not other:
+    others = [picture for picture in facts if (picture.width, picture.height) != (width, height)]
+    if not others:
         return ""
-    largest = max(other, key=lambda each: each.width * each.height)
-    cut = sum(each.width * height != each.height * width for each in other)
+    largest = max(others, key=lambda picture: picture.width * picture.height)
+    changed = sum(picture.width * height != picture.height * width for picture in others)
     how = {"crop": "of which only the middle is seen", "pad": "with bars beside them", "stretch": "stretched"}
-    kinds = f", {cut:,} of them {how[config.fit or 'crop']}" if cut else ""
+    kinds = f", {changed:,} of them {how[config.fit or 'crop']}" if changed else ""
     return (
-        f"{len(other):,} of {len(facts):,} pictures were brought to the model's {width} × {height}{kinds}; the largest "
-        f"was {largest.width:,} × {largest.height:,}, and results have the model's size"
+        f"{len(others):,} of {len(facts):,} pictures were brought to the model's {width} × {height}{kinds}; the "
+        f"largest was {largest.width:,} × {largest.height:,}, and results have the model's size"
     )
 
 
@@ -233,30 +233,30 @@ def _from_list(items: Sequence[Any], config: DataConfig, shapes: Shapes) -> Give
         for name in names:
             if not os.path.isfile(expand(name)) or not _is_picture(name):
                 raise InputError(f"{shown(name)}: {'not a picture' if os.path.exists(name) else 'no such file'}")
-        each = [pages_of(Picture(name, os.fspath(expand(name))), config.pages) for name in names]
-        pictures = [picture for pages in each for picture in pages]
+        files = [Picture(name, os.fspath(expand(name))) for name in names]
+        pictures = [page for file in files for page in pages_of(file, config.pages)]
         return _decode_pictures(pictures, len(pictures), "the list", config, shapes)
     images: list[Array] = []
-    seen: list[Facts] = []
+    all_facts: list[Facts] = []
     for number, item in enumerate(items):
         if isinstance(item, Image.Image):
             image, facts = _decode(item, f"picture {number}", _form(config, shapes))
             images.append(image)
-            seen.append(facts)
+            all_facts.append(facts)
         elif isinstance(item, np.ndarray | Tensor):
-            one = arranged(as_array(item), shapes)
-            if len(one) != 1:
+            batch = arranged(as_array(item), shapes)
+            if len(batch) != 1:
                 raise InputError(
-                    f"a list holds single images, and item {number} is {len(one)} of them; join them to one array"
+                    f"a list holds single images, and item {number} has {len(batch)}; concatenate them to one array"
                 )
-            images.append(one[0])
+            images.append(batch[0])
         else:
             raise InputError(
                 f"expected a list of paths, of pictures or of arrays; item {number} is of type {type(item).__name__}"
             )
     if len({image.dtype.kind for image in images}) > 1:
         raise InputError("a list holds images as bytes or as floats, not both")
-    return Given(Split(_stacked(images)), note=_resized(seen, config, shapes))
+    return Given(Split(_stacked(images)), note=_resized(all_facts, config, shapes))
 
 
 def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
@@ -300,13 +300,13 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
 
 
 def _from_table(pattern: str, config: DataConfig) -> Given:
-    """The columns of a table that the run was trained on, and its labels where it has that column."""
+    """The columns of a table that the run was trained on, and its labels if it has them."""
     try:
         table = Table(pattern, config)
     except InputError:
         if config.label is None:
             raise
-        table = Table(pattern, config.model_copy(update={"label": None}))  # a table whose classes are not known
+        table = Table(pattern, config.model_copy(update={"label": None}))  # a table without the column of labels
     parts = list(table.batches())
     records = np.concatenate([part.values for part in parts]).astype(np.float32)[:, :, None, None]
     if table.label is None:
@@ -330,45 +330,45 @@ def _decode_pictures(
     images: list[Array] = []
     names: list[str] = []
     bad: list[tuple[str, str]] = []
-    seen: list[Facts] = []
+    all_facts: list[Facts] = []
     for picture, (image, facts) in decoded(iter(pictures), _form(config, shapes), count):
         if isinstance(image, np.ndarray) and facts is not None:
             if image.ndim == 4 and image.shape != shapes.outside:
                 raise InputError(f"{shown(picture.name)}: {_expected(shapes)}, got {list(image.shape)}")
             images.append(image.reshape(shapes.image) if image.ndim == 4 else image)
             names.append(picture.name)
-            seen.append(facts)
-            refuse_above_room(len(images))  # a tar does not say how many it holds
+            all_facts.append(facts)
+            refuse_above_room(len(images))  # the number of pictures in a tar is unknown
         else:
             bad.append((shown(picture.name), str(image)))
     packing = "`dist-ae pack` them with --corrupt skip and give packed:OUT"
     refuse_unreadable(what, len(bad), len(bad) + len(images), bad[:5], config, packing)
     if bad and images:  # the run was trained with data.corrupt skip
-        few = "; ".join(map(": ".join, bad[:5]))
-        say(f"warning: {what}: {len(bad):,} pictures cannot be read and are left out ({few})", sys.stderr)
+        first = "; ".join(map(": ".join, bad[:5]))
+        say(f"warning: {what}: {len(bad):,} pictures cannot be read and are left out ({first})", sys.stderr)
     if not images:
         raise InputError(f"{what}: none of its pictures can be read ({'; '.join(map(': '.join, bad[:5]))})")
-    return Given(Split(_stacked(images)), names, note=_resized(seen, config, shapes))
+    return Given(Split(_stacked(images)), names, note=_resized(all_facts, config, shapes))
 
 
 def _stacked(images: Sequence[Array]) -> Array:
-    """Images as one array; those of 8 bits are widened where others have 16."""
+    """Images as one array. If some have 16 bits, those of 8 bits are widened."""
     if len({image.dtype for image in images} & {np.dtype(np.uint8), np.dtype(np.uint16)}) < 2:
         return np.stack(images)
     return np.stack([widened(image) if image.dtype == np.uint8 else image for image in images])
 
 
-def file_names(one: Given, own_endings: Sequence[str] = ()) -> list[Path]:
-    """A relative path that ends in .png for each image, or as its own name does if that is one of ``own_endings``.
+def file_names(records: Given, own_endings: Sequence[str] = ()) -> list[Path]:
+    """A relative path for each image. It ends in .png, or in the image's own ending if ``own_endings`` has it.
 
-    It is the image's own name where it has one, and never leads out of the folder that it is put into.
+    It is based on the image's own name if it has one, and never leads out of the folder that it is put into.
     """
-    if one.names is None:
-        width = len(str(max(1, len(one.split) - 1)))
-        return [Path(f"{index:0{width}d}.png") for index in range(len(one.split))]
-    names = [re.sub(r"(\.tiff?)#(\d+)$", r"-\2\1", name, flags=re.IGNORECASE) for name in one.names]  # pages
+    if records.names is None:
+        width = len(str(max(1, len(records.split) - 1)))
+        return [Path(f"{index:0{width}d}.png") for index in range(len(records.split))]
+    names = [re.sub(r"(\.tiff?)#(\d+)$", r"-\2\1", name, flags=re.IGNORECASE) for name in records.names]  # pages
     clean = [Path(*[part for part in Path(name).parts if part not in ("/", "..", ".")]) for name in names]
-    if any(Path(name).is_absolute() for name in one.names):
+    if any(Path(name).is_absolute() for name in records.names):
         clean = [Path(path.name) for path in clean]
     targets = [
         path.with_suffix(path.suffix if path.suffix.lower() in own_endings else ".png")
@@ -378,11 +378,11 @@ def file_names(one: Given, own_endings: Sequence[str] = ()) -> list[Path]:
     ]
     folders = {parent for target in targets for parent in target.parents}
     taken: set[Path] = set()
-    numbers: dict[Path, int] = {}  # the last one that was given to a name
+    numbers: dict[Path, int] = {}  # the last number used for a name
     result = []
     for target in targets:
         free, number = target, numbers.get(target, 0)
-        while free in taken or free in folders:  # also where another picture was called so from the start
+        while free in taken or free in folders:  # also if another picture has that name of its own
             number += 1
             free = target.with_name(f"{target.stem}-{number}{target.suffix}")
         numbers[target] = number

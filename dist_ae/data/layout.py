@@ -1,7 +1,7 @@
-"""One form for every array that comes in: records [N, C, H, W], and the shape that a record had outside.
+"""Brings every input array into one form: records [N, C, H, W], and the shape that a record has outside.
 
 A row of a table is a record of D channels of one value, a signal C channels of one row, an image C channels of H rows,
-a volume C channels of D · H rows. So what is known of a channel (its scale) holds for a column, a sensor or a colour.
+a volume C channels of D · H rows. So the scale of a channel is that of a column, a sensor or a colour.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dist_ae.config import InputError
 from dist_ae.data.records import Array
 
 Layout = Literal["auto", "table", "signals", "images", "images-last", "volumes"]
-MOST_CHANNELS = 16  # of images whose last axis could hold them
+MOST_CHANNELS = 16  # up to this length, the last axis of images could be channels
 SHAPES = "[N, H, W], [N, C, H, W] or [N, H, W, C] (images), [N, D] (a table), [N, C, L] with data.layout signals"
 
 
 class Laid(NamedTuple):
-    """Records as everything inside takes them, and the shape of one outside, where that is another."""
+    """Records in the form used inside, and the shape of a record outside, if that differs."""
 
-    records: Array  # [N, C, H, W], a view of what came in
+    records: Array  # [N, C, H, W], a view of the input
     shape: tuple[int, ...] | None  # (D,), (C, L) or (C, D, H, W); None for images
 
 
@@ -28,11 +28,11 @@ def laid_out(records: Array, layout: Layout, where: str) -> Laid:
     """An array in any usual layout as records [N, C, H, W].
 
     Raises:
-        InputError: an array that does not have this layout, is empty, or could be read in two ways.
+        InputError: the array does not have this layout, is empty, or is ambiguous.
     """
     kind = layout if layout != "auto" else {2: "table", 5: "volumes"}.get(records.ndim, "images")
-    wanted: dict[str, tuple[int, ...]] = {"table": (2,), "signals": (2, 3), "volumes": (4, 5)}
-    if records.ndim not in wanted.get(kind, (3, 4)) or 0 in records.shape:
+    axes: dict[str, tuple[int, ...]] = {"table": (2,), "signals": (2, 3), "volumes": (4, 5)}
+    if records.ndim not in axes.get(kind, (3, 4)) or 0 in records.shape:
         way_out = "; reshape one column to [N, 1]" if records.ndim == 1 else ""
         what = SHAPES if layout == "auto" else f"data.layout {layout} with {_axes(kind)}"
         raise InputError(f"{where}: expected {what} and at least one, got shape {list(records.shape)}{way_out}")
@@ -52,7 +52,7 @@ def laid_out(records: Array, layout: Layout, where: str) -> Laid:
     if layout == "auto" and last <= MOST_CHANNELS < first:
         raise InputError(
             f"{where}: shape {list(records.shape)} can be {first} channels of {records.shape[2]} × {last}, or images "
-            f"of {first} × {records.shape[2]} with {last} channels; say which: data.layout images or images-last"
+            f"of {first} × {records.shape[2]} with {last} channels; choose one: data.layout images or images-last"
         )
     return Laid(records, None)
 
@@ -67,44 +67,44 @@ def _axes(kind: str) -> str:
 
 
 def fitted(records: Array, image_shape: Sequence[int], shape: Sequence[int] | None) -> Array | None:
-    """An array in any usual layout, or a single record, as [N, C, H, W] of a model's shape; None where it is no such.
+    """An array in any usual layout, or a single record, as [N, C, H, W] of a model's shape; None if it does not fit.
 
     Args:
         image_shape: channels, height and width of a record inside.
-        shape: of a record outside, where that is another.
+        shape: of a record outside, if that differs.
     """
     channels, height, width = image_shape
-    given = tuple(records.shape)
+    actual = tuple(records.shape)
     if shape is not None:
-        one = tuple(shape)
-        flat = one[1:] if one[0] == 1 and len(one) > 1 else one  # one channel may be left out
-        for each in (one, flat, tuple(image_shape)):
-            if given == each or (given[1:] == each and given[0]):
+        full = tuple(shape)
+        without_channel = full[1:] if full[0] == 1 and len(full) > 1 else full
+        for record in (full, without_channel, tuple(image_shape)):
+            if actual == record or (actual[1:] == record and actual[0]):
                 return records.reshape(-1, *image_shape)
         return None
     orders = [(tuple(image_shape), None), ((height, width, channels), (0, 3, 1, 2))]
     if channels == 1:
         orders.append(((height, width), None))
-    for each, axes in orders:
-        if given == each or (given[1:] == each and given[0]):
-            batch = records if given[1:] == each else records[None]
+    for image, axes in orders:
+        if actual == image or (actual[1:] == image and actual[0]):
+            batch = records if actual[1:] == image else records[None]
             return batch.transpose(axes) if axes else batch.reshape(len(batch), *image_shape)
     return None
 
 
 def named(shape: Sequence[int]) -> str:
-    """A shape of records outside, in words, for messages and the headline."""
+    """The shape of a record outside, in words, for messages and the headline."""
     if len(shape) == 1:
         return f"rows of {shape[0]:,} columns"
     if len(shape) == 2:
         return f"signals of {shape[0]:,} × {shape[1]:,}"
     if len(shape) == 4:
         return f"volumes of {' × '.join(map(str, shape))}"
-    if shape[0] not in (1, 3, 4):  # such as the pages of a volume, which somebody may not mean to be channels
+    if shape[0] not in (1, 3, 4):  # such as the pages of a volume, which may not be meant as channels
         return f"images of {shape[0]:,} channels, each {shape[1]:,} × {shape[2]:,}"
     return f"images of {' × '.join(map(str, shape))}"
 
 
 def outside(values: Array, shape: Sequence[int] | None) -> Array:
-    """Records [N, C, H, W] in the shape that they have outside."""
+    """Records [N, C, H, W] in their shape outside."""
     return values if shape is None else values.reshape(-1, *shape)

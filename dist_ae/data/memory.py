@@ -1,4 +1,4 @@
-"""Images handed over from Python: arrays, tensors and torch data sets."""
+"""Images passed from Python: arrays, tensors and torch data sets."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dist_ae.data.records import Array, Dataset
 
 Images = Array | Tensor | torch.utils.data.Dataset[Any]
 Handed = Images | tuple[Images, Images]
-NAME = "memory"  # what config.data.name says of such a run
+NAME = "memory"  # config.data.name of such a run
 KINDS = f"a numpy array or torch tensor, {SHAPES}; a torch Dataset of such records; or a pair (train, val) of these"
 
 
 def memory_dataset(data: Handed, config: DataConfig) -> Dataset:
-    """A data set of images in memory; without a validation part, a fixed share of it is held out.
+    """A data set of images in memory. Without a validation part, a fixed share is held out.
 
     Raises:
-        InputError: not images, or values out of range; names what was given.
+        InputError: these are no images, or values are out of range; names what was given.
     """
     if hasattr(data, "columns") and hasattr(data, "to_numpy"):
         values, columns = frame_values(data, "data")
@@ -46,7 +46,7 @@ def frame_values(frame: Any, where: str) -> tuple[Array, tuple[str, ...]]:
     """The numbers of a pandas DataFrame (or polars', or another with ``columns``) as float64 [N, D], and their names.
 
     Raises:
-        InputError: columns of the same name, or that are no numbers; names the first.
+        InputError: columns of the same name, or without numbers; names the first.
     """
     names = tuple(str(name) for name in frame.columns)
     if len(set(names)) < len(names):
@@ -64,7 +64,7 @@ def frame_values(frame: Any, where: str) -> tuple[Array, tuple[str, ...]]:
 
 
 def _array(data: Any) -> tuple[Array, Array | None]:
-    """Images and, where there are any, their labels."""
+    """Images and their labels, if they have any."""
     if isinstance(data, np.ndarray | Tensor):
         return as_array(data), None
     if isinstance(data, torch.utils.data.Dataset) and hasattr(data, "__len__"):
@@ -77,9 +77,11 @@ def _array(data: Any) -> tuple[Array, Array | None]:
         labelled = bool(items) and isinstance(items[0], tuple | list) and len(items[0]) > 0
         pictures = [as_array(item[0] if labelled else item) for item in items]
         if len({p.shape for p in pictures}) > 1:
-            raise InputError("data: the images of this torch Dataset differ in shape; bring them to one shape first")
-        found = np.array([item[1] for item in items]) if labelled and len(items[0]) > 1 else None
-        labels = found if found is not None and found.ndim == 1 and np.issubdtype(found.dtype, np.integer) else None
+            raise InputError(
+                "data: the images of this torch Dataset differ in shape; bring them to the same shape first"
+            )
+        second = np.array([item[1] for item in items]) if labelled and len(items[0]) > 1 else None
+        labels = second if second is not None and second.ndim == 1 and np.issubdtype(second.dtype, np.integer) else None
         return np.stack(pictures) if pictures else np.empty((0, 1, 1)), labels
     stack = "; np.stack makes an array of a list" if isinstance(data, list) else ""
     raise InputError(f"data: expected {KINDS}; got {type(data).__name__}{stack}")

@@ -11,13 +11,13 @@ from dist_ae.data.pictures import PREFIXES, expand
 from dist_ae.data.tables import SUFFIXES, is_packed_table
 
 NAMES = ("digits", "photos", "cifar10", *IDX)
-IN_A_PATH = (*PREFIXES, "packed:", "array:", "table:")  # what says itself where it lies
+IN_A_PATH = (*PREFIXES, "packed:", "array:", "table:")  # names that contain a path
 
 
 def with_prefix(name: str) -> str:
-    """A bare path with its kind in front: folder, packed, array or tar. Any other name is returned as it is."""
+    """Puts its kind in front of a bare path: folder, packed, table, array or tar. Other names are unchanged."""
     if name in ("", *IN_A_PATH):
-        raise InputError(f"{name!r} names no images; is a variable of the shell empty?")
+        raise InputError(f"{name!r} names no images; is a shell variable empty?")
     if name in NAMES or name.startswith(IN_A_PATH):
         return name
     path = expand(name)
@@ -31,7 +31,7 @@ def with_prefix(name: str) -> str:
 
 
 def absolute(name: str) -> str:
-    """A name that means the same in any working folder: paths are made absolute, other names stay as they are."""
+    """Makes the path in a name absolute, so that it is valid in any working folder. Other names are unchanged."""
     name = with_prefix(name)
     prefix, _, path = name.partition(":")
     is_path = prefix in ("folder", "tar", "packed", "array", "table") or (prefix == "hf" and expand(path).is_dir())

@@ -11,7 +11,7 @@ from dist_ae.draws import keyed_seed
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:
-    """At most ``most`` evenly spaced rows of ``count``; all of them where there are fewer."""
+    """At most ``most`` evenly spaced rows of ``count``; all of them if there are fewer."""
     size = min(count, most)
     return torch.arange(size) * count // max(size, 1)
 
@@ -21,8 +21,8 @@ def epoch_order(
 ) -> Tensor:
     """The permutation [num_images] of an epoch: a pure function, so resuming anywhere is arithmetic.
 
-    With ``window``, the shards (of ``shards`` images each) are permuted, then the images within each group of
-    ``window`` shards. Only that many shards are then read from at a time, which a slow disk or network needs.
+    With ``window``, first the shards (of ``shards`` images each) are permuted, then the images within each group of
+    ``window`` shards. Then only that many shards are read at a time, as a slow disk or network needs.
     """
     generator = torch.Generator().manual_seed(keyed_seed(seed, "order", epoch))
     if window is None or shards is None or len(shards) <= window:
@@ -39,5 +39,5 @@ def epoch_order(
 
 
 def share(rows: range, rank: int, world: int) -> range:
-    """The contiguous part of ``rows`` that is this process's. Parts differ by at most one row; some may be empty."""
+    """This process's contiguous part of ``rows``. Parts differ by at most one row; some may be empty."""
     return range(rows.start + len(rows) * rank // world, rows.start + len(rows) * (rank + 1) // world)

@@ -1,4 +1,4 @@
-"""Images of a split as floats on a device."""
+"""Reads images of a split as floats on a device."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from dist_ae.data.crops import Crops
 from dist_ae.data.decode import processes_here
 from dist_ae.data.records import Array, Split, chunks, gather, is_mapped, read_ahead, span, stored_order
 
-# Of what is free, for all images that a process holds. The rest is for weights, activations and other programs.
+# Share of the free memory for all images that a process holds. The rest is for weights, activations and other programs.
 SHARE_OF_MEMORY = 0.5
 MOST_COPIED = 2**28  # bytes of mapped floats that are copied into a process's own memory
 _held: dict[torch.device, int] = {}  # bytes that this process's readers hold
 
 
 class Reader:
-    """Images of a split on a device, as floats on [0, 1], or standardized. The same values wherever they are read from.
+    """Images of a split on a device, as floats on [0, 1], or standardized. Values do not depend on their place.
 
     A split that fits lives on the device in its stored type and is indexed there. A larger one is read batch by batch
-    from the file that it is mapped from; a thread can gather the next batch in the meantime (``then`` of ``take``).
+    from its mapped file; a thread can gather the next batch in the meantime (``then`` of ``take``).
 
-    ``resident`` is the split on the device, or None; ``held`` says in words what was chosen. ``standardized`` and
+    ``resident`` is the split on the device, or None; ``held`` describes the choice in words. ``standardized`` and
     ``missing`` are those of the split's scaling.
     """
 
@@ -42,27 +42,27 @@ class Reader:
         self.split, self.device, self.dtype = split, device, dtype
         self.standardized = split.scaling is not None and split.scaling.standardized
         self.missing = split.scaling is not None and split.scaling.missing
-        self._units: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # offset and scale, by the type of what they are for
+        self._units: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # offset and scale, by the type of the values
         self.resident: Tensor | None = None
-        self._rows: Tensor | None = None  # of the images in `resident`, where it holds more than this split
+        self._rows: Tensor | None = None  # rows of the split in `resident`, if that holds more images
         axes = stored_order(split.images) if isinstance(split.images, np.ndarray) else (0, 1, 2, 3)
-        self._axes = axes if axes[0] == 0 else (0, 1, 2, 3)  # images that are not each in one piece are copied
+        self._axes = axes if axes[0] == 0 else (0, 1, 2, 3)  # images that are not contiguous are copied
         self._ahead: tuple[Array, Future[Tensor]] | None = None
         self._thread: ThreadPoolExecutor | None = None
         stored_type = _stored_type(split.images.dtype)
         num_bytes = len(split) * int(np.prod(split.images.shape[1:])) * np.dtype(stored_type).itemsize
         whole = split.images
-        endless = isinstance(whole, Crops) and split.rows is None  # of any place: only their pictures can be held
+        endless = isinstance(whole, Crops) and split.rows is None  # crops at any place cannot be held
         if device.type == "cpu" and isinstance(whole, np.ndarray) and not is_mapped(whole) and axes[0] == 0:
-            # In memory already: no second copy, also where another split has the rest of its rows.
+            # Already in memory: no second copy, even if another split has the other rows.
             self.resident = _tensor(whole, self._axes)
             self._rows = None if split.rows is None else torch.from_numpy(split.rows)
         elif not endless and num_bytes <= min(_room(device), MOST_COPIED if _is_warm(split, device) else math.inf):
             self.resident = self._copy()
             _held[device] = _held.get(device, 0) + num_bytes
             weakref.finalize(self, _give_back, device, num_bytes)
-        # A number on the device: a division by one on the host is a product with 1 / 255 in CUDA's kernel, whose last
-        # bits are others.
+        # A tensor on the device: CUDA's kernel replaces the division by a host number by a product with 1 / 255, which
+        # differs in the last bits.
         largest = 1.0 if stored_type is np.float32 else float(np.iinfo(stored_type).max)
         self._levels = torch.full((), largest, dtype=dtype, device=device)
         where = "in memory" if device.type == "cpu" else f"on {device.type}"
@@ -81,7 +81,7 @@ class Reader:
         return result
 
     def raw(self, rows: Tensor, then: Tensor | None = None) -> Tensor:
-        """rows [B], int64, on the host or the device → images [B, C, H, W] on the device, as they are stored.
+        """rows [B], int64, on the host or the device → images [B, C, H, W] on the device, in their stored type.
 
         Args and errors are those of ``take``.
         """
@@ -104,28 +104,28 @@ class Reader:
         """rows [B], int64, on the host or the device → images [B, C, H, W] on [0, 1].
 
         Args:
-            then: the rows of the next call, which a thread starts to gather as soon as this call's are there. It is
-                only a hint: a next call may ask for other rows.
+            then: the rows of the next call, which a thread starts to gather after this call. Only a hint: the next call
+                may ask for other rows.
 
         Raises:
-            OSError, IndexError: whatever gathering raised, also in the thread.
+            OSError, IndexError: from gathering, also in the thread.
         """
         return self.scaled(self.raw(rows, then), self.dtype)
 
     def each(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
-        """``take`` of one piece of rows after the other, where a thread reads the next one in the meantime."""
+        """``take`` of one piece of rows after the other, while a thread reads the next one."""
         for rows, then in zip_longest(pieces, pieces[1:]):
             yield self.take(rows, None if self.resident is not None else then)
 
     def scaled(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """Images [B, C, H, W] as they are stored → floats of ``dtype`` on the model's scale."""
+        """Stored images [B, C, H, W] → floats of ``dtype`` on the model's scale."""
         if stored.dtype == torch.int16:  # holds the bits of uint16, for which torch has few operations
             stored = stored.to(torch.int32).bitwise_and_(0xFFFF)
         floats = stored.to(dtype, memory_format=torch.contiguous_format)
         if self.split.scaling is None:
             return floats.contiguous() if stored.is_floating_point() else floats.div_(self._levels.to(dtype))
         if dtype not in self._units:
-            offset, scale = (torch.from_numpy(each).to(dtype).to(stored.device) for each in self.split.scaling[:2])
+            offset, scale = (torch.from_numpy(units).to(dtype).to(stored.device) for units in self.split.scaling[:2])
             self._units[dtype] = offset, scale
         offset, scale = self._units[dtype]
         return floats.sub(offset).div_(scale).contiguous()  # a new tensor: the stored records are kept
@@ -143,7 +143,7 @@ class Reader:
 
 
 def _collect(split: Split, index: Array, axes: tuple[int, ...], pin: bool) -> Tensor:
-    """Images at positions ``index``, with their axes as they are stored."""
+    """Images at positions ``index``, with their axes in stored order."""
     rows = index if split.rows is None else split.rows[index]
     if is_mapped(split.images):
         read_ahead(split.images, rows)
@@ -152,7 +152,7 @@ def _collect(split: Split, index: Array, axes: tuple[int, ...], pin: bool) -> Te
 
 
 def _stored_type(dtype: np.dtype[Any]) -> type:
-    """The type that images are held in: bytes and 16 bits as they are, else float32."""
+    """The type of images in memory: uint8 and uint16 stay, all others become float32."""
     return {np.dtype(np.uint8): np.uint8, np.dtype(np.uint16): np.uint16}.get(dtype, np.float32)
 
 
@@ -162,15 +162,15 @@ def _tensor(images: Array, axes: tuple[int, ...]) -> Tensor:
 
 
 def _is_warm(split: Split, device: torch.device) -> bool:
-    """Whether records lie in the system's cache as well as they would in this process: their scale was just looked for.
+    """Whether the system's cache holds the records already, because their scale was just computed.
 
-    All processes share that cache, and it gives way where memory is short.
+    All processes share that cache, and the system shrinks it when memory is short.
     """
     return device.type == "cpu" and is_mapped(split.images) and split.scaling is not None
 
 
 def _room(device: torch.device) -> int:
-    """Bytes that a reader may still take: all readers of this process have one budget together."""
+    """Bytes that a reader may still use: all readers of this process share one budget."""
     held = _held.get(device, 0)
     return int(SHARE_OF_MEMORY * (_free_bytes(device, held) + held)) - held
 
@@ -183,14 +183,14 @@ def _free_bytes(device: torch.device, held: int = 0) -> int:
     free = devices.free_bytes(device, held)
     if free is not None:
         return free
-    # Each process of this machine holds a copy of its own, and they all look at about the same time.
+    # Each process of this machine holds its own copy, and all of them check at about the same time.
     return free_memory() // processes_here()
 
 
 def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process can still have.
+    """Bytes that this process can still allocate.
 
-    The least of what the machine has free, what its control groups (v1 and v2) leave, and what `ulimit -v` leaves.
+    The least of the machine's free memory, the room in its control groups (v1 and v2), and the room under `ulimit -v`.
     """
     free: int = psutil.virtual_memory().available
     with contextlib.suppress(OSError):
@@ -211,7 +211,7 @@ def free_memory(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
 
 
 def _group_free(root: Path, path: str, limit: str, used: str, cache: str) -> list[int]:
-    """Bytes that each control group leaves, from this process's own up to the root.
+    """The free bytes of each control group, from this process's own up to the root.
 
     File pages that can be dropped count as free.
     """

@@ -16,8 +16,8 @@ from dist_ae.errors import InputError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-VALUES_AT_ONCE = 2**24  # of images that are evaluated at once: 85 of 256 × 256 × 3; a layer holds several times that
-CHUNK_BYTES = 2**22  # checked, hashed or copied at a time: the memory that reading all of a mapped file takes
+VALUES_AT_ONCE = 2**24  # of a batch in evaluations: 85 images of 256 × 256 × 3; a layer has several times as many
+CHUNK_BYTES = 2**22  # checked, hashed or copied at a time: the memory for reading a whole mapped file
 
 
 class Lazy(Protocol):
@@ -35,7 +35,7 @@ class Lazy(Protocol):
 
 
 class Shards:
-    """Several arrays of images as one [N, C, H, W], of which only rows are read."""
+    """Several arrays of images as one [N, C, H, W], of which only the needed rows are read."""
 
     mapped = True
 
@@ -55,13 +55,13 @@ class Shards:
     def picture(self, number: int) -> Array:
         """One image [C, H, W], not copied."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        found: Array = np.asarray(self.parts[shard])[number - self.starts[shard]]
-        return found
+        image: Array = np.asarray(self.parts[shard])[number - self.starts[shard]]
+        return image
 
     def take(self, rows: Array) -> Array:
         if len(rows) == 0:
             return np.empty((0, *self.shape[1:]), self.dtype)
-        first, last = (int(each) for each in np.searchsorted(self.starts, [rows.min(), rows.max()], side="right") - 1)
+        first, last = (int(shard) for shard in np.searchsorted(self.starts, [rows.min(), rows.max()], side="right") - 1)
         if first == last:
             return gather(self.parts[first], rows - self.starts[first])
         result = np.empty((len(rows), *self.shape[1:]), self.dtype)
@@ -69,8 +69,8 @@ class Shards:
         order = np.argsort(rows, kind="stable")  # each shard is read once, from its beginning to its end
         bounds = np.searchsorted(shard[order], np.arange(len(self.parts) + 1))
         for number in np.unique(shard):
-            there = order[bounds[number] : bounds[number + 1]]
-            result[there] = self.parts[number][rows[there] - self.starts[number]]
+            positions = order[bounds[number] : bounds[number + 1]]
+            result[positions] = self.parts[number][rows[positions] - self.starts[number]]
         return result
 
     def read_ahead(self, rows: Array) -> None:
@@ -86,7 +86,7 @@ class Whole:
         """``part`` and ``start`` [N] say where a picture begins; ``sizes`` [N, 2] are heights and widths."""
         self.parts, self._part, self._start = parts, part, start
         self.sizes, self.channels = sizes, channels
-        self.dtype, self.nbytes = parts[0].dtype, sum(each.nbytes for each in parts)
+        self.dtype, self.nbytes = parts[0].dtype, sum(flat.nbytes for flat in parts)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -106,9 +106,9 @@ class Whole:
     @classmethod
     def of_parts(cls, parts: Sequence[Array], sizes: Sequence[Array], channels: int) -> Whole:
         """Flat arrays of pictures, and the sizes [n, 2] of those in each."""
-        part = np.repeat(np.arange(len(parts)), [len(each) for each in sizes])
-        pixels = [each.prod(1) * channels for each in sizes]
-        starts = [np.cumsum(each) - each for each in pixels]
+        part = np.repeat(np.arange(len(parts)), [len(part_sizes) for part_sizes in sizes])
+        values = [part_sizes.prod(1) * channels for part_sizes in sizes]
+        starts = [np.cumsum(counts) - counts for counts in values]
         return cls(parts, part, np.concatenate(starts), np.concatenate(sizes), channels)
 
     @classmethod
@@ -123,20 +123,20 @@ Images = Array | Lazy
 
 
 class Scaling(NamedTuple):
-    """How the numbers of a source become those that a model sees: (value - offset) / scale, channel by channel."""
+    """Maps the numbers of a source to a model's scale: (value - offset) / scale, channel by channel."""
 
     offset: Array  # [C, 1, 1], float64
     scale: Array  # [C, 1, 1], float64, greater than 0
     standardized: bool  # mean 0 and deviation 1; else on [0, 1]
-    missing: bool  # NaN stands for a missing entry, which is 0 to the model and counts nothing
+    missing: bool  # NaN stands for a missing entry, which is 0 at the model's input and does not count
 
 
 class Split(NamedTuple):
     """One split: records [N, C, H, W]; images are uint8, uint16 or floats on [0, 1].
 
-    ``labels`` are int64 [N] where the source has them, -1 for none. ``rows`` picks images without copying them; None
-    means all of them, in order. ``scaling`` says how stored numbers become the model's; None: bytes and 16 bits are
-    divided by their largest value, and floats are taken as they are.
+    ``labels`` are int64 [N] if the source has them, -1 for none. ``rows`` picks images without copying them; None means
+    all of them, in order. ``scaling`` maps stored numbers to the model's scale; None: bytes and 16 bits are divided by
+    their largest value, and floats stay as they are.
     """
 
     images: Images
@@ -159,13 +159,13 @@ class Dataset:
     train: Split
     val: Split
     fingerprint: str
-    test: Split | None = field(default=None, kw_only=True)  # of `data.fold`: it takes no part in training
-    shards: tuple[int, ...] | None = None  # training images of each shard, in order, where the data comes in shards
+    test: Split | None = field(default=None, kw_only=True)  # the records of `data.fold`, which take no part in training
+    shards: tuple[int, ...] | None = None  # training images of each shard, in order, if the data has shards
     classes: tuple[str, ...] = ()  # names of the labels
-    shape: tuple[int, ...] | None = None  # of one record outside, where it is no image: (D,), (C, L) or (C, D, H, W)
+    shape: tuple[int, ...] | None = None  # of a record outside, if it is no image: (D,), (C, L) or (C, D, H, W)
     columns: tuple[str, ...] = ()  # names of the columns of a table
-    scale: Literal["auto", "none", "standard", "range"] = "none"  # never auto: what that stood for
-    looked: Mapping[str, Any] = field(default_factory=dict)  # of pictures: what was found in them (``facts.summary``)
+    scale: Literal["auto", "none", "standard", "range"] = "none"  # never auto: already resolved
+    looked: Mapping[str, Any] = field(default_factory=dict)  # facts about pictures (``facts.summary``)
     rgba: bool = False  # the fourth channel is transparency
 
     @property
@@ -174,19 +174,19 @@ class Dataset:
         return channels, height, width
 
     def with_scaling(self, scaling: Scaling | None, scale: Literal["auto", "none", "standard", "range"]) -> Dataset:
-        """The same records on another scale, the training part's."""
+        """The same records on the scale of the training part."""
         train, val = (split.with_scaling(scaling) for split in (self.train, self.val))
         test = None if self.test is None else self.test.with_scaling(scaling)
         return replace(self, train=train, val=val, test=test, scale=scale)
 
 
 def folded(places: Array, folds: int, fold: int, val_fraction: float, what: str) -> list[Array]:
-    """Rows of training, validation and test, by the places of records on [0, 1).
+    """Rows of training, validation and test, by positions of the records on [0, 1).
 
-    Fold ``fold``, from 1, is tested on. Of the others a share is held out, and chooses the best weights.
+    Fold ``fold``, from 1, is the test part. A share of the others is held out, to choose the best weights.
 
     Raises:
-        InputError: too few records for that.
+        InputError: there are too few records.
     """
     at = places * folds
     part = np.minimum(at.astype(np.int64), folds - 1)
@@ -206,12 +206,12 @@ def is_mapped(images: Images) -> bool:
 
 
 def stored_order(images: Array) -> tuple[int, ...]:
-    """The axes of an array as they lie in memory: (0, 2, 3, 1) for [N, H, W, C] seen as [N, C, H, W]."""
+    """The axes of an array in the order of its memory: (0, 2, 3, 1) for [N, H, W, C] viewed as [N, C, H, W]."""
     return tuple(sorted(range(images.ndim), key=lambda axis: (-images.strides[axis], axis)))
 
 
 def gather(images: Images, rows: Array) -> Array:
-    """Rows of images, [len(rows), C, H, W] with the axes in memory as they are stored."""
+    """Rows of images, [len(rows), C, H, W], with the axes in memory in the order of the stored images."""
     if not isinstance(images, np.ndarray):
         return images.take(rows)
     axes = stored_order(images)
@@ -225,8 +225,8 @@ def gather(images: Images, rows: Array) -> Array:
 def read_ahead(images: Images, rows: Array) -> None:
     """Asks the system to read rows of mapped images into its cache, all at once.
 
-    A disk answers many requests together faster than one by one: on data of four times the memory, 35,000 reads a
-    second in place of 160. A row that is in the cache already costs about 1 µs.
+    A disk answers many requests together faster than one by one: for data of four times the memory, 35,000 reads a
+    second instead of 160. A row that is already in the cache costs about 1 µs.
     """
     if not isinstance(images, np.ndarray):
         images.read_ahead(rows)
@@ -236,7 +236,7 @@ def read_ahead(images: Images, rows: Array) -> None:
         memory = memory.base
     if memory is None or images.strides[0] <= 0 or not hasattr(mmap, "MADV_WILLNEED"):
         return
-    start = len(memory) - images.strides[0] * len(images)  # images end where their file does
+    start = len(memory) - images.strides[0] * len(images)  # images end at the end of their file
     for row in np.sort(rows).tolist():
         at = start + row * images.strides[0]
         page = at - at % mmap.PAGESIZE
@@ -250,7 +250,7 @@ def chunks(split: Split) -> list[range]:
 
 
 def at_once(most: int, image_shape: Sequence[int], processes: int = 1) -> int:
-    """How many images are computed at once where no gradient is taken: ``most``, and fewer where they are large."""
+    """The number of images in a batch without gradient: ``most``, or fewer if they are large."""
     return max(1, min(most, processes * (VALUES_AT_ONCE // math.prod(image_shape))))
 
 

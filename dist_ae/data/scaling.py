@@ -10,9 +10,9 @@ from dist_ae.config import InputError
 from dist_ae.data.records import Array, Scaling, Split, chunks, span
 
 Scale = Literal["auto", "none", "standard", "range"]
-# Share of [0, 1] that floats cover at least, to be taken as they are. A step of Adam moves the weights as far whatever
-# the contrast, and bf16 keeps three digits of a value however little it varies: on values from 0.05 to 0.15 training
-# lost the start from PCA, and standardized it ended 7 % below PCA at the same rate.
+# Least share of [0, 1] that floats must cover to be used as they are. A step of Adam moves the weights by the same
+# amount whatever the contrast, and bf16 has three digits of a value however little it varies: on values from 0.05 to
+# 0.15, training lost the start from PCA; standardized, it ended 7 % below PCA at the same rate.
 CONTRAST = 0.25
 
 
@@ -23,7 +23,7 @@ def resolved(scale: Scale, missing: str, dtype: np.dtype[Any], low: float, high:
         low, high: the smallest and the largest value.
 
     Raises:
-        InputError: values that the scale does not admit.
+        InputError: the values do not fit the scale.
     """
     unit = dtype in (np.uint8, np.uint16) or (low >= 0 and high <= 1)
     if scale == "auto":
@@ -31,8 +31,8 @@ def resolved(scale: Scale, missing: str, dtype: np.dtype[Any], low: float, high:
         return "none" if unit and not faint and missing == "refuse" else "standard"
     if missing == "mask" and scale != "standard":
         raise InputError(
-            f"data.missing mask puts the mean in the place of what is missing, which data.scale standard knows, and "
-            f"data.scale is {scale}"
+            f"data.missing mask replaces missing entries by the mean, which needs data.scale standard, and data.scale "
+            f"is {scale}"
         )
     if scale == "none" and not unit:
         raise InputError(
@@ -43,10 +43,10 @@ def resolved(scale: Scale, missing: str, dtype: np.dtype[Any], low: float, high:
 
 
 def scaling_of(split: Split, scale: Scale, missing: bool) -> Scaling | None:
-    """The scale of each channel over the training records, in float64; None for values that are on [0, 1] already.
+    """The scale of each channel over the training records, in float64; None for values that are already on [0, 1].
 
-    Every process computes it from all records in one order, so it is the same on any number of them. A channel that
-    does not vary is only shifted, and so carried as a constant.
+    Every process computes it from all records in the same order, so it does not depend on their number. A channel that
+    does not vary is only shifted.
     """
     if scale not in ("standard", "range"):
         return None
@@ -58,27 +58,27 @@ def scaling_of(split: Split, scale: Scale, missing: bool) -> Scaling | None:
             low = np.minimum(low, values.min((0, 2, 3), keepdims=True))
             high = np.maximum(high, values.max((0, 2, 3), keepdims=True))
         return Scaling(low[0], _usable(high - low)[0], False, False)
-    # The mean and the squares around it, chunk by chunk and put together as Chan, Golub and LeVeque did (1979): one
-    # pass, and unlike with a sum of squares, no variance is lost of values far from 0 that vary little.
+    # Mean and squared deviations, chunk by chunk, combined as by Chan, Golub and LeVeque (1979): one pass, which unlike
+    # a sum of squares loses no variance of values far from 0 that vary little.
     count, mean, squares = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for rows in chunks(split):
         values = span(split, rows).astype(np.float64)
         if missing:
             present = np.isfinite(values)
-            own = present.sum((0, 2, 3), keepdims=True)
-            centre = np.where(present, values, 0).sum((0, 2, 3), keepdims=True) / np.maximum(own, 1)
+            part_count = present.sum((0, 2, 3), keepdims=True)
+            centre = np.where(present, values, 0).sum((0, 2, 3), keepdims=True) / np.maximum(part_count, 1)
             values = np.where(present, values - centre, 0)
         else:
-            own = np.full(shape, float(values[:, 0].size))
+            part_count = np.full(shape, float(values[:, 0].size))
             centre = values.mean((0, 2, 3), keepdims=True)
             values -= centre
-        own_squares = np.einsum("nchw,nchw->c", values, values).reshape(shape)
-        total, shift = np.maximum(count + own, 1), centre - mean
-        squares += own_squares + shift**2 * (count * own / total)
-        mean += shift * (own / total)
-        count += own
+        part_squares = np.einsum("nchw,nchw->c", values, values).reshape(shape)
+        total, shift = np.maximum(count + part_count, 1), centre - mean
+        squares += part_squares + shift**2 * (count * part_count / total)
+        mean += shift * (part_count / total)
+        count += part_count
     deviation = np.sqrt(squares / np.maximum(count, 1))
-    # What is left of a constant after rounding is no deviation.
+    # The deviation of a constant is only rounding.
     deviation[deviation <= 1e-7 * np.abs(mean)] = 0
     return Scaling(mean[0], _usable(deviation)[0], True, missing)
 

@@ -34,19 +34,18 @@ def load(config: DataConfig) -> Dataset:
     """The dataset that a configuration names. Pictures that are not packed yet are packed into the cache first.
 
     Raises:
-        InputError: an unknown name, no source found (naming every place tried and each way out), or a file that is not
-            what it should be.
+        InputError: an unknown name, no source found (naming all places tried and the ways out), or a damaged file.
     """
     if config.name == NAME:
         raise InputError(
-            "the images of this run were handed over from Python (data=...): give them again, or save them (with "
-            "numpy.save; of a pair numpy.savez with train= and val=) and name the file: --data.root images.npy"
+            "the images of this run were handed over from Python (data=...): pass them again, or save them (with "
+            "numpy.save, or a pair with numpy.savez, train= and val=) and name the file: --data.root images.npy"
         )
     name = with_prefix(config.name)
     if config.root is not None and name.startswith(IN_A_PATH):
         raise InputError(
-            f"data.root is the folder of a named data set such as fashion_mnist, and {shown(name)} says itself where "
-            "it lies; leave it out, and where the images have moved, put their new place into data.name"
+            f"data.root is the folder of a named data set such as fashion_mnist, and {shown(name)} contains its own "
+            "path; leave data.root out, and if the images have moved, put their new path into data.name"
         )
     if name.startswith(PREFIXES):
         packed = cached(name, open_source(name, config), config, _cache(config))
@@ -60,8 +59,8 @@ def load(config: DataConfig) -> Dataset:
         raise InputError(
             "data.include chooses among the pictures of a folder; --data.columns chooses columns of a table"
         )
-    about_others = ("image_size", "channels") if name == "photos" else ()
-    _refuse_settings(config, but=("exclude",) if name.startswith("table:") else about_others)
+    of_photos = ("image_size", "channels") if name == "photos" else ()
+    _refuse_settings(config, but=("exclude",) if name.startswith("table:") else of_photos)
     if name.startswith("table:"):
         table = Table(name.removeprefix("table:"), config)
         out = _cache(config) / "tables" / f"{plain_name(shown(name))[:40] or 'table'}-{table.identity[:16]}"
@@ -84,9 +83,11 @@ def load(config: DataConfig) -> Dataset:
     if train.images.shape[1:] != val.images.shape[1:]:
         raise InputError(
             f"{name}: training images {train.images.shape[1:]} and "
-            f"test images {val.images.shape[1:]} have differing shapes"
+            f"test images {val.images.shape[1:]} have different shapes"
         )
-    return _formed(Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ())), config)
+    return _cropped_and_scaled(
+        Dataset(name, train, val, fingerprint(train, val), classes=named.CLASSES.get(name, ())), config
+    )
 
 
 def _cache(config: DataConfig) -> Path:
@@ -96,8 +97,9 @@ def _cache(config: DataConfig) -> Path:
 def packed_table_dataset(name: str, folder: Path, config: DataConfig) -> Dataset:
     """The rows of a packed table, memory-mapped; a share of them is held out."""
     manifest, records, labels = open_packed_table(folder)
-    # Looked at when it was packed. What is missing and may not be has its place named by the pass that this spares.
-    present = [each for each in (*manifest["low"], *manifest["high"]) if isinstance(each, float | int)]
+    # The range was computed when the table was packed. If entries are missing and may not be, the pass over the records
+    # is made all the same, since it names their place.
+    present = [bound for bound in (*manifest["low"], *manifest["high"]) if isinstance(bound, float | int)]
     known = (
         (min(present), max(present)) if present and (config.missing == "mask" or not any(manifest["missing"])) else None
     )
@@ -119,11 +121,11 @@ def _pictures(name: str, folders: list[Path], config: DataConfig) -> Dataset:
         for note in (of_16_bits(manifest, config.scale), left_pages(manifest)):
             if note and rank() == 0:
                 say(f"note: {name}: {note}", sys.stderr)
-    return _formed(dataset, config)
+    return _cropped_and_scaled(dataset, config)
 
 
-def _formed(dataset: Dataset, config: DataConfig) -> Dataset:
-    """Pictures, or crops of them, with the scale that is asked for; they need none."""
+def _cropped_and_scaled(dataset: Dataset, config: DataConfig) -> Dataset:
+    """Applies crops and scale to pictures, if they are asked for."""
     dataset = cropped(dataset, config)
     scaling = scaling_of(dataset.train, config.scale, missing=False)
     if scaling is None:
@@ -132,19 +134,19 @@ def _formed(dataset: Dataset, config: DataConfig) -> Dataset:
 
 
 def located(config: Config, root: Path | None) -> Config:
-    """A run's configuration with its data where it lies on this machine.
+    """A run's configuration with the place of its data on this machine.
 
     Args:
-        root: of a named data set, the folder of its files; else any source of the same images, such as a folder or a
-            packed set. None leaves the data where the run found it.
+        root: the folder of a named data set's files; else any source of the same images, such as a folder or a packed
+            set. None: the data is where it was during training.
     """
     if root is None:
         return config
     if config.data.name in NAMED:
         return config.override({"data.root": root})
-    name, before = with_prefix(str(root)), config.data.name.partition(":")[0]
-    if not name.startswith(IN_A_PATH) and f"{before}:" in IN_A_PATH:
-        name = f"{before}:{name}"
+    name, kind = with_prefix(str(root)), config.data.name.partition(":")[0]
+    if not name.startswith(IN_A_PATH) and f"{kind}:" in IN_A_PATH:
+        name = f"{kind}:{name}"
     return config.override({"data.name": absolute(name), "data.root": None})
 
 

@@ -1,7 +1,7 @@
 """Tables: CSV and Parquet files, read in batches, packed once as float32 records [N, D] that training maps into memory.
 
-A packed table is a folder of ``records.npy`` (float32 [N, D], NaN where an entry is missing), ``labels.npy`` (int64
-[N], where a column of labels was named) and ``records.json``. Arrays are packed alike (``array_files.py``): their
+A packed table is a folder of ``records.npy`` (float32 [N, D], NaN for a missing entry), ``labels.npy`` (int64 [N], if
+a column of labels was named) and ``records.json``. Arrays are packed in the same way (``array_files.py``): their
 records have any shape, are uint8, uint16 or float32, and ``columns`` is empty.
 """
 
@@ -33,19 +33,19 @@ from dist_ae.terminal import first_line, say
 
 FORMAT = 1
 MANIFEST, RECORDS, LABELS = "records.json", "records.npy", "labels.npy"
-MOST_COLUMNS = 10_000  # their names are kept in each run's config.json
-BATCH_VALUES = 2**20  # numbers read at once: they fit in a processor's cache, where rows are made of columns
+MOST_COLUMNS = 10_000  # each run's config.json has their names
+BATCH_VALUES = 2**20  # numbers in a batch, which fits in a processor's cache while columns become rows
 LARGEST = float(np.finfo(np.float32).max)
 SUFFIXES = (".csv", ".tsv", ".txt", ".parquet", ".pq")
 
 
 class Rows(NamedTuple):
-    """Some rows of a table, and what is known of them."""
+    """Some rows of a table, and their statistics."""
 
-    values: Array  # [n, D] float32 where all columns are that in the file, else float64; NaN for what is missing
+    values: Array  # [n, D] float32 if all columns of the file are, else float64; NaN for a missing entry
     labels: Array | None  # [n] of objects
-    missing: Array  # [D], how many
-    low: Array  # [D], of what is not missing; NaN where all is
+    missing: Array  # [D], number of missing entries
+    low: Array  # [D], of the present entries; NaN if all are missing
     high: Array
 
 
@@ -54,12 +54,12 @@ class Table:
 
     def __init__(self, pattern: str, config: DataConfig) -> None:
         """Args:
-        pattern: a file, a folder of such, or a pattern with braces and globs.
-        config: ``columns`` to take, ``exclude`` to leave out, ``label``.
+        pattern: a file, a folder of files, or a pattern with braces and globs.
+        config: ``columns`` to use, ``exclude`` to leave out, ``label``.
 
         Raises:
-            InputError: no such file, columns that are no numbers, or other columns than asked for; names file and
-                column, and the way out.
+            InputError: no such file, or columns that are missing or no numbers; names file and column, and the way
+                out.
         """
         self._pattern = pattern
         self.paths = table_paths(pattern)
@@ -67,7 +67,7 @@ class Table:
         types = column_types(self.paths[0])
         self.columns = self._choose(types, config)
         for path in self.paths[1:]:
-            if lacking := [name for name in (*self.columns, *_some(self.label)) if name not in column_types(path)]:
+            if lacking := [name for name in (*self.columns, *_optional(self.label)) if name not in column_types(path)]:
                 raise InputError(f"{shown(path)}: has no column {lacking[0]!r}, which {shown(self.paths[0])} has")
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         chosen = json.dumps([FORMAT, stats, self.columns, self.label])
@@ -78,31 +78,32 @@ class Table:
         for option, names in (
             ("columns", config.columns or ()),
             ("exclude", config.exclude),
-            ("label", _some(config.label)),
+            ("label", _optional(config.label)),
         ):
             if unknown := [name for name in names if name not in types]:
-                some = ", ".join(map(repr, itertools.islice(types, 8)))
-                raise InputError(f"{where}: data.{option} names {unknown[0]!r}, and its columns are {some}, …")
-        left = [name for name in config.columns or types if name not in (*config.exclude, *_some(config.label))]
-        text = [name for name in left if types[name] != "number"]
-        if len(text) == len(left):
+                listed = ", ".join(map(repr, itertools.islice(types, 8)))
+                raise InputError(f"{where}: data.{option} names {unknown[0]!r}, and its columns are {listed}, …")
+        chosen = [name for name in config.columns or types if name not in (*config.exclude, *_optional(config.label))]
+        not_numeric = [name for name in chosen if types[name] != "number"]
+        if len(not_numeric) == len(chosen):
             raise InputError(
-                f"{where}: has no numeric column{f' but those left out: {len(types)}' if not left else ''}"
+                f"{where}: has no numeric column{f' but those left out: {len(types)}' if not chosen else ''}"
             )
-        if text:
-            more = f" (and {len(text) - 1} more)" if len(text) > 1 else ""
-            hint = _decimal_comma(self.paths[0], text[0])
-            exclude = " ".join(json.dumps(name) for name in text[:20])
+        if not_numeric:
+            others = f" (and {len(not_numeric) - 1} more)" if len(not_numeric) > 1 else ""
+            hint = _decimal_comma(self.paths[0], not_numeric[0])
+            exclude = " ".join(json.dumps(name) for name in not_numeric[:20])
             raise InputError(
-                f"{where}: column {text[0]!r}{more} holds {hint or types[text[0]]}, and an autoencoder takes numbers. "
-                f"Leave it out with --data.exclude {exclude}, take it as the label with --data.label, or encode it"
+                f"{where}: column {not_numeric[0]!r}{others} holds {hint or types[not_numeric[0]]}, and an autoencoder "
+                f"takes numbers. Leave it out with --data.exclude {exclude}, use it as the label with --data.label, or "
+                "encode it"
             )
-        if len(left) > MOST_COLUMNS:
+        if len(chosen) > MOST_COLUMNS:
             raise InputError(
-                f"{where}: {len(left):,} columns are more than {MOST_COLUMNS:,}; save the numbers as a .npy, which "
-                "array:PATH takes without names, or choose some with --data.columns"
+                f"{where}: {len(chosen):,} columns are more than {MOST_COLUMNS:,}; save the numbers as a .npy, which "
+                "array:PATH reads without names, or choose some with --data.columns"
             )
-        return left
+        return chosen
 
     def batches(self) -> Iterator[Rows]:
         """The rows, batch by batch.
@@ -110,18 +111,18 @@ class Table:
         Raises:
             InputError: a row that cannot be read; names file, row and column.
         """
-        wanted = [*self.columns, *_some(self.label)]
+        names = [*self.columns, *_optional(self.label)]
         for path in self.paths:
             done = 0
             try:
-                for batch in _read(path, wanted, self.label):
+                for batch in _read(path, names, self.label):
                     columns = [batch.column(i).to_numpy(zero_copy_only=False) for i in range(len(self.columns))]
                     single = all(column.dtype in (np.float32, np.float16) for column in columns)
                     values = np.stack(columns, 1, dtype=np.float32 if single else np.float64, casting="unsafe")
                     labels = (
                         None if self.label is None else np.array(batch.column(len(self.columns)).to_pylist(), object)
                     )
-                    # NaN goes through minimum and maximum, and an infinity is one of them: one pass for all of it.
+                    # Minimum and maximum also show NaN and infinities: one pass for all checks.
                     low, high = values.min(0, initial=np.inf), values.max(0, initial=-np.inf)
                     missing = np.zeros(len(low), np.int64)
                     if np.isnan(low).any():
@@ -136,31 +137,31 @@ class Table:
                     done += len(values)
                     yield Rows(values, labels, missing, low, high)
             except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-                raise InputError(_explained(path, error, wanted, self.label)) from None
+                raise InputError(_explained(path, error, names, self.label)) from None
 
 
-def _some(name: str | None) -> tuple[str, ...]:
+def _optional(name: str | None) -> tuple[str, ...]:
     return () if name is None else (name,)
 
 
 def table_paths(pattern: str) -> list[Path]:
-    whole = expand(pattern)
-    if whole.is_dir():
-        found = sorted(path for path in whole.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    elif os.path.lexists(whole):
-        found = [whole]
+    plain = expand(pattern)
+    if plain.is_dir():
+        paths = sorted(path for path in plain.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    elif os.path.lexists(plain):
+        paths = [plain]
     else:
-        found = sorted({Path(path) for part in braces(os.fspath(whole)) for path in glob.glob(part)})
-    if not found:
+        paths = sorted({Path(path) for part in braces(os.fspath(plain)) for path in glob.glob(part)})
+    if not paths:
         raise InputError(f"table:{shown(pattern)}: no such file, or no {', '.join(SUFFIXES)} in the folder")
-    for path in found:
+    for path in paths:
         if not path.is_file():
             raise InputError(f"{shown(path)}: not a file")
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"{shown(path)}: expected {', '.join(SUFFIXES)}; pandas and polars convert other formats")
-    if len({_is_parquet(path) for path in found}) > 1:
+    if len({_is_parquet(path) for path in paths}) > 1:
         raise InputError(f"table:{shown(pattern)}: holds both CSV and Parquet; name one kind with a pattern")
-    return found
+    return paths
 
 
 def _is_parquet(path: Path) -> bool:
@@ -179,30 +180,30 @@ def _pyarrow() -> Any:
 def _delimiter(path: Path) -> str:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         header = file.readline(1 << 20)
-    counts = {each: header.count(each) for each in (",", ";", "\t", "|")}
-    return max(counts, key=lambda each: counts[each]) if any(counts.values()) else ","
+    counts = {mark: header.count(mark) for mark in (",", ";", "\t", "|")}
+    return max(counts, key=lambda mark: counts[mark]) if any(counts.values()) else ","
 
 
 def column_types(path: Path) -> dict[str, str]:
-    """What each column of a file holds: ``number``, or in words what else."""
+    """The kind of each column of a file: ``number``, or a description of its content."""
     pa = _pyarrow()
     try:
         if _is_parquet(path):
             schema = pa.parquet.read_schema(path)
         else:
             parse = pa.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
-            # The first megabytes tell the types; a later row of another type is found when it is read.
+            # The first megabytes determine the types; a later row of another type fails when it is read.
             with pa.csv.open_csv(path, pa.csv.ReadOptions(use_threads=False), parse) as reader:
                 schema = reader.schema
     except (OSError, ValueError) as error:
         raise InputError(_explained(path, error, [], None)) from None
-    twice = (
+    repeated = (
         next((name for name in schema.names if schema.names.count(name) > 1), None)
         if len(set(schema.names)) < len(schema.names)
         else None
     )
-    if twice is not None:
-        raise InputError(f"{shown(path)}: two columns are called {twice!r}; rename one")
+    if repeated is not None:
+        raise InputError(f"{shown(path)}: two columns are called {repeated!r}; rename one")
 
     def kind(field: Any) -> str:
         t = pa.types
@@ -214,7 +215,7 @@ def column_types(path: Path) -> dict[str, str]:
         ):
             return "number"
         if t.is_null(field.type):
-            return "number"  # nothing but missing entries in the first rows
+            return "number"  # the first rows have only missing entries
         if t.is_temporal(field.type):
             return "dates or times"
         return "text" if t.is_string(field.type) or t.is_large_string(field.type) else f"values of type {field.type}"
@@ -222,19 +223,19 @@ def column_types(path: Path) -> dict[str, str]:
     return {field.name: kind(field) for field in schema}
 
 
-def _read(path: Path, wanted: list[str], label: str | None) -> Iterator[Any]:
+def _read(path: Path, names: list[str], label: str | None) -> Iterator[Any]:
     pa = _pyarrow()
-    rows = max(1, BATCH_VALUES // max(1, len(wanted)))
-    numbers = [name for name in wanted if name != label]
+    rows = max(1, BATCH_VALUES // max(1, len(names)))
+    numbers = [name for name in names if name != label]
     if _is_parquet(path):
-        # Read ahead, pyarrow would hold the whole file.
+        # With pre_buffer, pyarrow would hold the whole file in memory.
         with pa.parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=2**20) as file:
-            for batch in file.iter_batches(rows, columns=wanted):
-                yield batch.select(wanted)
+            for batch in file.iter_batches(rows, columns=names):
+                yield batch.select(names)
         return
     options = pa.csv.ConvertOptions(
         column_types={name: pa.float64() for name in numbers} | ({label: pa.string()} if label else {}),
-        include_columns=wanted,
+        include_columns=names,
         strings_can_be_null=True,
     )
     parse = pa.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
@@ -243,7 +244,7 @@ def _read(path: Path, wanted: list[str], label: str | None) -> Iterator[Any]:
 
 
 def _decimal_comma(path: Path, column: str) -> str:
-    """What a column of text holds, where it is numbers with decimal commas."""
+    """Describes a column of numbers with decimal commas; "" for any other column."""
     if _is_parquet(path):
         return ""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -254,8 +255,8 @@ def _decimal_comma(path: Path, column: str) -> str:
     return ""
 
 
-def _explained(path: Path, error: Exception, wanted: list[str], label: str | None) -> str:
-    """One sentence about a table that cannot be read: file, row and column, where a second reading finds them."""
+def _explained(path: Path, error: Exception, names: list[str], label: str | None) -> str:
+    """One sentence about a table that cannot be read, with file, row and column if a second reading finds them."""
     if not _is_parquet(path):
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
@@ -270,20 +271,20 @@ def _explained(path: Path, error: Exception, wanted: list[str], label: str | Non
                             "mend that row"
                         )
                     for name, value in zip(header, row, strict=False):
-                        if name in wanted and name != label and not _is_number(value):
+                        if name in names and name != label and not _is_number(value):
                             return (
                                 f"{shown(path)}: {value[:40]!r} in column {name!r} of row {number} is no number; mend "
                                 "the entry, leave it empty, or leave the column out with --data.exclude"
                             )
         except UnicodeDecodeError as bad:
             return f"{shown(path)}: not UTF-8 ({bad.reason} at byte {bad.start}); save it as UTF-8"
-        except (OSError, csv.Error) as other:
-            return f"{shown(path)}: cannot be read ({other})"
+        except (OSError, csv.Error) as failure:
+            return f"{shown(path)}: cannot be read ({failure})"
     return f"{shown(path)}: cannot be read ({ascii(first_line(error))[1:-1][:200]})"
 
 
 def _is_number(text: str) -> bool:
-    # pyarrow's own words for what is missing.
+    # pyarrow's spellings of a missing entry.
     if text.strip() in ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "#N/A", "n/a", "-NaN", "-nan", "#NA", "1.#IND"):
         return True
     try:
@@ -297,27 +298,27 @@ def _is_number(text: str) -> bool:
 
 
 def pack_table(table: Table, out: Path) -> dict[str, Any]:
-    """Packs a table into the folder ``out``, whole or not at all, unless that is done already.
+    """Packs a table into the folder ``out``, whole or not at all, unless it is already there.
 
     Raises:
-        InputError: rows that cannot be read, no room, or a folder that holds something else.
+        InputError: rows cannot be read, there is no room, or the folder holds something else.
     """
     return packed_whole(table.identity, out, partial(_write, table))
 
 
 def packed_whole(identity: str, out: Path, write: Callable[[Path], None]) -> dict[str, Any]:
-    """The manifest of ``out`` after ``write`` has filled it, whole or not at all; what is there already is kept.
+    """Fills ``out`` by ``write``, whole or not at all, unless it is already there, and returns its manifest.
 
     Raises:
-        InputError: no room, or a folder that holds something else.
+        InputError: there is no room, or the folder holds something else.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(f".{out.name}.lock")):  # several processes may want the same table
-            kept = read_packed_table(out) if (out / MANIFEST).is_file() else None
-            if kept is not None and kept.get("identity") == identity:
-                return kept
-            if out.exists() and (kept is not None or not out.is_dir() or any(out.iterdir())):
+            manifest = read_packed_table(out) if (out / MANIFEST).is_file() else None
+            if manifest is not None and manifest.get("identity") == identity:
+                return manifest
+            if out.exists() and (manifest is not None or not out.is_dir() or any(out.iterdir())):
                 raise InputError(f"{shown(out)} exists and holds something else: remove it, or give another name")
             temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
             try:
@@ -345,19 +346,19 @@ def _write(table: Table, folder: Path) -> None:
         file.write(npy_header((2**62, len(table.columns))))
         for values, labels, absent, lowest, highest in table.batches():
             missing, low, high = missing + absent, np.fmin(low, lowest), np.fmax(high, highest)
-            with np.errstate(over="ignore"):  # named below
+            with np.errstate(over="ignore"):  # reported below
                 records = np.ascontiguousarray(values, np.float32)
             if np.fmax.reduce(np.abs([lowest, highest]), None) > LARGEST and np.isinf(records).any():
                 row, column = (int(i) for i in np.argwhere(np.isinf(records))[0])
                 raise InputError(
                     f"row {rows + row + 1}: {values[row, column]:g} in column {table.columns[column]!r} is beyond "
-                    "float32, in which records are kept; divide the column"
+                    "float32, the type of packed records; divide the column"
                 )
             digest.update(records.data)
             file.write(records.data)
             if labels is not None:
-                known = [-1 if each is None else classes.setdefault(str(each), len(classes)) for each in labels]
-                numbers.append(np.array(known, np.int64))
+                indices = [-1 if label is None else classes.setdefault(str(label), len(classes)) for label in labels]
+                numbers.append(np.array(indices, np.int64))
             rows += len(records)
         file.seek(0)
         file.write(npy_header((rows, len(table.columns))))
@@ -373,8 +374,8 @@ def _write(table: Table, folder: Path) -> None:
         "rows": rows,
         "columns": table.columns,
         "missing": missing.tolist(),
-        "low": [None if np.isinf(each) else float(each) for each in low],
-        "high": [None if np.isinf(each) else float(each) for each in high],
+        "low": [None if np.isinf(bound) else float(bound) for bound in low],
+        "high": [None if np.isinf(bound) else float(bound) for bound in high],
         "classes": list(classes),
         "label": table.label,
         "sha256": digest.hexdigest(),
@@ -394,35 +395,37 @@ def read_packed_table(folder: Path) -> dict[str, Any]:
     """The manifest of a packed table.
 
     Raises:
-        InputError: none there, or none that was written here.
+        InputError: there is none, or it is not ours.
     """
     path = folder / MANIFEST
     try:
-        found = read_json(path)
-        rows, columns = found["rows"], found["columns"]
-        whole = found["format"] == FORMAT and isinstance(rows, int) and rows > 1 and isinstance(found["sha256"], str)
-        shape = found.setdefault("shape", [len(columns)])
-        whole &= isinstance(columns, list) and all(isinstance(name, str) for name in columns)
-        whole &= isinstance(shape, list) and all(isinstance(side, int) and 0 < side < 2**40 for side in shape)
-        whole &= found.setdefault("dtype", "float32") in ("uint8", "uint16", "float32")
-        whole &= not columns or shape == [len(columns)]
-        whole &= all(
-            isinstance(found[key], list) and len(found[key]) == (len(columns) or 1)
+        manifest = read_json(path)
+        rows, columns = manifest["rows"], manifest["columns"]
+        valid = (
+            manifest["format"] == FORMAT and isinstance(rows, int) and rows > 1 and isinstance(manifest["sha256"], str)
+        )
+        shape = manifest.setdefault("shape", [len(columns)])
+        valid &= isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+        valid &= isinstance(shape, list) and all(isinstance(side, int) and 0 < side < 2**40 for side in shape)
+        valid &= manifest.setdefault("dtype", "float32") in ("uint8", "uint16", "float32")
+        valid &= not columns or shape == [len(columns)]
+        valid &= all(
+            isinstance(manifest[key], list) and len(manifest[key]) == (len(columns) or 1)
             for key in ("missing", "low", "high")
         )
-        whole &= isinstance(found["classes"], list)
+        valid &= isinstance(manifest["classes"], list)
     except (Damaged, KeyError, TypeError) as error:
         raise InputError(f"{shown(path)} is damaged ({error}); pack the table again") from None
-    if not whole:
+    if not valid:
         raise InputError(f"{shown(path)} is damaged; pack the table again")
-    return found
+    return manifest
 
 
 def open_packed_table(folder: Path) -> tuple[dict[str, Any], Array, Array | None]:
     """The manifest, the records [N, D] or [N, …], memory-mapped, and the labels [N] of a packed table.
 
     Raises:
-        InputError: files that are not what the manifest says.
+        InputError: files differ from the manifest.
     """
     manifest = read_packed_table(folder)
     shape = (manifest["rows"], *manifest["shape"])
@@ -441,7 +444,7 @@ def open_packed_table(folder: Path) -> tuple[dict[str, Any], Array, Array | None
 
 
 def examine_packed_table(folder: Path) -> Iterator[tuple[bool, str]]:
-    """(whole, what) for a packed table or array: every byte is read and compared with the manifest."""
+    """(whole, description) of each part of a packed table or array. Reads and checks every byte."""
     try:
         manifest, records, labels = open_packed_table(folder)
     except InputError as error:

@@ -499,7 +499,7 @@ def _how_to_load(model: Autoencoder, path: Path, format: Format, part: Part) -> 
     shape = model.record_shape
     records, entry = ("images", "pictures") if shape is None else ("records", "records")
     axes = "C, H, W" if shape is None else ", ".join(map(str, shape))
-    array = f"[N, {axes}] {'on [0, 1]' if model.units_scale is None else 'in their array units'}"
+    array = f"[N, {axes}] {'on [0, 1]' if model.units_scale is None else 'in their own units'}"
     results = {"whole": "reconstruction, code", "encoder": "code", "decoder": records}[part]
     argument, entry, values = (records, entry, array) if part != "decoder" else ("code", "code", "codes")
     name = repr(str(path))
