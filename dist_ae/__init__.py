@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _is_busy() -> bool:
-    """Whether others want a core at this moment: of three looks, 2 ms apart, none finds this process alone."""
+    """Whether other processes want a core now: in three looks, 2 ms apart, this process is never alone."""
     running = []
     for _ in range(3):
         try:

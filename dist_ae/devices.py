@@ -1,6 +1,6 @@
-"""What a device can do. Whatever depends on the kind of device is asked here, and nowhere else.
+"""The abilities of devices. All questions about the kind of a device are answered here.
 
-Callers ask through the module (``devices.captures(device)``), so that a test can answer for a device of its own.
+Callers use the module (``devices.captures(device)``), so that a test can replace an answer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from dist_ae.errors import InputError
 
 SHARED_BY = "DIST_AE_GPU_SHARE"
-# Instruction sets that oneDNN can be limited to and that multiply bfloat16 only by converting it to float32.
+# Limits of oneDNN's instruction set with which it multiplies bfloat16 only by conversion to float32.
 _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions that multiply bfloat16. Emulation does not count.
 
-    On a CPU they are AMX-BF16, AVX512-BF16 or Arm's BF16, as far as ``ONEDNN_MAX_CPU_ISA`` admits them. NVIDIA's GPUs
-    have them from compute capability 8.0 on.
+    On a CPU they are AMX-BF16, AVX512-BF16 or Arm's BF16, if ``ONEDNN_MAX_CPU_ISA`` allows them. NVIDIA's GPUs have
+    them from compute capability 8.0 on.
     """
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -36,7 +36,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels may run on the device. Whether they do is tried where they are used."""
+    """Whether Triton's kernels may run on the device. Their callers try whether they do."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
@@ -51,7 +51,7 @@ def adds_up_in_graphs(device: torch.device) -> bool:
 
 
 def pins(device: torch.device) -> bool:
-    """Whether copies from page-locked memory let the host go on."""
+    """Whether copies from page-locked memory are asynchronous."""
     return device.type == "cuda"
 
 
@@ -66,7 +66,7 @@ def exact_type(device: torch.device) -> torch.dtype:
 
 
 def weight_type(precision: str) -> torch.dtype:
-    """The type of weights and images; lower precisions are autocast's."""
+    """The type of weights and images; lower precisions use autocast."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
@@ -81,17 +81,17 @@ def rate_type(device: torch.device, weights: torch.dtype) -> torch.dtype | None:
 
 
 def keeps_channels_last(device: torch.device) -> bool:
-    """Whether torch's GroupNorm leaves channels-last tensors in that order, which CUDA's gives up."""
+    """Whether torch's GroupNorm keeps channels-last order, which CUDA's does not."""
     return device.type != "cuda"
 
 
 def free_bytes(device: torch.device, held: int = 0) -> int | None:
-    """Bytes of the device that this process can have; None where it has the host's memory.
+    """Bytes that this process can still allocate on the device; None for a device that uses the host's memory.
 
-    Where several processes share a GPU, as a sweep's trials do, ``DIST_AE_GPU_SHARE`` says how much is meant for each.
+    If several processes share a GPU, as a sweep's trials do, ``DIST_AE_GPU_SHARE`` is the share of each.
 
     Args:
-        held: bytes that this process has already and that count towards its share.
+        held: bytes that this process already holds and that count towards its share.
 
     Raises:
         InputError: that variable is not a share.
@@ -104,14 +104,14 @@ def free_bytes(device: torch.device, held: int = 0) -> int | None:
         share = math.nan
     if not 0 < share <= 1:
         raise InputError(
-            f"the environment variable {SHARED_BY} is {os.environ[SHARED_BY]!r}; expected a share, as 0.25"
+            f"the environment variable {SHARED_BY} is {os.environ[SHARED_BY]!r}; expected a share, such as 0.25"
         )
     free, total = torch.cuda.mem_get_info(device)
     return int(min(free, share * total - held))
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until the device has done what was asked of it so far."""
+    """Waits until the device has finished its outstanding work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -123,9 +123,9 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
-    """What the processor can do, in the words of Linux."""
-    if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch that is admitted
-        return frozenset(name for name, there in torch.cpu.get_capabilities().items() if there)
+    """The flags of the processor, as Linux names them."""
+    if hasattr(torch.cpu, "get_capabilities"):  # the oldest supported torch lacks it
+        return frozenset(name for name, present in torch.cpu.get_capabilities().items() if present)
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return frozenset(

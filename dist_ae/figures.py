@@ -34,9 +34,9 @@ def run_pictures(
 ) -> dict[str, Path]:
     """Draws a run's pictures into ``figures/`` and returns their paths by name.
 
-    They are the loss curve; and of images: originals, reconstructions and their differences, with the error under each,
-    and samples of a variational model. Noisy images take the place of the originals where the model is trained to
-    remove noise.
+    They are the loss curve; and for images: originals, reconstructions and their differences, with the error under
+    each, and samples of a variational model. If the model is trained to remove noise, noisy images replace the
+    originals.
 
     Args:
         columns: validation images shown.
@@ -57,7 +57,7 @@ def run_pictures(
         shown = {"original": clean, "reconstruction": reconstruction}
     difference = reconstruction - clean
     shown = {name: model.visible(images) for name, images in shown.items()}
-    # Grey: none; lighter or darker: more or less than there should be.
+    # Grey means no difference; lighter or darker pixels are larger or smaller than they should be.
     shown["difference"] = 0.5 + (model.visible(reconstruction) - model.visible(clean)) / 2
     notes = [f"{error:.2g}" for error in difference.square().flatten(1).mean(1).tolist()]
     title = f"{run_dir.name or config.name}{'' if step is None else f', step {step:,}'}"
@@ -78,11 +78,11 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     lines = [json.loads(line) for line in read_bounded(metrics_path, MAX_LINES).splitlines()]
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     figure = Figure(figsize=(9, 3.4))
-    # Fixed places, for labels of seven characters: matplotlib's own layout draws everything twice, and this picture is
-    # drawn again and again.
+    # Fixed margins, for labels of seven characters: matplotlib's own layout draws everything twice, and this picture is
+    # drawn often.
     places = {"left": 0.115, "right": 0.985, "bottom": 0.15, "top": 0.9, "wspace": 0.3}
     left, right = figure.subplots(1, 2, gridspec_kw=places)
-    style = "-" if len(train) > 1 else "o"  # a line of one point cannot be seen
+    style = "-" if len(train) > 1 else "o"  # a line of one point is invisible
     points = [line["step"] for line in train], [line["loss"] for line in train]
     left.plot(*points, style, ms=3, label="training loss", color="#1f6fb4")
     if any("neg_elbo" in line for line in val):
@@ -92,9 +92,9 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
     left.legend(frameon=False)
     points = [line["step"] for line in val], [line["mse"] for line in val]
     right.plot(*points, "o-", ms=3, color="#d1602c", label="validation")
-    seen = [line for line in val if "train_mse" in line]
-    if seen:
-        points = [line["step"] for line in seen], [line["train_mse"] for line in seen]
+    with_train = [line for line in val if "train_mse" in line]
+    if with_train:
+        points = [line["step"] for line in with_train], [line["train_mse"] for line in with_train]
         right.plot(*points, "o-", ms=3, color="#1f6fb4", label="training images")
     unit = "share of variance unexplained" if any("r2" in line for line in val) else "squared error per pixel, [0, 1]"
     right.set(xlabel="step", ylabel=unit, title="reconstruction error")
@@ -110,7 +110,7 @@ def loss_curve(metrics_path: Path, figure_path: Path) -> Path:
 
 
 def _number_logarithmic(axis: Axis, span: float) -> None:
-    """Plain numbers on a logarithmic axis from a to ``span`` · a; several of them even where it spans little."""
+    """Plain numbers on a logarithmic axis from a to ``span`` · a; several of them even if ``span`` is small."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -127,13 +127,13 @@ def image_rows(
 
 
 def image_grid(images: Tensor, figure_path: Path, columns: int = 8, title: str = "") -> Path:
-    """A grid of images [N, C, H, W] on [0, 1], row by row. A last row that is not full ends in white."""
+    """A grid of images [N, C, H, W] on [0, 1], row by row. An incomplete last row is filled with white."""
     columns = min(columns, len(images))
     white = images.new_ones(-len(images) % columns, *images.shape[1:])
     return _tiles(torch.cat([images, white]).view(-1, columns, *images.shape[1:]), [], figure_path, title)
 
 
-MOST_NAMES = 40  # of columns that a picture has room for
+MOST_NAMES = 40  # most columns whose names fit into a picture
 INK, ALARM, BLUE, GREY = "#333333", "#c0392b", "#1f6fb4", "#999999"
 
 
@@ -188,9 +188,9 @@ def evaluation(
     columns: dict[str, dict[str, float]],
     path: Path,
 ) -> Path:
-    """One picture of an evaluation: errors of single records beside PCA's, and denoising beside filters.
+    """One picture of an evaluation: errors of single records compared with PCA, and denoising compared with filters.
 
-    Records that are no images have r2 by column in place of denoising. For a variational code it also shows the rate
+    Records that are no images have r2 by column instead of denoising. For a variational code it also shows the rate
     and the aggregate posterior, number by number.
     """
     figure = Figure(figsize=(9.6, 6.6 if code else 3.5), layout="constrained")
@@ -201,11 +201,11 @@ def evaluation(
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     values = [(error, "model", ALARM)] + ([] if pca_error is None else [(pca_error, "PCA, as many numbers", BLUE)])
-    low = max(min(float(each.clamp(min=1e-12).min()) for each, _, _ in values), 1e-8)
-    high = max(*(float(each.max()) for each, _, _ in values), 2 * low)
+    low = max(min(float(errors.clamp(min=1e-12).min()) for errors, _, _ in values), 1e-8)
+    high = max(*(float(errors.max()) for errors, _, _ in values), 2 * low)
     bins = np.geomspace(low, high, 40)
-    for each, label, color in reversed(values):
-        axes[0].hist(each.numpy(), bins, color=color, alpha=0.55, label=f"{label}: mean {float(each.mean()):.3g}")
+    for errors, label, color in reversed(values):
+        axes[0].hist(errors.numpy(), bins, color=color, alpha=0.55, label=f"{label}: mean {float(errors.mean()):.3g}")
     axes[0].set(xscale="log", xlabel="squared error per pixel, [0, 1]", ylabel="images", title="reconstruction")
     _number_logarithmic(axes[0].xaxis, high / low)
     axes[0].set_ylim(top=1.3 * axes[0].get_ylim()[1])  # room for the legend
@@ -247,8 +247,8 @@ def _denoising(axis: Axes, denoising: dict[float, dict[str, float]]) -> None:
         "noisy": (GREY, ":"),
     }
     for name, (color, style) in styles.items():
-        if denoising and all(name in found for found in denoising.values()):
-            psnrs = [found[name] for found in denoising.values()]
+        if denoising and all(name in psnr for psnr in denoising.values()):
+            psnrs = [psnr[name] for psnr in denoising.values()]
             axis.plot(list(denoising), psnrs, style, color=color, ms=4, lw=1.4, label=name)
     axis.set(xlabel="standard deviation of the noise, [0, 1]", ylabel="PSNR, dB", title="denoising")
     axis.legend(frameon=False, fontsize=8)
@@ -258,14 +258,14 @@ def columns_beside(columns: dict[str, tuple[float, float]], path: Path) -> Path:
     """r2 of a model and of PCA by column, lowest first."""
     figure = Figure(figsize=(6, min(8.0, 1.4 + 0.16 * len(columns))), layout="constrained")
     axis = figure.subplots()
-    _by_column(axis, {name: {"r2": own, "pca_r2": linear} for name, (own, linear) in columns.items()})
+    _by_column(axis, {name: {"r2": r2, "pca_r2": pca_r2} for name, (r2, pca_r2) in columns.items()})
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
 
 
 def _by_column(axis: Axes, columns: dict[str, dict[str, float]]) -> None:
-    """r2 of each column, lowest first, beside PCA's; the names of the columns where there is room for them."""
+    """r2 of each column and of PCA, lowest first, with the names of the columns if they fit."""
     names = sorted(columns, key=lambda name: columns[name]["r2"])
     places = np.arange(len(names))
     for key, label, color, style in (("r2", "model", ALARM, "o"), ("pca_r2", "PCA, as many numbers", BLUE, "s")):
@@ -273,15 +273,15 @@ def _by_column(axis: Axes, columns: dict[str, dict[str, float]]) -> None:
             axis.plot([columns[name][key] for name in names], places, style, color=color, ms=3, label=label)
     if len(names) <= MOST_NAMES:
         axis.set_yticks(places, [name[:24] for name in names], fontsize=5 if len(names) > 20 else 7, parse_math=False)
-    low = min(0.0, min(value for each in columns.values() for value in each.values()))
+    low = min(0.0, min(value for scores in columns.values() for value in scores.values()))
     axis.set(xlabel="r2 (1: exact, 0: the mean)", ylabel="columns", title="by column", xlim=(max(low, -1) - 0.05, 1.05))
     axis.legend(frameon=False, fontsize=8)
 
 
 class HeatMaps:
-    """Pictures of an image, its reconstruction and its map, side by side, all on one scale with one colour bar.
+    """Pictures of an image, its reconstruction and its map, side by side, on a common scale with one colour bar.
 
-    What the pictures share is drawn once; a figure for each picture would take fifty times as long.
+    The common parts are drawn once; a figure for each picture would take fifty times as long.
     """
 
     PANEL, GAP, CAPTION, BAR = 192, 8, 22, 92  # pixels
@@ -290,7 +290,7 @@ class HeatMaps:
         """Args:
         height, width: of an image.
         upper: the value at the upper end of the scale, which begins at 0.
-        label: what the map shows.
+        label: the content of the map.
         largest: pixels of the longer side, to which larger images are shrunk.
         """
         longer = max(height, width)
@@ -335,7 +335,7 @@ class HeatMaps:
 
 
 TILE, LINE = 0.62, 0.22  # inches: the width of an image, the height of a line of text
-MOST_STRETCHED = 8  # an image of more extreme proportions is shown stretched, or it could hardly be seen
+MOST_STRETCHED = 8  # images of more extreme proportions are stretched, since they would hardly be visible
 
 
 def _tiles(
@@ -348,7 +348,7 @@ def _tiles(
 ) -> Path:
     """Images [rows, columns, C, H, W] as one picture.
 
-    A single array is drawn fifty times faster than an axis for each image.
+    Drawing a single array is fifty times faster than an axis for each image.
     """
     rows, columns, channels, height, width = images.shape
     gap_y, gap_x = max(1, height // 14), max(1, width // 14)
@@ -386,7 +386,7 @@ def _tiles(
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
-    # matplotlib refuses more than 65,535 pixels a side, which very tall images would reach.
+    # matplotlib refuses more than 65,535 pixels per side, which very tall images would reach.
     figure.savefig(picture, dpi=min(150, 2**14 / max(figure.get_size_inches())))
     write_atomically(path, picture.getvalue())  # someone may be looking at the picture that it replaces
     return path

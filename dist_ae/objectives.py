@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from dist_ae.config import ObjectiveConfig
 
 ROUND = 1e-3  # ε of Charbonnier's penalty on [0, 1] pixels: a quarter of a step of a byte
-# Of a learned σ: below the rounding of a byte, the density of pixels rises without bound and says nothing more. Floats
-# and 16 bits have no such step; there it is where the arithmetic of a network ends.
+# Bounds of a learned σ: below the rounding error of a byte, the density of pixels is unbounded and means nothing. For
+# floats and 16 bits, the bound is the precision of a network's arithmetic.
 LEAST_SIGMA_OF_BYTES, LEAST_SIGMA = 1 / 255 / math.sqrt(12), 5e-4
-Model = Callable[[Tensor, Draws | None], Output]  # the prepared module: always called, never reached into
+Model = Callable[[Tensor, Draws | None], Output]  # the prepared module, which is only called
 
 
 class Terms(NamedTuple):
@@ -41,7 +41,7 @@ def gaussian_kl(
     """
     mean, logvar = _at_least_float(mean), _at_least_float(logvar)
     difference = logvar - prior_logvar
-    # Numbers stay numbers: made a tensor on a GPU, each would be a copy that the host waits for in every step.
+    # Python numbers stay so: as tensors on a GPU, each would be a copy that the host waits for in every step.
     precision = torch.exp(-prior_logvar) if isinstance(prior_logvar, Tensor) else math.exp(-prior_logvar)
     twice = difference.exp() + (mean - prior_mean).square() * precision - 1 - difference
     return 0.5 * twice.flatten(1).sum(1)
@@ -53,7 +53,7 @@ def gaussian_distortion(
     """-log N(images; reconstruction, σ²) summed over pixels, [B, C, H, W] → [B], nats; all three on one scale.
 
     Args:
-        missing: NaN in the images stands for a missing entry, which counts nothing: the density is that of the others.
+        missing: NaN in the images stands for a missing entry, which does not count.
     """
     _same_shape(images, reconstruction)
     squared = squared_error(_at_least_float(images), _at_least_float(reconstruction), missing)
@@ -85,7 +85,7 @@ def charbonnier_distortion(images: Tensor, reconstruction: Tensor, log_sigma: fl
     Charbonnier's penalty (1994) as a distribution, the symmetric hyperbolic one, whose density has the integral
     2 ε K₁(ε / b). For ε → 0 it is Laplace's.
     """
-    from scipy.special import k1e  # K₁(z) · exp(z): of a large z, K₁ alone is 0
+    from scipy.special import k1e  # K₁(z) · exp(z): for a large z, K₁ alone is 0
 
     _same_shape(images, reconstruction)
     scale = math.exp(log_sigma) / math.sqrt(2)
@@ -102,16 +102,16 @@ def squared_error(images: Tensor, reconstruction: Tensor, missing: bool) -> Tens
 
 
 def _difference(images: Tensor, reconstruction: Tensor, missing: bool) -> Tensor:
-    """reconstruction - images, and 0 where an entry is missing."""
+    """reconstruction - images, and 0 for missing entries."""
     if not missing:
         return reconstruction - images
     known = ~images.isnan()
-    # Filled before the difference: the gradient of NaN times 0 is NaN.
+    # Fill before subtracting: the gradient of NaN times 0 is NaN.
     return (reconstruction - torch.where(known, images, 0.0)) * known
 
 
 def present(images: Tensor, missing: bool) -> Tensor | int:
-    """The number of entries of a record, or of each record where some are missing, [B]."""
+    """The number of entries of a record, or with missing ones of each record, [B]."""
     return (~images.isnan()).flatten(1).sum(1) if missing else math.prod(images.shape[1:])
 
 
@@ -141,14 +141,14 @@ def discretized_distortion(images: Tensor, reconstruction: Tensor, log_sigma: fl
     half = per_unit * (0.5 / 255)
     above, below = F.logsigmoid(difference + half), F.logsigmoid(half - difference)
     width = torch.log(-torch.expm1(-2 * half)) if isinstance(half, Tensor) else math.log(-math.expm1(-2 * half))
-    # The outermost values have one open end each, so one of the three factors is 1.
+    # The intervals of the outermost values are open at one end, so one of the three factors is 1.
     inside = above + below + width
     log_mass = torch.where(images < 0.5 / 255, above, torch.where(images > 1 - 0.5 / 255, below, inside))
     return -log_mass.flatten(1).sum(1)
 
 
 def least_sigma(likelihood: str, standardized: bool, bytes_: bool) -> float:
-    """Below which a learned σ is not let, in the units of a σ; 0 for a likelihood that has a largest value by itself.
+    """The lower bound of a learned σ, in its units; 0 for a likelihood that is bounded by itself.
 
     Args:
         standardized: records have mean 0 and deviation 1, so their range is about twice that of pixels on [0, 1].
@@ -173,8 +173,8 @@ def terms(output: Output, images: Tensor, config: ObjectiveConfig, beta: float |
     elif output.standardized:
         distortion = _density(config.likelihood, images, output.raw, log_sigma, output.missing)
     else:
-        # It is computed on [-1, 1], where the model works, with twice the σ, so the density is half as high. This
-        # saves three passes over the pixels.
+        # Computed on [-1, 1], the scale of the model, with twice the σ, so the density is half as high. This saves
+        # three passes over the pixels.
         distortion = _density(config.likelihood, centred(images), output.raw, log_sigma + math.log(2), False)
         distortion = distortion - math.prod(images.shape[1:]) * math.log(2)
     if output.logvar is None:
@@ -198,6 +198,5 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 def _same_shape(images: Tensor, reconstruction: Tensor) -> None:
     if images.shape != reconstruction.shape:
         raise ValueError(
-            f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} "
-            "must have one and the same shape"
+            f"images {list(images.shape)} and reconstruction {list(reconstruction.shape)} must have the same shape"
         )

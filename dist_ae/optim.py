@@ -16,17 +16,18 @@ from dist_ae import devices
 if TYPE_CHECKING:
     from dist_ae.config import OptimConfig
 
-# Norm of a matrix's update below which Muon scales it up no further. From a PCA start the gradients of all layers but
-# the last are rounding at first, since what PCA leaves is orthogonal to what it keeps. Orthogonalized as they are
-# (times 5e9 with the usual 1e-7), they moved the weights at random, differently for each way to cut a batch.
+# Norm of a matrix's update below which Muon no longer scales it up. After a PCA start, the gradients of all layers but
+# the last are at first only rounding errors, since the residual of PCA is orthogonal to its code. Orthogonalized
+# without this bound (times 5e9 with the usual 1e-7), they moved the weights at random, differently for each split of a
+# batch.
 NO_GRADIENT = 1e-4
 
 
 class Uncompiled(Optimizer):
     """An optimizer without torch's compiler.
 
-    On its first call, each of torch's own methods imports the compiler, only to say that it must not be compiled. That
-    costs 1.2 s of a run's start and 150 MB of every process.
+    On its first call, each of torch's own methods imports the compiler, only to disable compilation of itself. That
+    costs 1.2 s at the start of a run and 150 MB in every process.
     """
 
     add_param_group, zero_grad = unwrap(Optimizer.add_param_group), unwrap(Optimizer.zero_grad)
@@ -50,7 +51,7 @@ def build_optimizers(model: nn.Module, matrices: list[nn.Parameter], config: Opt
 
     Learning rates are set before each step by ``set_learning_rate``. They are tensors on the weights' device, so that a
     step can be captured as a graph. Adam and SGD are torch's fused kernels. They take one pass over the weights, and
-    they are the only ones that can be told on the device to skip a poisoned update.
+    only they can be told on the device to skip a poisoned update.
     """
     parameters, betas, eps = list(model.parameters()), config.betas, config.eps
     lr, decay = _rate(config.lr, parameters[0]), config.weight_decay
@@ -61,8 +62,8 @@ def build_optimizers(model: nn.Module, matrices: list[nn.Parameter], config: Opt
     elif config.name == "sgd":
         optimizers = [SGD(parameters, lr, config.momentum, weight_decay=decay, fused=True)]
     else:
-        chosen = {id(p) for p in matrices}
-        others, lr_adam = [p for p in parameters if id(p) not in chosen], _rate(config.lr_adam, parameters[0])
+        matrix_ids = {id(p) for p in matrices}
+        others, lr_adam = [p for p in parameters if id(p) not in matrix_ids], _rate(config.lr_adam, parameters[0])
         optimizers = [
             Muon(matrices, lr, decay, config.momentum),  # type: ignore[arg-type]
             Adam(others, lr_adam, betas, eps, fused=True),
@@ -72,7 +73,7 @@ def build_optimizers(model: nn.Module, matrices: list[nn.Parameter], config: Opt
 
 
 def _rate(value: float, weights: Tensor) -> Tensor | float:
-    """A learning rate in the place where the kernels read it."""
+    """A learning rate as the optimizer's kernels read it: a tensor on their device, or a number."""
     dtype = devices.rate_type(weights.device, weights.dtype)
     return value if dtype is None else torch.full((), value, dtype=dtype, device=weights.device)
 
@@ -81,8 +82,8 @@ def _rate(value: float, weights: Tensor) -> Tensor | float:
 def capturable(optimizers: list[Optimizer]) -> Iterator[None]:
     """Lets a graph record the steps of Adam.
 
-    Its fused kernel keeps the number of steps on the device in any case. torch only wants to be told, and warns where
-    it is told and nothing is recorded.
+    Its fused kernel always has the number of steps on the device. torch only requires the flag, and warns if it is set
+    and nothing is recorded.
     """
     groups = [g for optimizer in optimizers for g in optimizer.param_groups if "capturable" in g]
     for group in groups:
@@ -112,7 +113,7 @@ def _materialize(optimizers: list[Optimizer]) -> None:
 class Muon(Uncompiled, torch.optim.Muon):
     """Muon (Jordan 2024) as in torch, with two differences.
 
-    The learning rate may be a tensor. torch's step would read it back to the host, so no graph could hold that step.
+    The learning rate may be a tensor. torch's step would read it back to the host, so no graph could contain it.
 
     Updates of float64 weights are orthogonalized in float64. Rounding to the 8 bits of bfloat16 turns a difference in
     the 16th digit into one in the third, so a run in fp64 could not show that it is exact.
@@ -134,7 +135,7 @@ class Muon(Uncompiled, torch.optim.Muon):
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """The nearest matrix with singular values about 1, by Newton-Schulz steps of degree five (Jordan 2024).
 
-    It computes in bfloat16, but in float64 for float64 matrices.
+    Computes in bfloat16, or in float64 for float64 matrices.
     """
     a, b, c = coefficients
     x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
@@ -161,8 +162,8 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
 def set_learning_rate(optimizers: list[Optimizer], factor: float, config: OptimConfig) -> None:
     """Sets every optimizer's learning rate to a share of its peak.
 
-    It is done by hand, because a scheduler that Accelerate prepares steps once per process. Accelerate's wrappers share
-    the groups. A rate that is a tensor keeps its place in memory, where a captured graph reads it.
+    Done by hand, because a scheduler prepared by Accelerate steps once per process. Accelerate's wrappers share the
+    groups. A rate that is a tensor keeps its address, where a captured graph reads it.
     """
     for optimizer in optimizers:
         rate = factor * (config.lr if optimizer is optimizers[0] else config.lr_adam)

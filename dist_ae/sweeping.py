@@ -1,4 +1,4 @@
-"""What a sweep needs of the library beside its public names. Imports no torch before it has something to do."""
+"""The functions that sweeps need besides the library's public names. Imports torch only once it is needed."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ __all__ = [
 ]
 
 CHUNK = 4096  # images at once
-PICTURED = 8  # images beside what PCA makes of them
+PICTURED = 8  # images in the picture that compares the answer with PCA
 
 
 class Images(NamedTuple):
-    """What a sweep wants to know of a data set."""
+    """Facts about a data set that a sweep checks."""
 
     shape: tuple[int, ...]  # of one image
     num_train: int
@@ -62,7 +62,7 @@ def images_of(config: Config) -> Images:
     """Loads the data of a configuration once, to find what is missing before any trial starts.
 
     Raises:
-        InputError: the data, or the run that ``init_from`` names, is not there or not what it should be.
+        InputError: the data, or the run that ``init_from`` names, is missing or damaged.
     """
     from dist_ae.data import sources
     from dist_ae.saved import run_config
@@ -75,7 +75,7 @@ def images_of(config: Config) -> Images:
 
 
 def check(config: Config, image_shape: tuple[int, ...]) -> None:
-    """Refuses what this machine, or images of this shape, do not allow, as ``train`` would.
+    """Refuses a configuration that this machine, or images of this shape, do not allow, as ``train`` would.
 
     Raises:
         InputError: with the reason and what to use instead.
@@ -89,7 +89,7 @@ def check(config: Config, image_shape: tuple[int, ...]) -> None:
 
 
 def absolute(name: str) -> str:
-    """A ``data.name`` that means the same in any working folder."""
+    """A ``data.name`` with an absolute path, valid in any working folder."""
     from dist_ae.data import names
 
     return names.absolute(name)
@@ -111,14 +111,14 @@ def track_sweep(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     again: str,
 ) -> None:
-    """Puts what a sweep found into a W&B run beside its trials, and says the link, or the ``wandb sync`` line.
+    """Logs the answer of a sweep to a W&B run in the group of its trials, and prints its link or ``wandb sync`` line.
 
     Args:
-        config: of the answer; its ``tracking`` says the project, and whether W&B is online.
-        folder: the sweep's, with its report.html.
+        config: the answer; its ``tracking`` names the project, and whether W&B is online.
+        folder: the sweep's folder, with report.html.
         run_id: the same whenever the sweep is reported again.
         tables: rows of cells by column.
-        again: the command that reports it again.
+        again: the command that reports the sweep again.
     """
     from dist_ae.run.tracking import Tracking
 
@@ -132,7 +132,7 @@ def track_sweep(
 
 
 def tell_resources(cpus: float, gpus: float) -> None:
-    """Tells this process what it may use: whole CPUs as threads, and a share of a GPU's memory."""
+    """Limits this process to its resources: whole CPUs as threads, and a share of a GPU's memory."""
     import torch
 
     from dist_ae.devices import SHARED_BY
@@ -145,7 +145,7 @@ def tell_resources(cpus: float, gpus: float) -> None:
 
 
 def code_size(config: Config, image_shape: tuple[int, ...] | None) -> int:
-    """How many numbers a code has. Without the shape of the images, ``latent_dim`` stands in for a grid's."""
+    """The numbers of a code. Without the shape of the images, ``latent_dim`` is returned for a grid code."""
     from dist_ae.models import blank
 
     if config.model.architecture == "mlp" or config.model.code == "vector" or image_shape is None:
@@ -154,12 +154,12 @@ def code_size(config: Config, image_shape: tuple[int, ...] | None) -> int:
 
 
 class Linear:
-    """The best linear codes of some data, beside which models are judged: PCA, or for a grid code PCA of patches."""
+    """The best linear codes of some data, as a baseline for models: PCA, or PCA of patches for a grid code."""
 
     def __init__(self, base: Config, configs: Iterable[Config]) -> None:
         """Args:
-        base: names the data, and the noise of an evaluation.
-        configs: models whose linear counterparts are wanted.
+        base: the configuration of the data, and of the noise in evaluations.
+        configs: the models whose linear counterparts to compute.
         """
         import torch
 
@@ -173,7 +173,9 @@ class Linear:
         cpu = torch.device("cpu")
         self._base, self._dataset = base, sources.load(base.data)
         train, self._val = Reader(self._dataset.train, cpu), Reader(self._dataset.val, cpu)
-        self._values: dict[pca.Size | None, dict[int, int]] = {}  # of a patch, by the numbers of the whole code
+        self._values: dict[
+            pca.Size | None, dict[int, int]
+        ] = {}  # values per patch, by patch size and by the size of the whole code
         for config in configs:
             code = blank(config, self._dataset.image_shape).linear_code()
             if code is not None:
@@ -190,24 +192,24 @@ class Linear:
         return pca.coded(components._replace(basis=components.basis[:values]), patch, images)[1]
 
     def errors(self, noisy: bool) -> dict[int, float]:
-        """Squared error per value of validation images, by the numbers of a code.
+        """Squared error per value of validation images, by code size.
 
         Args:
-            noisy: the error of denoised images; else that of clean ones.
+            noisy: measure denoised images; else clean ones.
         """
         errors: dict[int, float] = {}
         for patch, codes in self._values.items():
             squared, entries = dict.fromkeys(codes, 0.0), 0
             for start in range(0, len(self._val.split), CHUNK):
-                images, given = self._images(range(start, min(start + CHUNK, len(self._val.split))), noisy)
-                entries += int((~images.isnan()).sum())  # what is missing counts nothing
+                images, inputs = self._images(range(start, min(start + CHUNK, len(self._val.split))), noisy)
+                entries += int((~images.isnan()).sum())  # missing entries do not count
                 for size, values in codes.items():
-                    squared[size] += float((self._coded(patch, values, given) - images).double().square().nansum())
+                    squared[size] += float((self._coded(patch, values, inputs) - images).double().square().nansum())
             errors |= {size: min(value / entries, errors.get(size, math.inf)) for size, value in squared.items()}
         return errors
 
     def _images(self, span: range, noisy: bool) -> tuple[Tensor, Tensor]:
-        """Validation images, and what goes into a model in their place."""
+        """Validation images, and the input of a model for them."""
         from dist_ae.evaluate import fixed_noise
 
         images = self._val.span(span)
@@ -216,9 +218,9 @@ class Linear:
         return images, images + fixed_noise(self._base.evaluation.noise_std, span, images.shape[1:], images.device)
 
     def picture(self, run_dir: Path, noisy: bool, path: Path) -> bool:
-        """Draws validation images, what a run makes of them, and what PCA with as many numbers does.
+        """Draws validation images, their reconstructions by a run, and by PCA with a code of the same size.
 
-        Of records that are no images, it draws r2 by column. Returns False where there is no such run, or no PCA.
+        For records that are no images, draws r2 by column. Returns False if there is no such run, or no PCA.
         """
         import torch
 
@@ -244,18 +246,19 @@ class Linear:
             names = self._dataset.columns or [f"channel {number}" for number in range(model.image_shape[0])]
             figures.columns_beside({name: (scores["r2"][i], scores["pca_r2"][i]) for i, name in enumerate(names)}, path)
             return True
-        images, given = self._images(range(min(PICTURED, len(self._val.split))), noisy)
+        images, inputs = self._images(range(min(PICTURED, len(self._val.split))), noisy)
         with torch.no_grad():
-            made = model(given, None).reconstruction
-        linear, name = self._coded(code.patch, code.values, given), "PCA" if code.patch is None else "patch PCA"
-        rows = {"original": images} | ({"noisy": given} if noisy else {}) | {"the answer": made, name: linear}
-        shown = {label: model.visible(each) for label, each in rows.items()}
+            reconstruction = model(inputs, None).reconstruction
+        linear, name = self._coded(code.patch, code.values, inputs), "PCA" if code.patch is None else "patch PCA"
+        rows = {"original": images} | ({"noisy": inputs} if noisy else {})
+        rows |= {"the answer": reconstruction, name: linear}
+        shown = {label: model.visible(values) for label, values in rows.items()}
         figures.image_rows(shown, path)
         return True
 
 
 def probe_accuracy(run_dir: Path) -> float:
-    """The ``probe_accuracy`` of ``dist-ae evaluate``; NaN where the data has too few labels for one."""
+    """The ``probe_accuracy`` of ``dist-ae evaluate``; NaN if the data has too few labels for one."""
     from dist_ae.processes.runtime import Alone
     from dist_ae.quality import probe
     from dist_ae.use.trained import load
@@ -271,26 +274,26 @@ _READERS: dict[str, tuple[Reader, Reader]] = {}
 
 
 def _readers(trained: TrainedModel) -> tuple[Reader, Reader]:
-    """Training and validation images, kept for the next report: loading them hashes all of them."""
+    """Training and validation images, cached for the next report, since loading them hashes all of them."""
     import torch
 
     from dist_ae.data.reader import Reader
 
     data = trained.config.data.model_dump_json()
     if data not in _READERS:
-        _READERS.clear()  # of one data set at a time
+        _READERS.clear()  # holds one data set at a time
         dataset, cpu = trained.dataset(), torch.device("cpu")
         _READERS[data] = Reader(dataset.train, cpu), Reader(dataset.val, cpu)
     return _READERS[data]
 
 
 def can_retry(error: Exception) -> bool:
-    """Whether the same call could succeed on another try: the process ran out of memory or storage, or lost a peer."""
+    """Whether a retry could succeed: the process ran out of memory or storage, or lost a peer."""
     import torch
 
     from dist_ae.outcome import OutOfMemory
     from dist_ae.processes.watch import LostProcess
 
     kinds = (MemoryError, OSError, LostProcess, OutOfMemory, torch.distributed.DistError)
-    said = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and said is not None)
+    lost_peer = re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|out of memory", str(error))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and lost_peer is not None)

@@ -24,7 +24,7 @@ VERSION = 2  # of the draws, kept in config.json. Version 1 re-seeded one of tor
 
 
 class Draws(NamedTuple):
-    """What is random in one forward pass, for B images. ``None`` and () mean that this model has no such draw."""
+    """The random draws of a forward pass for B images. ``None`` and () mean that the model has no such draw."""
 
     noise: Tensor | None = None  # [B, C, H, W], already scaled: added to the input
     masks: tuple[Tensor, ...] = ()  # one [B, *mask_shape] per dropout layer, encoder first: 0 or 1 / keep
@@ -62,15 +62,16 @@ def stream_key(stream: str) -> int:
 
 
 def drawn_on(device: torch.device) -> bool:
-    """Whether draws are made on this device itself. Otherwise they are made on the host and copied."""
+    """Whether draws are made on this device. Otherwise they are made on the host and copied."""
     return device.type == "cpu" or (devices.runs_kernels(device) and _kernel_works(device))
 
 
 @lru_cache(maxsize=16)
 def _kernel_works(device: torch.device) -> bool:
-    """Whether the kernel runs on this device and draws what the host draws, to the bit. Tried once, and said if not.
+    """Whether the kernel runs on this device and gives the host's draws, to the bit. Tried once; warns if not.
 
-    Triton builds a part of itself with a C compiler when a kernel is first launched, and many images have none.
+    Triton builds a part of itself with a C compiler when a kernel is first launched, and many container images have
+    none.
     """
     from dist_ae.draws.philox_triton import draw_on_device
 
@@ -80,7 +81,7 @@ def _kernel_works(device: torch.device) -> bool:
         drawn = draw_on_device(3, 5, now, rows, width, device, std, 1.0).cpu()
         if torch.equal(drawn, torch.from_numpy(philox.numbers((3, 5, 7), rows, width, std))):
             return True
-        reason = "its bits are not the host's"
+        reason = "its bits differ from the host's"
     except Exception as error:  # of Triton, the compiler that it calls, or the driver: of many types
         reason = f"{type(error).__name__}: {first_line(error)}"
     say(
@@ -106,7 +107,7 @@ def _draw(
     if device.type != "cpu" and drawn_on(device):
         from dist_ae.draws.philox_triton import draw_on_device
 
-        # Filled, not copied, for which the host would have to wait.
+        # Fill, since the host would have to wait for a copy.
         now = step.on_device
         now = torch.full((), step.number, dtype=torch.int64, device=device) if now is None else now
         return draw_on_device(seed, key, now, rows, width, device, values, keep).view(len(rows), *shape)
@@ -148,7 +149,7 @@ def draw(
     They are always drawn in float32, so that fp64 repeats the fp32 experiment.
 
     Args:
-        std: standard deviation of the noise; 0 for none; of two numbers, each row draws its own between them.
+        std: standard deviation of the noise; 0 for none; given two numbers, each row draws its own between them.
         keep: probability that dropout keeps a unit; 1 for no dropout.
     """
     noise = None

@@ -1,7 +1,8 @@
-"""Counter-based random numbers on the CPU: Philox 4x64-10 (Salmon et al. 2011), as numpy has it.
+"""Counter-based random numbers on the CPU: Philox 4x64-10 (Salmon et al. 2011), as in numpy.
 
-A table of draws has rows of a fixed width. A block of the generator gives 4 words of 64 bits, so 16 halves of 16 bits,
-and a row takes whole blocks. Any range of rows is a range of counters and takes one call. No row depends on the others.
+A table of draws has rows of a fixed width. A block of the generator gives 4 words of 64 bits, that is 16 halves of 16
+bits, and a row takes whole blocks. Any range of rows is a range of counters and takes one call. No row depends on the
+others.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def uniform_table(low: float, high: float) -> Array:
 
 
 def table_of(values: float | tuple[float, float]) -> Array:
-    """What the 16-bit numbers stand for: normal draws of a standard deviation, or even ones between two numbers."""
+    """The values of the 16-bit numbers: normal with a standard deviation, or uniform between two numbers."""
     return uniform_table(*values) if isinstance(values, tuple) else normal_table(values)
 
 

@@ -1,6 +1,6 @@
 """The same draws on a GPU, to the bit: one kernel per stream and step.
 
-Imported only where it is used, since it needs Triton.
+Imported only when it is used, since it needs Triton.
 """
 
 from __future__ import annotations

@@ -300,10 +300,10 @@ def load(
 def images_of(trained: TrainedModel, images: Path | str | None) -> Given:
     """The user's images, or else the run's validation images."""
     if images is not None:
-        found = trained.given(images)
-        if found.note:
-            say(f"note: {found.note}", sys.stderr)
-        return found
+        records = trained.given(images)
+        if records.note:
+            say(f"note: {records.note}", sys.stderr)
+        return records
     dataset = trained.dataset()
     validation = dataset.val
     if validation.images.shape[1:] != trained.model.image_shape:
