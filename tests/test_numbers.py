@@ -298,7 +298,7 @@ def test_a_table_goes_through_every_use_in_its_own_units_and_names(run: Path, tm
     for wrong, expected in (("pictures.png", "ends in .csv"), ("folder", "ends in .csv")):
         with pytest.raises(InputError, match=expected):
             commands.reconstruct_run(run, source, tmp_path / wrong)
-    with pytest.raises(InputError, match="heat maps are of images"):
+    with pytest.raises(InputError, match="heat maps are for images"):
         score_run(run, source, tmp_path / "s.csv", maps=tmp_path / "maps")
     with pytest.raises(InputError, match=r"takes rows of 30 columns, \[N, 30\], got \[4, 29\]"):
         dist_ae.load(run).embed(data.data[:4, :29])
