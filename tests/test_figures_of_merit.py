@@ -38,7 +38,7 @@ from dist_ae.run.tracking import server_answers
 from dist_ae.scores import code_moments
 from dist_ae.timeline import State, Timeline
 from dist_ae.use import commands, export, program
-from dist_ae.use.evaluation import _of_posterior
+from dist_ae.use.evaluation import _code_remarks
 from dist_ae.use.write import write_table
 from dist_ae.validation import Validation
 
@@ -507,7 +507,7 @@ def test_remarks_on_a_code_name_what_is_off_and_nothing_else() -> None:
         ones = torch.ones(3)
         means = torch.tensor([mean, 0.0, 0.0])
         variances, moved = torch.tensor([variance, 1.0, 1.0]), torch.tensor([of_means, 0.5, 0.5])
-        return " ".join(_of_posterior(Posterior(ones, means, variances, moved), {"active_units": 3.0}))
+        return " ".join(_code_remarks(Posterior(ones, means, variances, moved), {"active_units": 3.0}))
 
     assert remarks() == "" and remarks(mean=0.29) == "" and remarks(variance=1.49) == ""
     for off in (remarks(mean=0.31), remarks(mean=-0.31), remarks(variance=1.51), remarks(variance=1 / 1.51)):
