@@ -217,7 +217,7 @@ def test_an_interpolation_is_the_straight_line_between_two_codes(trained: Path, 
         model.interpolate(first, second, 1)
     with pytest.raises(InputError, match="3 and 2"):
         model.interpolate(first, second[:2], 5)
-    with pytest.raises(InputError, match="which make 148 pairs, but --pairs asks for 149"):
+    with pytest.raises(InputError, match="images make 148 pairs, but --pairs asks for 149"):
         commands.interpolate_run(trained / "ae", 149)
 
 
@@ -529,7 +529,7 @@ def test_what_is_no_image_of_the_model_is_refused_in_one_sentence(
         ([], "empty list"),
         ([images[0], "x.png"], "item 1 is of type str"),
         ([images[0], images[0] / 255], "not both"),
-        ([images], "is 2 of them"),
+        ([images], "item 0 has 2; concatenate"),
         (np.zeros((2, 8, 8, 3), np.uint8), "takes images of shape"),
         (np.zeros((0, 1, 8, 8), np.uint8), "takes images of shape"),
         (np.zeros((2, 8, 8), complex), "complex128"),

@@ -211,7 +211,7 @@ BAD_SPACES = {
     "question searched": ({"presets": {"ae": {"evaluation.noise_std": {"uniform": [0.1, 0.3]}}}}, "same question"),
     "likelihood by ELBO": (
         {"presets": {"vae": {"objective.likelihood": {"choice": ["gaussian", "bernoulli"]}}}},
-        "compare",
+        "comparable",
     ),
     "code larger than the image": ({"presets": {"ae": {"model.latent_dim": {"choice": [8, 65]}}}}, "64 values"),
     "not a space": ({"optim.lr": [1, 2]}, "presets"),
