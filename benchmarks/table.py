@@ -204,14 +204,14 @@ def table(done: list[dict[str, Any]], seconds: dict[str, Any]) -> list[str]:
 
 
 def draw(done: list[dict[str, Any]], path: Path) -> None:
-    """Error against the numbers of the code, for every system and PCA, on logarithmic axes."""
+    """Error against the numbers of the code, the median over seeds, for every system and PCA, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for system in SYSTEMS:
         points = [
-            (numbers, statistics.mean(row["figures"]["mse"] for row in same))
+            (numbers, statistics.median(row["figures"]["mse"] for row in same))
             for numbers in NUMBERS
             if (same := [row for row in done if (row["system"], row["numbers"]) == (system, numbers)])
         ]

@@ -125,10 +125,19 @@ def against_mean(state: State, mean: float | None) -> str:
     mse = _used_mse(state)
     if mean is None or mse <= mean + EXACT:
         return ""
-    return (
-        f"WARNING: val.mse {mse:.3g} is worse than always predicting the mean image ({mean:.3g}): the model has "
-        "learned nothing. Train longer, or lower optim.lr"
-    )
+    return f"WARNING: val.mse {mse:.3g} is worse than always predicting the mean image ({mean:.3g}). {_way_out(state)}"
+
+
+def _way_out(state: State) -> str:
+    """What may help a run whose error on clean images is large."""
+    trains_on_noise = state.best is not None and state.best.metric.startswith("val.denoised")
+    noisy, denoised = (state.metrics.get(name, math.nan) for name in ("noisy_psnr", "denoised_psnr"))
+    if trains_on_noise and denoised > noisy + 1:
+        return (
+            f"It was trained on noise alone, and denoises well ({noisy:.1f} to {denoised:.1f} dB). For clean images, "
+            "train with a range of noise that begins at 0, such as --objective.noise-std 0 0.3"
+        )
+    return "Train longer, or lower optim.lr"
 
 
 def _used_mse(state: State) -> float:
@@ -158,7 +167,7 @@ def against_pca(state: State, code: LinearCode | None, numbers: int, can_start: 
         return f"val.mse {mse:.3g} is that of {name} with {numbers:,} numbers ({linear:.3g})"
     return (
         f"WARNING: val.mse {mse:.3g} is {mse / linear - 1:.0%} worse than {name} with {numbers:,} numbers "
-        f"({linear:.3g}), the best linear code of that size. Train longer, or lower optim.lr"
+        f"({linear:.3g}), the best linear code of that size. {_way_out(state)}"
         f"{', or begin with --model.start pca' if can_start else ''}"
     )
 

@@ -55,6 +55,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(imread(path))
 
 
+@pytest.mark.slow
 def test_a_loaded_model_gives_the_figures_of_its_run(trained: Path) -> None:
     for preset, metric in (("ae", "val.mse"), ("vae", "val.neg_elbo")):
         model = dist_ae.load(trained / preset)
@@ -163,6 +164,7 @@ def test_reconstruct_writes_the_model_s_reconstructions_of_the_validation_or_the
     torch.testing.assert_close(torch.from_numpy(np.load(path, allow_pickle=False)), model.reconstruct(IMAGES[:5]))
 
 
+@pytest.mark.slow
 def test_noisy_images_may_leave_the_range_and_come_out_denoised(tmp_path: Path) -> None:
     overrides = {
         **SMALL,
@@ -239,6 +241,7 @@ def test_codes_and_scores_are_written_and_the_least_expected_images_named(traine
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["ae", "vae"])
 def test_an_exported_model_gives_the_model_s_results_for_any_number_of_images(
     trained: Path, tmp_path: Path, preset: str
@@ -297,6 +300,7 @@ def test_images_that_do_not_fit_are_refused_naming_the_file_and_nothing_is_writt
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +366,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "run", folder
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_pictures_where_they_now_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "here" / "pictures", 24)
     overrides = {**SMALL, "data.name": "folder:pictures", "data.image_size": 16, "data.cache": tmp_path / "cache"}
@@ -393,6 +398,7 @@ def test_a_run_finds_its_pictures_where_they_now_lie(tmp_path: Path, monkeypatch
         dist_ae.train(PRESETS["ae"].override({**overrides, "data.name": f"folder:{tmp_path / 'others'}"}))
 
 
+@pytest.mark.slow
 def test_pictures_of_a_tar_that_are_too_many_for_the_memory_are_refused(
     coloured: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,6 +412,7 @@ def test_pictures_of_a_tar_that_are_too_many_for_the_memory_are_refused(
         model.embed(f"tar:{tmp_path / 'many.tar'}")
 
 
+@pytest.mark.slow
 def test_no_command_replaces_the_pictures_it_is_given_or_a_run(coloured: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir, folder = tmp_path / "run", tmp_path / "pictures"
     shutil.copytree(coloured[0], run_dir)
@@ -558,6 +565,7 @@ def test_what_is_no_image_of_the_model_is_refused_in_one_sentence(
         colour.embed([tmp_path / "text.png", *sorted(coloured[1].rglob("*.*"))])
 
 
+@pytest.mark.slow
 def test_commands_write_a_file_for_each_picture_and_tables_with_their_paths(
     coloured: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -625,6 +633,7 @@ def test_a_name_from_elsewhere_never_leads_out_of_the_folder(tmp_path: Path) -> 
         assert (tmp_path / path).resolve().is_relative_to(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_root_of_the_data_has_one_spelling(trained: Path, tmp_path: Path) -> None:
     for command in ("evaluate", "reconstruct", "denoise", "interpolate", "embed", "score"):
         ((status, out, err),) = run(1, "-m", "dist_ae", command, "--help")
@@ -633,6 +642,7 @@ def test_the_root_of_the_data_has_one_spelling(trained: Path, tmp_path: Path) ->
     assert status == 2 and "does not exist" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 512), (3, 512, 1), (1, 1, 1), (2, 5, 7), (3, 64, 64)])
 @pytest.mark.parametrize("preset", ["denoising", "vae"])
 def test_a_run_s_pictures_are_drawn_for_every_shape_of_image(

@@ -214,6 +214,7 @@ class Disk:
                     os.replace(at(path), at(named))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names_persist", [False, True])
 def test_a_power_cut_at_every_file_operation_loses_no_checkpoint(
     tmp_path: Path, names_persist: bool, capsys: pytest.CaptureFixture[str]
@@ -442,6 +443,7 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(tmp_path: Path) -> None:
 # -- lock
 
 
+@pytest.mark.slow
 def test_a_second_job_is_refused_and_names_the_first_and_a_dead_one_s_lock_is_taken_over(tmp_path: Path) -> None:
     import socket
     import time

@@ -85,6 +85,7 @@ def test_the_default_run_directory_follows_from_what_is_computed() -> None:
     assert len({config.directory() for config in [vae, *others]}) == 4
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch() -> None:
     for arguments in (["--help"], ["train", "--help"], ["train", "vae", "--help"], ["evaluate", "--help"]):
         code = f"import sys; sys.argv = ['dist-ae', *{arguments}]\nimport dist_ae.__main__ as m\n"
@@ -136,6 +137,7 @@ def test_bad_pixels_are_refused_on_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and "image 0, index (0, 0, 0)" in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_another_experiment_is_refused_showing_old_and_new(tmp_path: Path) -> None:
     arguments = [
         "--run-dir",
@@ -179,6 +181,7 @@ def test_a_launch_whose_world_is_not_what_accelerate_sees_is_refused(monkeypatch
         runtime.Runtime(PRESETS["ae"])
 
 
+@pytest.mark.slow
 def test_config_file_reproduces_a_run(tmp_path: Path) -> None:
     config = PRESETS["dropout"].override({**SMALL, "train.steps": 3, "run_dir": str(tmp_path / "a")})
     (tmp_path / "best.json").write_text(config.model_dump_json())

@@ -85,6 +85,7 @@ def test_places_and_sides_are_drawn_evenly_and_anew_in_every_step() -> None:
     assert not (placed(split, np.arange(4096), 7, 3, flip=False) >> 32).any()
 
 
+@pytest.mark.slow
 def test_crops_flips_and_unknown_noise_are_the_same_on_any_number_of_processes_and_after_a_kill(tmp_path: Path) -> None:
     def train(rank: int, name: str, steps: int) -> None:
         dist_ae.train(experiment(tmp_path / name, **{"train.steps": steps}), data=PICTURES)
@@ -101,6 +102,7 @@ def test_crops_flips_and_unknown_noise_are_the_same_on_any_number_of_processes_a
         )
 
 
+@pytest.mark.slow
 def test_a_run_on_crops_that_is_stopped_and_resumed_is_the_undisturbed_one(tmp_path: Path) -> None:
     usual = {"precision": "fp32", "optim.schedule": "constant"}
     whole = dist_ae.train(experiment(tmp_path / "whole", **usual), data=PICTURES)
@@ -166,6 +168,7 @@ def test_whole_pictures_of_any_sizes_are_packed_once_and_crops_are_cut_where_the
         load(DataConfig(name=f"packed:{out}", crop=16))
 
 
+@pytest.mark.slow
 def test_a_set_beyond_its_budget_keeps_its_files_and_gives_the_same_crops_and_the_same_run(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()

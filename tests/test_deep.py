@@ -53,6 +53,7 @@ def packed(path: Path, cache: Path, **more: Any) -> Any:
     return load(DataConfig(name=f"folder:{path}", cache=cache, **more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_value_of_a_16_bit_png_or_tiff_is_packed_as_it_is(channels: int, tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
@@ -94,6 +95,7 @@ def test_colour_grey_alpha_size_and_orientation_of_16_bits_are_those_of_8_to_rou
     np.testing.assert_array_equal(decode(file.getvalue(), form_of(DataConfig(), "grey"))[0], np.rot90(one[0], -1))
 
 
+@pytest.mark.slow
 def test_a_mixed_set_is_widened_exactly_and_said(tmp_path: Path) -> None:
     source = folder(tmp_path / "mixed", levels(75, 60_000))
     for number in range(3):
@@ -191,6 +193,7 @@ def test_a_run_of_8_bits_takes_pictures_of_16_and_the_other_way_round(tmp_path: 
         assert np.allclose(one, other, rtol=0.05, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_before_there_were_16_bits_goes_on_with_8(tmp_path: Path) -> None:
     source = folder(tmp_path / "wide", levels(40, 65535))
     own = {"data.name": f"folder:{source}", "data.cache": tmp_path / "cache", "run_dir": tmp_path / "run"}
@@ -232,6 +235,7 @@ def test_what_pillow_cannot_read_with_16_bits_is_named_with_the_way_out(tmp_path
     assert cli("pack", str(source), str(tmp_path / "out"), "--bits", "8").returncode == 0
 
 
+@pytest.mark.slow
 def test_crops_of_16_bits_have_16_bits(tmp_path: Path) -> None:
     source = folder(tmp_path / "wide", levels(30, 60_000, 3, 20))
     own = {"data.name": f"folder:{source}", "data.cache": tmp_path / "cache", "data.crop": 8, "data.flip": True}

@@ -123,6 +123,7 @@ def test_a_whole_run_on_a_device_is_the_cpus_and_no_step_makes_the_host_wait(pre
 # -- what a kernel, a graph or a driver does to a run, as logic
 
 
+@pytest.mark.slow
 def test_without_a_compiler_draws_are_made_on_the_host_with_one_warning(tmp_path: Path) -> None:
     # Triton calls a C compiler at the first launch of a kernel; this is its own error where there is none.
     data = digits_file(tmp_path, 120)

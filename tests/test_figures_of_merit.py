@@ -23,20 +23,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dist_ae
-from dist_ae import pca, step
+from dist_ae import pca, sentences, step
 from dist_ae.capture import capture
 from dist_ae.config import InputError
 from dist_ae.data.reader import Reader
 from dist_ae.data.records import Split
 from dist_ae.evaluate import better, comparable, not_finite, psnr
 from dist_ae.files import to_json
+from dist_ae.models import LinearCode
 from dist_ae.outcome import NonFinite
 from dist_ae.presets import PRESETS
 from dist_ae.processes.runtime import Alone
 from dist_ae.quality import Posterior
 from dist_ae.run.tracking import server_answers
 from dist_ae.scores import code_moments
-from dist_ae.timeline import State, Timeline
+from dist_ae.timeline import Best, State, Timeline
 from dist_ae.use import commands, export, program
 from dist_ae.use.evaluation import _code_remarks
 from dist_ae.use.write import write_table
@@ -94,6 +95,7 @@ def test_psnr_of_nan_is_nan_and_no_error_has_a_figure_that_json_lacks(mse: float
     assert psnr(0.01) == pytest.approx(20) and psnr(0.0) == 200
 
 
+@pytest.mark.slow
 @given(
     st.recursive(FLOATS | st.text() | st.none(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=8)
 )
@@ -104,6 +106,7 @@ def test_every_value_is_written_as_json_that_is_json(value: Any) -> None:
     assert not_finite({"a": 1.0, "b": math.nan, "c": math.inf}) == ["b", "c"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mse", "denoised_psnr", "train_mse"])
 def test_an_evaluation_that_is_not_finite_ends_the_run_and_nothing_of_it_is_kept(
     tmp_path: Path, digits: str, name: str
@@ -154,6 +157,7 @@ EXTREMES: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", EXTREMES)
 def test_a_value_at_the_end_of_its_bounds_gives_a_result_or_a_sentence(tmp_path: Path, digits: str, key: str) -> None:
     for number, value in enumerate(EXTREMES[key]):
@@ -175,6 +179,7 @@ def test_values_beyond_their_bounds_are_refused_by_name() -> None:
             PRESETS["ae"].override({key: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["ae", "vae", "conv", "conv-vae"])
 def test_a_start_from_data_without_variance_is_the_mean(tmp_path: Path, preset: str) -> None:
     images = np.full((24, 1, 8, 8), 77, np.uint8)
@@ -189,6 +194,7 @@ def test_a_start_from_data_without_variance_is_the_mean(tmp_path: Path, preset: 
     assert result.metrics["val.mse"] < 1e-2, result.metrics
 
 
+@pytest.mark.slow
 def test_a_run_that_is_worse_than_the_mean_image_says_so_and_no_other_does(
     tmp_path: Path, digits: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +202,20 @@ def test_a_run_that_is_worse_than_the_mean_image_says_so_and_no_other_does(
         changes = {**FEW, "data.name": digits, "model.start": "random", "optim.lr": lr, "train.steps": steps}
         dist_ae.train(PRESETS["ae"].override({**changes, "run_dir": str(tmp_path / str(number))}))
         assert ("worse than always predicting the mean image" in capfd.readouterr().out) == expected
+
+
+@pytest.mark.parametrize(("metric", "denoised", "knows_noise"), [
+    ("val.denoised_psnr", 19.9, True), ("val.denoised_psnr", 10.6, False), ("val.mse", 19.9, False),
+])  # fmt: skip
+def test_a_model_that_denoises_well_and_fails_on_clean_images_is_not_told_to_train_longer(
+    metric: str, denoised: float, knows_noise: bool
+) -> None:
+    """Seen with `conv-denoising` on Fashion-MNIST, 128 numbers, seed 2: val.mse 1.48."""
+    metrics = {"mse": 1.48, "noisy_psnr": 10.5, "denoised_psnr": denoised}
+    state = State(step=1876, metrics=metrics, best=Best(1876, metric, 1.48, 0.3), pca_mse=0.0063)
+    code = LinearCode(components=128, patch=None, values=128)
+    for sentence in (sentences.against_mean(state, 0.0866), sentences.against_pca(state, code, 128, False)):
+        assert ("a range of noise" in sentence) == knows_noise and ("Train longer" in sentence) != knows_noise
 
 
 # ------------------------------------------------------------------------------------------------------ wrong figures
@@ -242,6 +262,7 @@ def test_pca_of_too_many_numbers_is_refused_as_a_start_and_left_out_as_a_baselin
     assert pca.of_model(model, Reader(Split(images), torch.device("cpu")), Alone(torch.device("cpu"))) is None
 
 
+@pytest.mark.slow
 def test_a_denoising_run_that_is_resumed_with_other_noise_compares_no_two_tasks(
     tmp_path: Path, digits: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

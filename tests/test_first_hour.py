@@ -63,6 +63,7 @@ def test_a_picture_that_was_cropped_or_shrunk_is_said_in_one_line(
     assert (tmp_path / "new" / "deep" / "scores.csv").is_file()  # score makes the folder of its output
 
 
+@pytest.mark.slow
 def test_five_channels_are_no_picture_file_and_the_way_out_is_said(
     five: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_five_channels_are_no_picture_file_and_the_way_out_is_said(
     assert len(list((tmp_path / "maps").glob("*.png"))) == 40
 
 
+@pytest.mark.slow
 def test_heat_maps_that_are_drawn_stay_when_the_rest_is_stopped(coloured: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "in", 12)
 
@@ -98,6 +100,7 @@ def test_heat_maps_that_are_drawn_stay_when_the_rest_is_stopped(coloured: Path, 
     assert len(whole) == 5 and all(Image.open(path).size[0] > 100 for path in whole)
 
 
+@pytest.mark.slow
 def test_images_of_many_channels_and_an_unclear_layout_are_named(tmp_path: Path) -> None:
     images = np.random.default_rng(0).random((20, 16, 8, 8), np.float32)
     np.save(tmp_path / "volume.npy", images)
@@ -109,6 +112,7 @@ def test_images_of_many_channels_and_an_unclear_layout_are_named(tmp_path: Path)
     assert done.returncode == 2 and "data.layout images or images-last" in done.stderr
 
 
+@pytest.mark.slow
 def test_floats_of_little_contrast_are_standardized_and_train_below_pca(tmp_path: Path) -> None:
     """Blobs in 12 × 12 pixels, values from 0.05 to 0.15. As they were, training lost to its start."""
     rng = np.random.default_rng(0)
@@ -127,6 +131,7 @@ def test_floats_of_little_contrast_are_standardized_and_train_below_pca(tmp_path
     assert dist_ae.load(tmp_path / "auto").reconstruct(images[:5, None].astype(np.float32)).max() < 0.2  # own units
 
 
+@pytest.mark.slow
 def test_another_number_of_epochs_says_which_run_can_be_extended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +254,7 @@ def test_prune_leaves_an_unfinished_run_as_it_is(tmp_path: Path) -> None:
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_run_on_handed_images_is_evaluated_explored_and_scored(
     five: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path
 ) -> None:
@@ -273,6 +279,7 @@ def test_a_run_on_handed_images_is_evaluated_explored_and_scored(
     assert refused.returncode == 2 and "not what the run was trained on" in refused.stderr
 
 
+@pytest.mark.slow
 def test_onnx_comes_from_python_too(five: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     run_dir, images = five
@@ -285,6 +292,7 @@ def test_onnx_comes_from_python_too(five: tuple[Path, np.ndarray[Any, Any]], tmp
         model.export(tmp_path / "model.bin")
 
 
+@pytest.mark.slow
 def test_an_export_to_onnx_leaves_no_thread_that_tells_others_of_it(
     five: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path
 ) -> None:
@@ -297,6 +305,7 @@ def test_an_export_to_onnx_leaves_no_thread_that_tells_others_of_it(
     assert forked(1, export, tmp_path / "log") == [0], (tmp_path / "log-0.log").read_text()
 
 
+@pytest.mark.slow
 def test_collapse_is_foretold_and_runs_on_both_sides_of_the_bound_agree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_every_record_is_in_one_test_part_and_in_no_other_part_of_that_fold(tmp_
         assert sorted(tested) == list(range(count))
 
 
+@pytest.mark.slow
 def test_what_is_tested_on_takes_no_part_in_training(tmp_path: Path) -> None:
     """Other records in the test part, and the same weights: no scale, no PCA, no choice of the best has seen them."""
     data = load_wine().data
@@ -131,6 +132,7 @@ def test_killed_in_the_second_fold_the_same_call_goes_on_and_ends_the_same(tmp_p
         assert {**one, "run_dir": ""} == {**other, "run_dir": ""}
 
 
+@pytest.mark.slow
 def test_a_fold_that_is_used_later_is_the_one_that_was_trained(tmp_path: Path) -> None:
     np.save(tmp_path / "wine.npy", load_wine().data)
     own = {"data.name": f"array:{tmp_path}/wine.npy", "data.folds": 3, "run_dir": tmp_path / "run"}

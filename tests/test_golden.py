@@ -43,6 +43,7 @@ def losses(preset: str, folder: Path) -> list[float]:
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_first_losses_of_a_preset_are_the_golden_ones(preset: str, tmp_path: Path) -> None:
     assert losses(preset, tmp_path) == pytest.approx(json.loads(FILE.read_text())[preset], rel=1e-9)

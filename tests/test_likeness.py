@@ -115,6 +115,7 @@ def experiment(run_dir: Path, network: Path, **overrides: Any) -> Config:
     return dist_ae.PRESETS["conv"].override(small)
 
 
+@pytest.mark.slow
 def test_a_run_with_both_is_the_same_on_one_and_three_processes_and_after_a_resume(
     network: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def sides(config: DataConfig) -> dict[str, bool]:
     return {names[row]: held for held, rows in ((False, dataset.train.rows), (True, dataset.val.rows)) for row in rows}
 
 
+@pytest.mark.slow
 def test_three_copies_of_each_picture_are_on_one_side_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

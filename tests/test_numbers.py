@@ -91,6 +91,7 @@ def test_every_array_becomes_records_of_channels_and_back(
 # -- scale and units
 
 
+@pytest.mark.slow
 def test_other_floats_are_standardized_by_the_training_part_and_keep_their_units(run: Path) -> None:
     data = load_breast_cancer().data
     config = dist_ae.load(run).config
@@ -167,6 +168,7 @@ def test_a_run_that_starts_as_pca_is_never_worse_on_held_out_rows(rate: float, t
 # -- missing entries
 
 
+@pytest.mark.slow
 def test_missing_entries_are_the_mean_count_nothing_and_come_back_filled_in(tmp_path: Path) -> None:
     data = load_wine().data.copy()
     gaps = np.random.default_rng(0).random(data.shape) < 0.1
@@ -188,6 +190,7 @@ def test_missing_entries_are_the_mean_count_nothing_and_come_back_filled_in(tmp_
     assert model.contributions(with_gaps).numpy()[gaps].max() == 0
 
 
+@pytest.mark.slow
 def test_a_table_with_missing_entries_follows_the_float64_rule_on_1_2_and_3_processes(tmp_path: Path) -> None:
     name = f"table:{table(tmp_path / 'gaps.csv', 200, missing=0.05)}"
     values = {**SMALL, "data.name": name, "data.label": "kind", "data.missing": "mask", "precision": "fp64"}
@@ -224,6 +227,7 @@ BAD_TABLES: dict[str, tuple[str | bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD_TABLES)
 def test_a_bad_table_is_one_sentence_with_file_row_and_column(kind: str, tmp_path: Path) -> None:
     content, expected = BAD_TABLES[kind]
@@ -304,6 +308,7 @@ def test_a_table_goes_through_every_use_in_its_own_units_and_names(run: Path, tm
         dist_ae.load(run).embed(data.data[:4, :29])
 
 
+@pytest.mark.slow
 def test_evaluate_says_r2_by_column_beside_pca(run: Path, tmp_path: Path) -> None:
     done = cli("evaluate", str(run), "--out", str(tmp_path / "e.json"))
     assert done.returncode == 0 and "columns with the lowest r2" in done.stdout, done.stderr
@@ -317,6 +322,7 @@ def test_evaluate_says_r2_by_column_beside_pca(run: Path, tmp_path: Path) -> Non
     assert found["columns"]["mean area"]["r2"] == pytest.approx(r2[3], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_exported_table_takes_and_gives_its_own_units(run: Path, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -342,6 +348,7 @@ def test_frames_choose_their_columns_by_name(run: Path) -> None:
     assert isinstance(data, pandas.DataFrame)
 
 
+@pytest.mark.slow
 def test_signals_and_volumes_go_through_the_mlp_and_a_convolution_refuses_volumes(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     phase = chance.random((120, 2, 1)) * 6
@@ -359,6 +366,7 @@ def test_signals_and_volumes_go_through_the_mlp_and_a_convolution_refuses_volume
         dist_ae.train(PRESETS["conv"].override({"run_dir": tmp_path / "conv"}), data=load_wine().data)
 
 
+@pytest.mark.slow
 def test_a_killed_table_resumes_to_the_same_bits(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", 200)
     values = {**SMALL, "data.name": f"table:{path}", "data.label": "kind", "data.cache": tmp_path / "cache"}
@@ -392,6 +400,7 @@ def test_a_killed_table_resumes_to_the_same_bits(tmp_path: Path) -> None:
 # -- larger than memory
 
 
+@pytest.mark.slow
 def test_packing_a_parquet_holds_a_small_part_of_it_in_memory(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -409,6 +418,7 @@ def test_packing_a_parquet_holds_a_small_part_of_it_in_memory(tmp_path: Path) ->
     np.testing.assert_array_equal(packed, np.stack(list(columns.values()), 1))
 
 
+@pytest.mark.slow
 def test_a_large_table_stays_mapped_and_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, found = f"table:{table(tmp_path / 'cancer.csv', missing=0.02)}", []
     for most in (reader.MOST_COPIED, 0):

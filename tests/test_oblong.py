@@ -87,6 +87,7 @@ def test_folders_tars_and_packed_sets_give_the_same_oblong_pictures(folder: Path
         load(config.model_copy(update={"image_size": "24x8"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["conv-vae", "ae"])
 def test_a_run_on_oblong_pictures_goes_through_every_use(preset: str, folder: Path, tmp_path: Path) -> None:
     # 20 rows are no multiple of a convolution's patch of 8: it pads by the edge, and cuts the rest off again.

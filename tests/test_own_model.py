@@ -168,6 +168,7 @@ def test_a_layer_that_depends_on_the_batch_is_refused_by_name(layer: torch.nn.Mo
     )
 
 
+@pytest.mark.slow
 def test_a_tensor_of_any_type_is_taken_and_labels_are_no_validation_images(tmp_path: Path) -> None:
     floats = torch.from_numpy(IMAGES).float() / 255
     settings = {"model.architecture": "mlp", "train.steps": 2}
@@ -252,6 +253,7 @@ class Pairs(torch.utils.data.Dataset[Any]):
         return self.item(IMAGES[number], number)
 
 
+@pytest.mark.slow
 def test_a_torch_dataset_gives_images_or_pairs(tmp_path: Path) -> None:
     settings = {"model.architecture": "mlp", "train.steps": 2}
     for number, item in enumerate(

@@ -70,6 +70,7 @@ def start_packing(folder: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_shards_hold_every_picture_once_in_the_order_of_names(folder: Path, packed: Path) -> None:
     manifest = read_manifest(packed)
     assert [shard.images for shard in manifest.shards] == [64] * 10 + [60] and manifest.image_shape == (3, 24, 24)
@@ -129,6 +130,7 @@ def _orphans(script_folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_eight_processes_that_want_the_same_set_pack_it_once(folder: Path, packed: Path, tmp_path: Path) -> None:
     def work(rank: int) -> None:
         del os.environ["RANK"]  # eight programs, not one of eight processes
@@ -141,6 +143,7 @@ def test_eight_processes_that_want_the_same_set_pack_it_once(folder: Path, packe
     assert sorted(path.name for path in tmp_path.iterdir() if "log" not in path.name) == ["set"]
 
 
+@pytest.mark.slow
 def test_grey_is_kept_grey_until_one_picture_has_colour(tmp_path: Path) -> None:
     root = tmp_path / "p"
     root.mkdir()
@@ -183,6 +186,7 @@ def test_a_damaged_set_is_refused_and_the_doctor_names_the_file(packed: Path, tm
             load(DataConfig(name=f"packed:{out}"))
 
 
+@pytest.mark.slow
 def test_the_commands_pack_verify_and_train_from_a_read_only_copy(folder: Path, tmp_path: Path) -> None:
     ((status, out, err),) = run(
         1, "-m", "dist_ae", "pack", f"folder:{folder}", str(tmp_path / "set"), "--image-size", "8"
@@ -256,6 +260,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_or_read_only_cache_ends_with_one_sentence_and_resumes_when_there_is_room(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,6 +488,7 @@ def _leave(contents: object, form: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_packing_before_training_and_the_same_command_goes_on(
     folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

@@ -55,6 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_library_and_the_sweeps_and_nothing_else(wheel: Path) -> None:
     expected = {f"dist_ae/{path.relative_to(REPOSITORY / 'dist_ae')}" for path in SOURCES}
     expected |= {"dist_ae/py.typed", "dist_ae/use/explore.html", "dist_ae/use/explore_records.html"}
@@ -196,6 +197,7 @@ def test_the_command_line_starts_without_torch() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+@pytest.mark.slow
 def test_the_mathematics_needs_no_pydantic() -> None:
     names = ", ".join(f"dist_ae.{name}" for name in ("draws", "models", "objectives", "optim", "guard"))
     program = f"import sys, {names}; print([name for name in sys.modules if name.partition('.')[0] == 'pydantic'])"
@@ -203,6 +205,7 @@ def test_the_mathematics_needs_no_pydantic() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+@pytest.mark.slow
 def test_the_library_never_imports_the_sweeps() -> None:
     assert not [
         (path.name, name)
@@ -234,6 +237,7 @@ def test_prose_is_at_most_120_columns_wide() -> None:
     assert not wide
 
 
+@pytest.mark.slow
 def test_no_pickle_is_read_anywhere() -> None:
     for path in SOURCES:
         tree = ast.parse(path.read_text())

@@ -48,6 +48,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "stacks"
 
 
+@pytest.mark.slow
 def test_the_first_pages_are_used_and_the_others_are_said(folder: Path, tmp_path: Path) -> None:
     tifffile.imwrite(folder / "one.tif", stacks(1)[0, 0])  # a single page is no news
     command = f"train ae --data.name folder:{folder} --data.cache {tmp_path}/cache --run-dir {tmp_path}/run"
@@ -60,6 +61,7 @@ def test_the_first_pages_are_used_and_the_others_are_said(folder: Path, tmp_path
     np.testing.assert_array_equal(dataset.train.images[:20][:, 0], stacks(20)[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_each_page_is_a_picture_with_its_name_and_pages_of_a_file_stay_together(
     kind: str, folder: Path, tmp_path: Path
@@ -84,6 +86,7 @@ def test_each_page_is_a_picture_with_its_name_and_pages_of_a_file_stay_together(
     assert held_out and len(dataset.val) == 4 * len(held_out)  # else a page would be judged by its neighbours
 
 
+@pytest.mark.slow
 def test_pages_go_through_every_use(folder: Path, tmp_path: Path) -> None:
     own = {"data.name": f"folder:{folder}", "data.cache": tmp_path / "cache", "data.pages": "each"}
     dist_ae.train(PRESETS["ae"].override({**SMALL, **own, "run_dir": tmp_path / "run"}))
@@ -98,6 +101,7 @@ def test_pages_go_through_every_use(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(model.embed(str(folder / "01.tif")), model.embed(stacks(20)[1]), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [255, 60_000])
 def test_volumes_are_records_of_all_pages_for_the_mlp(most: int, tmp_path: Path) -> None:
     whole = stacks(30, 5, most)
@@ -128,6 +132,7 @@ def test_volumes_are_records_of_all_pages_for_the_mlp(most: int, tmp_path: Path)
         model.embed(f"{tmp_path}/short.tif")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     tifffile.imwrite(folder / "20.tif", stacks(1, 3)[0], photometric="minisblack")
     done = cli("pack", str(folder), str(tmp_path / "out"), "--pages", "volume")

@@ -444,6 +444,7 @@ def see_through(index: int, side: int = 24) -> Image.Image:
     return Image.fromarray(np.dstack([pixels, alpha]))
 
 
+@pytest.mark.slow
 def test_transparency_is_a_fourth_channel_where_it_is_asked_for_and_comes_out_again(tmp_path: Path) -> None:
     root = tmp_path / "in"
     root.mkdir()

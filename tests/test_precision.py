@@ -80,6 +80,7 @@ def test_every_preset_leaves_the_precision_to_the_machine_and_kept_runs_keep_the
     assert PRESETS["ae"].label() == "ae-digits-930f3a0d"  # before it is known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_resolved_before_the_directory_is_named_and_a_resume_keeps_it_on_any_machine(
     native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +105,7 @@ def test_auto_is_resolved_before_the_directory_is_named_and_a_resume_keeps_it_on
     assert begun_with(dist_ae.train(config.override({"run_dir": "new"})).run_dir) != expected
 
 
+@pytest.mark.slow
 def test_the_word_of_the_first_process_counts_for_all(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         devices.multiplies_bf16 = lambda device: rank == 0

@@ -45,6 +45,7 @@ def test_a_configuration_is_made_or_refused_naming_the_key(values: dict[str, Any
     assert config.directory() == parse(json.loads(config.model_dump_json())).directory()
 
 
+@pytest.mark.slow
 @FAST
 @given(st.binary(max_size=200) | st.builds(lambda value: json.dumps(value, default=str).encode(), ANYTHING))
 def test_a_configuration_file_of_any_content_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
@@ -56,6 +57,7 @@ def test_a_configuration_file_of_any_content_is_read_or_refused(tmp_path: Path, 
         assert "config.json" in str(error)
 
 
+@pytest.mark.slow
 @FAST
 @given(
     st.sampled_from(["<", ">", "|", "="]),
@@ -80,6 +82,7 @@ def test_an_array_file_with_any_header_gives_images_or_a_sentence(
     assert len(dataset.train) >= 1 and len(dataset.val) >= 1 and len(dataset.image_shape) == 3
 
 
+@pytest.mark.slow
 @FAST
 @given(st.dictionaries(st.sampled_from([*WORLD_NAMES, "RANK", "MASTER_PORT", "LOCAL_RANK"]), st.text(max_size=5)))
 def test_any_environment_is_understood_or_named(variables: dict[str, str]) -> None:

@@ -85,6 +85,7 @@ def test_before_the_first_step_it_is_scikit_learns_pca_of_pieces_along_the_lengt
     assert last["val.pca_mse"] == pytest.approx(own, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_what_lies_at_any_place_far_below_pca(run: Path) -> None:
     found = json.loads((run / "result.json").read_text())["metrics"]
     assert found["val.mse"] < 0.5 * found["val.pca_mse"] and found["val.r2"] > 0.8
@@ -138,6 +139,7 @@ def test_signals_with_missing_values_follow_the_float64_rule_on_1_2_and_3_proces
                     assert same.get("mse", 0.0) == pytest.approx(line.get("mse", 0.0), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_missing_stretches_come_back_better_than_by_the_mean(tmp_path: Path) -> None:
     whole = heartbeats(300)
     gaps = np.zeros(whole.shape, bool)
@@ -173,6 +175,7 @@ def test_signals_go_through_every_use_and_odd_positions_are_named(run: Path, tmp
     assert all(each["r2"] > each["pca_r2"] for each in found["columns"].values())
 
 
+@pytest.mark.slow
 def test_exports_take_and_give_signals_in_their_units(run: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     signals = heartbeats(9, seed=2).astype(np.float32)
@@ -187,6 +190,7 @@ def test_exports_take_and_give_signals_in_their_units(run: Path, tmp_path: Path)
     assert "--data.layout signals" in card and "--model.record-shape" not in card  # which follows from the data
 
 
+@pytest.mark.slow
 def test_signals_are_packed_and_trained_from_and_too_many_axes_are_refused(tmp_path: Path) -> None:
     signals, found = heartbeats(80).astype(np.float32), []
     np.save(tmp_path / "own.npy", signals)

@@ -31,6 +31,7 @@ def test_scikit_learns_own_checks_pass(estimator: Any) -> None:
     check_estimator(estimator)
 
 
+@pytest.mark.slow
 def test_a_fit_writes_nothing_prints_nothing_and_is_never_worse_than_pca(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,6 +50,7 @@ def test_a_fit_writes_nothing_prints_nothing_and_is_never_worse_than_pca(
     np.testing.assert_array_equal(again.transform(data), fitted.transform(data))
 
 
+@pytest.mark.slow
 def test_the_figures_of_a_fit_are_those_of_the_weights_that_are_used() -> None:
     data = load_wine().data
     for missing in ("refuse", "mask"):
@@ -57,6 +59,7 @@ def test_the_figures_of_a_fit_are_those_of_the_weights_that_are_used() -> None:
         assert fitted.r2_ <= 1 - 0.5 * fitted.mse_
 
 
+@pytest.mark.slow
 def test_pipelines_searches_and_cross_validation() -> None:
     data, kinds = load_wine(return_X_y=True)
     pipeline = make_pipeline(Autoencoder(3, random_state=0, **QUICK), StandardScaler(), LogisticRegression())
@@ -89,6 +92,7 @@ def test_an_estimator_is_saved_without_pickle_and_comes_back_the_same(tmp_path: 
         Autoencoder.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_outliers_are_found_and_missing_values_are_taken() -> None:
     data, kinds = load_breast_cancer(return_X_y=True)
     normal, odd = data[kinds == 1], data[kinds == 0]

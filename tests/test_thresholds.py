@@ -175,6 +175,7 @@ def bottle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return dist_ae.train(config).run_dir, root / "bottle"
 
 
+@pytest.mark.slow
 def test_defects_are_flagged_located_and_the_verdict_is_kept_in_json(bottle: tuple[Path, Path], tmp_path: Path) -> None:
     run, root = bottle
     done = cli("score", str(run), "--images", str(root / "test"), "--out", str(tmp_path / "s.csv"))
@@ -189,6 +190,7 @@ def test_defects_are_flagged_located_and_the_verdict_is_kept_in_json(bottle: tup
     assert "95 % interval" in verdict["basis"] and verdict["basis"] in done.stdout
 
 
+@pytest.mark.slow
 def test_from_labels_takes_the_best_f1_and_says_the_quantile_beside_it(bottle: tuple[Path, Path]) -> None:
     run, root = bottle
     found = commands.score_run(run, root / "test", root.parent / "l.csv", threshold="from-labels")
@@ -202,6 +204,7 @@ def test_from_labels_takes_the_best_f1_and_says_the_quantile_beside_it(bottle: t
     assert usual.figures["best_f1"] == found.figures["f1"] and usual.figures["f1"] <= found.figures["f1"]
 
 
+@pytest.mark.slow
 def test_masks_are_taken_from_where_they_are_named_and_what_is_missing_is_said(
     bottle: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_conf
     assert logged["config"]["model"]["latent_dim"] == 8
 
 
+@pytest.mark.slow
 def test_tensorboard_by_the_same_option(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,6 +122,7 @@ def test_tensorboard_by_the_same_option(tmp_path: Path) -> None:
     assert b'"latent_dim": 8' in text.tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_a_slow_tracker_gets_each_picture_as_it_was_at_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_each_preset_learns_the_digits_and_leaves_a_whole_run_directory(preset: 
     assert pictures["reconstructions"].std() > 0.2
 
 
+@pytest.mark.slow
 def test_a_finished_run_prints_its_result_again_and_does_no_work(tmp_path: Path) -> None:
     first = dist_ae.train(small("ae", tmp_path / "run"))
     before = {
@@ -86,6 +87,7 @@ def test_a_finished_run_prints_its_result_again_and_does_no_work(tmp_path: Path)
     assert before == after
 
 
+@pytest.mark.slow
 def test_settings_compose_into_a_denoising_vae_with_dropout_and_learned_sigma(tmp_path: Path) -> None:
     composed = {
         "objective.noise_std": 0.2,
@@ -99,6 +101,7 @@ def test_settings_compose_into_a_denoising_vae_with_dropout_and_learned_sigma(tm
     assert float(weights(result.run_dir)["log_sigma"]) != pytest.approx(np.log(0.25), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_report_is_called_after_each_evaluation(tmp_path: Path) -> None:
     reports: list[dist_ae.Report] = []
     result = dist_ae.train(small("ae", tmp_path / "run", **{"train.eval_every": 8}), report=reports.append)
@@ -106,6 +109,7 @@ def test_report_is_called_after_each_evaluation(tmp_path: Path) -> None:
     assert reports[-1].metrics == result.metrics and reports[0].run_dir == result.run_dir
 
 
+@pytest.mark.slow
 def test_a_moving_average_is_evaluated_kept_and_loaded(tmp_path: Path) -> None:
     plain = dist_ae.train(small("ae", tmp_path / "plain"))
     ema = dist_ae.train(small("ae", tmp_path / "ema", **{"train.ema_decay": 0.9}))
@@ -127,6 +131,7 @@ def test_a_slow_moving_average_begins_at_the_start_and_follows_the_weights(tmp_p
     assert slow.metrics["val.mse"] < 1.05 * plain.metrics["val.mse"] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -164,6 +169,7 @@ def test_a_compiled_convolution_trains(tmp_path: Path) -> None:
     assert result.metrics["val.mse"] < result.metrics["val.pca_mse"]
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bf16_and_scores_in_fp32(tmp_path: Path) -> None:
     fp32, bf16 = (dist_ae.train(small("vae", tmp_path / p, precision=p)) for p in ("fp32", "bf16"))
     assert fp32.metrics["val.neg_elbo"] != bf16.metrics["val.neg_elbo"]
@@ -180,6 +186,7 @@ def test_schedules_are_pure_functions_of_the_step() -> None:
     assert learning_rate(99, 100, OptimConfig()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_the_optimizers_are_torchs_to_the_bit(name: str) -> None:
     config = OptimConfig(name=name, lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]

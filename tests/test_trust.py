@@ -73,6 +73,7 @@ def content(root: Path) -> dict[Path, bytes]:
 # ------------------------------------------------------------------------------------- a command spares what it reads
 
 
+@pytest.mark.slow
 def test_no_command_replaces_what_it_reads_or_writes_into_a_folder_that_is_read(there: Path) -> None:
     array, pictures, run, digits = there / "digits-40.npy", there / "in", there / "run", there / "digits"
     one = sorted(pictures.rglob("*.png"))[0]
@@ -146,6 +147,7 @@ NAMES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(NAMES)
 def test_every_input_gets_an_output_of_its_own_within_the_folder(names: list[str]) -> None:
@@ -315,6 +317,7 @@ HOSTILE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([(key, value) for key, values in HOSTILE.items() for value in values]), max_size=3))
 def test_a_hostile_configuration_costs_nothing_before_the_weights_are_looked_at(
@@ -354,6 +357,7 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(tmp_path: Pat
 KINDS_OF_NUMBERS = [torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     st.fixed_dictionaries(
@@ -408,6 +412,7 @@ def sparse_tar(path: Path, names: list[str], size: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_tar_that_expands_to_any_size_takes_a_bounded_memory(tmp_path: Path, in_time: None) -> None:
     size = 2**33 - 1
     path = sparse_tar(tmp_path / "sparse.tar", [f"{n}.png" for n in range(20)], size)
@@ -438,6 +443,7 @@ class Zeros:
         return bytes(size)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(st.sampled_from(["{a,b}", "{0..9}", "{00..99999999}", "{", "}", ",", "..", "{a,{b,c}}", "x"]), max_size=30)
@@ -459,6 +465,7 @@ MEMBERS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(MEMBERS, max_size=6), st.integers(0, 60), st.booleans())
 def test_any_tar_gives_pictures_or_a_sentence(

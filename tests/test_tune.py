@@ -239,6 +239,7 @@ BAD_SPACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_SPACES)
 def test_a_bad_space_is_refused_by_name(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, word = BAD_SPACES[case]
@@ -303,6 +304,7 @@ def any_data_is_a_space_of_legal_configurations_or_refused(content: Any, workers
     assert "\n" not in said and len(said) < 1000
 
 
+@pytest.mark.slow
 def test_any_data_is_a_space_of_legal_configurations_or_refused_in_one_line() -> None:
     accepted.clear()
     any_data_is_a_space_of_legal_configurations_or_refused()
@@ -417,6 +419,7 @@ def test_any_file_name_gives_a_sweep_a_legal_name(stem: str, tmp_path: Path) -> 
     check_name(f"{load_space(None, path).name}-20260101-120000")
 
 
+@pytest.mark.slow
 def test_a_damaged_sweep_or_a_wrong_limit_of_a_resumed_one_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -497,6 +500,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_message_and_status_2_before_ray(case: str, tmp_path: Path) -> None:
     arguments, word = REFUSED[case]
@@ -508,6 +512,7 @@ def test_bad_input_is_one_message_and_status_2_before_ray(case: str, tmp_path: P
     assert not list(tmp_path.rglob("sweep.json"))
 
 
+@pytest.mark.slow
 def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     status, err = command("--help", cwd=tmp_path)
     assert (status, err) == (0, "")
@@ -563,6 +568,7 @@ def test_the_ranking_puts_nan_last_and_finished_first(tmp_path: Path) -> None:
     assert [row.outcome.status for row in rows] == ["finished", "finished", "stopped", "pending", "failed", "failed"]
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_refuses_what_it_decided_when_it_began(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -782,6 +788,7 @@ def with_fresh_seeds(sweep: Sweep, values: dict[int, list[float]]) -> Sweep:
     return sweep
 
 
+@pytest.mark.slow
 def test_fresh_seeds_decide_and_what_they_cannot_tell_apart_goes_to_the_smaller_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -885,6 +892,7 @@ class Machine:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [0.5, 1.5, 1.0])
 def test_a_budget_ends_in_time_with_an_answer_on_a_machine_that_changes_its_speed(change: float) -> None:
     for seed in range(10):
@@ -959,6 +967,7 @@ def test_pca_in_the_report_is_the_best_linear_code(tmp_path: Path) -> None:
     assert found[8] < found[64] / 2
 
 
+@pytest.mark.slow
 def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> None:
     from tune.report import write_report
 
@@ -997,6 +1006,7 @@ def test_the_report_stands_alone_and_shows_what_was_found(tmp_path: Path) -> Non
     assert (config.model.latent_dim, config.optim.lr, config.run_dir) == (16, 1e-4, None)
 
 
+@pytest.mark.slow
 def test_the_first_line_says_how_the_answer_compares_with_pca_and_shows_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1049,6 +1059,7 @@ def with_settings(
     return sweep
 
 
+@pytest.mark.slow
 def test_importance_tells_what_matters_from_chance_and_says_where_it_cannot(tmp_path: Path) -> None:
     def error(values: dict[str, Any], rng: random.Random) -> float:
         return float(math.exp(abs(math.log10(values["optim.lr"]) + 3) + 0.02 * rng.gauss(0, 1)))
@@ -1068,6 +1079,7 @@ def test_importance_tells_what_matters_from_chance_and_says_where_it_cannot(tmp_
     assert len(by_chance) == 12 and sum(by_chance) <= 1, "intervals of 95 % that hold 0 less often than they say"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, 24])
 def test_a_share_and_its_interval_lie_between_0_and_1_also_where_one_setting_alone_decides(
     count: int, tmp_path: Path
@@ -1081,6 +1093,7 @@ def test_a_share_and_its_interval_lie_between_0_and_1_also_where_one_setting_alo
             assert re.fullmatch(r"\S+ [01]\.\d\d \([01]\.\d\d to [01]\.\d\d\)(, which may be chance)?", str(each))
 
 
+@pytest.mark.slow
 def test_a_winner_at_the_end_of_a_range_is_said_with_the_range_to_try_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1188,6 +1201,7 @@ def test_no_axis_of_a_chart_says_a_number_twice(spread: float, tmp_path: Path) -
             assert len(seen) == len(set(seen)), seen
 
 
+@pytest.mark.slow
 def test_a_report_of_many_trials_and_hostile_words_stays_small_and_inert(tmp_path: Path) -> None:
     from tune.report import write_report
 
@@ -1202,6 +1216,7 @@ def test_a_report_of_many_trials_and_hostile_words_stays_small_and_inert(tmp_pat
     assert "The first 30 of 300" in page and "best-under-4" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", sorted({preset for space in SPACES.values() for preset in space["presets"]}))
 def test_a_sweep_of_every_preset_ends_in_its_answer(preset: str, tmp_path: Path) -> None:
     from tune.report import write_report
@@ -1227,6 +1242,7 @@ def test_a_report_of_nothing_but_failures_is_written_and_says_so(tmp_path: Path)
 # -- the seams of the trainer
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_runs_checkpoint_with_its_weights_and_optimizer(tmp_path: Path) -> None:
     base = PRESETS["ae"].override(
         {**SMALL, "data.name": digits_file(tmp_path, 300), "train.steps": 20, "train.eval_every": 5, "train.keep": 9}
@@ -1243,6 +1259,7 @@ def test_a_run_starts_from_another_runs_checkpoint_with_its_weights_and_optimize
         dist_ae.train(base.override({"run_dir": tmp_path / "larger", "model.latent_dim": 9}), start_from=start)
 
 
+@pytest.mark.slow
 def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) -> None:
     from sklearn.linear_model import RidgeClassifier
 
@@ -1262,6 +1279,7 @@ def test_the_linear_probe_is_a_linear_classifier_of_the_codes(tmp_path: Path) ->
     assert found > 0.5
 
 
+@pytest.mark.slow
 def test_optuna_goes_on_from_what_the_folder_knows(tmp_path: Path) -> None:
     schedule = pytest.importorskip("tune.schedule")
     optuna = pytest.importorskip("optuna")

@@ -54,6 +54,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Sweep]]:
     return folder, [trained(folder, "slow", 1e-5), trained(folder, "fast", 3e-3, model__activation="silu")]
 
 
+@pytest.mark.slow
 def test_sweeps_beside_each_other_say_which_is_better_what_differs_and_how_each_stands_beside_pca(
     two: tuple[Path, list[Sweep]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +143,7 @@ def test_sweeps_of_another_question_are_refused_by_what_differs(
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_the_same_name_of_other_data_is_refused_and_the_same_data_of_another_name_is_not(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
     for name, content in (("a", images), ("copy", images), ("other", images[::-1])):
@@ -167,6 +169,7 @@ def test_noise_and_likelihood_are_of_the_question_where_the_metric_depends_on_th
             tune.compare(*(sweep.path for sweep in sweeps))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     at(tmp_path, {4: 0.02})
     storage = ("--storage", str(tmp_path))
@@ -181,6 +184,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: 
     assert "finds no finished trial" in refused(capsys, "--compare", "s", str(empty.path), *storage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["none", "down"])
 def test_a_sweep_s_answer_is_a_run_of_its_group_in_wandb_with_front_and_report(
     server: str, two: tuple[Path, list[Sweep]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

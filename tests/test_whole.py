@@ -38,6 +38,7 @@ def model_of(preset: str, shape: tuple[int, int, int], **settings_: Any) -> Auto
     return model
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     widths=st.sampled_from([(6,), (4, 6), (3, 4, 5)]),
@@ -119,6 +120,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_pictures_keep_size_bits_exif_and_profile(denoiser: Path, tmp_path: Path) -> None:
     photo = load_sample_images().images[1][:150, :203]
     folder = tmp_path / "pictures"

@@ -52,6 +52,7 @@ def plates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return dist_ae.train(config).run_dir, root
 
 
+@pytest.mark.slow
 def test_a_defect_outside_the_middle_is_found_flagged_and_located(plates: tuple[Path, Path], tmp_path: Path) -> None:
     run, root = plates
     done = cli(
@@ -70,6 +71,7 @@ def test_a_defect_outside_the_middle_is_found_flagged_and_located(plates: tuple[
         assert wide.size != other.size  # 97 × 56 and 96 × 48
 
 
+@pytest.mark.slow
 def test_the_score_is_that_of_the_oddest_square_and_so_is_what_the_threshold_comes_from(
     plates: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -94,6 +96,7 @@ def test_the_score_is_that_of_the_oddest_square_and_so_is_what_the_threshold_com
         assert found.threshold == pytest.approx(normal[(len(normal) + 1) // 2 - 1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_whole_images_refuses_their_own_size(tmp_path: Path) -> None:
     config = PRESETS["ae"].override({**SMALL, "train.steps": 2, "run_dir": tmp_path / "run"})
     dist_ae.train(config)
@@ -101,6 +104,7 @@ def test_a_run_on_whole_images_refuses_their_own_size(tmp_path: Path) -> None:
         commands.score_run(tmp_path / "run", tmp_path / "none", size="own")
 
 
+@pytest.mark.slow
 def test_pictures_on_a_scale_of_their_own_keep_it_at_their_own_size(tmp_path: Path) -> None:
     folder = tmp_path / "twelve bits"
     folder.mkdir()
