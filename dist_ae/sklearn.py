@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import effective_n_jobs
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from dist_ae.config import Config, InputError
+from dist_ae.data.decode import cores
 from dist_ae.data.records import Array
 from dist_ae.files import Damaged, read_json, to_json
 from dist_ae.objectives import present, squared_error
@@ -145,7 +145,8 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
 
     def _train(self, config: Config, X: Array) -> tuple[dict[str, float], int]:
         """The metrics of the last evaluation, and the step of the best one, whose weights are used."""
-        jobs = effective_n_jobs(self.n_jobs)
+        wanted = self.n_jobs or 1
+        jobs = wanted if wanted > 0 else max(1, cores() + 1 + wanted)  # as joblib counts
         if jobs == 1:
             result = train(config, data=X)
             return result.metrics, result.best_step
