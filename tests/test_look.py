@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 import dist_ae
 from dist_ae.config import DataConfig, InputError
 from dist_ae.data.form import decode_all, facts_of_all
+from dist_ae.data.look import look
 from dist_ae.data.packed import packed_names, packed_sets, read_manifest
 from dist_ae.data.pictures import form_of, open_source
 from dist_ae.data.sources import load
@@ -239,6 +241,33 @@ def test_crops_are_proposed_for_photographs_of_many_sizes_alone(tmp_path: Path) 
         figures, said, page = look_at(str(tmp_path / name), tmp_path)
         for text in (figures["training"].get("crops", ""), said, page):
             assert ("--data.crop 64" in text) == (name == "large")
+
+
+def test_the_command_keeps_transparency_where_half_of_the_pictures_have_it_and_runs(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for number in range(16):
+        picture = cut(number, 16, 16).resize((16, 16)).convert("RGBA")
+        picture.putalpha(Image.new("L", picture.size, 100 if number % 2 else 255))
+        picture.save(tmp_path / "p" / f"{number}.png")
+    figures, said, page = look_at(f"folder:{tmp_path / 'p'}", tmp_path)
+    command = figures["training"]["command"]
+    assert figures["transparent"] == 8 and "8 of 16 pictures are partly transparent" in said
+    assert "--data.channels rgba" in command and "--data.channels rgba" in page
+    assert figures["training"]["bytes"] == 16 * 4 * 16 * 16
+    done = cli(*shlex.split(command)[1:], "--train.steps", "1", "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert dist_ae.load(tmp_path / "run").model.image_shape == (4, 16, 16)
+    for number in range(1, 5, 2):
+        (tmp_path / "p" / f"{number}.png").unlink()
+    command = look_at(f"folder:{tmp_path / 'p'}", tmp_path)[0]["training"]["command"]
+    assert "rgba" not in command  # of fewer it is an oddity, which the note names
+
+
+def test_a_folder_that_has_the_name_of_a_data_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match="comes with the program; the folder here is folder:photos"):
+        look("photos", DataConfig())
 
 
 def test_look_asks_the_same_of_arrays_and_tables(tmp_path: Path) -> None:

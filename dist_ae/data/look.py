@@ -19,7 +19,7 @@ from dist_ae.data.decode import decoded
 from dist_ae.data.facts import Facts, flat, look_alikes, remarks, summary, table, twins
 from dist_ae.data.form import decode_all, facts_of_all
 from dist_ae.data.layout import laid_out, named
-from dist_ae.data.names import with_prefix
+from dist_ae.data.names import NAMES, with_prefix
 from dist_ae.data.packed import of_pages
 from dist_ae.data.pictures import PREFIXES, Picture, expand, form_of, open_source, paged, shown
 from dist_ae.data.records import CHUNK_BYTES, Array
@@ -62,9 +62,13 @@ def look(name: str, config: DataConfig) -> Found:
     if name.startswith("array:"):
         return _array(name, config)
     if not name.startswith(PREFIXES):
+        what = f"{shown(name)}: "
+        if name in NAMES:
+            own = f"; the folder here is folder:{name}" if os.path.isdir(name) else ""
+            what = f"{name} is a data set that comes with the program{own}. "
         raise InputError(
-            f"{shown(name)}: `dist-ae look` takes folder:PATH, tar:PATTERN, hf:NAME, array:PATH, table:PATH, or the "
-            "path of a folder, array or table; `dist-ae doctor` looks at a packed set"
+            f"{what}`dist-ae look` takes folder:PATH, tar:PATTERN, hf:NAME, array:PATH, table:PATH, or the path of a "
+            "folder, array or table; `dist-ae doctor` looks at a packed set"
         )
     return _pictures(name, config)
 
@@ -166,7 +170,7 @@ def _of_transparent(figures: dict[str, Any], config: DataConfig) -> list[str]:
         return []
     return [
         f"{figures['transparent']:,} of {figures['pictures']:,} pictures are partly transparent, and get the colour "
-        f"{config.background or 'white'} there; --data.channels rgba keeps transparency as a fourth channel"
+        f"{config.background or 'white'} there unless --data.channels rgba keeps transparency as a fourth channel"
     ]
 
 
@@ -188,9 +192,11 @@ def _training(name: str, figures: dict[str, Any], config: DataConfig) -> dict[st
     size = config.image_size or (_suggested(figures) if several else None)
     height, width = DataConfig(image_size=size).size or (figures["largest"][1], figures["largest"][0])
     grey = all(mode.split()[-1] in ("L", "1", "LA", "I;16", "F", "I") for mode in figures["modes"])
-    channels = 1 if grey else 3
+    clear = 2 * figures["transparent"] >= count  # then transparency is part of the data, not an oddity of a few
+    channels = 4 if clear else 1 if grey else 3
     option = f" --data.image-size {size}" if size else ""
     command = f"dist-ae train conv --data.name {shlex.quote(figures['source'])}{_chosen(config)}"
+    command += " --data.channels rgba" if clear else ""
     # Photographs of many sizes lose most of themselves when they are shrunk to one.
     crops = figures["sizes"]["different"] > 1 and min(figures["smallest"]) >= 2 * CROP and config.image_size is None
     return {
