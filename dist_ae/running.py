@@ -135,7 +135,8 @@ def begin(prepared: Prepared, folder: RunDirectory | None, start_from: Path | No
         shares = [len(share(range(config.train.batch_size), rank, runtime.world)) for rank in range(runtime.world)]
         for text in processes_table(runtime.places(), shares, config.precision, learner.exchange):
             display.say(text)
-    records = Records(folder, _start_tracking(prepared, folder, display) if folder else None, display, timeline)
+    tracking = _start_tracking(prepared, folder, display, state.step) if folder else None
+    records = Records(folder, tracking, display, timeline)
     return Run(config, timeline, state, learner, validation, records, folder, saved=state.key(), looked=dataset.looked)
 
 
@@ -213,7 +214,7 @@ def _count_of(dataset: Dataset) -> str:
     return f"{len(np.unique(train.rows >> 33)):,} pictures, an epoch of {count} crops:"
 
 
-def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) -> Tracking:
+def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display, step: int) -> Tracking:
     config, stored = prepared.config, folder.read("tracking.json") or {}
     if not re.fullmatch(r"[\w-]{1,64}", str(stored.get("wandb_id", ""))):  # it becomes the name of a folder
         stored = {"wandb_id": new_run_id()}
@@ -226,9 +227,9 @@ def _start_tracking(prepared: Prepared, folder: RunDirectory, display: Display) 
         with contextlib.suppress(OSError):  # the next start renames it again
             folder.write("tracking.json", {"wandb_id": new})
 
-    return Tracking(
-        config.tracking, folder.path, name, run_id, prepared.description, display.say, tags, renamed=renamed
-    )
+    before = (step, folder.metrics() if step else b"")
+    about = (prepared.description, display.say, tags)
+    return Tracking(config.tracking, folder.path, name, run_id, *about, renamed=renamed, before=before)
 
 
 # -- its files

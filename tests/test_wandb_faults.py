@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import http.server
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, environment, free_port, metrics
+from conftest import REPOSITORY, cli, environment, free_port, metrics
 
 from dist_ae.use import doctor
 
@@ -30,6 +32,12 @@ class Answering(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"{}")
+
+    def body(self) -> dict[str, Any]:
+        """What was asked, where it is about a run."""
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        found = json.loads(content or b"{}") if self.path.endswith(("/graphql", "file_stream")) else {}
+        return found if isinstance(found, dict) else {}
 
     def silence(self) -> None:
         time.sleep(120)
@@ -53,11 +61,7 @@ class Deleted(Answering):
     rows: list[tuple[str, int]]
 
     def do_POST(self) -> None:
-        body = (
-            json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-            if (self.path == "/graphql" or self.path.endswith("file_stream"))
-            else {}
-        )
+        body = self.body()
         variables = body.get("variables", {})
         name = variables.get("name") or variables.get("run") or ""
         if name and not self.deleted:
@@ -73,6 +77,45 @@ class Deleted(Answering):
             answer = {"errors": [{"message": "run was previously created and deleted; try a new run name"}]}
         data = json.dumps(answer).encode()
         self.send_response(409 if gone else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Keeping(Answering):
+    """A server that keeps the rows it is sent, and says of a run that it has them up to the step ``known``."""
+
+    rows: list[int]
+    known: int
+
+    def do_POST(self) -> None:
+        body = self.body()
+        for line in body.get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
+            self.rows.append(int(json.loads(line)["_step"]))
+        name = body.get("variables", {}).get("name") or "run"
+        bucket = {"id": "x", "name": name, "displayName": "d", "project": {"name": "p", "entity": {"name": "e"}}}
+        tail = json.dumps([json.dumps({"_step": self.known, "_runtime": 5})])
+        told = {"historyLineCount": self.known, "logLineCount": 0, "eventsLineCount": 0, "historyTail": tail}
+        told |= {
+            "eventsTail": "[]",
+            "summaryMetrics": "{}",
+            "config": "{}",
+            "tags": [],
+            "notes": "",
+            "wandbConfig": '{"t": 1}',
+        }
+        model = {
+            "id": "m",
+            "entity": {"id": "e", "name": "e"},
+            "name": "p",
+            "bucket": {**bucket, **told} if self.known else None,
+            "project": None,
+        }
+        found = {"upsertBucket": {"bucket": bucket, "inserted": not self.known}, "model": model}
+        files = {"runID": "x", "uploadHeaders": [], "files": []}
+        data = json.dumps({"data": {**found, "createRunFiles": files, "project": None, "viewer": None}}).encode()
+        self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -192,3 +235,39 @@ def test_a_run_that_was_deleted_on_the_server_goes_on_there_as_another_and_each_
     rows = sorted(handler.rows)  # type: ignore[attr-defined]
     assert {name for name, _ in rows} == {new}
     assert len({step for _, step in rows}) == len(rows) and {step for _, step in rows} >= set(range(1, 37)), rows
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_of_a_run_that_was_killed_and_resumed_each_step_reaches_the_server_once_and_in_order(
+    tmp_path: Path, mode: str
+) -> None:
+    known = 0 if mode == "offline" else 17  # that the server got before the kill
+    handler: Any = type("Handler", (Keeping,), {"status": 200, "rows": [], "known": 0})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    variables: dict[str, Any] = {"WANDB_MODE": mode, "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
+    run_dir, steps = tmp_path / "run", 150
+    command = ["train", "ae", "--run-dir", str(run_dir), "--train.steps", str(steps), "--train.log-every", "1"]
+    command += ["--train.save-every", "10", "--train.eval-every", "50", "--train.batch-size", "512"]
+    program = [sys.executable, "-m", "dist_ae", *command]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(program, env=environment(**variables), cwd=REPOSITORY, **quiet) as process:
+        end = time.monotonic() + 100
+        while process.poll() is None and not (run_dir / "checkpoints/00000030").is_dir() and time.monotonic() < end:
+            time.sleep(0.001)
+        process.kill()
+    assert process.returncode == -9
+    handler.rows.clear()  # whatever it sent: the server says how much of it it knows
+    handler.known = known
+    done = cli(*command, **variables)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    if mode == "offline":
+        assert not handler.rows
+        (line,) = re.findall(r"to upload, wandb sync (\S+)", done.stdout)
+        folders = glob.glob(line)
+        assert len(folders) == 1 and len(list(run_dir.glob("wandb/unfinished-run-*"))) == 1
+        synced = [str(Path(sys.executable).with_name("wandb")), "sync", *folders]
+        subprocess.run(synced, env=environment(**(variables | {"WANDB_MODE": "online"})), check=True, **quiet)
+    server.shutdown()
+    assert handler.rows == list(range(known + 1 if known else 0, steps + 1))  # with the start, 0

@@ -208,6 +208,13 @@ class RunDirectory:
                     lines.append(raw + b"\n")
             write_atomically(self.metrics_path, b"".join(lines))
 
+    def metrics(self) -> bytes:
+        """What metrics.jsonl holds; nothing where it cannot be read."""
+        try:
+            return read_bounded(self.metrics_path, MAX_LINES)
+        except (Damaged, OSError):
+            return b""
+
     # -- checkpoints
 
     def _steps(self) -> list[int]:

@@ -28,12 +28,13 @@ from urllib.parse import urlparse
 import numpy as np
 from PIL import Image
 
-from dist_ae.config import TrackingConfig
+from dist_ae.config import LONGEST, TrackingConfig
 from dist_ae.terminal import first_line, say
 
 INIT_SECONDS = 20  # how long a server may take to accept a run before it is kept offline
 FINISH_SECONDS = 15  # how long the end of a run waits for trackers
 LONGEST_TAG = 64  # most characters of a tag that W&B accepts
+WHOLE = "dist-ae-last-step"  # in the folder of an offline run that ended in order: its last step
 DELETED = r"\b409\b|previously created and deleted"  # in what a server says of a run's id
 STOP_SECONDS = 4  # how long a stopped run waits for them, since stopping must not take longer than 10 s in all
 
@@ -82,8 +83,10 @@ class Tracking:
         parts: Sequence[str] = (),
         again: str | None = None,
         renamed: Callable[[str], None] = lambda _: None,
+        before: tuple[int, bytes] = (0, b""),
     ) -> None:
         """Args:
+        before: the step that the run is resumed at, and its metrics.jsonl till there: W&B gets what it lacks of it.
         renamed: keeps another id, where the server takes the run's own no more.
         parts: patterns in the run directory where further offline runs lie that belong to this one.
         again: what to say where something was lost; left out, it is a run that can be rebuilt from its metrics.
@@ -97,7 +100,7 @@ class Tracking:
         self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lost = False
-        self._renamed = renamed
+        self._renamed, self._before, self._last = renamed, before, before[0]
         self._say, self._tags = say, tuple(tag[:LONGEST_TAG] for tag in dict.fromkeys(tags) if tag)
         mode, why = wandb_mode(config)
         self._mode = mode
@@ -171,6 +174,7 @@ class Tracking:
                     if kind == "log":
                         values, step = arguments
                         tracker.log(values, step=step)
+                        self._last = step
                     elif kind in ("summary", "page") and tracker.name != "wandb":
                         continue
                     elif kind == "summary":
@@ -184,7 +188,10 @@ class Tracking:
                     trackers.remove(tracker)
         for tracker in trackers:
             try:
+                folder = Path(tracker.tracker.dir).parent if tracker.name == "wandb" else None
                 tracker.finish()
+                if folder is not None and self._mode == "offline":
+                    (folder / WHOLE).write_text(str(self._last))
             except BaseException as error:
                 self._give_up(tracker.name, error)
 
@@ -240,11 +247,36 @@ class Tracking:
             PartialState(cpu=True)
         options = wandb_options(self._config, self._run_dir, self._name, self._id, mode, FINISH_SECONDS - 5)
         resume = "allow" if mode == "online" else None
+        there = self._set_aside() if mode == "offline" else -1
         tracker = WandBTracker(run_name=self._config.project, tags=list(self._tags), resume=resume, **options)
         tracker.start()
         self._url = tracker.tracker.url or "" if mode == "online" else ""
         tracker.store_init_configuration(dict(self._description))
+        if mode == "online":
+            there = tracker.tracker.starting_step - 1  # of what the server has
+        # A process that is killed takes with it what wandb had not yet written or sent.
+        for step, values in by_step(self._before[1]):
+            if step > there:
+                tracker.log(values, step=step)
         return tracker
+
+    def _set_aside(self) -> int:
+        """The last step that earlier offline runs of this one hold; -1: none do.
+
+        Those that were killed are set aside: of several runs with one id, one that is torn keeps `wandb sync` from
+        sending any. So are those that go on beyond the step that is resumed, whose steps come once more.
+        """
+        last = -1
+        for folder in sorted(self._run_dir.glob(f"wandb/offline-run-*-{self._id}")):
+            try:
+                step = int((folder / WHOLE).read_text())
+            except (OSError, ValueError):
+                step = LONGEST
+            if step <= self._before[0]:
+                last = max(last, step)
+            else:
+                os.rename(folder, folder.with_name(folder.name.replace("offline", "unfinished", 1)))
+        return last
 
     def _log_image(self, tracker: Any, name: str, content: bytes, step: int) -> None:
         picture = Image.open(io.BytesIO(content)).convert("RGB")
@@ -309,6 +341,18 @@ def _forget_wandb() -> None:
     unregister = getattr(connection, "_cleanup", None)
     if unregister is not None:
         unregister()
+
+
+def by_step(metrics: bytes) -> list[tuple[int, dict[str, float]]]:
+    """The figures of metrics.jsonl by step, as they are logged; lines that cannot be read are left out."""
+    found: dict[int, dict[str, float]] = {}
+    for raw in metrics.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            line = json.loads(raw)
+            step, split = int(line.pop("step")), str(line.pop("split"))
+            numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "epoch"}
+            found.setdefault(step, {}).update({f"{split}/{key}": value for key, value in numbers.items()})
+    return sorted(found.items())
 
 
 def new_run_id() -> str:
