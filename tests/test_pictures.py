@@ -435,6 +435,30 @@ def test_a_choice_of_pictures_is_the_same_for_training_packing_and_looking(
             dist_ae.train(dist_ae.PRESETS["ae"].override(wanted))
 
 
+def test_uses_take_of_the_training_folder_what_training_took_and_of_others_all_but_what_it_left_out(
+    tmp_path: Path,
+) -> None:
+    names = [*(f"images/{each}.png" for each in "abcdefgh"), *(f"masks/{each}.png" for each in "abc"), "images/bad.png"]
+    own, other = layout(tmp_path / "own", names), layout(tmp_path / "other", ["x/1.png", "x/bad.png", "masks/2.png"])
+    run = tmp_path / "run"
+    config = dist_ae.PRESETS["ae"].override(
+        {"data.name": f"folder:{own}", "data.include": ("images/*",), "data.exclude": ("*bad*",), "run_dir": run}
+        | {"data.cache": tmp_path / "cache", "train.steps": 1, "train.batch_size": 4, "model.start": "random"}
+    )
+    dist_ae.train(config.override({"tracking.wandb": "off", "tracking.pictures": False}))
+
+    def taken(command: str, folder: Path, note: str) -> set[str]:
+        done = cli(command, str(run), "--images", str(folder), "--out", str(tmp_path / f"{command}-{folder.name}.csv"))
+        assert done.returncode == 0 and note in done.stderr, done.stderr
+        rows = (tmp_path / f"{command}-{folder.name}.csv").read_text().splitlines()[1:]
+        return {row.partition(",")[0] for row in rows}
+
+    for command in ("embed", "score"):
+        note = "4 pictures left out by data.include and data.exclude, as in training"
+        assert taken(command, own, note) == {f"images/{each}.png" for each in "abcdefgh"}
+        assert taken(command, other, "1 pictures left out by data.exclude, as in") == {"x/1.png", "masks/2.png"}
+
+
 def see_through(index: int, side: int = 24) -> Image.Image:
     """A piece of a photograph in a disc whose edge is half transparent, and nothing behind it but hidden noise."""
     y, x = np.mgrid[:side, :side] - (side - 1) / 2

@@ -268,6 +268,7 @@ def test_of_a_run_that_was_killed_and_resumed_each_step_reaches_the_server_once_
         folders = glob.glob(line)
         assert len(folders) == 1 and len(list(run_dir.glob("wandb/unfinished-run-*"))) == 1
         synced = [str(Path(sys.executable).with_name("wandb")), "sync", *folders]
-        subprocess.run(synced, env=environment(**(variables | {"WANDB_MODE": "online"})), check=True, **quiet)
+        online = environment(**(variables | {"WANDB_MODE": "online"}))
+        subprocess.run(synced, env=online, cwd=tmp_path, check=True, **quiet)  # it leaves logs where it is called
     server.shutdown()
     assert handler.rows == list(range(known + 1 if known else 0, steps + 1))  # with the start, 0

@@ -33,6 +33,7 @@ from dist_ae.data.pictures import (
     colour_of,
     expand,
     form_of,
+    left_out,
     not_there,
     of_others,
     open_source,
@@ -69,7 +70,7 @@ class Given(NamedTuple):
     names: list[str] | None = None
     classes: tuple[str, ...] = ()
     units: Units | None = None
-    note: str = ""  # how pictures were brought to the model's size, in words
+    note: str = ""  # which pictures were left out, and how others were brought to the model's size, in words
 
 
 def given(images: Any, config: DataConfig, shapes: Shapes) -> Given:
@@ -278,7 +279,8 @@ def _from_path(name: str, config: DataConfig, shapes: Shapes) -> Given:
         return Given(Split(Shards(parts)), names)
     if name.startswith(PREFIXES):
         source = paged(open_source(name, of_others(config, name)), config.pages)
-        return _decode_pictures(source.pictures(), source.count, shown(name), config, shapes)
+        found = _decode_pictures(source.pictures(), source.count, shown(name), config, shapes)
+        return found._replace(note="; ".join(filter(None, (left_out(source), found.note))))
     path = expand(name.removeprefix("array:"))
     if _is_picture(path.name):
         if not os.path.isfile(path):

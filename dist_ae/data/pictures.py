@@ -157,8 +157,22 @@ def _page_count(content: str | bytes) -> int:
 
 
 def of_others(config: DataConfig, name: str) -> DataConfig:
-    """The settings of a run for pictures that it was not trained on: in another folder, its choice says little."""
-    return config.model_copy(update={"include": (), "exclude": config.exclude if name.startswith("folder:") else ()})
+    """The settings of a run for the pictures that one of its uses is given.
+
+    Of the folder that it was trained on these are the pictures that it chose there; of another one all but what it
+    left out, such as masks.
+    """
+    if not name.startswith("folder:"):
+        return config.model_copy(update={"include": (), "exclude": ()})
+    places = [os.path.realpath(expand(each.removeprefix("folder:"))) for each in (name, config.name)]
+    own = config.name.startswith("folder:") and places[0] == places[1]
+    return config if own else config.model_copy(update={"include": ()})
+
+
+def left_out(source: Source) -> str:
+    """What a choice of pictures left out, in words; "" where it left out nothing."""
+    counts = [f"{count:,} {what}" for what, count in source.ignored.items() if what.startswith(LEFT_OUT)]
+    return f"{'; '.join(counts)}, as in training" if counts else ""
 
 
 def _is_taken(name: str, config: DataConfig) -> bool:
@@ -180,7 +194,7 @@ def folder(path: str, config: DataConfig) -> Source:
     entries = [each for each in everything if _is_taken(each[0], config)]
     if len(entries) < len(everything):
         keys = " and ".join(f"data.{key}" for key in ("include", "exclude") if getattr(config, key))
-        ignored[f"pictures left out by {keys}"] += len(everything) - len(entries)
+        ignored[f"{LEFT_OUT} {keys}"] += len(everything) - len(entries)
         if not entries:
             raise InputError(
                 f"{shown(root)}: none of its {len(everything):,} pictures is left by {keys}; patterns are of "
@@ -291,6 +305,7 @@ def _of_masks(names: Sequence[str]) -> tuple[str, ...]:
 Entry = tuple[str, int, int]  # relative name, bytes, nanoseconds of the last change
 
 
+LEFT_OUT = "pictures left out by"
 LINKS_OUT, LINKS_TO_FOLDERS = "links that lead out of the folder", "links to folders"
 
 

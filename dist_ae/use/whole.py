@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from dist_ae.data.pictures import (
     colour_of,
     expand,
     form_of,
+    left_out,
     of_others,
     open_source,
     shown,
@@ -36,6 +38,7 @@ from dist_ae.data.reads import Reads
 from dist_ae.data.records import Array, Split
 from dist_ae.evaluate import fixed_noise
 from dist_ae.models import Autoencoder
+from dist_ae.terminal import say
 from dist_ae.use.trained import TrainedModel
 from dist_ae.use.write import write_into, write_whole
 
@@ -198,7 +201,10 @@ def pictures_of(images: str | Path, config: DataConfig) -> tuple[list[Picture], 
     """
     name = with_prefix(os.fspath(images))
     if name.startswith(PREFIXES):
-        return list(open_source(name, of_others(config, name)).pictures()), False
+        source = open_source(name, of_others(config, name))
+        if note := left_out(source):
+            say(f"note: {note}", sys.stderr)
+        return list(source.pictures()), False
     path = expand(name.removeprefix("array:"))
     if path.suffix.lower().lstrip(".") not in EXTENSIONS or not os.path.isfile(path):
         raise InputError(
