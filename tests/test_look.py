@@ -117,13 +117,12 @@ def test_what_looking_says_of_pictures_is_what_packing_says_of_each_alone(tmp_pa
         file = io.BytesIO()
         Image.fromarray(grey).save(file, "PNG")
         contents.append(file.getvalue())
-    form = form_of(DataConfig(), "rgb", (64, 64))
-    alone = [(type(read.image), read.facts) for content in contents for read in decode_all([content], form)]
-    for size in (1, 7, 32):
+    for background, size in (("white", 1), ("white", 7), ("#a0b0c0", 32)):
+        form = form_of(DataConfig(background=background), "rgb", (64, 64))
+        alone = [read.facts for content in contents for read in decode_all([content], form)]
         chunks = [contents[start : start + size] for start in range(0, len(contents), size)]
-        together = [read.facts for chunk in chunks for read in facts_of_all(chunk, form)]
-        assert together == [facts for _, facts in alone]
-    assert sum(facts is None for _, facts in alone) == 60
+        assert [read.facts for chunk in chunks for read in facts_of_all(chunk, form)] == alone
+        assert sum(facts is None for facts in alone) == 60
 
 
 @pytest.mark.parametrize("command", ["look", "pack"])
