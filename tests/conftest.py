@@ -58,7 +58,9 @@ def environment(rank: int = 0, world: int = 1, port: int = 0, **more: Any) -> di
     """A launcher's variables for one process."""
     launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **(launcher if world > 1 else {}), **more}
+    # Of W&B's service that an earlier test began in this process, no other process is to know.
+    here = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {**here, "PYTHONPATH": str(REPOSITORY), **(launcher if world > 1 else {}), **more}
 
 
 def free_port() -> int:
