@@ -445,7 +445,7 @@ def test_doctor_says_what_is_wrong_with_a_run_directory(tmp_path: Path) -> None:
         file.write('{"step": 30, "split": "train"}\n{"step"')
     wrong = [what for good, what in doctor.examine(tmp_path / "run") if not good]
     assert len(wrong) == 3
-    assert "00000030/weights.safetensors" in wrong[0] and "repeats train step 30" in wrong[1] and "torn" in wrong[2]
+    assert "00000030/weights.safetensors" in wrong[0] and "repeats train step 30" in wrong[1] and "cut off" in wrong[2]
 
 
 @pytest.mark.parametrize("world", [1, 2])
