@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from conftest import SMALL, forked, metrics
 from PIL import Image
 
@@ -71,6 +72,7 @@ def test_weights_and_biases_gets_every_line_of_metrics_the_pictures_and_the_conf
         {**SMALL, "train.steps": 40, "train.log_every": 10, "tracking.wandb": "auto", "run_dir": str(tmp_path / "run")}
     )
     dist_ae.train(config)
+    wandb.teardown()  # until then the last records may not be in the file
     rows = history(tmp_path / "run")
     for split in ("train", "val"):
         for line in metrics(tmp_path / "run", split):

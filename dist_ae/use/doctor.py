@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from dist_ae.objectives import terms
 from dist_ae.run import calibration
 from dist_ae.run.checkpoint import MAX_HEADER, parse_tensors, step_of, template_of, verify_checkpoint
 from dist_ae.run.directory import RunDirectory
-from dist_ae.run.tracking import wandb_options
+from dist_ae.run.tracking import by_step, wandb_options
 from dist_ae.saved import image_shape, is_exported, run_config
 
 MAX_BUNDLE = 64 << 20  # bytes of nonfinite.json, which names every image of a batch
@@ -181,13 +180,6 @@ def _first(values: torch.Tensor, rows: torch.Tensor) -> int:
     return int(rows[int(bad.nonzero()[0])]) if len(bad) == len(rows) else -1
 
 
-def _metrics(raw: bytes) -> tuple[int, str, dict[str, float]]:
-    """Step, split and metrics of a line of metrics.jsonl."""
-    line = parse_json(raw, "metrics.jsonl")
-    numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "epoch"}
-    return int(numbers.pop("step")), str(line["split"]), numbers
-
-
 def rebuild_wandb(run_dir: Path) -> Path:
     """Writes an offline W&B run from metrics.jsonl, under the run's own id, and returns its folder.
 
@@ -199,23 +191,22 @@ def rebuild_wandb(run_dir: Path) -> Path:
     import wandb
 
     config = run_config(run_dir)
-    try:
-        lines = [_metrics(raw) for raw in read_bounded(run_dir / "metrics.jsonl", MAX_LINES).splitlines()]
-    except (Damaged, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run_dir}/metrics.jsonl cannot be read: {error}") from None
+    for whole, what in _examine_metrics(run_dir / "metrics.jsonl"):
+        if not whole:
+            raise InputError(f"{run_dir}: {what}")
     folder = RunDirectory(run_dir)
-    tracking = folder.read("tracking.json") or {}
+    tracking, metrics = folder.read("tracking.json") or {}, folder.metrics()
     folder.close()
+    if not metrics:
+        raise InputError(f"{run_dir} has no metrics.jsonl to rebuild a run from")
     name = str(read_json(run_dir / "config.json").get("label") or config.label())
     options = wandb_options(config.tracking, run_dir, name, tracking.get("wandb_id"), "offline")
     run = wandb.init(project=config.tracking.project, config={"config": config.model_dump(mode="json")}, **options)
-    by_step: dict[int, dict[str, Any]] = {}
-    for step, split, figures in lines:
-        by_step.setdefault(step, {}).update({f"{split}/{key}": value for key, value in figures.items()})
-    for step, values in sorted(by_step.items()):
+    for step, values in by_step(metrics):
         run.log(values, step=step)
     for picture in files_inside(run_dir, "figures", r".*\.png"):
         run.log({picture.stem: wandb.Image(str(picture))})
     path = Path(run.dir).parent
     run.finish()
+    wandb.teardown()  # finish returns before the last records are in the file; this ends other runs of the process, too
     return path
