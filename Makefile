@@ -33,6 +33,7 @@ lint: .venv/installed-for-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests examples/own_model.py
+	$(BIN)/mypy --config-file tests/mypy.ini --explicit-package-bases benchmarks/*.py
 
 bench: .venv/installed-for-bench
 	$(BIN)/python -m benchmarks.speed

@@ -294,8 +294,8 @@ def photographs(bench: Bench, folders: list[Path]) -> None:
     row("code", "conv, dB", "in bytes", "patch PCA", "random weights, seed 0", "JPEG", "WebP")
     for widths, channels in (((32, 64, 128), 12), ((32, 64, 128, 192), 8)):
         numbers = channels * (SIDE // 2 ** len(widths)) ** 2
-        values = {"data.name": name, "model.widths": widths, "model.latent_dim": channels, "train.epochs": 4}
-        values |= PHOTOGRAPHS
+        values: dict[str, Any] = {"data.name": name, "model.widths": widths, "model.latent_dim": channels}
+        values |= {"train.epochs": 4, **PHOTOGRAPHS}
         results = [bench.train("conv", values, seed) for seed in range(bench.seeds)]
         row(
             f"{numbers} numbers, widths {' '.join(map(str, widths))}",

@@ -44,6 +44,7 @@ def main() -> None:
     crops: dict[str, Any] = {"data.name": arguments.data, "data.crop": 64, "data.flip": True}
     with tempfile.TemporaryDirectory() as folder:
         split = sources.load(dist_ae.PRESETS["conv"].override(crops).data).val
+        assert split.rows is not None  # the crops
         np.save(f"{folder}/cut.npy", split.images.take(split.rows))
         cut = {"data.name": f"array:{folder}/cut.npy"}
         pair = (("encoded", {**crops, "data.budget": 1e-9}), ("crops", crops)) if arguments.encoded else None

@@ -341,13 +341,13 @@ def compared(
                 except RuntimeError as error:  # one that died, or a machine too busy to compare anything
                     print(f"left out: {what} : {of}: {error}", file=sys.stderr)
                     continue
-                rates[what, of, target] += zip(*pairs, strict=True)
+                rates[what, of, target].extend(zip(*pairs, strict=True))
     rows = ["| ratio of neighbouring turns | median | 95 % interval | target | images/s |", "|---|---|---|---|---|"]
-    for (what, of, target), pairs in rates.items():
-        if pairs:
-            each = [a / b for a, b in pairs]
+    for (what, of, target), both in rates.items():
+        if both:
+            each = [a / b for a, b in both]
             low, high = interval(each)
-            speeds = " : ".join(f"{statistics.median(side):,.0f}" for side in zip(*pairs, strict=True))
+            speeds = " : ".join(f"{statistics.median(side):,.0f}" for side in zip(*both, strict=True))
             rows.append(
                 f"| {what} : {of} | {statistics.median(each):.3f} | {low:.3f} – {high:.3f} | {target} | {speeds} |"
             )
@@ -356,12 +356,14 @@ def compared(
 
 def beside(checkout: Path, count: int, starts: int) -> list[str]:
     """The step of each preset with random draws, here against another checkout."""
-    root, calls, ratios = HERE.parent, {}, []
+    root = HERE.parent
+    calls: dict[str, tuple[str, int, Path]] = {}
+    ratios: list[tuple[str, str, str]] = []
     for preset, batch in itertools.product(BESIDE, (128, 1024)):
         call = f"ours({batch}, '--tracking.wandb', 'off', preset={preset!r})"
-        names = [f"{preset}, batch {batch}, {place}" for place in ("here", "there")]
-        calls |= {name: (call, 1, place) for name, place in zip(names, (root, checkout.resolve()), strict=True)}
-        ratios.append((*names, "≥ 1.05" if preset == "dropout" else "≥ 1.02" if preset != "ae" else ""))
+        here, there = (f"{preset}, batch {batch}, {place}" for place in ("here", "there"))
+        calls |= {here: (call, 1, root), there: (call, 1, checkout.resolve())}
+        ratios.append((here, there, "≥ 1.05" if preset == "dropout" else "≥ 1.02" if preset != "ae" else ""))
     return compared(ratios, calls, count, starts)
 
 

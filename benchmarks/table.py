@@ -148,8 +148,8 @@ def measured(row: Row) -> dict[str, Any]:
 def step_seconds(row: Row, steps: int = 40) -> float:
     """Median seconds of a step, after as many that warm up."""
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(row.config().override({"run_dir": Path(folder)}))
-        learner = Learner(prepared.config, prepared.dataset, prepared.model, Runtime(prepared.config), prepared.line)
+        config, dataset, model, timeline, _ = prepare(row.config().override({"run_dir": Path(folder)}))
+        learner = Learner(config, dataset, model, Runtime(config), timeline)
         learner.prepare()
         seconds = []
         for step in range(2 * steps):

@@ -362,7 +362,8 @@ def along_signals(model: str, name: str, numbers: int, seed: int) -> dict[str, f
     mean, deviation = (each(train, axis=(0, 2), keepdims=True) for each in (np.mean, np.std))
     begin = time.perf_counter()
     if model == "PCA":
-        seen = pca(*(((each - mean) / deviation).reshape(len(each), -1) for each in (train, test)), numbers, seed)
+        scaled = [((each - mean) / deviation).reshape(len(each), -1) for each in (train, test)]
+        seen = pca(scaled[0], scaled[1], numbers, seed)
         error = seen.reshape(test.shape) - (test - mean) / deviation
     else:
         values = {"data.layout": "signals", "model.latent_dim": numbers, "tracking.wandb": "off", "seed": seed}
@@ -437,7 +438,7 @@ def watched(begin: float, marks: list[tuple[float, float]]) -> Iterator[None]:
         marks.append((time.perf_counter() - begin, found["mse"]))
         return found
 
-    validation.Validation.metrics = noted  # type: ignore[method-assign]
+    validation.Validation.metrics = noted  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
