@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from browser import opened
+from browser import cut_off, opened
 from conftest import SMALL, run
 from pictures import make_folder
 
@@ -32,7 +32,9 @@ CONV = {"model.architecture": "conv", "model.widths": (4, 8), "model.latent_dim"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
-    for name, preset, values in (("ae", "ae", {}), ("vae", "vae", {}), ("conv", "ae", CONV)):
+    np.save(root / "table.npy", np.random.default_rng(0).standard_normal((300, 6), np.float32))
+    table = {"data.name": f"array:{root}/table.npy", "model.latent_dim": 2}
+    for name, preset, values in (("ae", "ae", {}), ("vae", "vae", {}), ("conv", "ae", CONV), ("table", "ae", table)):
         config = PRESETS[preset].override({**SMALL, **values, "train.steps": 60, "run_dir": str(root / name)})
         dist_ae.train(config)
     return root
@@ -44,19 +46,25 @@ def element(document: str, name: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("width", [390, 1400])
 def test_the_page_shows_a_clicked_image_its_neighbours_and_the_decoded_line_between_two(
-    trained: Path, width: int, tmp_path: Path
+    trained: Path, tmp_path: Path
 ) -> None:
     ((status, out, err),) = run(1, "-m", "dist_ae", "explore", str(trained / "vae"), "--out", str(tmp_path / "p.html"))
     assert status == 0 and f"written: {tmp_path / 'p.html'}" in out, err
     assert not re.search(r'(?:src|href)="(?!data:)', (tmp_path / "p.html").read_text()), "it loads from elsewhere"
-    document = opened(tmp_path / "p.html", width, "#3,7")
+    document = opened(tmp_path / "p.html", 1400, "#3,7")
     assert '<body data-ready="yes">' in document, element(document, "hint")
     assert element(document, "what").startswith("image 7 · ")
     assert element(document, "near").count("<canvas") == 15 and element(document, "line").count("<canvas") == 9
     assert "decoded" in element(document, "lineNote")
     assert document.count('type="range"') == 8 and 'id="samplesSection" hidden' not in document
+
+
+@pytest.mark.parametrize("name", ["vae", "table"])
+def test_the_page_is_whole_on_a_telephone(trained: Path, name: str, tmp_path: Path) -> None:
+    page = commands.explore_run(trained / name, out=tmp_path / "page.html")
+    for width in (390, 1400):
+        assert cut_off(page, width, tmp_path) == (0, 0), width
 
 
 def test_a_model_that_cannot_be_decoded_in_the_browser_shows_the_nearest_images_instead(
