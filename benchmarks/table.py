@@ -42,6 +42,7 @@ from dist_ae.use.commands import evaluate_run
 HERE = Path(__file__).parent
 ROWS, DOCS = HERE / "table", HERE.parent / "docs"
 SECONDS = ROWS / "seconds.json"
+LIMITS = {"as this processor is": {}, "limited to AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}}
 NUMBERS = (8, 32, 128)
 SEEDS = (0, 1, 2)
 COMMON: dict[str, Any] = {
@@ -62,7 +63,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "conv-dropout": CONV,
     "conv-vae": CONV,
 }
-MLPS = ("ae", "denoising", "dropout", "vae")  # which are in fp32 here on every machine
 COLUMNS = {  # of the page: what it is called, the figure and its format
     "MSE": ("mse", ".5f"),
     "in training": ("train_mse", ".5f"),
@@ -84,6 +84,7 @@ DATA: dict[str, dict[str, Any]] = {
     "photos": {"data.name": "photos", "data.image_size": 32},
 }
 MARKS = {name: f"<!-- {name}, written by benchmarks/table.py -->" for name in DATA}
+SECONDS_MARK = "<!-- seconds, written by benchmarks/table.py -->"
 
 
 class Row(NamedTuple):
@@ -160,29 +161,45 @@ def step_seconds(row: Row, steps: int = 40) -> float:
 
 
 def time_steps() -> None:
-    """Seconds of a row's steps on two threads: as this processor is, and limited to AVX2, so without bf16."""
+    """Seconds of a whole run by the median step on two threads, in turns: three of each size, by each instruction set.
+
+    Sizes of the code hardly matter to it, so a system's nine figures are one sample.
+    """
     seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
-    for row in rows():
-        name = f"{row.system}-{row.numbers}"
-        if row.data != "fashion_mnist" or row.seed or name in seconds:
+    first = [row for row in rows() if row.data == "fashion_mnist" and not row.seed]
+    for system in SYSTEMS:
+        if system in seconds:
             continue
-        steps, environment = json.loads(row.path.read_text())["steps"], {**os.environ, "OMP_NUM_THREADS": "2"}
-        command = [sys.executable, "-m", "benchmarks.table", "--step", row.name]
-        each = [
-            steps * float(subprocess.run(command, env=environment | limit, stdout=subprocess.PIPE, check=True).stdout)
-            for limit in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
-        ]
-        print(f"{name}: {each[0]:.1f} s, without bf16 {each[1]:.1f} s", flush=True)
-        seconds[name] = {"seconds": each[0], "without_bf16": each[1], "steps": steps, "processor": processor()}
+        sizes = [row for row in first if row.system == system]
+        steps = json.loads(sizes[0].path.read_text())["steps"]
+        found: dict[str, list[float]] = {name: [] for name in LIMITS}
+        for row, name in [(row, name) for _ in range(3) for row in sizes for name in LIMITS]:
+            environment = os.environ | {"OMP_NUM_THREADS": "2"} | LIMITS[name]
+            command = [sys.executable, "-m", "benchmarks.table", "--step", row.name]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+            found[name].append(steps * float(done.stdout))
+        print(system, {name: f"{statistics.median(values):.0f} s" for name, values in found.items()}, flush=True)
+        stamp = {"steps": steps, "processor": processor(), "torch": torch.__version__}
+        seconds[system] = {**found, **stamp, "date": str(datetime.date.today())}
         write_atomically(SECONDS, json.dumps(seconds, indent=1).encode())
 
 
-def table(done: list[dict[str, Any]], seconds: dict[str, Any]) -> list[str]:
+def seconds_table() -> list[str]:
+    """The lines about seconds: median and range."""
+    seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    lines = ["| system | steps | " + " | ".join(LIMITS) + " |", "|---" * (2 + len(LIMITS)) + "|"]
+    for system, found in seconds.items():
+        each = [found[name] for name in LIMITS]
+        cells = [f"{statistics.median(values):.0f} ({min(values):.0f} – {max(values):.0f})" for values in each]
+        lines.append(f"| `{system}` | {found['steps']:,} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(done: list[dict[str, Any]]) -> list[str]:
     """The page's lines: the mean over the seeds, and how far apart they lie where there are several."""
     columns = {name: each for name, each in COLUMNS.items() if any(each[0] in row["figures"] for row in done)}
-    timed = " seconds, bf16 / fp32 |" if seconds else ""
-    lines = ["| system | numbers | seeds | " + " | ".join(name.strip() for name in columns) + " |" + timed]
-    lines.append("|---" * (len(columns) + 3 + bool(seconds)) + "|")
+    lines = ["| system | numbers | seeds | " + " | ".join(name.strip() for name in columns) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
     for system in SYSTEMS:
         for numbers in NUMBERS:
             same = [row["figures"] for row in done if (row["system"], row["numbers"]) == (system, numbers)]
@@ -195,11 +212,7 @@ def table(done: list[dict[str, Any]], seconds: dict[str, Any]) -> list[str]:
                 cells.append(f"{statistics.mean(values):{form}}{spread}" if values else "")
             worse = statistics.mean(figures["mse"] - figures["pca_mse"] for figures in same) > 0
             name = f"`{system}`" + (" (worse than PCA)" if worse else "")
-            line = f"| {name} | {numbers} | {len(same)} | " + " | ".join(cells) + " |"
-            if took := seconds.get(f"{system}-{numbers}"):
-                bf16 = "" if system in MLPS else f"{took['seconds']:.0f} / "
-                line += f" {bf16}{took['without_bf16']:.0f} |"
-            lines.append(line)
+            lines.append(f"| {name} | {numbers} | {len(same)} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -236,12 +249,9 @@ def write_page() -> None:
     found = kept()
     page = DOCS / "table.md"
     text = page.read_text()
-    for name, mark in MARKS.items():
+    for mark, lines in [(mark, table(found[name])) for name, mark in MARKS.items()] + [(SECONDS_MARK, seconds_table())]:
         before, rest = text.split(mark)
-        seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() and name == "fashion_mnist" else {}
-        text = (
-            before + "\n".join([mark, *table(found[name], seconds), "<!-- end -->"]) + rest.partition("<!-- end -->")[2]
-        )
+        text = before + "\n".join([mark, *lines, "<!-- end -->"]) + rest.partition("<!-- end -->")[2]
     write_atomically(page, text.encode())
     names = sorted({name for done in found.values() for row in done for name in row["figures"]})
     with open(DOCS / "table.csv", "w", newline="") as file:
