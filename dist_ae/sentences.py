@@ -207,8 +207,8 @@ def expected_collapse(variances: Sequence[float], sigma: float, beta: float, num
         )
     fifth = variances[min(5, len(variances)) - 1]
     return (
-        f"WARNING: expect posterior collapse: at σ {sigma:g} and β {beta:g} no direction of the data varies enough to "
-        f"be worth the rate of a number of the code. Below objective.sigma {math.sqrt(fifth / beta) / unit:.2g}, "
+        f"WARNING: expect posterior collapse: at σ {sigma:g} and β {beta:g} no direction of the data varies enough "
+        f"to be worth the rate of a number of the code. Below objective.sigma {math.sqrt(fifth / beta) / unit:.2g}, "
         f"{min(5, len(variances))} numbers would be"
     )
 

@@ -26,8 +26,8 @@ class Exported(nn.Module):
     """The deterministic model, or one half of it, with tensors in and out.
 
     ``whole``: images [N, C, H, W] on [0, 1] → reconstructions, clamped to [0, 1], and (mean) codes [N, *code_shape].
-    ``encoder``: images → codes. ``decoder``: codes → images. Records that are no images have their own shape and units
-    at input and output.
+    ``encoder``: images → codes. ``decoder``: codes → images. Records that are no images have their own shape and
+    units at input and output.
 
     A convolution that normalizes positions takes pictures of any size whose sides are multiples of its patches', at
     least two of them.
