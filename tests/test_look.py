@@ -21,6 +21,7 @@ from PIL import Image
 
 import dist_ae
 from dist_ae.config import DataConfig, InputError
+from dist_ae.data.facts import remarks
 from dist_ae.data.form import decode_all, facts_of_all
 from dist_ae.data.look import look
 from dist_ae.data.packed import packed_names, packed_sets, read_manifest
@@ -73,7 +74,9 @@ def test_frames_of_one_clip_look_alike_and_a_group_keeps_them_together(tmp_path:
     config = DataConfig(name=f"folder:{tmp_path}/p", cache=tmp_path / "cache", val_fraction=0.3)
     looked = load(config).looked
     assert looked["copies"] == 0 and looked["near_duplicates"] >= 50
-    grouped = sides(config.model_copy(update={"group": "clip[0-9]+", "cache": tmp_path / "grouped"}))
+    with_group = config.model_copy(update={"group": "clip[0-9]+", "cache": tmp_path / "grouped"})
+    assert "--data.group" in remarks(looked)[0] and "--data.group" not in remarks(load(with_group).looked)[0]
+    grouped = sides(with_group)
     for clip in range(12):
         assert len({held for name, held in grouped.items() if name.startswith(f"clip{clip}_")}) == 1
     assert 0 < sum(grouped.values()) < 60

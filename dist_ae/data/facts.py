@@ -221,9 +221,10 @@ def remarks(looked: Mapping[str, Any]) -> list[str]:
             f"{'' if looked.get('given_split') else '; twins are kept on one side of the split'}"
         )
     if looked.get("near_duplicates", 0) > count / 100:
+        way_out = "--data.group PATTERN keeps frames of one clip, or views of one thing, on one side of the split"
         found.append(
-            f"{looked['near_duplicates']:,} of {count:,} pictures look nearly like another one; --data.group PATTERN "
-            "keeps frames of one clip, or views of one thing, on one side of the split"
+            f"{looked['near_duplicates']:,} of {count:,} pictures look nearly like another one"
+            f"{'' if looked.get('grouped') else f'; {way_out}'}"
         )
     if looked.get("flat", 0) + looked.get("nearly_black", 0) > count / 100:
         found.append(

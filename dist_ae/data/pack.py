@@ -206,7 +206,7 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
         )
     # Unreadable pictures are refused once all are packed: the message counts them, and `skip` then has no work left.
     refuse_unreadable(what, done.unreadable, done.read, done.reasons, config)
-    done = done.model_copy(update={"looked": _looked(partial, done)})
+    done = done.model_copy(update={"looked": _looked(partial, done, grouped=config.group is not None)})
     write_atomically(partial / MANIFEST, _json(done))
     (partial / PROGRESS).unlink()
     if out.is_dir():
@@ -215,14 +215,14 @@ def _pack(source: Source, out: Path, wanted: Manifest, config: DataConfig, what:
     sync(out.parent)
 
 
-def _looked(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def _looked(folder: Path, manifest: Manifest, grouped: bool) -> dict[str, Any]:
     """What is said of the pictures that were packed."""
     facts = packed_facts(folder, manifest)
     if facts is None:  # a process of an older version began it
         return {}
     keys = [np.load(folder / file_name("keys", number), allow_pickle=False) for number in range(len(manifest.shards))]
     held_out = np.concatenate(keys) == VAL_KEY
-    return summary(facts, held_out, look_alikes(facts))
+    return {**summary(facts, held_out, look_alikes(facts)), "grouped": grouped}
 
 
 def _write_all(
