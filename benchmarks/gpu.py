@@ -132,6 +132,8 @@ def main() -> None:
     parser.add_argument("--data", default="fashion_mnist", help="digits needs no files")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU here (torch.cuda.is_available() is False)")
     rows: list[dict[str, Any]] = []
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
     with pinned_torch(options.precision):
