@@ -46,13 +46,14 @@ def element(document: str, name: str) -> str:
     return found[1]
 
 
+@pytest.mark.parametrize("width", [500, 1400])  # a browser's window has at least 500 pixels
 def test_the_page_shows_a_clicked_image_its_neighbours_and_the_decoded_line_between_two(
-    trained: Path, tmp_path: Path
+    trained: Path, width: int, tmp_path: Path
 ) -> None:
     ((status, out, err),) = run(1, "-m", "dist_ae", "explore", str(trained / "vae"), "--out", str(tmp_path / "p.html"))
     assert status == 0 and f"written: {tmp_path / 'p.html'}" in out, err
     assert not re.search(r'(?:src|href)="(?!data:)', (tmp_path / "p.html").read_text()), "it loads from elsewhere"
-    document = opened(tmp_path / "p.html", 1400, "#3,7")
+    document = opened(tmp_path / "p.html", width, "#3,7")
     assert '<body data-ready="yes">' in document, element(document, "hint")
     assert element(document, "what").startswith("image 7 · ")
     assert element(document, "near").count("<canvas") == 15 and element(document, "line").count("<canvas") == 9

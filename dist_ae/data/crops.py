@@ -23,8 +23,8 @@ MOST_HELD_OUT = 2000  # fixed crops of all held-out pictures, or one per picture
 class Crops:
     """All squares of ``size`` × ``size`` pixels in all pictures, as images that are cut when they are read.
 
-    The number of a crop encodes its place: picture · 2³³ + mirrored · 2³² + y · 2¹⁶ + x. y and x are shares of
-    the possible positions in 65,536ths. So drawing a place takes 16 bits for each, and a row of a split can be any
+    The number of a crop encodes its place: picture · 2³³ + mirrored · 2³² + y · 2¹⁶ + x. y and x are shares
+    of the possible positions in 65,536ths. So drawing a place takes 16 bits for each, and a row of a split can be any
     crop.
     """
 
